@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
+	@echo "make test   linters, types and tests"
+	@echo "make lint   linters and types only"
+	@echo "make clean  remove the environment and caches, keep runs/"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/ot-diffusers demo --output runs/demo
+
+test: lint
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(INSTALLED): pyproject.toml
+	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find ot_diffusers train tests -name __pycache__ -type d -prune -exec rm -rf {} +

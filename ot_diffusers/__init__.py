@@ -1,0 +1,55 @@
+"""Optimal transport in the training loss, in the sampler and at the starting point of diffusion models.
+
+The names below are loaded on first use, so that `import ot_diffusers` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .guidance import OTGuidance
+    from .models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
+    from .models.reference_bank import ReferenceBank
+    from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
+    from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
+    from .schedules import truncated_scheduler
+    from .transport import sinkhorn_divergence
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "ConvFeatureExtractor": ".models.feature_extractor",
+    "OTGuidance": ".guidance",
+    "OTGuidedDDIMPipeline": ".pipelines.pipeline_ot_guided_ddim",
+    "ReferenceBank": ".models.reference_bank",
+    "ResidualFeatureExtractor": ".models.feature_extractor",
+    "TruncatedPriorPipeline": ".pipelines.pipeline_truncated_prior",
+    "sinkhorn_divergence": ".transport",
+    "truncated_scheduler": ".schedules",
+}
+
+__all__ = [
+    "ConvFeatureExtractor",
+    "OTGuidance",
+    "OTGuidedDDIMPipeline",
+    "ReferenceBank",
+    "ResidualFeatureExtractor",
+    "TruncatedPriorPipeline",
+    "__version__",
+    "sinkhorn_divergence",
+    "truncated_scheduler",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

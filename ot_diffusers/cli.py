@@ -1,0 +1,295 @@
+"""The command line: `ot-diffusers demo | train | sample | evaluate`.
+
+Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
+exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .config import describe
+from .errors import InputError, require
+from .launch import SCRIPTS, training_command, training_environment
+
+SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
+"""Options that are passed on to the pipeline's call where they are given."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        arguments, unknown = make_parser().parse_known_args(argv)
+        if unknown and arguments.command is not run_train:
+            raise InputError(f"unknown argument {unknown[0]!r}; see `ot-diffusers {arguments.name} --help`")
+        return arguments.command(arguments, unknown)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that reports errors like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="ot-diffusers", description="Optimal transport in diffusion models.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo", help="train, sample and compare on handwritten digits, on the CPU", allow_abbrev=False
+    )
+    demo.add_argument("--output", default="runs/demo", help="folder for everything, report.html among it (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the models and of the starting noise (%(default)s)")
+    demo.set_defaults(command=run_demo)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="run a training script, on one process or several", allow_abbrev=False)
+    scripts = train.add_subparsers(title="scripts", dest="script", metavar="SCRIPT", required=True)
+    for name, (file, config_class) in SCRIPTS.items():
+        script = scripts.add_parser(
+            name,
+            help=file,
+            usage=f"ot-diffusers train {name} [--config FILE] [key=value ...]",
+            epilog=f"keys and their defaults:\n{describe(config_class)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        script.add_argument("--config", metavar="FILE", help="YAML file, or a preset such as mnist/ot.yaml")
+        script.add_argument("--accelerate-config", metavar="FILE", help="file of `accelerate config`")
+        script.add_argument("--num-processes", type=int, default=1, help="on this machine (%(default)s)")
+        script.set_defaults(command=run_train)
+
+
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser("sample", help="write images and a grid from a saved pipeline", allow_abbrev=False)
+    sample.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
+    sample.add_argument("--num-images", type=int, default=64, help="how many (%(default)s)")
+    sample.add_argument("--output", default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
+    _add_sampling_options(sample)
+    _add_overwrite(sample)
+    sample.set_defaults(command=run_sample)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="metrics of a pipeline or of an image folder", allow_abbrev=False)
+    evaluate.add_argument("images", help="folder or Hub id of a saved pipeline, or a folder of images")
+    evaluate.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
+    evaluate.add_argument("--evaluator", required=True, help="feature network that no loss has seen: folder or Hub id")
+    evaluate.add_argument("--num-samples", type=int, help="how many images; default: as many as there are test images")
+    evaluate.add_argument("--output", metavar="FILE", help="write results.json here")
+    evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
+    _add_sampling_options(evaluate)
+    _add_overwrite(evaluate)
+    evaluate.set_defaults(command=run_evaluate)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("sampling")
+    options.add_argument("--features", help="run of train_features.py; guides any pipeline by its network and bank")
+    options.add_argument("--num-inference-steps", type=int, help="denoising steps; default: the pipeline's own")
+    options.add_argument("--guidance-scale", type=float, help="strength of the guidance, 0 for none")
+    options.add_argument("--num-guidance-steps", type=int, help="how many steps are guided")
+    options.add_argument("--guidance-start-step", type=int, help="first guided step, from 0")
+    options.add_argument("--seed-recipe", action="store_true", help="the source study's guidance; other options win")
+    options.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
+    options.add_argument("--batch-size", type=int, help="images at once; guidance couples them, so more is better")
+    options.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="allow an output that exists")
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Everything on digits."""
+    _quiet()
+    from .demo import run_demo as run
+
+    run(arguments.output, seed=arguments.seed)
+    return 0
+
+
+def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Check the configuration here, then hand over to the script; its exit status is ours."""
+    command = training_command(
+        arguments.script,
+        overrides,
+        config=arguments.config,
+        num_processes=arguments.num_processes,
+        accelerate_config=arguments.accelerate_config,
+    )
+    return subprocess.call(command, env=training_environment(arguments.num_processes))
+
+
+def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Images of a pipeline into a folder."""
+    require(arguments.num_images >= 1, "num_images", "be at least 1", arguments.num_images)
+    output = Path(arguments.output)
+    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    allowed = empty or (arguments.overwrite and output.is_dir())
+    require(allowed, "output", "be a new or empty folder without --overwrite", arguments.output)
+    _quiet()
+    from .sampling import save_images
+
+    _, images = _sample(arguments, arguments.pipeline, arguments.num_images)
+    print(save_images(images, output))
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Metrics of generated images against the test split, beside those of real images."""
+    output = Path(arguments.output) if arguments.output else None
+    free = output is None or not output.exists() or (arguments.overwrite and output.is_file())
+    require(free, "output", "be a new file without --overwrite", arguments.output)
+    requested = arguments.num_samples
+    require(requested is None or requested >= 2, "num_samples", "be at least 2", requested)
+    _quiet()
+    results = _evaluate(arguments)
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.{os.getpid()}")
+        partial.write_text(f"{text}\n", encoding="utf-8")
+        partial.replace(output)
+    from .evaluation.report import text_table
+
+    print(text if arguments.json else text_table(results))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The contents of `results.json` for one arm."""
+    from .data import load_images
+    from .evaluation.evaluate import evaluate_images, real_floor
+    from .evaluation.report import provenance
+    from .features import check_trained_on, load_feature_extractor
+
+    evaluator = load_feature_extractor(arguments.evaluator).to(_device(arguments.device))
+    config = evaluator.config
+    train, test = (
+        load_images(arguments.dataset, split, image_size=config.sample_size, channels=config.in_channels)
+        for split in ("train", "test")
+    )
+    check_trained_on(evaluator, train)
+    limit = len(train) - 2
+    count = arguments.num_samples or min(len(test), limit)
+    require(count <= limit, "num_samples", f"be at most {limit}, two fewer than the training images", count)
+    images, cost = _images_to_evaluate(arguments, count, config.in_channels)
+
+    reference, training = _describe(test, evaluator), _describe(train, evaluator)
+    metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
+    floor = real_floor(reference, training, len(images), extractor=evaluator)
+    return {
+        "title": f"{arguments.images} against {arguments.dataset}",
+        "dataset": arguments.dataset,
+        "num_samples": len(images),
+        "extractor": {"name": type(evaluator).__name__, "feature_dim": config.feature_dim},
+        "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
+        "floor": {"metrics": floor},
+        "provenance": provenance() | {"seed": arguments.seed, "sampling": _call_arguments(arguments)},
+    }
+
+
+def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int) -> tuple[Any, dict[str, Any]]:
+    """uint8 images [N, C, H, W], read or sampled, and what sampling them cost."""
+    from .sampling import network_calls, read_images
+
+    folder = Path(arguments.images).expanduser()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        images = read_images(folder, channels)
+        enough = arguments.num_samples is None or count <= len(images)
+        require(enough, "num_samples", f"be at most {len(images)}, the images in the folder", count)
+        return images[:count], {}
+    started = time.monotonic()
+    pipeline, images = _sample(arguments, arguments.images, count)
+    return images, {"nfe": network_calls(pipeline), "seconds": round(time.monotonic() - started, 2)}
+
+
+def _describe(images: Any, evaluator: Any) -> Any:
+    """All images of a split and their features."""
+    import torch
+
+    from .evaluation.evaluate import describe_images
+    from .images import to_uint8
+
+    return describe_images(to_uint8(images.fetch(torch.arange(len(images)))), evaluator)
+
+
+def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:
+    """The loaded pipeline and its images."""
+    from .sampling import load_pipeline, sample_images
+
+    device = _device(arguments.device)
+    loaded = load_pipeline(pipeline, arguments.features).to(device)
+    call = _call_arguments(arguments)
+    images = sample_images(loaded, num_images, batch_size=arguments.batch_size, seed=arguments.seed, **call)
+    return loaded, images
+
+
+def _call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call: the recipe, if asked for, and what the user gave."""
+    given = {name: getattr(arguments, name) for name in SAMPLING_ARGUMENTS if getattr(arguments, name) is not None}
+    if not arguments.seed_recipe:
+        return given
+    from .pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
+
+    return SEED_GUIDANCE | given
+
+
+def _device(name: str | None) -> Any:
+    """The named device, or the best one there is."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"`device` must be a device of this machine, such as cpu or cuda, got {name!r}") from error
+
+
+def _quiet() -> None:
+    """No bars and no advice from the libraries underneath; what this program has to say is enough."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Configuration of the training scripts: dataclasses here, YAML that holds only what differs, `key=value` on the
+command line.
+
+    accelerate launch train/train_ot.py --config configs/mnist/ot.yaml dataset=path/to/mnist max_train_steps=50
+
+Later sources win: defaults, then the YAML file, then the overrides. An unknown key is an error that names the nearest
+known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import InputError, require
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its line of `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """What every training script takes."""
+
+    output_dir: str = option(
+        "runs/run", "folder of the run: model, checkpoints, samples, metrics.jsonl, TensorBoard logs"
+    )
+    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
+    image_column: str | None = option(None, "column of the images, found by itself where there is only one")
+    label_column: str | None = option(None, "column of the class labels")
+    image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size")
+    channels: int | None = option(None, "1 (grey) or 3 (RGB); None keeps the data's own")
+    num_workers: int = option(0, "decoding processes for data too large to be held decoded")
+    seed: int = option(0, "of the initial weights, the data order and the noise")
+    train_batch_size: int = option(128, "images per process and forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes per update")
+    num_train_epochs: int = option(35, "passes over the training data")
+    max_train_steps: int | None = option(None, "updates; overrides num_train_epochs")
+    max_train_seconds: float | None = option(None, "stop cleanly, with a checkpoint, after this long")
+    learning_rate: float = option(2e-4, "peak learning rate")
+    lr_scheduler: str = option("constant", "diffusers' names: constant, cosine, constant_with_warmup, …")
+    lr_warmup_steps: int = option(0, "updates until the peak learning rate")
+    adam_beta1: float = option(0.9, "Adam's β1")
+    adam_beta2: float = option(0.999, "Adam's β2")
+    adam_weight_decay: float = option(0.0, "decoupled weight decay; 0 is plain Adam")
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
+    mixed_precision: str = option("no", "no, fp16 or bf16")
+    report_to: str = option("tensorboard", "tracker by accelerate's name: tensorboard, wandb, …; none for none")
+    logging_steps: int = option(20, "updates between records")
+    checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch")
+    checkpoints_total_limit: int = option(2, "keep this many checkpoints")
+    resume_from_checkpoint: str | None = option(
+        "latest", "latest, the folder of a checkpoint, or none to refuse a used folder"
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "logging_steps",
+            "checkpoints_total_limit",
+        ):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("max_train_steps", "checkpointing_steps", "image_size"):
+            require(
+                getattr(self, name) is None or getattr(self, name) >= 1,
+                name,
+                "be at least 1 or none",
+                getattr(self, name),
+            )
+        require(
+            self.max_train_seconds is None or self.max_train_seconds > 0,
+            "max_train_seconds",
+            "be positive or none",
+            self.max_train_seconds,
+        )
+        require(self.learning_rate > 0, "learning_rate", "be positive", self.learning_rate)
+        require(self.max_grad_norm > 0, "max_grad_norm", "be positive", self.max_grad_norm)
+        require(
+            self.mixed_precision in ("no", "fp16", "bf16"),
+            "mixed_precision",
+            "be no, fp16 or bf16",
+            self.mixed_precision,
+        )
+        require(self.channels in (None, 1, 3), "channels", "be 1, 3 or none", self.channels)
+
+
+@dataclass
+class FeaturesConfig(TrainingConfig):
+    """train/train_features.py"""
+
+    output_dir: str = option("runs/features", "folder of the run: the network and its reference bank")
+    architecture: str = option("conv", "conv (the source's network) or residual (the independent evaluator)")
+    block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
+    feature_dim: int = option(128, "width of the penultimate layer")
+    num_train_epochs: int = option(10, "passes over the training data")
+    learning_rate: float = option(1e-3, "peak learning rate")
+    lr_scheduler: str = option("cosine", "diffusers' names")
+    num_reference_samples: int = option(2000, "rows of the reference bank, from the training split")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.architecture in ("conv", "residual"), "architecture", "be conv or residual", self.architecture)
+        require(
+            self.architecture != "conv" or len(self.block_out_channels) == 2,
+            "block_out_channels",
+            "hold two widths for conv",
+            self.block_out_channels,
+        )
+        require(self.num_reference_samples >= 2, "num_reference_samples", "be at least 2", self.num_reference_samples)
+
+
+@dataclass
+class BaselineConfig(TrainingConfig):
+    """train/train_baseline.py"""
+
+    output_dir: str = option("runs/baseline", "folder of the run: a diffusers pipeline and all that belongs to it")
+    block_out_channels: tuple[int, ...] = option((64, 128, 256), "UNet channels of each resolution")
+    layers_per_block: int = option(2, "UNet residual blocks per resolution")
+    attention_levels: tuple[int, ...] = option((2,), "resolutions with self-attention, counted from 0, the finest")
+    norm_num_groups: int = option(32, "groups of the UNet's group normalisation")
+    dropout: float = option(0.0, "UNet dropout")
+    num_train_timesteps: int = option(1000, "T, length of the noising chain")
+    beta_schedule: str = option("linear", "diffusers' names: linear, squaredcos_cap_v2, …")
+    prediction_type: str = option("epsilon", "epsilon, v_prediction or sample")
+    timestep_sampler: str = option("uniform", "uniform, or quadratic (t = T·u², more of the late, clean steps)")
+    max_timestep: int | None = option(None, "train on t < max_timestep only (for truncated chains)")
+    ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
+    num_validation_samples: int = option(1000, "validation images per epoch")
+    num_inference_steps: int = option(50, "DDIM steps of the sample grids")
+    sample_epochs: int = option(5, "epochs between sample grids")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.prediction_type in ("epsilon", "v_prediction", "sample"),
+            "prediction_type",
+            "be epsilon, v_prediction or sample",
+            self.prediction_type,
+        )
+        require(
+            self.timestep_sampler in ("uniform", "quadratic"),
+            "timestep_sampler",
+            "be uniform or quadratic",
+            self.timestep_sampler,
+        )
+        require(self.num_train_timesteps >= 1, "num_train_timesteps", "be at least 1", self.num_train_timesteps)
+        in_chain = self.max_timestep is None or 1 <= self.max_timestep <= self.num_train_timesteps
+        require(in_chain, "max_timestep", f"lie in 1 … {self.num_train_timesteps}", self.max_timestep)
+        require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
+        fits = all(width % self.norm_num_groups == 0 for width in self.block_out_channels)
+        require(
+            fits,
+            "block_out_channels",
+            f"be multiples of norm_num_groups ({self.norm_num_groups})",
+            self.block_out_channels,
+        )
+
+
+@dataclass
+class OTConfig(BaselineConfig):
+    """train/train_ot.py"""
+
+    output_dir: str = option("runs/ot", "folder of the run: an OT-guided pipeline and all that belongs to it")
+    feature_extractor: str = option("runs/features", "folder or Hub id of a feature network trained on the same data")
+    ot_weight: float = option(0.03, "λ, weight of the transport term; 0 trains the baseline")
+    num_reference_samples: int = option(2000, "real images the batch is compared with, none of them in the batch")
+    blur: float = option(0.3, "blur of the Sinkhorn divergence, a length in feature space")
+    scaling: float = option(0.7, "ratio of successive blurs in the solver")
+    normalize_features: bool = option(True, "divide features by their median distance; the source takes them raw")
+    squash: str = option(
+        "clamp", "how x̂0 is brought into [-1, 1]: clamp, or tanh as in the source (then also for the references)"
+    )
+    snr_weighting: bool = option(
+        True, "weight each image by min(SNR, 5)/5: x̂0 of a very noisy image is no sample of the data"
+    )
+    ot_backend: str = option("native", "native, or geomloss as in the source")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.ot_weight >= 0, "ot_weight", "be at least 0", self.ot_weight)
+        require(self.blur > 0, "blur", "be a positive length", self.blur)
+        require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
+        require(
+            self.num_reference_samples >= 2,
+            "num_reference_samples",
+            "be at least 2 (a distribution, not a point)",
+            self.num_reference_samples,
+        )
+        require(self.squash in ("clamp", "tanh"), "squash", "be clamp or tanh", self.squash)
+        require(self.ot_backend in ("native", "geomloss"), "ot_backend", "be native or geomloss", self.ot_backend)
+
+
+def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
+    """The configuration that command-line arguments describe: `--config FILE` and `key=value` in any order.
+
+    Raises:
+        InputError: unknown key, value of the wrong type or range, missing or malformed file.
+
+    Example:
+        >>> load_config(OTConfig, ["ot_weight=1e-3", "dataset=mnist"]).ot_weight
+        0.001
+        >>> load_config(OTConfig, ["ot_wieght=1"])
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: unknown configuration key 'ot_wieght'; did you mean 'ot_weight'?
+    """
+    values: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument == "--config":
+            require(bool(remaining), "--config", "be followed by a YAML file", None)
+            values.update(_read_yaml(remaining.pop(0)))
+        elif argument.startswith("--config="):
+            values.update(_read_yaml(argument.removeprefix("--config=")))
+        else:
+            key, equals, value = argument.removeprefix("--").partition("=")
+            if not equals:
+                raise InputError(f"arguments are `--config FILE` and `key=value`, got {argument!r}")
+            overrides[key] = yaml.safe_load(value) if value else None
+    return make_config(config_class, values | overrides)
+
+
+def make_config(config_class: type[C], values: dict[str, Any]) -> C:
+    """A configuration from plain values, each coerced to the type of its field."""
+    field_types = typing.get_type_hints(config_class)
+    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+            raise InputError(f"unknown configuration key {key!r}; {hint}")
+    return config_class(**{key: _coerce(key, value, field_types[key]) for key, value in values.items()})
+
+
+def describe(config_class: type) -> str:
+    """The options of a script with their defaults, one a line: the body of its `--help`."""
+    lines = [
+        f"  {field.name}={_show(field.default):<14} {field.metadata['help']}"
+        for field in dataclasses.fields(config_class)
+    ]
+    return "\n".join(lines)
+
+
+def run_script(main: Callable[[C], None], config_class: type[C], launch_line: str) -> None:
+    """Run `main` with the configuration from the command line; bad input is one line on stderr and exit status 2."""
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        sys.stdout.write(f"{launch_line}\n\noptions, as key=value:\n{describe(config_class)}\n")
+        return
+    try:
+        main(load_config(config_class, arguments))
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    file = Path(path)
+    require(file.is_file(), "--config", "be an existing YAML file", path)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"`--config` must be valid YAML, got {path!r}: {' '.join(str(error).split())}") from error
+    require(isinstance(values, dict), "--config", "hold `key: value` lines", path)
+    return values
+
+
+def _coerce(key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`. YAML reads 1e-4 as text and 1 as an int, so numbers are converted rather than compared."""
+    arms = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in arms):
+        require(type(None) in arms, key, f"be {_name(arms)}", value)
+        return None
+    target = next(arm for arm in arms if arm is not type(None))
+    try:
+        if target is bool:
+            require(isinstance(value, bool), key, "be true or false", value)
+            return value
+        if target is int:
+            require(not isinstance(value, bool) and int(value) == float(value), key, "be a whole number", value)
+            return int(value)
+        if target is float:
+            require(not isinstance(value, bool), key, "be a number", value)
+            number = float(value)
+            require(number == number and abs(number) != float("inf"), key, "be finite", value)
+            return number
+        if typing.get_origin(target) is tuple:
+            items = (
+                value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            return tuple(_coerce(key, item, typing.get_args(target)[0]) for item in items)
+        # YAML 1.1 reads a bare `no` as False.
+        return "no" if value is False else str(value)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"`{key}` must be {_name(arms)}, got {value!r}") from error
+
+
+def _name(arms: tuple[Any, ...]) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    return " or ".join(names.get(arm, "a list of whole numbers") for arm in arms)
+
+
+def _show(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

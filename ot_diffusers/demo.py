@@ -1,0 +1,331 @@
+"""The whole chain on handwritten digits, on the CPU, in minutes: train, sample, evaluate, report.
+
+Four networks are trained by the scripts a user would call: the feature network and the independent evaluator side by
+side, then the baseline and the OT-trained model side by side. Four arms are sampled from the same starting noise and
+scored against test images by the evaluator, which no loss has seen. A second call with the same folder uses what is
+there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .data import load_images
+from .errors import require
+from .evaluation import plots, report
+from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .features import load_feature_extractor
+from .launch import training_command
+from .pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
+from .sampling import load_pipeline, network_calls, sample_images
+
+DATASET = "digits"
+NUM_SAMPLES = 540  # as many as there are test images
+NUM_INFERENCE_STEPS = 50
+EVALUATOR_SEED = 1000
+LOG_LINES = 12
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make images.
+
+    Attributes:
+        run: folder of the trained model, under the demo's.
+        description: a sentence for the report.
+        features: whether the feature network and its bank are put beside the model.
+        call: arguments of the pipeline's call.
+        batch_size: images at once, at most; None for all.
+    """
+
+    run: str
+    description: str
+    features: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+
+
+ARMS = {
+    "baseline": Arm("baseline", "Noise prediction alone, plain DDIM."),
+    "OT-trained": Arm(
+        "ot",
+        "Trained with the transport term between features of predicted and of real images, plain DDIM.",
+        call={"guidance_scale": 0},
+    ),
+    "OT-guided": Arm(
+        "baseline", "The baseline's network; transport guidance in all but the last steps.", features=True
+    ),
+    "source guidance": Arm(
+        "baseline",
+        "The baseline's network; the source study's guidance: the first 10 of 50 steps, raw features.",
+        features=True,
+        call=SEED_GUIDANCE,
+        batch_size=135,  # 4 equal batches of about the source's 128; a transport problem in raw features is costly
+    ),
+}
+
+
+@dataclass
+class Sampled:
+    """Images of an arm, uint8 [N, C, H, W], and what they cost."""
+
+    images: Tensor
+    seconds: float
+    nfe: int
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    *,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    num_samples: int = NUM_SAMPLES,
+    announce: Announce = print,
+) -> dict[str, Any]:
+    """Run the chain and write `results.json`, pictures and `report.html` into `output`; returns the results.
+
+    Args:
+        output: folder that is new, empty, or of an earlier call with the same arguments.
+        seed: of the models and of the starting noise; the evaluator's is different.
+        overrides: `key=value` for all four training scripts, such as `max_train_steps=4`.
+        num_samples: images of each arm.
+        announce: takes the lines that tell how far it is.
+
+    Raises:
+        InputError: a folder that holds something else.
+        RuntimeError: a training script that failed, with the end of its log.
+    """
+    output = Path(output)
+    require(seed >= 0, "seed", "be at least 0", seed)
+    claim_folder(output, {"seed": seed, "overrides": list(overrides)})
+    started = time.monotonic()
+
+    # Train.
+    runs = training_runs(output, seed, overrides)
+    for title, names in {
+        "train the feature network and the evaluator": ("features", "evaluator"),
+        "train the baseline and the OT model": ("baseline", "ot"),
+    }.items():
+        train({name: runs[name] for name in names}, output, title, announce)
+
+    # Sample every arm from the same noise.
+    with stage(f"sample {len(ARMS)} × {num_samples} images", announce):
+        samples = {name: sample_arm(arm, output, num_samples, seed) for name, arm in ARMS.items()}
+
+    # Evaluate with the network that no loss has seen.
+    with stage("evaluate", announce):
+        evaluator = load_feature_extractor(str(output / "evaluator"))
+        test = describe_images(split_pixels("test"), evaluator)
+        train_images = describe_images(split_pixels("train"), evaluator)
+        described = {name: describe_images(sampled.images, evaluator) for name, sampled in samples.items()}
+        metrics = {
+            name: evaluate_images(found, reference=test, extractor=evaluator, train=train_images)
+            for name, found in described.items()
+        }
+        floor = real_floor(test, train_images, num_samples, extractor=evaluator)
+
+    # Report.
+    with stage("write the report", announce):
+        results = collect(output, samples, metrics, floor, seed, overrides)
+        write_results(results, output)
+        pictures = draw(results, samples, described, test, output)
+        report.write_report(results, pictures, output / "report.html")
+    announce(f"\n{report.text_table(results)}\n")
+    announce(f"{time.monotonic() - started:.0f} s in all. Pictures and numbers: {output / 'report.html'}")
+    return results
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def claim_folder(output: Path, settings: Mapping[str, Any]) -> None:
+    """Create the demo's folder with `demo.json`, or find it there with the same settings.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    record = output / "demo.json"
+    if record.is_file():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        requirement = f"be a new folder, or of a demo with {settings}"
+        require(earlier == settings, "output", requirement, f"{output} of one with {earlier}")
+        return
+    require(not output.exists() or output.is_dir(), "output", "be a folder", str(output))
+    empty = not output.exists() or not any(output.iterdir())
+    require(empty, "output", "be a new or empty folder, or an earlier demo's", str(output))
+    (output / "logs").mkdir(parents=True)
+    record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def training_runs(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Name of each run to the command that trains it into the demo's folder."""
+
+    def command(script: str, name: str, *own: str) -> list[str]:
+        placed = [f"output_dir={output / name}", "report_to=none", *own, *overrides]
+        return training_command(script, placed, config=f"{DATASET}/{name}.yaml")
+
+    return {
+        "features": command("features", "features", f"seed={seed}"),
+        "evaluator": command("features", "evaluator", f"seed={EVALUATOR_SEED + seed}"),
+        "baseline": command("baseline", "baseline", f"seed={seed}"),
+        "ot": command("ot", "ot", f"seed={seed}", f"feature_extractor={output / 'features'}"),
+    }
+
+
+def train(runs: Mapping[str, Sequence[str]], output: Path, title: str, announce: Announce) -> None:
+    """Run the commands side by side, each with its share of the cores; runs that are complete are left alone."""
+    waiting = {name: command for name, command in runs.items() if not is_complete(output / name)}
+    if not waiting:
+        announce(f"{title}: done before")
+        return
+    # With every core busy, a second thread in a process only gets in the other process' way.
+    threads = str(max(1, (os.cpu_count() or 1) // len(waiting)))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    with stage(title, announce):
+        processes: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for name, command in waiting.items():
+                with (output / "logs" / f"{name}.log").open("wb") as log:
+                    processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            for name, process in processes.items():
+                if process.wait() != 0:
+                    raise RuntimeError(f"training {name!r} failed:\n{end_of_log(output / 'logs' / f'{name}.log')}")
+        finally:
+            for process in processes.values():
+                process.terminate()
+                process.wait()
+
+
+def is_complete(run: Path) -> bool:
+    """Whether the folder holds a finished run."""
+    file = run / "results.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
+
+
+def end_of_log(file: Path) -> str:
+    """The last lines of a log, without the states that a progress bar has overwritten."""
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    shown = [line.rstrip("\r").split("\r")[-1] for line in lines if line.strip()]
+    return "\n".join(f"    {line}" for line in [*shown[-LOG_LINES:], f"(all of it: {file})"])
+
+
+# --- Sampling and results ---------------------------------------------------------------------------------------------
+
+
+def sample_arm(arm: Arm, output: Path, num_samples: int, seed: int) -> Sampled:
+    """Images of one arm; image i of every arm starts from the same noise."""
+    pipeline = load_pipeline(output / arm.run, features=output / "features" if arm.features else None)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": NUM_INFERENCE_STEPS, **arm.call}
+    started = time.monotonic()
+    images = sample_images(pipeline, num_samples, batch_size=arm.batch_size, seed=seed, **call)
+    return Sampled(images, time.monotonic() - started, network_calls(pipeline))
+
+
+def split_pixels(split: str) -> Tensor:
+    """The digits of a split, uint8 [N, 1, 8, 8]."""
+    return load_images(DATASET, split).pixels  # type: ignore[union-attr]  # the digits are held decoded
+
+
+def collect(
+    output: Path,
+    samples: Mapping[str, Sampled],
+    metrics: Mapping[str, Mapping[str, float]],
+    floor: Mapping[str, float],
+    seed: int,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """The contents of `results.json`."""
+    runs = {name: read_json(output / name / "results.json") for name in training_runs(output, seed, overrides)}
+    configs = {f"{name} run": read_json(output / name / "run.json")["config"] for name in runs}
+    arms = {
+        name: {
+            "metrics": metrics[name],
+            "nfe": sampled.nfe,
+            "seconds": round(sampled.seconds, 2),
+            "description": ARMS[name].description,
+        }
+        for name, sampled in samples.items()
+    }
+    evaluator = configs["evaluator run"]
+    return {
+        "title": "Optimal transport in diffusion models: handwritten digits",
+        "dataset": DATASET,
+        "num_samples": len(next(iter(samples.values())).images),
+        "extractor": {
+            "name": f"an independent {evaluator['architecture']} network",
+            "feature_dim": evaluator["feature_dim"],
+            "test_accuracy": runs["evaluator"]["test_accuracy"],
+        },
+        "arms": arms,
+        "floor": {"metrics": floor},
+        "provenance": report.provenance()
+        | {
+            "seed": seed,
+            "evaluator's seed": evaluator["seed"],
+            "training seconds": ", ".join(f"{name} {run['training_seconds']:.0f}" for name, run in runs.items()),
+            "sampling": {name: {"num_inference_steps": NUM_INFERENCE_STEPS, **arm.call} for name, arm in ARMS.items()},
+        }
+        | configs,
+    }
+
+
+def draw(
+    results: Mapping[str, Any],
+    samples: Mapping[str, Sampled],
+    described: Mapping[str, ImageSet],
+    test: ImageSet,
+    output: Path,
+) -> dict[str, Path]:
+    """The report's pictures, caption to file."""
+    panels = {"real": test.images} | {name: samples[name].images for name in ("baseline", "OT-trained", "OT-guided")}
+    losses = {"baseline": "baseline", "OT-trained": "ot"}
+    histories = {arm: plots.read_history(output / run / "metrics.jsonl") for arm, run in losses.items()}
+    clouds = {"real": test.features} | {name: found.features for name, found in described.items()}
+    return {
+        "Samples": plots.image_panels(panels, output / "grid.png"),
+        "Fréchet distance": plots.bars(results, "frechet_distance", output / "frechet_distance.png"),
+        "Patch sliced Wasserstein distance, in pixels": plots.bars(
+            results, "patch_sliced_wasserstein", output / "patch_sliced_wasserstein.png"
+        ),
+        "The evaluator's features in two directions, real images in grey": plots.scatter(
+            clouds, output / "features.png", basis="real"
+        ),
+        "Losses": plots.loss_curves(histories, output / "loss_curves.png"),
+    }
+
+
+def write_results(results: Mapping[str, Any], output: Path) -> None:
+    """`results.json`, written aside and renamed."""
+    partial = output / ".results.json"
+    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(output / "results.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def stage(title: str, announce: Announce) -> Iterator[None]:
+    """One line for a stage with its seconds; on a terminal, its title from the start."""
+    started = time.monotonic()
+    rewrites = sys.stdout.isatty()
+    if rewrites:
+        sys.stdout.write(f"{title} …\r")
+        sys.stdout.flush()
+    yield
+    announce(f"{title}: {time.monotonic() - started:.0f} s")

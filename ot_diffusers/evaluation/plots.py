@@ -1,0 +1,230 @@
+"""Pictures of a run: plain data in, one PNG file out. Every arm keeps its colour in all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
+
+from ..errors import require
+
+COLOURS = {
+    "real": "#6b7280",
+    "baseline": "#3b6fb6",
+    "OT-trained": "#d97706",
+    "OT-guided": "#0f9d76",
+}
+"""Colours of the arms with a fixed one; the others take `SPARE_COLOURS` in the order in which they are named."""
+SPARE_COLOURS = ("#8b5cf6", "#c2415d", "#0e8fa8", "#7c6f1f", "#9d4f9a", "#52606d")
+INK, FAINT = "#1f2937", "#d7dbe0"
+
+CURVES = {
+    "loss": "training loss",
+    "mse": "mean squared error",
+    "ot": "weighted OT term",
+    "validation_loss": "validation loss",
+}
+"""What `loss_curves` draws, one panel each, where a history has it."""
+
+
+def arm_colours(names: Sequence[str]) -> dict[str, str]:
+    """One colour for each arm. Fixed names are matched without regard to case, `_` and spaces."""
+    fixed = {_plain(name): colour for name, colour in COLOURS.items()}
+    others = [name for name in names if _plain(name) not in fixed]
+    spare = {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(others)}
+    return {name: fixed.get(_plain(name)) or spare[name] for name in names}
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The records of a `metrics.jsonl`: one JSON object a line; an unfinished last line of a killed run is left out."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if lines and not lines[-1].rstrip().endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Path:
+    """Loss, its parts and the validation loss by epoch, one panel each and one line per arm.
+
+    Args:
+        histories: arm to records like `{"epoch": 3, "step": 120, "loss": …, "mse": …, "ot": …, "validation_loss": …}`.
+            Records of one epoch are averaged; quantities that no record holds get no panel.
+        path: PNG file to write.
+    """
+    series = {key: {arm: _by_epoch(records, key) for arm, records in histories.items()} for key in CURVES}
+    drawn = [key for key, arms in series.items() if any(arms.values())]
+    require(bool(drawn), "histories", f"hold one of {', '.join(CURVES)}", list(histories))
+    colours = arm_colours(list(histories))
+    columns = min(len(drawn), 2)
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.35), layout="constrained")
+    for index, key in enumerate(drawn):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for arm, points in series[key].items():
+            if points:
+                # A single epoch would be an invisible line.
+                marker = "o" if len(points) == 1 else None
+                axes.plot(*zip(*points, strict=True), color=colours[arm], label=arm, linewidth=1.8, marker=marker)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if all(value > 0 for points in series[key].values() for _, value in points):
+            _log_scale(axes)
+        _finish(axes, title=CURVES[key], xlabel="epoch" if index >= len(drawn) - columns else "")
+    _legend(figure, colours)
+    return _save(figure, path)
+
+
+def image_panels(panels: Mapping[str, Tensor], path: Path, rows: int = 6, columns: int = 6) -> Path:
+    """Labelled grids side by side, such as real | baseline | OT-trained | OT-guided.
+
+    Args:
+        panels: label to uint8 images [n, C, H, W], C 1 or 3; the first rows · columns of each are shown.
+        path: PNG file to write.
+        rows, columns: images in one grid.
+    """
+    require(bool(panels), "panels", "hold at least one set of images", panels)
+    colours = arm_colours(list(panels))
+    width = 2.7
+    figure = Figure(
+        figsize=(width * len(panels), width * rows / columns + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.09)
+    )
+    for index, (name, images) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        mosaic = _mosaic(images, rows, columns)
+        axes.imshow(mosaic.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(name, fontsize=12, color=colours[name], fontweight="bold")
+        axes.set_axis_off()
+    return _save(figure, path)
+
+
+def bars(results: Mapping[str, Any], metric: str, path: Path) -> Path:
+    """One metric of every arm as bars, the real-vs-real floor as a dashed line.
+
+    Args:
+        results: the contents of a `results.json`, see `report`.
+        metric: a key of the arms' `metrics`.
+        path: PNG file to write.
+    """
+    values = {arm: entry["metrics"][metric] for arm, entry in results["arms"].items() if metric in entry["metrics"]}
+    require(bool(values), "metric", "be a metric of at least one arm", metric)
+    colours = arm_colours(list(values))
+    figure = Figure(figsize=(9.2, 0.45 * len(values) + 1.0), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = axes.barh(list(values), list(values.values()), color=[colours[arm] for arm in values], height=0.62)
+    axes.bar_label(drawn, labels=[f"{value:#.3g}" for value in values.values()], padding=4, fontsize=9, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.09)
+    floor = results.get("floor", {}).get("metrics", {}).get(metric)
+    if floor is not None:
+        axes.axvline(floor, color=INK, linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"real vs real {floor:#.3g}",
+            (floor, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+        )
+    _finish(axes, title="", xlabel=metric.replace("_", " "))
+    axes.grid(axis="y", visible=False)
+    return _save(figure, path)
+
+
+def scatter(features: Mapping[str, Tensor], path: Path, *, basis: str | None = None, max_points: int = 1500) -> Path:
+    """Features in the plane of one set's two main directions: a panel per arm over that set in grey.
+
+    Args:
+        features: arm to [N, D] features.
+        path: PNG file to write.
+        basis: which set defines the plane; the first by default. With the real one, no arm moves the plane.
+        max_points: points drawn of each set.
+    """
+    basis = basis or next(iter(features))
+    require(basis in features, "basis", f"be one of {', '.join(features)}", basis)
+    centre = features[basis].double().mean(dim=0)
+    _, _, directions = torch.linalg.svd(features[basis].double() - centre, full_matrices=False)
+    planes = {arm: ((x.double() - centre) @ directions[:2].T)[:max_points] for arm, x in features.items()}
+    arms = [arm for arm in features if arm != basis] or [basis]
+    colours = arm_colours(list(features))
+    figure = Figure(figsize=(3.1 * len(arms), 3.2), layout="constrained")
+    shared: Axes | None = None
+    for index, arm in enumerate(arms):
+        axes = figure.add_subplot(1, len(arms), index + 1, sharex=shared, sharey=shared)
+        shared = shared or axes
+        axes.scatter(planes[basis][:, 0], planes[basis][:, 1], s=5, color=COLOURS["real"], alpha=0.4, linewidths=0)
+        if arm != basis:
+            axes.scatter(planes[arm][:, 0], planes[arm][:, 1], s=5, color=colours[arm], alpha=0.45, linewidths=0)
+        _finish(axes, title=arm, xlabel="first direction")
+        axes.set_ylabel("second direction" if index == 0 else "", fontsize=9, color=INK)
+    return _save(figure, path)
+
+
+def _by_epoch(records: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    """(epoch, mean of `key` over its records that have it), in order; without epochs, by step."""
+    values: dict[float, list[float]] = {}
+    for record in records:
+        position = record.get("epoch", record.get("step"))
+        if position is not None and record.get(key) is not None:
+            values.setdefault(position, []).append(float(record[key]))
+    return [(position, sum(found) / len(found)) for position, found in sorted(values.items())]
+
+
+def _mosaic(images: Tensor, rows: int, columns: int) -> Tensor:
+    """The first rows · columns images with a gap of about a tenth of their side, on white: uint8 [height, width, C]."""
+    require(images.dtype == torch.uint8 and images.ndim == 4, "panels", "hold uint8 [n, C, H, W]", images.dtype)
+    require(images.shape[1] in (1, 3), "panels", "hold images of 1 or 3 channels", images.shape[1])
+    count, channels, height, width = images.shape
+    scale = max(1, 48 // max(height, width))
+    images = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    height, width, gap = height * scale, width * scale, max(2, max(height, width) * scale // 12)
+    mosaic = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for index in range(min(count, rows * columns)):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        mosaic[:, top : top + height, left : left + width] = images[index]
+    return mosaic.permute(1, 2, 0)
+
+
+def _finish(axes: Axes, *, title: str, xlabel: str) -> None:
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
+    axes.set_xlabel(xlabel, fontsize=9, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK, which="both")
+    axes.grid(color=FAINT, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic y axis with plain numbers (0.05, not 5 × 10⁻²) at 1, 2 and 5 of every decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    """One legend for the whole figure, above it."""
+    handles = [Line2D([], [], color=colour, linewidth=2.4, label=arm) for arm, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=10)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
+    return path
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace(" ", "-")

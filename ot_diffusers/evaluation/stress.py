@@ -1,0 +1,128 @@
+"""Does a metric see what it should? Real images are damaged step by step, and a trustworthy metric follows.
+
+A damage is a function (images, amount, generator) → images of uint8 [N, C, H, W]; amount 0 leaves them as they are.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+
+Damage = Callable[[Tensor, float, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class StressCurve:
+    """One metric against the amount of one damage.
+
+    Attributes:
+        amounts: ascending.
+        values: [repeats] of each amount.
+    """
+
+    amounts: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        return tuple(statistics.fmean(values) for values in self.values)
+
+    @property
+    def verdict(self) -> Literal["monotone", "flat", "not monotone"]:
+        """Whether the means rise (or fall) at every step; `"flat"` where they are all equal."""
+        steps = [after - before for before, after in zip(self.means, self.means[1:], strict=False)]
+        if not any(steps):
+            return "flat"
+        return "monotone" if all(s > 0 for s in steps) or all(s < 0 for s in steps) else "not monotone"
+
+
+def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise of standard deviation `sigma`, as a share of the range 0 … 255, clamped and rounded."""
+    noise = torch.randn(images.shape, generator=generator)
+    return (images.float() + 255 * sigma * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def collapse_modes(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Replace a `share` in [0, 1] of the images by copies of those left (of one image at 1)."""
+    return _replace(images, share, generator, images)
+
+
+def memorise(train_images: Tensor) -> Damage:
+    """A damage that replaces a share of the images by training images."""
+
+    def damage(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+        return _replace(images, share, generator, train_images)
+
+    return damage
+
+
+def drop_classes(labels: Tensor) -> Damage:
+    """A damage that removes the images of the first `amount` classes, those left being repeated to keep N.
+
+    Args:
+        labels: [N], of the images that will be damaged.
+    """
+    classes = labels.unique()
+
+    def damage(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+        require(len(labels) == len(images), "labels", f"label all {len(images)} images", len(labels))
+        require(0 <= amount < len(classes), "amount", f"leave one of {len(classes)} classes", amount)
+        kept = torch.isin(labels, classes[int(amount) :]).nonzero()[:, 0]
+        missing = len(images) - len(kept)
+        copies = kept[torch.randint(len(kept), (missing,), generator=generator)]
+        return images[torch.cat([kept, copies])]
+
+    return damage
+
+
+def stress_test(
+    images: Tensor,
+    damage: Damage,
+    amounts: Sequence[float],
+    measure: Callable[[Tensor], Mapping[str, float]],
+    *,
+    repeats: int = 3,
+    seed: int = 0,
+) -> dict[str, StressCurve]:
+    """Every metric of `measure` along `amounts` of a damage.
+
+    Args:
+        images: real, uint8 [N, C, H, W], disjoint from the reference inside `measure`.
+        damage: one of this module's, or your own.
+        amounts: ascending; the first should be 0.
+        measure: images to metric values, such as `lambda x: evaluate_images(x, reference=…, extractor=…)`.
+        repeats: independent draws of the damage at each amount.
+        seed: decides the draws; repeat r is drawn from `seed + r` at every amount, so that the steps are paired.
+    """
+    require(len(amounts) >= 2 and list(amounts) == sorted(amounts), "amounts", "be two or more, ascending", amounts)
+    measured = [
+        [measure(damage(images, amount, torch.Generator().manual_seed(seed + repeat))) for repeat in range(repeats)]
+        for amount in amounts
+    ]
+    return {
+        metric: StressCurve(tuple(amounts), tuple(tuple(run[metric] for run in runs) for runs in measured))
+        for metric in measured[0][0]
+    }
+
+
+def _replace(images: Tensor, share: float, generator: torch.Generator, source: Tensor) -> Tensor:
+    """The images with a random `share` replaced by images of `source` or, if that is `images`, by those left."""
+    require(0 <= share <= 1, "share", "lie in [0, 1]", share)
+    order = torch.randperm(len(images), generator=generator)
+    count = min(round(share * len(images)), len(images) - (source is images))
+    gone, left = order[:count], order[count:]
+    if source is images:
+        copies = left[torch.randint(len(left), (count,), generator=generator)]
+    else:
+        copies = torch.randperm(len(source), generator=generator)[:count]
+        require(len(copies) == count, "train_images", f"hold at least {count} images", len(source))
+    damaged = images.clone()
+    damaged[gone] = source[copies]
+    return damaged

@@ -1,0 +1,163 @@
+"""Feature networks on whole data sets: loading them, running them once, remembering what they said."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import FeaturesConfig
+from .data import ResidentImages, StreamedImages
+from .errors import InputError, require
+from .losses import image_features
+from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor, median_distance
+from .models.reference_bank import ReferenceBank
+
+
+def load_feature_extractor(path: str) -> FeatureExtractor:
+    """The feature network of a `train_features.py` run, or one saved by itself in a folder or under a Hub id.
+
+    Raises:
+        InputError: no feature network there.
+    """
+    inside = Path(path) / "feature_extractor"
+    folder = str(inside) if inside.is_dir() else path
+    try:
+        class_name = FeatureExtractor.load_config(folder).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"`feature_extractor` must be a folder or Hub id of a feature network, got {path!r}"
+        ) from error
+    for network in (ConvFeatureExtractor, ResidualFeatureExtractor):
+        if network.__name__ == class_name:
+            return network.from_pretrained(folder)
+    raise InputError(f"`feature_extractor` must be a Conv- or ResidualFeatureExtractor, got {class_name!r} in {path!r}")
+
+
+def load_reference_bank(path: str) -> ReferenceBank:
+    """The reference bank of a `train_features.py` run.
+
+    Raises:
+        InputError: no reference bank there.
+    """
+    folder = Path(path) / "reference_bank"
+    require(folder.is_dir(), "features", "be the folder of a train_features.py run", path)
+    return ReferenceBank.from_pretrained(folder)
+
+
+def labels_of(images: ResidentImages | StreamedImages) -> Tensor:
+    """Class labels, int64 [N] on the CPU.
+
+    Raises:
+        InputError: the data set has none, or more than one column could be meant.
+    """
+    if images.labels is None:
+        raise InputError(f"`label_column` must name a column with class labels, got none for {images.name!r}")
+    return images.labels
+
+
+def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | StreamedImages) -> FeatureExtractor:
+    """A new feature network for labelled images, still frozen."""
+    labels = labels_of(images)
+    channels, height, width = images.image_shape
+    require(height == width, "image_size", "be given for images that are not square", images.image_shape)
+    network = {"conv": ConvFeatureExtractor, "residual": ResidualFeatureExtractor}[config.architecture]
+    return network(
+        sample_size=height,
+        in_channels=channels,
+        num_classes=int(labels.max()) + 1,
+        block_out_channels=config.block_out_channels,
+        feature_dim=config.feature_dim,
+        dataset=images.name,
+        data_fingerprint=images.fingerprint,
+    )
+
+
+@torch.no_grad()
+def classification_accuracy(
+    network: FeatureExtractor, images: ResidentImages | StreamedImages, batch_size: int = 500
+) -> float:
+    """Share of images that the network classifies as their label says, in [0, 1]."""
+    chunks = torch.arange(len(images)).split(batch_size)
+    labels = labels_of(images)
+    hits = sum(
+        int((network.logits(batch.to(network.device)).argmax(1).cpu() == labels[rows]).sum())
+        for rows, batch in images.stream(chunks)
+    )
+    return hits / len(images)
+
+
+@torch.no_grad()
+def extract_features(
+    network: FeatureExtractor, images: ResidentImages | StreamedImages, *, squash: str = "clamp", batch_size: int = 500
+) -> Tensor:
+    """Raw features of every image in order, float32 [N, D] on the network's device."""
+    batches = images.stream(torch.arange(len(images)).split(batch_size))
+    return torch.cat([image_features(network, batch.to(network.device), squash) for _, batch in batches])
+
+
+def cached_features(
+    network: FeatureExtractor, images: ResidentImages | StreamedImages, *, squash: str = "clamp"
+) -> Tensor:
+    """As `extract_features`, computed once per content of network and data and kept in the cache folder.
+
+    The key is a hash of the network's weights, the data's fingerprint and `squash`; the file is written aside and
+    renamed.
+    """
+    key = hashlib.sha256(f"{weights_fingerprint(network)} {images.fingerprint} {squash}".encode()).hexdigest()
+    file = cache_folder() / "features" / f"{key}.safetensors"
+    if file.is_file():
+        return load_file(file, device=str(network.device))["features"]
+    features = extract_features(network, images, squash=squash)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    save_file({"features": features.cpu().contiguous()}, partial)
+    os.replace(partial, file)
+    return features
+
+
+def make_reference_bank(
+    network: FeatureExtractor, images: ResidentImages | StreamedImages, num_samples: int
+) -> ReferenceBank:
+    """Features of `num_samples` evenly spaced images (all, if there are fewer) with the scale at which their median
+    distance is 1."""
+    features = cached_features(network, images)
+    rows = torch.linspace(0, len(features) - 1, min(num_samples, len(features))).round().long()
+    return ReferenceBank.from_features(
+        features[rows],
+        feature_scale=median_distance(features),
+        dataset=network.config.dataset,
+        data_fingerprint=network.config.data_fingerprint,
+    )
+
+
+def cache_folder() -> Path:
+    """`$OT_DIFFUSERS_CACHE`, or `~/.cache/ot_diffusers`."""
+    return Path(os.environ.get("OT_DIFFUSERS_CACHE", "~/.cache/ot_diffusers")).expanduser()
+
+
+def weights_fingerprint(network: FeatureExtractor) -> str:
+    """sha256 of class and weights: the same for the same function, wherever it was loaded from."""
+    digest = hashlib.sha256(type(network).__name__.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_trained_on(network: FeatureExtractor, images: ResidentImages | StreamedImages) -> None:
+    """Refuse a feature network that does not fit the images, or was trained on another data set."""
+    config = network.config
+    size = (config.in_channels, config.sample_size, config.sample_size)
+    require(size == images.image_shape, "feature_extractor", f"take images of shape {images.image_shape}", size)
+    known = config.data_fingerprint is not None
+    require(
+        not known or config.data_fingerprint == images.fingerprint,
+        "feature_extractor",
+        f"be trained on the training split of {images.name!r}",
+        f"a network of {config.dataset!r}",
+    )

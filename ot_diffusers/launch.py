@@ -1,0 +1,88 @@
+"""The training scripts as commands: where they and their presets lie, and how one of them is started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import BaselineConfig, FeaturesConfig, OTConfig, load_config
+from .errors import require
+
+SCRIPTS: dict[str, tuple[str, type[Any]]] = {
+    "features": ("train_features.py", FeaturesConfig),
+    "baseline": ("train_baseline.py", BaselineConfig),
+    "ot": ("train_ot.py", OTConfig),
+}
+"""Name on the command line to script and configuration class."""
+
+PACKAGE = Path(__file__).parent
+CHECKOUT = PACKAGE.parent
+
+
+def script_path(name: str) -> Path:
+    """The script called `name`: `train/` in a checkout, `scripts/` inside an installed package."""
+    file = SCRIPTS[name][0]
+    in_checkout = CHECKOUT / "train" / file
+    return in_checkout if in_checkout.is_file() else PACKAGE / "scripts" / file
+
+
+def preset_path(name: str) -> Path:
+    """A file as it is; otherwise the preset of that name, such as `digits/ot.yaml` or `configs/mnist/ot.yaml`."""
+    if Path(name).is_file():
+        return Path(name)
+    checkout = (CHECKOUT / "configs").is_dir() and (CHECKOUT / "train").is_dir()
+    presets = (CHECKOUT if checkout else PACKAGE) / "configs"
+    preset = presets / name.removeprefix("configs/")
+    return preset if preset.is_file() else Path(name)
+
+
+def training_command(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    config: str | None = None,
+    num_processes: int = 1,
+    accelerate_config: str | None = None,
+) -> list[str]:
+    """The command line that trains: this Python for one process, accelerate's launcher for several.
+
+    Args:
+        name: a key of `SCRIPTS`.
+        overrides: `key=value`.
+        config: YAML file, or a preset's name.
+        num_processes: on this machine.
+        accelerate_config: file of `accelerate config`; it then decides about processes.
+
+    Raises:
+        InputError: a configuration that the script would refuse, or a missing file.
+    """
+    require(num_processes >= 1, "num_processes", "be at least 1", num_processes)
+    arguments = (["--config", str(preset_path(config))] if config else []) + list(overrides)
+    load_config(SCRIPTS[name][1], arguments)
+    script = [str(script_path(name)), *arguments]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    if accelerate_config is not None:
+        require(Path(accelerate_config).is_file(), "accelerate_config", "be an existing file", accelerate_config)
+        count = ["--num_processes", str(num_processes)] if num_processes > 1 else []
+        return [*launcher, "--config_file", accelerate_config, *count, *script]
+    if num_processes > 1:
+        # `multi_gpu` is accelerate's name for its process group, on the CPU too: see `training_environment`.
+        settings = {"num_processes": num_processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+        return [*launcher, "--multi_gpu", *(f"--{name}={value}" for name, value in settings.items()), *script]
+    return [sys.executable, *script]
+
+
+def training_environment(num_processes: int) -> dict[str, str]:
+    """Environment variables for `training_command`.
+
+    Without a GPU, accelerate joins several processes into a group only where it is told to use the CPU; otherwise each
+    would train by itself into the same folder.
+    """
+    if num_processes == 1:
+        return dict(os.environ)
+    import torch
+
+    return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})

@@ -1,0 +1,193 @@
+"""Small frozen networks whose features the transport problems live in, and an unlike one that only evaluates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from ..errors import require
+from ..images import to_unit_range
+
+
+@dataclass
+class FeatureExtractorOutput(BaseOutput):
+    """Output of a feature network.
+
+    Args:
+        features: [B, feature_dim], the penultimate activations.
+        logits: [B, num_classes].
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class FeatureExtractor(ModelMixin, ConfigMixin):
+    """What both networks share: images in [0, 1] go in, features and class logits come out, parameters are frozen.
+
+    Freezing happens in `__init__`, so it also holds after `from_pretrained`; a training script thaws with
+    `requires_grad_(True)`. Gradients always flow to the images.
+    """
+
+    backbone: nn.Module
+    classifier: nn.Linear
+
+    def forward(self, images: Tensor, return_dict: bool = True) -> FeatureExtractorOutput | tuple[Tensor, Tensor]:
+        """Features and logits of `images`, [B, C, H, W] in [0, 1]."""
+        size = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        require(
+            tuple(images.shape[1:]) == size,
+            "images",
+            f"have shape [B, {size[0]}, {size[1]}, {size[2]}]",
+            tuple(images.shape),
+        )
+        features = self.backbone(images)
+        logits = self.classifier(features)
+        return FeatureExtractorOutput(features, logits) if return_dict else (features, logits)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Raw features [B, feature_dim] of images in the diffusion model's range, [-1, 1] (values outside are
+        clamped)."""
+        return self(to_unit_range(images)).features
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits [B, num_classes] of images in [-1, 1]."""
+        return self(to_unit_range(images)).logits
+
+    def _freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+
+class ConvFeatureExtractor(FeatureExtractor):
+    """The source study's network: (Conv → ReLU → Pool) × 2 and a 128-d penultimate layer. The losses and the guidance
+    see it.
+
+    Args:
+        sample_size: height and width in pixels, a multiple of 4.
+        in_channels: 1 or 3.
+        num_classes: of the classification it is trained by.
+        block_out_channels: channels of the two convolutions.
+        feature_dim: width of the penultimate layer.
+        dataset: name of the data it was trained on.
+        data_fingerprint: content hash of that data; a loss refuses a network of other data.
+
+    Example:
+        >>> network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32)
+        >>> network.extract(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 32])
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 28,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        block_out_channels: tuple[int, int] = (32, 64),
+        feature_dim: int = 128,
+        dataset: str | None = None,
+        data_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        require(sample_size % 4 == 0, "sample_size", "be a multiple of 4", sample_size)
+        first, second = block_out_channels
+        self.backbone = nn.Sequential(
+            nn.Conv2d(in_channels, first, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(second * (sample_size // 4) ** 2, feature_dim),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self._freeze()
+
+
+class ResidualFeatureExtractor(FeatureExtractor):
+    """A residual network with group normalisation: the independent evaluator, which no loss and no guidance ever sees.
+
+    Each stage after the first halves the resolution; features are the averaged last activations, projected to
+    `feature_dim`.
+
+    Args: as for `ConvFeatureExtractor`, with
+        block_out_channels: channels of each stage, multiples of 8.
+        layers_per_block: residual blocks in each stage.
+
+    Example:
+        >>> network = ResidualFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32)
+        >>> network(torch.rand(2, 1, 8, 8)).logits.shape
+        torch.Size([2, 10])
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 28,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
+        layers_per_block: int = 1,
+        feature_dim: int = 128,
+        dataset: str | None = None,
+        data_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        stages: list[nn.Module] = [nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)]
+        width = block_out_channels[0]
+        for stage, channels in enumerate(block_out_channels):
+            for layer in range(layers_per_block):
+                stages.append(ResidualBlock(width, channels, stride=2 if stage > 0 and layer == 0 else 1))
+                width = channels
+        self.backbone = nn.Sequential(
+            *stages,
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, feature_dim),
+            nn.SiLU(),
+        )
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self._freeze()
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block, [B, in_channels, H, W] → [B, out_channels, H/stride, W/stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride=stride)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return self.shortcut(hidden) + residual
+
+
+def median_distance(features: Tensor, max_points: int = 2000) -> float:
+    """Median pairwise Euclidean distance of evenly spaced rows: the unit of length of the `scaled` presets.
+
+    Args:
+        features: [N, D], N ≥ 2.
+        max_points: at most this many rows enter.
+    """
+    require(len(features) >= 2, "features", "hold at least two rows", tuple(features.shape))
+    rows = features[:: max(1, len(features) // max_points)].float()
+    median = torch.pdist(rows).median().item()
+    require(median > 0, "features", "differ from one another", f"median distance {median}")
+    return median

@@ -1,0 +1,334 @@
+"""Priors of the truncated chain: models that make x_T', the noisy image where the last T' reverse steps start.
+
+Every prior maps latents z ~ N(0, I), [B, latent_dim], to images in one call. Its `prediction_type` says which:
+
+    "noisy_sample"   x_T' = G(z)                                  the generator makes the noise too
+    "sample"         x_T' = α G(z) + σ ε,  ε ~ N(0, I) fresh      the generator makes the clean part; (α, σ) of step T'
+
+Options are keyword-only: diffusers forgets positional ones in `from_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ..errors import require
+
+PRIOR_PREDICTION_TYPES = ("sample", "noisy_sample")
+
+
+@dataclass
+class PriorOutput(BaseOutput):
+    """What a prior makes of latents: clean images or x_T', by its `prediction_type`; [B, C, H, W]."""
+
+    sample: Tensor
+
+
+class PriorMixin:
+    """What the pipeline asks of a prior: the shape of its latents and images, their meaning, their cost, and draws."""
+
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    #: Network evaluations of one call of `sample`.
+    nfe: int = 1
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of the latents."""
+        return self.config.latent_dim
+
+    @property
+    def prediction_type(self) -> str:
+        """`"sample"` (clean part) or `"noisy_sample"` (x_T')."""
+        return self.config.prediction_type
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images made."""
+        return (self.config.out_channels, *_height_width(self.config.sample_size))
+
+    def sample(
+        self,
+        batch_size: int,
+        alpha: Tensor,
+        sigma: Tensor,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw x_T', [B, C, H, W], in the dtype of the prior.
+
+        Args:
+            batch_size: number of images B.
+            alpha, sigma: noise level of the start, scalars: `alpha_sigma(scheduler, truncation_timestep − 1)`.
+            generator: one generator, or one for each image: then an image does not depend on the batch it is drawn in.
+            device: where the noise is drawn; the prior's own device by default.
+        """
+        generator = list(generator) if isinstance(generator, Sequence) else generator
+        device = torch.device(device or self.device)
+        latents = randn_tensor((batch_size, self.latent_dim), generator=generator, device=device, dtype=self.dtype)
+        images = self(latents).sample  # type: ignore[operator]
+        return self.diffuse(images, alpha, sigma, generator=generator)
+
+    def diffuse(
+        self,
+        images: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """x_T' from what the prior makes: α G + σ ε for clean images, the input itself otherwise; differentiable."""
+        if self.prediction_type == "noisy_sample":
+            return images
+        noise = randn_tensor(tuple(images.shape), generator=generator, device=images.device, dtype=images.dtype)
+        return alpha.to(images) * images + sigma.to(images) * noise
+
+    def _check_latents(self, latents: Tensor) -> None:
+        valid = latents.ndim == 2 and latents.shape[1] == self.latent_dim
+        require(valid, "latents", f"have shape [B, {self.latent_dim}]", tuple(latents.shape))
+
+
+class PriorGenerator(PriorMixin, ModelMixin, ConfigMixin):
+    """DCGAN-style generator: a linear layer to a small map, transposed convolutions that double it, a last convolution.
+
+    All learned priors (VAE decoder, GAN, OT) share it. Clean images leave through tanh; x_T' is unbounded and leaves
+    linearly.
+
+    Args:
+        truncation_timestep: T' it is made for, 1 or more.
+        sample_size: height and width in pixels, divisible by 2^(number of blocks − 1).
+        out_channels: image channels.
+        latent_dim: width of z.
+        block_out_channels: width of each resolution, from the smallest map to the full image.
+        norm_type: `"batch"` as in DCGAN, or `"group"`, where no image depends on its batch during training.
+        prediction_type: `"sample"` (clean images) or `"noisy_sample"` (x_T').
+
+    Example:
+        >>> prior = PriorGenerator(truncation_timestep=100, sample_size=8, latent_dim=16, block_out_channels=(32, 16))
+        >>> prior(torch.randn(2, 16)).sample.shape
+        torch.Size([2, 3, 8, 8])
+
+    Reference: [Radford2015]; the layers are those of [Miyato2018].
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        truncation_timestep: int,
+        sample_size: int | tuple[int, int] = 32,
+        out_channels: int = 3,
+        latent_dim: int = 1024,
+        block_out_channels: tuple[int, ...] = (512, 256, 128, 64),
+        norm_type: str = "batch",
+        prediction_type: str = "sample",
+    ) -> None:
+        super().__init__()
+        require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
+        require(latent_dim >= 1, "latent_dim", "be at least 1", latent_dim)
+        allowed = prediction_type in PRIOR_PREDICTION_TYPES
+        require(allowed, "prediction_type", f"be one of {', '.join(PRIOR_PREDICTION_TYPES)}", prediction_type)
+        height, width = smallest_map(sample_size, len(block_out_channels))
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.project = nn.Linear(latent_dim, first * height * width)
+        blocks: list[nn.Module] = [nn.Unflatten(1, (first, height, width)), _norm(norm_type, first), nn.ReLU()]
+        for narrow, wide in zip(block_out_channels[1:], block_out_channels, strict=False):
+            upsample = nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False)
+            blocks += [upsample, _norm(norm_type, narrow), nn.ReLU()]
+        blocks += [nn.Conv2d(last, out_channels, kernel_size=3, padding=1)]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
+        """Images of latents z, [B, latent_dim]: clean in (−1, 1), or x_T'; [B, C, H, W]."""
+        self._check_latents(latents)
+        images = self.blocks(self.project(latents))
+        if self.config.prediction_type == "sample":
+            images = images.tanh()
+        return PriorOutput(sample=images) if return_dict else (images,)
+
+
+class GaussianPrior(PriorMixin, ModelMixin, ConfigMixin):
+    """Closed-form prior: the Gaussian with the mean and covariance of the data, or one such Gaussian for each class.
+
+        x0 = μ_k + Fᵀ_k z + s_k ε',   x_T' = α x0 + σ ε
+
+    F keeps the leading `rank` principal directions; s is the standard deviation of what they leave out, spread evenly,
+    so the total variance is that of the data. Build it with `from_images`. From its configuration alone
+    (`num_components=0`) it is N(0, I): the start of every ordinary chain, drawn exactly as `DDIMPipeline` draws it.
+
+    Args:
+        truncation_timestep: T' it is made for, 1 or more.
+        sample_size: height and width in pixels.
+        out_channels: image channels.
+        num_components: Gaussians in the mixture; 0 for N(0, I).
+        rank: principal directions of each Gaussian.
+
+    Example:
+        >>> prior = GaussianPrior(truncation_timestep=1000, sample_size=2, out_channels=1)
+        >>> prior(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sample
+        tensor([[[[1., 2.],
+                  [3., 4.]]]])
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        truncation_timestep: int,
+        sample_size: int | tuple[int, int] = 32,
+        out_channels: int = 3,
+        num_components: int = 0,
+        rank: int = 0,
+    ) -> None:
+        super().__init__()
+        require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
+        height, width = _height_width(sample_size)
+        dim, count = out_channels * height * width, max(1, num_components)
+        require(0 <= rank <= dim, "rank", f"be from 0 to {dim}", rank)
+        self.mean = nn.Parameter(torch.zeros(count, dim), requires_grad=False)
+        self.residual_std = nn.Parameter(torch.ones(count), requires_grad=False)
+        self.weight = nn.Parameter(torch.full((count,), 1 / count), requires_grad=False)
+        if rank:
+            self.factor = nn.Parameter(torch.zeros(count, rank, dim), requires_grad=False)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Tensor,
+        truncation_timestep: int,
+        *,
+        labels: Tensor | None = None,
+        rank: int | None = None,
+    ) -> GaussianPrior:
+        """Match the moments of real images; covariances are summed in float64.
+
+        Args:
+            images: x0 in [-1, 1], [N, C, H, W], N ≥ 2.
+            truncation_timestep: T' of the chain it starts.
+            labels: classes, [N] integers: one Gaussian for each class, weighted by its frequency. Each needs two
+                images.
+            rank: principal directions kept; all that the data has by default, at most C·H·W.
+        """
+        require(images.ndim == 4 and len(images) >= 2, "images", "be [N, C, H, W] with N ≥ 2", tuple(images.shape))
+        labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels.cpu()
+        require(len(labels) == len(images), "labels", f"hold {len(images)} classes", len(labels))
+        classes, counts = labels.unique(return_counts=True)
+        require(bool((counts >= 2).all()), "labels", "give every class two images or more", int(counts.min()))
+        dim = images[0].numel()
+        rank = min(dim, int(counts.max()) - 1) if rank is None else rank
+        height, width = images.shape[2:]
+        size = height if height == width else (height, width)
+        prior = cls(
+            truncation_timestep=truncation_timestep,
+            sample_size=size,
+            out_channels=images.shape[1],
+            num_components=len(classes),
+            rank=rank,
+        )
+        for index, label in enumerate(classes):
+            mean, factor, residual_std = _principal_moments(
+                images[(labels == label).to(images.device)].flatten(1), rank
+            )
+            prior.mean[index], prior.residual_std[index] = mean, residual_std
+            prior.weight[index] = counts[index] / len(images)
+            if rank:
+                prior.factor[index] = factor
+        return prior
+
+    @property
+    def nfe(self) -> int:  # type: ignore[override]
+        """Network evaluations: none for N(0, I), one for the linear map of a fitted Gaussian."""
+        return int(self.config.num_components > 0)
+
+    @property
+    def prediction_type(self) -> str:
+        """Fitted moments are those of clean images; N(0, I) is x_T' itself."""
+        return "sample" if self.config.num_components else "noisy_sample"
+
+    @property
+    def latent_dim(self) -> int:
+        """A number for each pixel, one for each principal direction, and one that picks the component of a mixture."""
+        channels, height, width = self.image_shape
+        return channels * height * width + self.config.rank + (self.config.num_components > 1)
+
+    def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
+        """Images of standard normal latents, [B, latent_dim]; [B, C, H, W]."""
+        self._check_latents(latents)
+        images = self._transform(latents) if self.config.num_components else latents
+        images = images.view(-1, *self.image_shape)
+        return PriorOutput(sample=images) if return_dict else (images,)
+
+    def _transform(self, latents: Tensor) -> Tensor:
+        """μ_k + F_kᵀ z + s_k ε' with (k, z, ε') read off the latents; [B, C·H·W]."""
+        rank, num_components = self.config.rank, self.config.num_components
+        choice, codes, noise = latents.split([int(num_components > 1), rank, self.mean.shape[1]], dim=1)
+        component = self._component(choice)
+        images = self.mean[component] + self.residual_std[component, None] * noise
+        if not rank:
+            return images
+        for index in range(num_components):  # one factor at a time: B of them would not fit
+            rows = component == index
+            images[rows] += codes[rows] @ self.factor[index]
+        return images
+
+    def _component(self, choice: Tensor) -> Tensor:
+        """The component whose share of [0, 1] holds Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
+        if not choice.shape[1]:
+            return torch.zeros(len(choice), dtype=torch.long, device=choice.device)
+        cumulative = self.weight.float().cumsum(0)
+        uniform = torch.special.ndtr(choice[:, 0].float()) * cumulative[-1]
+        return torch.searchsorted(cumulative, uniform).clamp(max=len(cumulative) - 1)
+
+
+def smallest_map(sample_size: int | Sequence[int], num_blocks: int) -> tuple[int, int]:
+    """Height and width of the smallest of `num_blocks` maps that each double the one before, up to `sample_size`."""
+    require(num_blocks >= 1, "block_out_channels", "name at least one block", num_blocks)
+    height, width = _height_width(sample_size)
+    factor = 2 ** (num_blocks - 1)
+    require(height % factor == 0 and width % factor == 0, "sample_size", f"be divisible by {factor}", sample_size)
+    return height // factor, width // factor
+
+
+def _height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size that may be one number for both."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
+
+
+def _norm(norm_type: str, channels: int) -> nn.Module:
+    """Batch normalisation, or groups of at most 8 channels."""
+    require(norm_type in ("batch", "group"), "norm_type", "be batch or group", norm_type)
+    return nn.BatchNorm2d(channels) if norm_type == "batch" else nn.GroupNorm(max(1, channels // 8), channels)
+
+
+def _principal_moments(pixels: Tensor, rank: int, chunk_size: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D], scaled principal directions [rank, D] and the standard deviation left out, of pixels [N, D].
+
+    Reference: [Tipping1999].
+    """
+    count, dim = pixels.shape
+    mean = pixels.mean(dim=0, dtype=torch.float64)
+    covariance = torch.zeros(dim, dim, dtype=torch.float64, device=pixels.device)
+    for chunk in pixels.split(chunk_size):
+        centred = chunk.double() - mean
+        covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    variances = variances.clamp(min=0)
+    residual = variances[: dim - rank].sum() / max(1, dim - rank)
+    # The noise of variance `residual` fills the kept directions too.
+    factor = (directions * (variances - residual).clamp(min=0).sqrt()).T[dim - rank :]
+    return mean, factor, residual.sqrt()

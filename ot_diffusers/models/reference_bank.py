@@ -1,0 +1,65 @@
+"""Features of real images, stored with a model so that sampling can be guided towards them."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ..errors import require
+
+
+class ReferenceBank(ModelMixin, ConfigMixin):
+    """A fixed cloud of reference features and the length that makes it unit-sized.
+
+    The features are a parameter without gradient rather than a buffer, so that device placement and offloading treat
+    the bank like any other model.
+
+    Args:
+        num_samples: N, rows of the bank.
+        feature_dim: D.
+        feature_scale: features are divided by it before any transport problem: their median distance for the `scaled`
+            form, 1 for the source's raw features.
+        dataset: name of the data the references come from.
+        data_fingerprint: content hash of that data, the same as the feature network's.
+
+    Example:
+        >>> bank = ReferenceBank.from_features(torch.randn(100, 16), feature_scale=2.0)
+        >>> bank.references().shape
+        torch.Size([100, 16])
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_samples: int = 2000,
+        feature_dim: int = 128,
+        feature_scale: float = 1.0,
+        dataset: str | None = None,
+        data_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        require(num_samples >= 2, "num_samples", "be at least 2 (a distribution, not a point)", num_samples)
+        require(feature_scale > 0, "feature_scale", "be positive", feature_scale)
+        self.features = nn.Parameter(torch.zeros(num_samples, feature_dim), requires_grad=False)
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        *,
+        feature_scale: float = 1.0,
+        dataset: str | None = None,
+        data_fingerprint: str | None = None,
+    ) -> ReferenceBank:
+        """A bank that holds `features`, [N, D], N ≥ 2."""
+        require(features.ndim == 2, "features", "have shape [N, D]", tuple(features.shape))
+        require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
+        bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint)
+        bank.features.data.copy_(features)
+        return bank
+
+    def references(self) -> Tensor:
+        """The cloud in units of `feature_scale`, float32 [N, D]."""
+        return self.features.float() / self.config.feature_scale

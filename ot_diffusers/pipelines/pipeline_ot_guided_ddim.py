@@ -1,0 +1,215 @@
+"""DDIM sampling in which x̂0 is corrected towards the reference distribution during an interval of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..errors import require
+from ..guidance import OTGuidance, check_same_data
+from ..models.feature_extractor import FeatureExtractor
+from ..models.reference_bank import ReferenceBank
+from ..schedules import alpha_sigma, from_original_sample, to_original_sample
+from .call import extra_step_arguments, finish_images, initial_shape
+
+logger = logging.get_logger(__name__)
+
+# The source study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
+SEED_GUIDANCE: dict[str, Any] = {
+    "num_inference_steps": 50,
+    "guidance_scale": 0.5,
+    "num_guidance_steps": 10,
+    "num_correction_steps": 3,
+    "blur": 0.2,
+    "normalize_features": False,
+}
+# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what guidance left in
+# the pixels.
+CLEAN_SHARE = 0.08
+# Below this joint batch the transport problem says little about the distribution.
+SMALL_BATCH = 16
+
+
+class OTGuidedDDIMPipeline(DiffusionPipeline):
+    """Unconditional image generation with optimal-transport guidance.
+
+    At a guided step the scheduler's own x̂0 is formed from the model output, corrected (`OTGuidance`), and turned back
+    into a model output, so that any scheduler and any prediction type takes its usual step from there. Without guidance
+    (scale 0, or no feature network) the images are those of diffusers' `DDIMPipeline`, bit for bit.
+
+    Args:
+        unet: `UNet2DModel`.
+        scheduler: DDIM, DDPM, DPM-Solver++, UniPC or another variance-preserving scheduler; it is kept as it is.
+        feature_extractor: frozen feature network, optional.
+        reference_bank: features of real images by that network, optional.
+
+    Reference: DDIM [Song2021]; the guidance is described in `ot_diffusers.guidance`.
+
+    Example:
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> from ot_diffusers import OTGuidedDDIMPipeline
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(32,), **blocks)
+        >>> pipe = OTGuidedDDIMPipeline(unet, DDIMScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape
+        (2, 8, 8, 1)
+    """
+
+    model_cpu_offload_seq = "unet"
+    _optional_components = ["feature_extractor", "reference_bank"]
+    _exclude_from_cpu_offload = ["feature_extractor", "reference_bank"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        feature_extractor: FeatureExtractor | None = None,
+        reference_bank: ReferenceBank | None = None,
+    ) -> None:
+        super().__init__()
+        if feature_extractor is not None and reference_bank is not None:
+            check_same_data(feature_extractor, reference_bank)
+        self.register_modules(
+            unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, reference_bank=reference_bank
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float = 0.0,
+        guidance_scale: float | None = None,
+        num_guidance_steps: int | None = None,
+        guidance_start_step: int = 0,
+        num_correction_steps: int = 3,
+        blur: float = 0.3,
+        normalize_features: bool = True,
+        use_clipped_model_output: bool | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images.
+
+        Args:
+            batch_size: number of images; they are guided as one joint batch, so that more is better.
+            num_inference_steps: denoising steps.
+            generator: one generator, or a list with one per image.
+            eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
+            guidance_scale: strength of the guidance; a guided step moves a pixel by about `num_correction_steps` · 0.02
+                · `guidance_scale`. 0 is plain sampling; the default is 1 where the pipeline has the parts for it, else
+                0.
+            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step` but the last
+                8%.
+            guidance_start_step: first guided step, counted from the start of the chain.
+            num_correction_steps: Adam steps per guided step.
+            blur: blur of the Sinkhorn divergence, in units of the features' median distance.
+            normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
+            use_clipped_model_output: passed on to `DDIMScheduler.step`.
+            output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]) or `"pt"` ([B, C, H, W] in [0, 1]).
+            return_dict: `False` returns a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": …})` after each step; what it
+                returns under `"latents"` replaces them.
+            callback_on_step_end_tensor_inputs: `["latents"]`.
+
+        Returns:
+            `ImagePipelineOutput` with `images`.
+
+        Raises:
+            InputError: an argument out of range, guidance asked for without the parts, a list of generators of another
+            length.
+        """
+        # 1. Check the inputs.
+        shape = initial_shape(self.unet, batch_size, generator, num_inference_steps, output_type)
+        callback_inputs = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
+        require(
+            set(callback_inputs) <= set(self._callback_tensor_inputs),
+            "callback_on_step_end_tensor_inputs",
+            f"be among {self._callback_tensor_inputs}",
+            callback_inputs,
+        )
+        guidance = self._prepare_guidance(guidance_scale, num_correction_steps, blur, normalize_features)
+        require(guidance_start_step >= 0, "guidance_start_step", "be at least 0", guidance_start_step)
+        if num_guidance_steps is None:
+            num_guidance_steps = max(
+                0, num_inference_steps - max(1, round(CLEAN_SHARE * num_inference_steps)) - guidance_start_step
+            )
+        require(num_guidance_steps >= 0, "num_guidance_steps", "be at least 0", num_guidance_steps)
+        guided_steps = range(guidance_start_step, guidance_start_step + num_guidance_steps) if guidance else range(0)
+        if guidance and batch_size < SMALL_BATCH:
+            logger.warning(
+                f"OT guidance couples the batch; `batch_size` {batch_size} is too small to show it the distribution."
+            )
+
+        # 2. Prepare latents and timesteps.
+        device = self._execution_device
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        step_arguments = extra_step_arguments(
+            self.scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
+        )
+
+        # 3. Denoise.
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_output = self.unet(latents, timestep).sample
+            if guidance and step in guided_steps:
+                model_output = self._guided_output(guidance, model_output, latents, timestep, step)
+            latents = self.scheduler.step(model_output, timestep, latents, **step_arguments).prev_sample
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
+
+        # 4. Return images.
+        images = finish_images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _prepare_guidance(
+        self, guidance_scale: float | None, num_correction_steps: int, blur: float, normalize_features: bool
+    ) -> OTGuidance | None:
+        """The correction that the arguments ask for, None for plain sampling."""
+        complete = self.feature_extractor is not None and self.reference_bank is not None
+        scale = guidance_scale if guidance_scale is not None else float(complete)
+        require(scale >= 0, "guidance_scale", "be at least 0", scale)
+        if scale == 0:
+            return None
+        require(
+            complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
+        )
+        require(
+            getattr(self.scheduler, "init_noise_sigma", 1.0) == 1.0,
+            "scheduler",
+            "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC) for guidance",
+            type(self.scheduler).__name__,
+        )
+        return OTGuidance(
+            self.feature_extractor,
+            self.reference_bank,
+            guidance_scale=scale,
+            num_correction_steps=num_correction_steps,
+            blur=blur,
+            normalize_features=normalize_features,
+        )
+
+    def _guided_output(
+        self, guidance: OTGuidance, model_output: Tensor, latents: Tensor, timestep: Tensor, step: int
+    ) -> Tensor:
+        """The model output that stands for the corrected x̂0, in the scheduler's prediction type."""
+        prediction_type = self.scheduler.config.prediction_type
+        alpha, sigma = alpha_sigma(self.scheduler, timestep, step_index=step)
+        sample = latents.float()
+        pred_original_sample = to_original_sample(model_output.float(), sample, alpha, sigma, prediction_type).clamp(
+            -1, 1
+        )
+        corrected = guidance.correct(pred_original_sample)
+        return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)

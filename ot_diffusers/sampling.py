@@ -1,0 +1,217 @@
+"""Saved pipelines to images: load, sample with one generator per image, write pictures and read them back."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from .errors import InputError, require
+from .features import load_feature_extractor
+from .models.feature_extractor import FeatureExtractor
+from .models.reference_bank import ReferenceBank
+from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
+from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
+from .seeds import keyed_generator
+
+PIPELINES: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (OTGuidedDDIMPipeline, TruncatedPriorPipeline, DDIMPipeline, DDPMPipeline)
+}
+MAX_BATCH_SIZE = 1000
+GRID_NAME = "grid.png"
+GRID_IMAGES = 400
+GRID_TILE = 48
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+# --- Pipelines --------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
+    """The saved pipeline at `path`, ready to sample.
+
+    Args:
+        path: folder or Hub id of an `OTGuidedDDIMPipeline`, a `TruncatedPriorPipeline` or diffusers' `DDIMPipeline` or
+            `DDPMPipeline`. Weights are read as safetensors only; nothing in the folder is executed.
+        features: folder of a `train_features.py` run. Its network and reference bank turn the UNet and scheduler at
+            `path` into an `OTGuidedDDIMPipeline`.
+
+    Raises:
+        InputError: no such pipeline, or feature network and UNet do not fit.
+    """
+    kind = PIPELINES.get(pipeline_class_name(str(path)))
+    require(kind is not None, "pipeline", f"be one of {', '.join(PIPELINES)}", pipeline_class_name(str(path)))
+    assert kind is not None
+    try:
+        pipeline = kind.from_pretrained(str(path), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
+    if features is None:
+        return pipeline
+    require(kind is not TruncatedPriorPipeline, "features", "be left out for a TruncatedPriorPipeline", str(features))
+    network, bank = load_guidance_parts(features)
+    _check_fits(network, pipeline.unet)
+    return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
+
+
+def load_guidance_parts(features: str | Path) -> tuple[FeatureExtractor, ReferenceBank]:
+    """Feature network and reference bank of a `train_features.py` run."""
+    network = load_feature_extractor(str(features))
+    # With `subfolder` on a local folder, diffusers would find the network's weights at the root first.
+    place = {"subfolder": "reference_bank"} if not Path(features).is_dir() else {}
+    path = str(features) if place else str(Path(features) / "reference_bank")
+    try:
+        bank = ReferenceBank.from_pretrained(path, use_safetensors=True, **place)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`features` must hold a network and its `reference_bank`, got {str(features)!r}") from error
+    return network, bank
+
+
+def pipeline_class_name(path: str) -> str:
+    """The `_class_name` in `model_index.json` of a folder or Hub id.
+
+    Raises:
+        InputError: no `model_index.json` there.
+    """
+    folder = Path(path).expanduser()
+    looks_like_path = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+    found = not looks_like_path or (folder / "model_index.json").is_file()
+    require(found, "pipeline", "be a folder with a model_index.json, or a Hub id", path)
+    try:
+        return str(DiffusionPipeline.load_config(str(folder) if looks_like_path else path)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"`pipeline` must be a saved diffusers pipeline, got {path!r} ({_one_line(error)})") from error
+
+
+def _check_fits(network: FeatureExtractor, unet: Any) -> None:
+    wanted = (unet.config.in_channels, unet.config.sample_size)
+    config: Any = network.config
+    found = (config.in_channels, config.sample_size)
+    require(found == wanted, "features", f"take images of (channels, size) {wanted}, as the UNet makes them", found)
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+def sample_images(
+    pipeline: Any, num_images: int, *, batch_size: int | None = None, seed: int = 0, **call_arguments: Any
+) -> Tensor:
+    """Generate images, each from its own generator.
+
+    Image i starts from noise drawn from (`seed`, i) alone. Without guidance it is therefore the same image in any batch
+    (up to rounding in the network, whose kernels depend on the batch size). OT guidance couples the images of a batch:
+    there the batch is part of the result, and the larger it is, the better.
+
+    Args:
+        pipeline: one that `load_pipeline` returns; its own progress bar shows the steps.
+        num_images: N.
+        batch_size: images generated at once, at most; N is cut into equal parts. Default: all, up to 1,000.
+        seed: of the starting noise.
+        call_arguments: passed on to the pipeline, such as `num_inference_steps` and `guidance_scale`.
+
+    Returns:
+        uint8 [N, C, H, W], on the CPU.
+
+    Raises:
+        InputError: an argument out of range, or one that this pipeline does not take.
+    """
+    require(num_images >= 1, "num_images", "be at least 1", num_images)
+    batch_size = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
+    require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
+    require(seed >= 0, "seed", "be at least 0", seed)
+    check_call_arguments(pipeline, call_arguments)
+    batches = []
+    for rows in torch.arange(num_images).tensor_split(math.ceil(num_images / batch_size)):
+        generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
+        pictures = pipeline(batch_size=len(rows), generator=generators, output_type="pil", **call_arguments).images
+        batches.append(torch.stack([_to_tensor(picture) for picture in pictures]))
+    return torch.cat(batches)
+
+
+def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:
+    """Refuse arguments that the pipeline's call does not know, and step counts that no chain has.
+
+    Raises:
+        InputError: naming the argument.
+    """
+    known = inspect.signature(pipeline.__call__).parameters
+    for name, value in call_arguments.items():
+        require(name in known, name, f"be left out for a {type(pipeline).__name__}", value)
+    steps, length = call_arguments.get("num_inference_steps"), pipeline.scheduler.config.num_train_timesteps
+    require(steps is None or 1 <= steps <= length, "num_inference_steps", f"lie in 1 … {length}", steps)
+
+
+def network_calls(pipeline: Any) -> int:
+    """Calls of the denoiser, and of the prior where there is one, per image in the pipeline's last run."""
+    return pipeline.nfe if isinstance(pipeline, TruncatedPriorPipeline) else len(pipeline.scheduler.timesteps)
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def save_images(images: Tensor, folder: str | Path) -> Path:
+    """Write uint8 images [N, C, H, W] as `00000.png`, `00001.png`, … and `grid.png`; returns the grid's path.
+
+    Pictures that an earlier call left in the folder are removed. The grid is near-square, shows the first 400 images at
+    most, and enlarges small ones without smoothing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("[0-9]*.png"):
+        earlier.unlink()
+    for index, image in enumerate(images):
+        _to_picture(image).save(folder / f"{index:05d}.png")
+    shown = images[:GRID_IMAGES]
+    enlargement = max(1, GRID_TILE // max(images.shape[2:]))
+    large = shown.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
+    grid = make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255)
+    _to_picture(grid).save(folder / GRID_NAME)
+    return folder / GRID_NAME
+
+
+def read_images(folder: str | Path, channels: int) -> Tensor:
+    """The pictures of a folder in the order of their names, uint8 [N, C, H, W]; `grid.png` is not one of them.
+
+    Args:
+        folder: what `save_images` wrote, or any folder of pictures of one size.
+        channels: 1 converts to grey, 3 to RGB.
+
+    Raises:
+        InputError: no picture, an unreadable one, or one of another size.
+    """
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = [file for file in files if file.name != GRID_NAME]
+    require(len(files) >= 2, "images", "be a saved pipeline, or a folder with at least 2 pictures", str(folder))
+    images: list[Tensor] = []
+    for file in files:
+        try:
+            with PIL.Image.open(file) as picture:
+                images.append(_to_tensor(picture.convert("L" if channels == 1 else "RGB")))
+        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise InputError(f"`images` must hold readable pictures, got {str(file)!r} ({_one_line(error)})") from error
+        size = tuple(images[0].shape[1:])
+        require(tuple(images[-1].shape[1:]) == size, "images", f"all have size {size}", f"{file.name} of another size")
+    return torch.stack(images)
+
+
+def _to_tensor(picture: PIL.Image.Image) -> Tensor:
+    """A grey or RGB picture as uint8 [C, H, W]."""
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _to_picture(image: Tensor) -> PIL.Image.Image:
+    """uint8 [C, H, W] as a grey or RGB picture."""
+    return PIL.Image.fromarray(image.permute(1, 2, 0).squeeze(-1).cpu().numpy())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,399 @@
+"""Entropic optimal transport between two point clouds, solved in the log domain to a stated accuracy.
+
+Conventions of the whole folder: cost C(x, y) = ½‖x − y‖², temperature eps = blur² (so `blur` is a length, in the units
+of the points), clouds are [N, D], weights are positive and sum to one.
+
+Symbols:
+
+    a, b    weights of the rows and of the columns
+    f, g    dual potentials                              [N], [M]
+    P_ij  = a_i b_j exp((f_i + g_j − C_ij)/eps)          the transport plan
+    r_i   = Σ_j P_ij                                     its row sums, equal to a_i at the solution
+
+The solver follows eps down from the squared diameter to blur². At each level it alternates two kinds of steps on f,
+with g always the exact minimiser given f (so the column sums of P are exact):
+
+    Sinkhorn   f ← f + eps·log(a/r)                                  cheap, linear convergence       [Cuturi2013]
+    Newton     f ← f + eps·(diag(r) − P diag(1/b) Pᵀ)⁺ (a − r)       one N×N solve, quadratic        [Peyre2019, §4.4;
+    here]
+
+Newton on the smaller side is what makes small `blur` affordable: where Sinkhorn needs thousands of passes over the
+plan, a few dozen steps reach machine precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+
+# Above this many entries no N×M tensor is made: costs are recomputed block by block.
+MAX_DENSE_ENTRIES = 2**25
+# Newton factorises a matrix of this size at most; larger problems keep to Sinkhorn steps.
+MAX_NEWTON_SIZE = 2048
+# How far (in `marginal_error`) each temperature is solved before the next: closer, and Newton starts within reach of
+# it.
+LEVEL_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """Dual solution of one entropic transport problem.
+
+    Attributes:
+        f: [N], potential of the first cloud; `f` and `g` are in units of cost.
+        g: [M], potential of the second cloud.
+        marginal_error: ‖r − a‖₁ in [0, 2], how far the row sums of the plan were from their weights when the loop
+            stopped (0-d tensor; for unbalanced problems the change of f over the last step, in units of eps).
+        iterations: passes over the plan.
+    """
+
+    f: Tensor
+    g: Tensor
+    marginal_error: Tensor
+    iterations: int
+
+
+def sinkhorn_potentials(
+    x: Tensor,
+    y: Tensor,
+    *,
+    blur: float,
+    scaling: float = 0.7,
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
+    reach: float | None = None,
+    tolerance: float = 1e-4,
+    max_iterations: int = 500,
+    initial: Potentials | None = None,
+) -> Potentials:
+    """Solve max_{f,g} ⟨a, f⟩ + ⟨b, g⟩ − eps ⟨a⊗b, exp((f⊕g − C)/eps) − 1⟩ (marginals relaxed with `reach`).
+
+    Args:
+        x: [N, D] points. No gradient flows through this function.
+        y: [M, D] points.
+        blur: length; eps = blur².
+        scaling: in (0, 1), ratio of successive blurs on the way down from the diameter (geomloss' meaning).
+        x_weights, y_weights: [N], [M], positive, sum 1; uniform by default.
+        reach: length beyond which mass is rather destroyed than moved (KL penalty of strength reach²); `None` is
+            balanced.
+        tolerance: stop when `marginal_error` falls below it.
+        max_iterations: bound on the passes over the plan.
+        initial: potentials of a similar problem; the descent in eps is then skipped.
+
+    Raises:
+        InputError: shapes, `blur`, `scaling`, `reach` or weights out of range, or points that are not finite.
+
+    Reference: [Cuturi2013]; annealing and unbalanced damping as in [Feydy2019], [Sejourne2019, prop. 7].
+
+    Example:
+        >>> x, y = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+        >>> solution = sinkhorn_potentials(x, y, blur=0.1)
+        >>> (solution.f + solution.g).item()  # ½·5²
+        12.5
+    """
+    check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.detach().to(dtype), y.detach().to(dtype)
+    a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
+    with torch.no_grad(), full_precision(x):
+        return solve(Cost(*centred(x, y)), a, b, blur, scaling, reach, tolerance, max_iterations, initial)
+
+
+def self_potential(
+    x: Tensor,
+    *,
+    blur: float,
+    x_weights: Tensor | None = None,
+    reach: float | None = None,
+    tolerance: float = 1e-5,
+    max_iterations: int = 200,
+) -> Tensor:
+    """The potential f = g of a cloud against itself, [N]; a symmetric problem whose averaged iteration converges fast.
+
+    Reference: [Feydy2019, eq. 25].
+    """
+    check_clouds(x, x, blur=blur, reach=reach)
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    a = normalised_weights(x_weights, x, "x_weights")
+    with torch.no_grad(), full_precision(x):
+        return solve_self(Cost(*centred(x, x)), a, blur, reach, tolerance, max_iterations)
+
+
+class Cost:
+    """½‖x_i − y_j‖² between two clouds, held as one matrix where it fits and recomputed in row blocks where it does
+    not."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+        self._rows = max(1, MAX_DENSE_ENTRIES // len(y))
+        self._matrix = half_squared_distances(x, y) if len(x) <= self._rows else None
+
+    @property
+    def is_dense(self) -> bool:
+        return self._matrix is not None
+
+    @property
+    def T(self) -> Cost:
+        """The same costs seen from the other cloud."""
+        transposed = object.__new__(Cost)
+        transposed.x, transposed.y = self.y, self.x
+        transposed._rows = max(1, MAX_DENSE_ENTRIES // len(self.x))
+        transposed._matrix = self._matrix.T if self._matrix is not None else None
+        return transposed
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Row slices with their [rows, M] costs."""
+        if self._matrix is not None:
+            yield slice(0, len(self.x)), self._matrix
+            return
+        for start in range(0, len(self.x), self._rows):
+            rows = slice(start, start + self._rows)
+            yield rows, half_squared_distances(self.x[rows], self.y)
+
+    def softmin(self, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
+        """−eps log Σ_j b_j exp((g_j − C_ij)/eps), [N]: the best f given g."""
+        scores = log_b + g / eps
+        return torch.cat([-eps * torch.logsumexp(scores - block / eps, dim=1) for _, block in self.blocks()])
+
+    def barycentric_projection(self, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
+        """T(x_i) = Σ_j π_ij y_j with the row-normalised plan π, [N, D]: where each x_i is sent on average."""
+        scores = log_b + g / eps
+        return torch.cat([torch.softmax(scores - block / eps, dim=1) @ self.y for _, block in self.blocks()])
+
+    def diameter(self) -> float:
+        """An upper bound of the largest distance between the clouds, from their bounding box."""
+        low = torch.minimum(self.x.amin(0), self.y.amin(0))
+        high = torch.maximum(self.x.amax(0), self.y.amax(0))
+        return float((high - low).norm())
+
+
+def half_squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """½‖x_i − y_j‖², [N, M], never negative."""
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None, :]
+    return torch.addmm(squares, x, y.T, beta=0.5, alpha=-1).clamp_(min=0)
+
+
+def damping(eps: float, reach: float | None) -> float:
+    """Factor on the softmin for relaxed marginals, 1/(1 + eps/reach²); 1 where mass is conserved."""
+    return 1.0 if reach is None else 1.0 / (1.0 + eps / reach**2)
+
+
+def solve(
+    cost: Cost,
+    a: Tensor,
+    b: Tensor,
+    blur: float,
+    scaling: float,
+    reach: float | None,
+    tolerance: float = 1e-4,
+    max_iterations: int = 500,
+    initial: Potentials | None = None,
+) -> Potentials:
+    """`sinkhorn_potentials` on prepared costs and weights, unchecked: anneal to eps = blur², then converge."""
+    if len(a) > len(b):  # f lives on the smaller side, where Newton is cheap
+        swapped = Potentials(initial.g, initial.f, initial.marginal_error, 0) if initial else None
+        found = solve(cost.T, b, a, blur, scaling, reach, tolerance, max_iterations, swapped)
+        return Potentials(found.g, found.f, found.marginal_error, found.iterations)
+    if initial is None:
+        f, ladder = torch.zeros_like(a), annealing_ladder(cost.diameter(), blur, scaling)
+    else:
+        f, ladder = initial.f.to(a), [blur**2]
+    if reach is not None or not cost.is_dense or len(a) > MAX_NEWTON_SIZE:
+        return _sinkhorn_loop(cost, a, b, f, ladder, reach, tolerance, max_iterations)
+    return _newton_loop(cost, a, b, f, ladder, tolerance, max_iterations)
+
+
+def solve_self(
+    cost: Cost, a: Tensor, blur: float, reach: float | None, tolerance: float = 1e-5, max_iterations: int = 200
+) -> Tensor:
+    """`self_potential` on prepared costs and weights, unchecked."""
+    eps, log_a = blur**2, a.log()
+    f = torch.zeros_like(a)
+    for step in range(max_iterations):
+        update = damping(eps, reach) * cost.softmin(f, log_a, eps)
+        change = (update - f).abs().max() / eps
+        f = (f + update) / 2
+        if step % 5 == 4 and change < tolerance:
+            break
+    return damping(eps, reach) * cost.softmin(f, log_a, eps)
+
+
+def annealing_ladder(diameter: float, blur: float, scaling: float) -> list[float]:
+    """Temperatures from diameter² to blur², each `scaling`² times the one before."""
+    levels = max(0, math.ceil(math.log(blur / max(diameter, blur)) / math.log(scaling)))
+    return [(blur / scaling**level) ** 2 for level in range(levels, -1, -1)]
+
+
+def _sinkhorn_loop(
+    cost: Cost,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    ladder: list[float],
+    reach: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> Potentials:
+    """Alternating (damped) updates; convergence is checked every few passes, where the last temperature is reached."""
+    log_a, log_b, columns = a.log(), b.log(), cost.T
+    error = torch.full((), torch.inf)
+    iterations = 0
+    for level, eps in enumerate(ladder):
+        last = level == len(ladder) - 1
+        factor = damping(eps, reach)
+        while True:
+            g = factor * columns.softmin(f, log_a, eps)
+            update = factor * cost.softmin(g, log_b, eps)
+            change, f = (update - f) / eps, update
+            iterations += 1
+            if not last or iterations >= max_iterations:
+                break
+            if iterations % 5 == 0:
+                # With g fixed, a·(exp(change) − 1) is what the rows of the plan lacked before the update.
+                error = (a * change.expm1()).abs().sum() if reach is None else change.abs().max()
+                if error < tolerance:
+                    break
+    g = factor * columns.softmin(f, log_a, eps)
+    return Potentials(f, g, error, iterations)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """An iterate u = f/eps of the Newton loop, with all that follows from it.
+
+    Attributes:
+        u, v: f/eps [N] and the best g/eps given it [M].
+        plan: [N, M], whose columns sum to b.
+        rows: r, its row sums.
+        dual: ⟨a, u⟩ + ⟨b, v⟩, 0-d.
+        error: ‖r − a‖₁, 0-d.
+    """
+
+    u: Tensor
+    v: Tensor
+    plan: Tensor
+    rows: Tensor
+    dual: Tensor
+    error: Tensor
+
+
+def _evaluate(scaled_cost: Tensor, u: Tensor, a: Tensor, b: Tensor) -> _Point:
+    """One pass over the plan."""
+    scores = (u + a.log())[:, None] - scaled_cost
+    peak = scores.amax(0)
+    plan = scores.sub_(peak).exp_()
+    mass = plan.sum(0)
+    v = -(peak + mass.log())
+    plan.mul_(b / mass)
+    rows = plan.sum(1)
+    return _Point(u, v, plan, rows, a @ u + b @ v, (rows - a).abs().sum())
+
+
+def _newton_loop(
+    cost: Cost, a: Tensor, b: Tensor, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int
+) -> Potentials:
+    """Follow the ladder with Newton steps, at least one a level. The host waits for the device once a step."""
+    (_, matrix), *_ = cost.blocks()
+    iterations = 0
+    for level, eps in enumerate(ladder):
+        enough = tolerance if level == len(ladder) - 1 else LEVEL_TOLERANCE
+        scaled_cost = matrix / eps
+        point = _evaluate(scaled_cost, f / eps, a, b)
+        error = math.inf
+        while error >= enough and iterations < max_iterations:
+            point, error, passes = _improve(scaled_cost, point, a, b)
+            iterations += passes
+        f = eps * point.u
+    return Potentials(f, eps * point.v, point.error, iterations)
+
+
+def _improve(scaled_cost: Tensor, point: _Point, a: Tensor, b: Tensor) -> tuple[_Point, float, int]:
+    """A step to a better point: Newton's where it raises the dual, shortened if need be, else Sinkhorn's.
+
+    Returns the point, its error on the host, and the passes it took.
+    """
+    tiny, rounding = torch.finfo(a.dtype).tiny, torch.finfo(a.dtype).eps
+    sinkhorn_step = a.log() - point.rows.clamp(min=tiny).log()
+    newton_step = _newton_step(point, a, b)
+    step = torch.where(newton_step.isfinite().all(), newton_step, sinkhorn_step)
+    floor = point.dual - 8 * rounding * (1 + point.dual.abs())
+    for attempt, shortening in enumerate((1.0, 0.25, 0.0625), start=1):
+        trial = _evaluate(scaled_cost, point.u + shortening * step, a, b)
+        error, better = torch.stack([trial.error, (trial.dual >= floor).to(a.dtype)]).tolist()
+        if better:
+            return trial, error, attempt
+    trial = _evaluate(scaled_cost, point.u + sinkhorn_step, a, b)
+    return trial, trial.error.item(), 4
+
+
+def _newton_step(point: _Point, a: Tensor, b: Tensor) -> Tensor:
+    """Ascent direction of the semi-dual, from the Hessian diag(r) − P diag(1/b) Pᵀ scaled to a unit diagonal.
+
+    The constant vector, along which the dual does not change, is filled by r rᵀ; a ridge covers clusters that exchange
+    no mass. Not finite where a row has lost its mass.
+    """
+    root = point.rows.sqrt()
+    flow = point.plan * b.rsqrt() / root[:, None]
+    hessian = torch.outer(root, root).sub_(flow @ flow.T).double()
+    hessian.diagonal().add_(1 + 4 * torch.finfo(a.dtype).eps)
+    factor, _ = torch.linalg.cholesky_ex(hessian)
+    gradient = ((a - point.rows) / root).double()[:, None]
+    return torch.cholesky_solve(gradient, factor)[:, 0].to(a.dtype) / root
+
+
+def check_clouds(
+    x: Tensor,
+    y: Tensor,
+    *,
+    blur: float,
+    scaling: float = 0.7,
+    reach: float | None = None,
+    names: tuple[str, str] = ("x", "y"),
+) -> None:
+    """Refuse what has no transport problem: wrong shapes, empty or non-finite clouds, lengths that are not positive."""
+    for name, cloud in zip(names, (x, y), strict=True):
+        require(cloud.ndim == 2, name, "be a cloud of shape [N, D]", tuple(cloud.shape))
+        require(len(cloud) > 0, name, "hold at least one point", tuple(cloud.shape))
+        require(cloud.is_floating_point(), name, "be a floating-point tensor", cloud.dtype)
+        require(bool(cloud.isfinite().all()), name, "be finite", "NaN or Inf")
+    require(x.shape[1] == y.shape[1], names[1], f"have {x.shape[1]} coordinates like `{names[0]}`", tuple(y.shape))
+    require(x.device == y.device, names[1], f"be on {x.device} like `{names[0]}`", str(y.device))
+    require(0 < blur < math.inf, "blur", "be a positive length", blur)
+    require(0 < scaling < 1, "scaling", "lie strictly between 0 and 1", scaling)
+    require(reach is None or 0 < reach < math.inf, "reach", "be a positive length or None", reach)
+
+
+def normalised_weights(weights: Tensor | None, points: Tensor, name: str) -> Tensor:
+    """`weights` in the dtype of `points`, uniform if None; they must be positive and sum to one."""
+    if weights is None:
+        return points.new_full((len(points),), 1 / len(points))
+    require(weights.shape == (len(points),), name, f"have shape ({len(points)},)", tuple(weights.shape))
+    weights = weights.detach().to(points)
+    require(bool((weights > 0).all()), name, "be positive", weights.min().item())
+    require(abs(weights.sum().item() - 1) < 1e-3, name, "sum to 1", weights.sum().item())
+    return weights / weights.sum()
+
+
+def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both clouds moved so that `y` has mean zero: costs stay the same, rounding shrinks."""
+    mean = y.mean(0)
+    return x - mean, y - mean
+
+
+@contextmanager
+def full_precision(points: Tensor) -> Iterator[None]:
+    """Neither autocast nor TF32 inside: their rounding of the costs is larger than a typical eps."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device_type=points.device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

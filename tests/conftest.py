@@ -1,0 +1,30 @@
+"""Shared by all tests: no network, no traces outside temporary folders, real data sets where they are at hand."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before any test module imports the libraries that read these; commands started by tests inherit them.
+_CACHE = tempfile.TemporaryDirectory(prefix="ot_diffusers_tests_")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# No time limit per example, as a busy machine is not an error; the same examples in every run.
+settings.register_profile("ot_diffusers", deadline=None, derandomize=True)
+settings.load_profile("ot_diffusers")
+
+
+@pytest.fixture(scope="session")
+def real_datasets() -> Path:
+    """The folder that holds `mnist/` and `cifar10/` in their Hub layouts; the test is skipped where there is none."""
+    folder = os.environ.get("OT_DIFFUSERS_DATASETS")
+    if not folder:
+        pytest.skip("OT_DIFFUSERS_DATASETS names no folder with mnist/ and cifar10/")
+    return Path(folder)

@@ -1,0 +1,295 @@
+"""The command line end to end on tiny pipelines, and its answer to bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
+from ot_diffusers.config import OTConfig
+from ot_diffusers.data import load_images
+from ot_diffusers.demo import run_demo
+from ot_diffusers.errors import InputError
+from ot_diffusers.launch import SCRIPTS, training_command
+from ot_diffusers.sampling import load_pipeline, read_images, sample_images, save_images
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained UNet of one block for the digits, saved as diffusers does."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pipeline")
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def make_features(folder: Path, fingerprint: str, seed: int) -> Path:
+    """What train_features.py leaves in its folder, untrained."""
+    torch.manual_seed(seed)
+    origin = {"dataset": "digits", "data_fingerprint": fingerprint}
+    network = ConvFeatureExtractor(sample_size=8, feature_dim=16, block_out_channels=(4, 8), **origin)
+    network.save_pretrained(folder)
+    features = network.extract(torch.rand(40, 1, 8, 8) * 2 - 1)
+    ReferenceBank.from_features(features, feature_scale=0.1, **origin).save_pretrained(folder / "reference_bank")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_features(tmp_path_factory.mktemp("features"), load_images("digits", "train").fingerprint, seed=0)
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_features(tmp_path_factory.mktemp("evaluator"), load_images("digits", "train").fingerprint, seed=1)
+
+
+def run(*arguments: object) -> int:
+    """Exit status of the command line."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "ot", "--help"], ["sample", "--help"]]
+)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from ot_diffusers.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit as leaving: assert leaving.code == 0\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'accelerate', 'datasets', 'matplotlib', 'sklearn'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "usage: ot-diffusers" in finished.stdout
+
+
+def test_help_of_a_script_shows_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("train", "ot", "--help")
+    shown = capsys.readouterr().out
+    assert all(f"\n  {field.name}=" in shown for field in dataclasses.fields(OTConfig))
+    assert "dataset=digits" in shown
+
+
+# Arguments, and what the one line must hold: the argument and the offending value.
+BAD_INPUT = {
+    "unknown command": ("paint", "paint"),
+    "no command": ("", "COMMAND"),
+    "unknown script": ("train prios", "prios"),
+    "unknown key, nearest match": ("train ot ot_wieght=1", "'ot_weight'"),
+    "key without value": ("train ot ot_weight", "ot_weight"),
+    "negative weight": ("train ot ot_weight=-1", "-1.0"),
+    "negative blur": ("train ot blur=-0.2", "blur"),
+    "one reference": ("train ot num_reference_samples=1", "num_reference_samples"),
+    "not a number": ("train baseline learning_rate=fast", "'fast'"),
+    "unknown prediction type": ("train baseline prediction_type=eps", "'eps'"),
+    "missing configuration": ("train ot --config nowhere.yaml", "nowhere.yaml"),
+    "missing accelerate configuration": ("train ot --accelerate-config nowhere.yaml", "nowhere.yaml"),
+    "no process": ("train ot --num-processes 0", "num_processes"),
+    "missing pipeline": ("sample ./nowhere --output {new}", "./nowhere"),
+    "not a pipeline": ("sample {features} --output {new}", "model_index.json"),
+    "no images": ("sample {pipeline} --num-images 0 --output {new}", "num_images"),
+    "not a count": ("sample {pipeline} --num-images many --output {new}", "many"),
+    "empty batch": ("sample {pipeline} --batch-size 0 --output {new}", "batch_size"),
+    "negative seed": ("sample {pipeline} --seed -1 --output {new}", "seed"),
+    "more steps than the chain": ("sample {pipeline} --num-inference-steps 1001 --output {new}", "1001"),
+    "guidance without parts": ("sample {pipeline} --guidance-scale 1 --output {new}", "guidance_scale"),
+    "negative guidance": ("sample {pipeline} --features {features} --guidance-scale -1 --output {new}", "-1"),
+    "missing features": ("sample {pipeline} --features ./nowhere --output {new}", "./nowhere"),
+    "features of another size": ("sample {pipeline} --features {wide} --output {new}", "(1, 16)"),
+    "unknown device": ("sample {pipeline} --device tpu9 --output {new}", "tpu9"),
+    "used output folder": ("sample {pipeline} --output {used}", "output"),
+    "output is a file": ("sample {pipeline} --output {used}/file.txt --overwrite", "file.txt"),
+    "unknown option": ("sample {pipeline} --colour red", "--colour"),
+    "missing data set": ("evaluate {pipeline} --dataset ./nowhere --evaluator {features}", "./nowhere"),
+    "no evaluator": ("evaluate {pipeline} --dataset digits", "--evaluator"),
+    "missing evaluator": ("evaluate {pipeline} --dataset digits --evaluator ./nowhere", "./nowhere"),
+    "evaluator of another data set": ("evaluate {pipeline} --dataset digits --evaluator {other}", "digits"),
+    "folder without images": ("evaluate {used} --dataset digits --evaluator {features}", "used"),
+    "used results": ("evaluate {pipeline} --dataset digits --evaluator {features} --output {used}/file.txt", "output"),
+    "too many samples": ("evaluate {pipeline} --dataset digits --evaluator {features} --num-samples 9999", "9999"),
+    "demo into a used folder": ("demo --output {used}", "used"),
+    "demo with a negative seed": ("demo --seed -1 --output {new}", "seed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2_and_writes_nothing(
+    case: str, pipeline: Path, features: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line, expected = BAD_INPUT[case]
+    used, new = tmp_path / "used", tmp_path / "new"
+    used.mkdir()
+    (used / "file.txt").write_text("mine")
+    folders = {"pipeline": pipeline, "features": features, "used": used, "new": new}
+    if "{other}" in line:
+        folders["other"] = make_features(tmp_path / "other", "another fingerprint", seed=2)
+    if "{wide}" in line:
+        ConvFeatureExtractor(sample_size=16, feature_dim=16).save_pretrained(tmp_path / "wide")
+        bank = ReferenceBank.from_features(torch.rand(4, 16))
+        bank.save_pretrained(tmp_path / "wide" / "reference_bank")
+        folders["wide"] = tmp_path / "wide"
+
+    status = run(*line.format(**folders).split())
+
+    captured = capfd.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    assert expected in captured.err
+    assert not new.exists()
+    assert [file.name for file in used.iterdir()] == ["file.txt"] and (used / "file.txt").read_text() == "mine"
+
+
+def test_sample_writes_pictures_and_a_grid(pipeline: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "samples"
+    options = ("--num-images", 5, "--num-inference-steps", 2, "--output", output)
+    assert run("sample", pipeline, *options) == 0
+    assert capfd.readouterr().out.strip() == str(output / "grid.png")
+    assert sorted(file.name for file in output.iterdir()) == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
+    assert PIL.Image.open(output / "00000.png").size == (8, 8)
+    # Three columns and two rows of 48 pixels, and 2 pixels around each.
+    assert PIL.Image.open(output / "grid.png").size == (3 * 50 + 2, 2 * 50 + 2)
+
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert run("sample", pipeline, *options) == 2
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    assert run("sample", pipeline, *options[2:], "--num-images", 2, "--overwrite") == 0
+    assert len(list(output.iterdir())) == 3
+
+
+def test_image_i_is_the_same_in_any_batch(pipeline: Path) -> None:
+    pipe = load_pipeline(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    together, one_by_one, first = (
+        sample_images(pipe, count, batch_size=size, seed=3, num_inference_steps=5).int()
+        for count, size in ((7, None), (7, 1), (4, 3))
+    )
+    # One grey level: kernels for other batch sizes round differently, which may tip a value over a half.
+    assert (together - one_by_one).abs().max() <= 1
+    assert (together[:4] - first).abs().max() <= 1
+    assert (together[0] - together[1]).abs().max() > 10
+    assert (sample_images(pipe, 7, seed=4, num_inference_steps=5).int() - together).abs().max() > 10
+
+
+def test_features_turn_a_plain_pipeline_into_a_guided_one(pipeline: Path, features: Path) -> None:
+    plain, guided = load_pipeline(pipeline), load_pipeline(pipeline, features)
+    for pipe in (plain, guided):
+        pipe.set_progress_bar_config(disable=True)
+    expected = sample_images(plain, 20, num_inference_steps=3)
+    assert torch.equal(sample_images(guided, 20, num_inference_steps=3, guidance_scale=0), expected)
+    assert not torch.equal(sample_images(guided, 20, num_inference_steps=3), expected)
+
+
+def test_pictures_come_back_as_they_were_written(tmp_path: Path) -> None:
+    for channels in (1, 3):
+        images = torch.randint(0, 256, (4, channels, 8, 8), dtype=torch.uint8)
+        save_images(images, tmp_path / str(channels))
+        assert torch.equal(read_images(tmp_path / str(channels), channels), images)
+    PIL.Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "1" / "00004.png")
+    with pytest.raises(InputError, match=r"00004\.png of another size"):
+        read_images(tmp_path / "1", 1)
+
+
+def test_evaluate_prints_the_table_and_writes_the_same_numbers(
+    pipeline: Path, evaluator: Path, features: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.json"
+    command = ("evaluate", pipeline, "--dataset", "digits", "--evaluator", evaluator, "--num-samples", 40)
+    options = ("--num-inference-steps", 2, "--features", features, "--guidance-scale", 0.5)
+    assert run(*command, *options, "--output", file) == 0
+    assert "real vs real" in capfd.readouterr().out
+    results = json.loads(file.read_text())
+    (arm,) = results["arms"].values()
+    assert results["num_samples"] == 40 and arm["nfe"] == 2
+    # Noise from an untrained network is further from the digits than digits are.
+    assert arm["metrics"]["frechet_distance"] > results["floor"]["metrics"]["frechet_distance"]
+    assert results["provenance"]["sampling"] == {"num_inference_steps": 2, "guidance_scale": 0.5}
+    assert run(*command, *options, "--output", file) == 2
+
+
+def test_evaluate_takes_a_folder_of_images(evaluator: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    test = load_images("digits", "test")
+    save_images(test.pixels, tmp_path / "copies")
+    assert run("evaluate", tmp_path / "copies", "--dataset", "digits", "--evaluator", evaluator, "--json") == 0
+    results = json.loads(capfd.readouterr().out)
+    assert results["num_samples"] == len(test)
+    metrics = results["arms"]["copies"]["metrics"]
+    # The test images themselves: 0, up to the matrix square root of float64 covariances.
+    assert metrics["recall_distance"] == 0 and abs(metrics["frechet_distance"]) < 1e-6
+
+
+def test_training_commands_are_those_of_the_readme() -> None:
+    _, script, *arguments = training_command("ot", ["max_train_steps=5"], config="digits/ot.yaml")
+    assert Path(script).name == SCRIPTS["ot"][0] and Path(script).is_file()
+    assert arguments[0] == "--config" and Path(arguments[1]).is_file() and arguments[2:] == ["max_train_steps=5"]
+    several = training_command("ot", num_processes=2)
+    assert several[1:3] == ["-m", "accelerate.commands.launch"] and "--num_processes=2" in several
+
+
+def test_two_processes_are_one_run(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    short = ("max_train_steps=1", "num_reference_samples=8", "report_to=none", f"output_dir={output}")
+    assert run("train", "features", "--num-processes", 2, *short) == 0
+    assert json.loads((output / "run.json").read_text())["num_processes"] == 2
+
+
+def test_train_passes_on_the_exit_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file.txt").write_text("mine")
+    assert run("train", "features", f"output_dir={used}") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: `output_dir`") and error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from")  # 32 images say little, which is not the point here
+def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "announce": lines.append}
+    results = run_demo(tmp_path / "demo", **short)
+    assert list(results["arms"]) == ["baseline", "OT-trained", "OT-guided", "source guidance"]
+    assert json.loads((tmp_path / "demo" / "results.json").read_text())["arms"].keys() == results["arms"].keys()
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page.split("Provenance")[0]
+
+    lines.clear()
+    again = run_demo(tmp_path / "demo", **short)
+    assert [line for line in lines if line.startswith("train")] == [
+        "train the feature network and the evaluator: done before",
+        "train the baseline and the OT model: done before",
+    ]
+    assert {arm: entry["metrics"] for arm, entry in again["arms"].items()} == {
+        arm: entry["metrics"] for arm, entry in results["arms"].items()
+    }
+    with pytest.raises(InputError, match="output"):
+        run_demo(tmp_path / "demo", seed=1, **short)
+
+
+def test_demo_shows_the_end_of_the_log_of_a_script_that_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match=r"training 'features' failed:\n +error: `train_batch_size` must"):
+        run_demo(tmp_path / "demo", overrides=("train_batch_size=5000",), announce=lambda line: None)

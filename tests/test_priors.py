@@ -1,0 +1,255 @@
+"""Priors: the Gaussian against its closed form, the networks against their contracts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+
+from ot_diffusers.errors import InputError
+from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
+from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
+from ot_diffusers.schedules import alpha_sigma, truncated_scheduler
+
+LEVEL = alpha_sigma(truncated_scheduler(DDIMScheduler(), 300), 299)
+
+
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _data(count: int = 40, seed: int = 0) -> torch.Tensor:
+    """Correlated images [count, 1, 2, 3] in [-1, 1]."""
+    mixing = torch.randn(6, 6, generator=_seeded(99))
+    return (torch.randn(count, 6, generator=_seeded(seed)) @ mixing / 3).tanh().view(count, 1, 2, 3)
+
+
+def _generator(**options) -> PriorGenerator:
+    torch.manual_seed(0)
+    return PriorGenerator(
+        **{"truncation_timestep": 300, "sample_size": 8, "out_channels": 1, "latent_dim": 5, **options}
+    ).eval()
+
+
+def _small(**options) -> PriorGenerator:
+    return _generator(block_out_channels=(16, 8), **options)
+
+
+PRIORS = {
+    "standard": lambda: GaussianPrior(truncation_timestep=300, sample_size=(2, 3), out_channels=1),
+    "gaussian": lambda: GaussianPrior.from_images(_data(), 300),
+    "low rank": lambda: GaussianPrior.from_images(_data(), 300, rank=2),
+    "mixture": lambda: GaussianPrior.from_images(_data(), 300, labels=torch.arange(40) % 3, rank=2),
+    "generator": _small,
+    "direct": lambda: _small(prediction_type="noisy_sample"),
+    "group": lambda: _small(norm_type="group"),
+}
+
+
+@pytest.fixture(params=PRIORS)
+def prior(request):
+    return PRIORS[request.param]()
+
+
+def _affine_map(prior: GaussianPrior) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset [D] and matrix [latents, D] of a single Gaussian, read off zero and basis latents."""
+    offset = prior(torch.zeros(1, prior.latent_dim)).sample.flatten()
+    return offset, prior(torch.eye(prior.latent_dim)).sample.flatten(1) - offset
+
+
+def test_gaussian_has_the_moments_of_the_data():
+    """x = μ + Fᵀz with FᵀF the sample covariance."""
+    data = _data().flatten(1)
+    offset, matrix = _affine_map(PRIORS["gaussian"]())
+    # Stored in float32, values near 1.
+    torch.testing.assert_close(offset, data.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(matrix.T @ matrix, data.T.cov(), rtol=0, atol=2e-6)
+
+
+def test_low_rank_keeps_the_leading_directions_and_the_total_variance():
+    covariance = _data().flatten(1).T.cov()
+    variances, directions = torch.linalg.eigh(covariance)
+    _, matrix = _affine_map(PRIORS["low rank"]())
+    ours = matrix.T @ matrix
+    # Float32 round-off of the products.
+    torch.testing.assert_close(ours.trace(), covariance.trace(), rtol=1e-5, atol=0)
+    for index in (-1, -2):
+        explained = directions[:, index] @ ours @ directions[:, index]
+        torch.testing.assert_close(explained, variances[index], rtol=1e-4, atol=0)
+
+
+def test_fewer_images_than_pixels_still_give_their_covariance():
+    data = _data(4)
+    _offset, matrix = _affine_map(GaussianPrior.from_images(data, 300))
+    torch.testing.assert_close(matrix.T @ matrix, data.flatten(1).T.cov(), rtol=0, atol=2e-6)
+
+
+def test_mixture_has_the_mean_and_the_share_of_each_class():
+    """Three point masses at −1, 0 and 1 with shares 1/2, 1/3 and 1/6."""
+    labels = torch.tensor([0, 0, 0, 1, 1, 2]).repeat(2)
+    images = (labels - 1.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    samples = GaussianPrior.from_images(images, 10, labels=labels)
+    prior = samples(randn_tensor((6000, samples.latent_dim), generator=_seeded())).sample
+    # Every draw is one of the classes, to float32.
+    torch.testing.assert_close(prior, prior.round(), rtol=0, atol=1e-6)
+    shares = torch.bincount(prior[:, 0, 0, 0].round().long() + 1) / 6000
+    # Binomial standard deviation √(.25/6000) = .0065; four of them.
+    torch.testing.assert_close(shares, torch.tensor([1 / 2, 1 / 3, 1 / 6]), rtol=0, atol=0.026)
+
+
+def test_diffused_gaussian_has_the_moments_of_the_truncated_set():
+    """x_T' = α x0 + σ ε: mean α μ, covariance α² Σ + σ² I."""
+    alpha, sigma = LEVEL
+    data = _data().flatten(1)
+    samples = PRIORS["gaussian"]().sample(20_000, *LEVEL, generator=_seeded()).flatten(1)
+    # Variances are near 1: standard errors 1/√20000 = .007 and, for the covariance, .01; four of each.
+    torch.testing.assert_close(samples.mean(0), alpha * data.mean(0), rtol=0, atol=0.03)
+    expected = alpha**2 * data.T.cov() + sigma**2 * torch.eye(6)
+    torch.testing.assert_close(samples.T.cov(), expected, rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_standard_gaussian_draws_what_a_pipeline_draws(batch_size):
+    prior = GaussianPrior(truncation_timestep=1000, sample_size=8, out_channels=3)
+    assert torch.equal(
+        prior.sample(batch_size, *LEVEL, generator=_seeded(5)),
+        randn_tensor((batch_size, 3, 8, 8), generator=_seeded(5)),
+    )
+    assert prior.nfe == 0
+
+
+def test_one_generator_per_image_makes_images_independent_of_the_batch(prior):
+    together = prior.sample(5, *LEVEL, generator=[_seeded(seed) for seed in range(5)])
+    for seed in (0, 3):
+        alone = prior.sample(1, *LEVEL, generator=[_seeded(seed)])
+        # Matrix products of another batch size sum in another order: float32 round-off of values near 1.
+        torch.testing.assert_close(alone[0], together[seed], rtol=0, atol=1e-5)
+
+
+def test_saved_prior_loads_the_same(prior, tmp_path):
+    prior.save_pretrained(tmp_path)
+    restored = type(prior).from_pretrained(tmp_path)
+    saved, loaded = (json.loads(model.to_json_string()) for model in (prior, restored))
+    assert loaded == saved | {"_name_or_path": str(tmp_path)}
+    assert [p.requires_grad for p in restored.parameters()] == [p.requires_grad for p in prior.parameters()]
+    for name, tensor in prior.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor), name
+    assert type(prior).from_config(prior.config).image_shape == prior.image_shape
+    latents = torch.randn(2, prior.latent_dim, generator=_seeded())
+    # Memory-mapped weights may be aligned differently, which changes the order of sums.
+    torch.testing.assert_close(restored(latents).sample, prior(latents).sample, rtol=0, atol=1e-5)
+
+
+def test_dtype_moves_and_return_types(prior):
+    prior = prior.to(torch.bfloat16)
+    latents = torch.randn(2, prior.latent_dim, dtype=torch.bfloat16)
+    images = prior(latents).sample
+    assert images.dtype == torch.bfloat16
+    assert torch.equal(prior(latents, return_dict=False)[0], images)
+    assert prior.sample(2, *LEVEL).dtype == torch.bfloat16
+
+
+def test_latents_of_another_width_are_refused(prior):
+    with pytest.raises(InputError, match=f"`latents` must have shape .B, {prior.latent_dim}"):
+        prior(torch.zeros(2, prior.latent_dim + 1))
+
+
+def test_gaussian_parameters_are_frozen():
+    assert not any(parameter.requires_grad for parameter in PRIORS["mixture"]().parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "widths"), [(8, (16, 8)), (28, (16, 8, 4)), (32, (16, 8, 8, 4)), ((12, 20), (8, 8, 4)), (4, (8,))]
+)
+def test_generator_encoder_and_discriminator_fit_any_size(size, widths):
+    generator = _generator(sample_size=size, block_out_channels=widths, out_channels=3)
+    images = generator(torch.randn(2, 5)).sample
+    assert images.shape[1:] == generator.image_shape
+    posterior = PriorEncoder(sample_size=size, latent_dim=5, block_out_channels=widths)(images)
+    assert generator(posterior.sample()).sample.shape == images.shape
+    assert PriorDiscriminator(sample_size=size, block_out_channels=widths)(images).shape == (2,)
+
+
+def test_only_clean_images_are_bounded():
+    latents = 30 * torch.randn(8, 5, generator=_seeded())
+    assert _small()(latents).sample.abs().max() <= 1
+    direct = _small(prediction_type="noisy_sample")
+    torch.testing.assert_close(direct(latents).sample.tanh(), _small()(latents).sample, rtol=0, atol=0)
+
+
+def test_both_forms_have_the_same_parameters():
+    counts = {sum(p.numel() for p in _small(prediction_type=kind).parameters()) for kind in ("sample", "noisy_sample")}
+    assert len(counts) == 1
+
+
+def test_gradients_reach_the_generator_through_the_diffused_sample():
+    prior = _small()
+    prior.sample(4, *LEVEL, generator=_seeded()).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in prior.parameters())
+
+
+def test_group_norm_makes_training_independent_of_the_batch():
+    prior = _small(norm_type="group").train()
+    latents = torch.randn(6, 5, generator=_seeded())
+    # Matrix products of another batch size: float32 round-off of values below 1.
+    torch.testing.assert_close(prior(latents[:1]).sample, prior(latents).sample[:1], rtol=0, atol=1e-5)
+
+
+def test_spectral_norm_bounds_each_layer_and_survives_saving(tmp_path):
+    torch.manual_seed(0)
+    discriminator = PriorDiscriminator(sample_size=8, in_channels=1, block_out_channels=(16, 8))
+    for _ in range(30):  # one power iteration each
+        discriminator(torch.randn(2, 1, 8, 8))
+    discriminator.eval()
+    # The power iteration has converged to a few digits.
+    assert torch.linalg.matrix_norm(discriminator.head.weight, 2).item() == pytest.approx(1, rel=1e-3)
+    for layer in discriminator.blocks:
+        if hasattr(layer, "weight"):
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-2)
+    discriminator.save_pretrained(tmp_path)
+    images = torch.randn(3, 1, 8, 8, generator=_seeded())
+    restored = PriorDiscriminator.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(restored(images), discriminator(images), rtol=0, atol=1e-5)  # as for the priors
+
+
+def test_encoder_survives_saving_and_samples_its_posterior(tmp_path):
+    torch.manual_seed(0)
+    encoder = PriorEncoder(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(16, 8)).eval()
+    encoder.save_pretrained(tmp_path)
+    images = torch.randn(1, 1, 8, 8, generator=_seeded())
+    posterior = PriorEncoder.from_pretrained(tmp_path)(images)
+    torch.testing.assert_close(posterior.mean, encoder(images).mean, rtol=0, atol=1e-5)
+    draws = torch.cat([posterior.sample(_seeded(seed)) for seed in range(2000)])
+    # Standard errors with 2,000 draws of a standard deviation near 1: .022 and 1.6%; four of each.
+    torch.testing.assert_close(draws.mean(0), posterior.mean[0], rtol=0, atol=0.09)
+    torch.testing.assert_close(draws.std(0), (posterior.log_variance[0] / 2).exp(), rtol=0.064, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"sample_size": 30, "block_out_channels": (8, 8, 8)}, "sample_size"),
+        ({"block_out_channels": ()}, "block_out_channels"),
+        ({"prediction_type": "epsilon"}, "prediction_type"),
+        ({"norm_type": "layer"}, "norm_type"),
+        ({"latent_dim": 0}, "latent_dim"),
+        ({"truncation_timestep": 0}, "truncation_timestep"),
+    ],
+)
+def test_bad_generator_options_are_refused(options, argument):
+    with pytest.raises(InputError, match=f"`{argument}`"):
+        PriorGenerator(**{"truncation_timestep": 10, **options})
+
+
+def test_bad_data_for_the_gaussian_is_refused():
+    for options, argument in (
+        ({"images": torch.zeros(1, 1, 2, 2)}, "images"),
+        ({"images": torch.zeros(4, 1, 2, 2), "labels": torch.tensor([0, 0, 0, 1])}, "labels"),
+        ({"images": torch.zeros(4, 1, 2, 2), "labels": torch.zeros(3)}, "labels"),
+        ({"images": torch.zeros(4, 1, 2, 2), "rank": 5}, "rank"),
+    ):
+        with pytest.raises(InputError, match=f"`{argument}`"):
+            GaussianPrior.from_images(truncation_timestep=10, **options)

@@ -1,0 +1,295 @@
+"""Tables, plots and the report from a small, complete `results.json`; intervals and stress tests in closed form."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+
+from ot_diffusers.errors import InputError
+from ot_diffusers.evaluation import plots, report, stress
+from ot_diffusers.evaluation.intervals import holm, paired_difference
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    def arm(frechet: float, precision: float, rank: float) -> dict[str, Any]:
+        metrics = {"frechet_distance": frechet, "precision": precision, "effective_rank": rank}
+        return {"metrics": metrics, "nfe": 50, "seconds": 1.5, "description": "A <b> & c"}
+
+    return {
+        "title": "Digits & <friends>",
+        "dataset": "digits",
+        "extractor": {"name": "evaluator", "feature_dim": 128, "test_accuracy": 0.987},
+        "num_samples": 1000,
+        "arms": {
+            "baseline": arm(0.0062, 0.8, 30.0),
+            "OT-trained": arm(0.00591, 0.9, 45.0),
+            "mine": arm(0.0015, 0.7, 39.0),
+        },
+        "floor": {"metrics": {"frechet_distance": 0.0007, "precision": 0.95, "effective_rank": 40.0}},
+        "provenance": {"commit": None, "packages": {"torch": "2.14"}, "config": {"blur": 0.2}},
+    }
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (0.0012, "0.00120"),
+            (0.99951, "1.00"),
+            (12.345, "12.3"),
+            (123.4, "123"),
+            (12345.6, "12346"),
+            (1.234e7, "1.23e+07"),
+            (-0.5, "-0.500"),
+            (0.0, "0.00"),
+            (50, "50"),
+            (None, "–"),
+        ],
+    )
+    def test_three_significant_digits(self, value: float | None, text: str) -> None:
+        assert report.format_number(value) == text
+
+    def test_best_follows_the_direction(self, results: dict[str, Any]) -> None:
+        assert report.best_arms(results, "frechet_distance") == {"mine"}
+        assert report.best_arms(results, "precision") == {"OT-trained"}
+        assert report.best_arms(results, "effective_rank") == {"mine"}  # 39 is nearest to the floor's 40
+
+    def test_values_that_print_alike_tie(self, results: dict[str, Any]) -> None:
+        results["arms"]["baseline"]["metrics"]["frechet_distance"] = 0.0015001
+        assert report.best_arms(results, "frechet_distance") == {"mine", "baseline"}
+
+    def test_nothing_is_best_alone_or_without_its_floor(self, results: dict[str, Any]) -> None:
+        del results["floor"]
+        assert report.best_arms(results, "effective_rank") == set()
+        results["arms"] = {"mine": results["arms"]["mine"]}
+        assert report.best_arms(results, "frechet_distance") == set()
+
+
+class TestTables:
+    def test_markdown(self, results: dict[str, Any]) -> None:
+        lines = report.markdown_table(results, ["frechet_distance", "precision"]).splitlines()
+        assert lines == [
+            "|  | Fréchet\N{NO-BREAK SPACE}↓ | Precision\N{NO-BREAK SPACE}↑ | NFE | seconds |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            "| baseline | 0.00620 | 0.800 | 50 | 1.50 |",
+            "| OT-trained | 0.00591 | **0.900** | 50 | 1.50 |",
+            "| mine | **0.00150** | 0.700 | 50 | 1.50 |",
+            "| real vs real | 0.000700 | 0.950 | – | – |",
+        ]
+
+    def test_text_columns_line_up(self, results: dict[str, Any]) -> None:
+        lines = report.text_table(results).splitlines()
+        ends = [[match.end() for match in re.finditer(r"\d\b(?=[* ]|$)", line)] for line in lines[2:5]]
+        assert ends[0] == ends[1] == ends[2]
+        assert "0.00150*" in lines[4]
+
+    def test_refuses_results_without_arms(self) -> None:
+        with pytest.raises(InputError, match="`results` must hold at least one arm"):
+            report.text_table({"title": "x"})
+
+
+class Links(HTMLParser):
+    """Collects what a page would load, and checks that elements nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.targets += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+class TestReport:
+    def test_is_self_contained_escaped_and_complete(self, results: dict[str, Any], tmp_path: Path) -> None:
+        picture = plots.bars(results, "frechet_distance", tmp_path / "bars.png")
+        page = report.write_report(results, {"Bars & more": picture}, tmp_path / "new" / "report.html").read_text(
+            "utf-8"
+        )
+        links = Links()
+        links.feed(page)
+        assert links.open == []
+        assert [target[:22] for target in links.targets] == ["data:image/png;base64,"]
+        assert "<friends>" not in page and "Digits &amp; &lt;friends&gt;" in page and "A &lt;b&gt; &amp; c" in page
+        assert "url(" not in page and "<script" not in page and str(tmp_path) not in page
+        for text in ("0.000700", "1,000 samples", "98.7% test accuracy", "−76%", "torch 2.14", "not in a checkout"):
+            assert text in page, text
+
+    def test_metrics_it_does_not_know_are_shown(self, results: dict[str, Any], tmp_path: Path) -> None:
+        results["arms"]["mine"]["metrics"]["my_metric"] = 3.14159
+        page = report.write_report(results, {}, tmp_path / "report.html").read_text("utf-8")
+        assert "my metric" in page and "3.14" in page
+
+    def test_missing_picture(self, results: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="`pictures` must be existing files"):
+            report.write_report(results, {"x": tmp_path / "none.png"}, tmp_path / "report.html")
+        assert not (tmp_path / "report.html").exists()
+
+    def test_provenance_is_json_without_host_or_paths(self) -> None:
+        import platform
+
+        found = json.dumps(report.provenance())
+        assert {"commit", "python", "platform", "packages"} == set(json.loads(found))
+        assert platform.node() not in found and str(Path.home()) not in found and str(Path.cwd()) not in found
+
+
+class TestPlots:
+    HISTORY = tuple({"epoch": epoch, "loss": 1 / (epoch + 1), "mse": 0.5} for epoch in range(4))
+
+    def test_epochs_are_averaged_and_missing_keys_skipped(self) -> None:
+        records: list[dict[str, float]] = [
+            {"epoch": 1, "loss": 2.0},
+            {"epoch": 0, "loss": 1.0},
+            {"epoch": 1, "loss": 4.0},
+            {"epoch": 2},
+        ]
+        assert plots._by_epoch(records, "loss") == [(0, 1.0), (1, 3.0)]
+        assert plots._by_epoch([{"step": 7, "ot": 0.5}], "ot") == [(7, 0.5)]
+
+    def test_only_what_was_measured_gets_a_panel(self, tmp_path: Path) -> None:
+        plots.loss_curves({"baseline": self.HISTORY}, tmp_path / "two.png")
+        with_ot = [record | {"ot": 0.1, "validation_loss": 0.3} for record in self.HISTORY]
+        plots.loss_curves({"baseline": self.HISTORY, "OT-trained": with_ot}, tmp_path / "four.png")
+        two, four = (Image.open(tmp_path / name).size for name in ("two.png", "four.png"))
+        assert two[0] == pytest.approx(four[0], rel=0.02) and two[1] < 0.7 * four[1]  # one row of panels against two
+        with pytest.raises(InputError, match="`histories` must hold one of loss, mse, ot, validation_loss"):
+            plots.loss_curves({"baseline": [{"epoch": 1}]}, tmp_path / "none.png")
+
+    def test_history_of_a_killed_run(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"epoch": 0, "loss": 1.0}\n{"epoch": 1, "lo')
+        assert plots.read_history(path) == [{"epoch": 0, "loss": 1.0}]
+
+    def test_colours_stay_with_their_arm(self) -> None:
+        assert plots.arm_colours(["ot_guided"])["ot_guided"] == plots.COLOURS["OT-guided"]
+        colours = plots.arm_colours(["x", "baseline", "y"])
+        assert colours["baseline"] == plots.COLOURS["baseline"] and len(set(colours.values())) == 3
+
+    def test_mosaic_shows_every_pixel(self) -> None:
+        """Two 8×8 images, one black and one white, each pixel 6×6 large, gap 4."""
+        images = torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 255)]).to(torch.uint8)
+        mosaic = plots._mosaic(images, 1, 2)
+        assert mosaic.shape == (48, 100, 1)
+        assert (mosaic[:, :48] == 0).all() and (mosaic[:, 48:] == 255).all()
+
+    def test_panels_of_colour_and_scatter_are_written(self, tmp_path: Path) -> None:
+        images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+        images[:, 0] = 255
+        picture = np.asarray(Image.open(plots.image_panels({"real": images}, tmp_path / "p.png", 2, 2)).convert("RGB"))
+        assert (picture == (255, 0, 0)).all(axis=2).mean() > 0.4  # three red images of four places
+        features = {"real": torch.randn(20, 5), "baseline": torch.randn(30, 5)}
+        assert Image.open(plots.scatter(features, tmp_path / "s.png")).size[0] > 300
+
+    def test_refusals(self, results: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="`panels` must hold uint8"):
+            plots.image_panels({"real": torch.zeros(2, 1, 8, 8)}, tmp_path / "x.png")
+        with pytest.raises(InputError, match="`metric` must be a metric of at least one arm, got 'fid'"):
+            plots.bars(results, "fid", tmp_path / "x.png")
+
+
+class TestIntervals:
+    def test_agrees_with_scipy(self) -> None:
+        a, b = [1.0, 2.0, 4.0, 3.0, 5.0], [0.5, 1.0, 3.5, 2.0, 4.0]
+        found, expected = paired_difference(a, b), scipy.stats.ttest_rel(b, a)
+        interval = expected.confidence_interval(0.95)
+        assert (found.low, found.high, found.p_value) == pytest.approx((*interval, expected.pvalue), rel=1e-12)
+        assert found.shown and found.mean == -0.8
+
+    def test_two_pairs_closed_form(self) -> None:
+        """n = 2: one degree of freedom, t₀.₉₇₅ = tan(.475 π); differences 0 and 2 have standard error 1."""
+        found = paired_difference([0, 0], [0, 2])
+        assert found.high == pytest.approx(1 + math.tan(0.475 * math.pi), rel=1e-9)
+        assert str(found) == "no difference shown (+1 [-11.7, +13.7])"
+
+    def test_coverage(self) -> None:
+        """Of 400 studies without a difference, 5% should show one: 20 ± 3 standard deviations of 4.4."""
+        draws = np.random.default_rng(0).normal(size=(400, 2, 5))
+        assert 7 <= sum(paired_difference(a.tolist(), b.tolist()).shown for a, b in draws) <= 33
+
+    def test_equal_differences(self) -> None:
+        assert paired_difference([1, 2], [1, 2]).p_value == 1 and not paired_difference([1, 2], [1, 2]).shown
+        assert paired_difference([1, 2], [2, 3]).shown
+
+    def test_holm(self) -> None:
+        """Sorted .01, .02, .03, .9 times 4, 3, 2, 1, made ascending: .04, .06, .06, .9, in the order given."""
+        found = holm({"c": 0.03, "a": 0.01, "d": 0.9, "b": 0.02})
+        assert list(found) == ["c", "a", "d", "b"]
+        assert list(found.values()) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+
+    def test_refusals(self) -> None:
+        with pytest.raises(InputError, match="`b` must hold one value for each of the 2 of `a`, got 3"):
+            paired_difference([1, 2], [1, 2, 3])
+        with pytest.raises(InputError, match="`a` must hold at least 2 values, got 1"):
+            paired_difference([1], [2])
+        with pytest.raises(InputError, match="must be finite"):
+            paired_difference([1, float("nan")], [2, 2])
+
+
+class TestStress:
+    IMAGES = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1).expand(200, 1, 4, 4).contiguous()
+
+    def test_amount_zero_changes_nothing(self) -> None:
+        labels = torch.arange(200) % 10
+        for damage in (
+            stress.add_noise,
+            stress.collapse_modes,
+            stress.memorise(self.IMAGES),
+            stress.drop_classes(labels),
+        ):
+            assert torch.equal(damage(self.IMAGES, 0, torch.Generator()), self.IMAGES)
+
+    def test_noise_has_its_standard_deviation(self) -> None:
+        grey = torch.full((100, 1, 10, 10), 128, dtype=torch.uint8)
+        noisy = stress.add_noise(grey, 0.1, torch.Generator().manual_seed(0))
+        # 10,000 draws: .7% standard error of the deviation, rounding adds 1/12.
+        assert noisy.float().std().item() == pytest.approx(25.5, rel=0.03)
+
+    def test_collapse_keeps_the_share_left(self) -> None:
+        for share, left in ((0.5, 100), (0.9, 20), (1.0, 1)):
+            damaged = stress.collapse_modes(self.IMAGES, share, torch.Generator().manual_seed(0))
+            assert len(damaged) == 200 and len(damaged.unique()) == left
+
+    def test_memorise_takes_different_training_images(self) -> None:
+        train = self.IMAGES[:50] + 205  # levels 205 … 254, none of which the images have
+        damaged = stress.memorise(train)(self.IMAGES, 0.25, torch.Generator().manual_seed(0))
+        levels = damaged[:, 0, 0, 0]
+        assert sorted(levels[levels > 204].tolist()) == list(range(205, 255))
+        assert len(levels[levels < 200].unique()) == 150
+
+    def test_dropped_classes_are_gone(self) -> None:
+        labels = self.IMAGES[:, 0, 0, 0].long() % 10
+        damaged = stress.drop_classes(labels)(self.IMAGES, 3, torch.Generator().manual_seed(0))
+        assert len(damaged) == 200 and set((damaged[:, 0, 0, 0] % 10).tolist()) == set(range(3, 10))
+        with pytest.raises(InputError, match="`amount` must leave one of 10 classes, got 10"):
+            stress.drop_classes(labels)(self.IMAGES, 10, torch.Generator())
+
+    def test_verdicts(self) -> None:
+        def measure(images: torch.Tensor) -> dict[str, float]:
+            unique = float(len(images.unique()))
+            return {"unique": unique, "blind": 1.0, "wrong": (unique - 100) ** 2}
+
+        curves = stress.stress_test(self.IMAGES, stress.collapse_modes, [0, 0.5, 1], measure, repeats=2)
+        assert {name: curve.verdict for name, curve in curves.items()} == {
+            "unique": "monotone",
+            "blind": "flat",
+            "wrong": "not monotone",
+        }
+        assert curves["unique"].means == (200, 100, 1)
+        with pytest.raises(InputError, match="`amounts` must be two or more, ascending"):
+            stress.stress_test(self.IMAGES, stress.collapse_modes, [0.5, 0], measure)

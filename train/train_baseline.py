@@ -1,0 +1,88 @@
+"""Train a baseline diffusion model (DDPM) and save a plain diffusers pipeline.
+
+    accelerate launch train/train_baseline.py --config configs/mnist/baseline.yaml output_dir=runs/mnist-baseline
+
+The run's folder opens with `DDIMPipeline.from_pretrained(output_dir)`; it also holds the losses per epoch
+(`metrics.jsonl`), sample grids, checkpoints and TensorBoard logs. Started again, the same command goes on where it
+stopped.
+"""
+
+from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers.training_utils import EMAModel
+
+from ot_diffusers.config import BaselineConfig, run_script
+from ot_diffusers.losses import denoising_loss
+from ot_diffusers.training import (
+    Record,
+    TrainingState,
+    averaged_weights,
+    check_output_dir,
+    diffusion_batches,
+    load_split,
+    make_accelerator,
+    make_noise_scheduler,
+    make_unet,
+    open_run,
+    plan,
+    resume,
+    save_checkpoint,
+    save_results,
+    save_sample_grid,
+    validation_loss,
+)
+
+
+def main(config: BaselineConfig) -> None:
+    # Accelerator and data.
+    check_output_dir(config)
+    accelerator = make_accelerator(config)
+    images = load_split(config, "train", accelerator)
+    validation_images = load_split(config, "validation", accelerator)
+    schedule = plan(config, accelerator, images)
+
+    # Model, averaged weights, noising chain.
+    unet = make_unet(config, images.image_shape)
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+    scheduler = make_noise_scheduler(config)
+
+    # Optimizer; resume.
+    state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
+    open_run(config, accelerator, images)
+    resume(state, config, accelerator)
+    record = Record(config, schedule, accelerator, state)
+
+    # Loop.
+    for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, start=state.update):
+        with accelerator.accumulate(state.model):
+            model_output = state.model(batch.noisy, batch.timesteps).sample
+            terms = {"mse": denoising_loss(model_output, batch.target)}
+            loss = sum(terms.values(), start=batch.noisy.new_zeros(()))
+            state.backward(accelerator, loss, config.max_grad_norm)
+        record.add(loss=loss, **terms)
+
+        if accelerator.sync_gradients and schedule.ends_epoch(state.update):
+            validation = validation_loss(state, validation_images, scheduler, config, accelerator)
+            record.end_epoch(validation_loss=validation)
+            if schedule.epoch(state.update) % config.sample_epochs == 0:
+                save_sample_grid(state, scheduler, config, accelerator)
+        if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
+            save_checkpoint(state, config, accelerator)
+        if accelerator.sync_gradients and record.out_of_time():
+            break
+
+    # Save.
+    save_checkpoint(state, config, accelerator)
+    save_sample_grid(state, scheduler, config, accelerator)
+    if accelerator.is_main_process:
+        with averaged_weights(state):
+            pipeline = DDIMPipeline(
+                accelerator.unwrap_model(state.model, keep_torch_compile=False),
+                DDIMScheduler.from_config(scheduler.config),
+            )
+            pipeline.save_pretrained(config.output_dir)
+    save_results(state, config, schedule, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, BaselineConfig, __doc__)

@@ -1,0 +1,80 @@
+"""Train a feature network by classification; freeze it, and keep the features of real images beside it.
+
+    accelerate launch train/train_features.py --config configs/mnist/features.yaml output_dir=runs/mnist-features
+
+With `architecture=conv` it is the network that losses and guidance see, with `architecture=residual` the independent
+evaluator. `ot_diffusers.features` opens the run's folder: `load_feature_extractor(output_dir)`,
+`load_reference_bank(output_dir)`; the test accuracy is in `results.json`. Expected on MNIST: at least 99.0%.
+"""
+
+import torch.nn.functional as F
+
+from ot_diffusers.config import FeaturesConfig, run_script
+from ot_diffusers.data import to_unit_range
+from ot_diffusers.features import classification_accuracy, labels_of, make_feature_extractor, make_reference_bank
+from ot_diffusers.training import (
+    Record,
+    TrainingState,
+    check_output_dir,
+    image_batches,
+    load_split,
+    make_accelerator,
+    open_run,
+    plan,
+    resume,
+    save_checkpoint,
+    save_results,
+)
+
+
+def main(config: FeaturesConfig) -> None:
+    # Accelerator and data.
+    check_output_dir(config)
+    accelerator = make_accelerator(config)
+    images = load_split(config, "train", accelerator)
+    validation_images = load_split(config, "validation", accelerator)
+    schedule = plan(config, accelerator, images)
+
+    # Model.
+    network = make_feature_extractor(config, images).requires_grad_(True)
+    labels = labels_of(images).to(accelerator.device)
+
+    # Optimizer; resume.
+    state = TrainingState.prepare(accelerator, network.train(), config, schedule, ema=None)
+    open_run(config, accelerator, images)
+    resume(state, config, accelerator)
+    record = Record(config, schedule, accelerator, state)
+
+    # Loop.
+    for _, indices, part, batch in image_batches(images, config, schedule, accelerator, start=state.update):
+        with accelerator.accumulate(state.model):
+            _, logits = state.model(to_unit_range(batch), return_dict=False)
+            loss = F.cross_entropy(logits.float(), labels[indices[part].to(labels.device)])
+            state.backward(accelerator, loss, config.max_grad_norm)
+        record.add(loss=loss)
+
+        if accelerator.sync_gradients and schedule.ends_epoch(state.update):
+            validation = classification_accuracy(
+                accelerator.unwrap_model(state.model, keep_torch_compile=False), validation_images
+            )
+            record.end_epoch(validation_accuracy=validation)
+        if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
+            save_checkpoint(state, config, accelerator)
+        if accelerator.sync_gradients and record.out_of_time():
+            break
+
+    # Save.
+    save_checkpoint(state, config, accelerator)
+    network = accelerator.unwrap_model(state.model, keep_torch_compile=False).eval().requires_grad_(False)
+    test_accuracy = classification_accuracy(network, load_split(config, "test", accelerator))
+    if accelerator.is_main_process:
+        network.save_pretrained(f"{config.output_dir}/feature_extractor")
+        bank = make_reference_bank(network, images, config.num_reference_samples)
+        bank.save_pretrained(f"{config.output_dir}/reference_bank")
+    save_results(state, config, schedule, accelerator, test_accuracy=test_accuracy)
+    accelerator.print(f"test accuracy {test_accuracy:.2%}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, FeaturesConfig, __doc__)

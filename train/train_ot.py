@@ -1,0 +1,156 @@
+"""Train a diffusion model with the optimal-transport term and save an OT-guided pipeline.
+
+    accelerate launch train/train_ot.py --config configs/mnist/ot.yaml output_dir=runs/mnist-ot
+
+The method is what this file has beyond `train_baseline.py`: the loss gains λ·S, where S is the Sinkhorn divergence
+between frozen features of the predicted clean images and of real images that are not in the batch. `ot_weight=0` gives
+the baseline's weights bit for bit. The run's folder opens with `OTGuidedDDIMPipeline.from_pretrained(output_dir)`.
+Started again, the same command goes on where it stopped.
+"""
+
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from ot_diffusers import OTGuidedDDIMPipeline
+from ot_diffusers.config import OTConfig, run_script
+from ot_diffusers.features import cached_features, check_trained_on, load_feature_extractor, make_reference_bank
+from ot_diffusers.losses import denoising_loss, disjoint_reference_indices, image_features, ot_loss
+from ot_diffusers.models.feature_extractor import FeatureExtractor, median_distance
+from ot_diffusers.schedules import min_snr_weight, to_original_sample
+from ot_diffusers.seeds import keyed_generator
+from ot_diffusers.training import (
+    DiffusionBatch,
+    Record,
+    TrainingState,
+    averaged_weights,
+    check_output_dir,
+    diffusion_batches,
+    gather_rows,
+    load_split,
+    make_accelerator,
+    make_noise_scheduler,
+    make_unet,
+    open_run,
+    plan,
+    resume,
+    save_checkpoint,
+    save_results,
+    save_sample_grid,
+    validation_loss,
+)
+
+
+def main(config: OTConfig) -> None:
+    # Accelerator and data.
+    check_output_dir(config)
+    accelerator = make_accelerator(config)
+    images = load_split(config, "train", accelerator)
+    validation_images = load_split(config, "validation", accelerator)
+    schedule = plan(config, accelerator, images)
+
+    # Model, averaged weights, noising chain.
+    unet = make_unet(config, images.image_shape)
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+    scheduler = make_noise_scheduler(config)
+
+    # Frozen feature network, and its view of the training set.
+    feature_extractor = load_feature_extractor(config.feature_extractor).to(accelerator.device)
+    check_trained_on(feature_extractor, images)
+    training_features = cached_features(feature_extractor, images, squash=config.squash)
+    feature_scale = median_distance(training_features) if config.normalize_features else 1.0
+
+    # Optimizer; resume.
+    state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
+    open_run(config, accelerator, images)
+    resume(state, config, accelerator)
+    record = Record(config, schedule, accelerator, state)
+
+    # Loop.
+    for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, start=state.update):
+        with accelerator.accumulate(state.model):
+            model_output = state.model(batch.noisy, batch.timesteps).sample
+            terms = {"mse": denoising_loss(model_output, batch.target)}
+            if config.ot_weight > 0:
+                transport = ot_term(
+                    model_output,
+                    batch,
+                    scheduler,
+                    feature_extractor,
+                    training_features,
+                    feature_scale,
+                    config,
+                    accelerator,
+                )
+                terms["ot"] = config.ot_weight * transport
+            loss = sum(terms.values(), start=batch.noisy.new_zeros(()))
+            state.backward(accelerator, loss, config.max_grad_norm)
+        record.add(loss=loss, **terms)
+
+        if accelerator.sync_gradients and schedule.ends_epoch(state.update):
+            validation = validation_loss(state, validation_images, scheduler, config, accelerator)
+            record.end_epoch(validation_loss=validation)
+            if schedule.epoch(state.update) % config.sample_epochs == 0:
+                save_sample_grid(state, scheduler, config, accelerator)
+        if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
+            save_checkpoint(state, config, accelerator)
+        if accelerator.sync_gradients and record.out_of_time():
+            break
+
+    # Save.
+    save_checkpoint(state, config, accelerator)
+    save_sample_grid(state, scheduler, config, accelerator)
+    if accelerator.is_main_process:
+        with averaged_weights(state):
+            bank = make_reference_bank(feature_extractor, images, config.num_reference_samples)
+            unet, ddim = (
+                accelerator.unwrap_model(state.model, keep_torch_compile=False),
+                DDIMScheduler.from_config(scheduler.config),
+            )
+            pipeline = OTGuidedDDIMPipeline(unet, ddim, feature_extractor, bank)
+            pipeline.save_pretrained(config.output_dir)
+    save_results(state, config, schedule, accelerator)
+    accelerator.end_training()
+
+
+def ot_term(
+    model_output: Tensor,
+    batch: DiffusionBatch,
+    scheduler: DDPMScheduler,
+    feature_extractor: FeatureExtractor,
+    training_features: Tensor,
+    feature_scale: float,
+    config: OTConfig,
+    accelerator: Accelerator,
+) -> Tensor:
+    """S(features of x̂0, features of references), one problem over all processes."""
+    # 1. The clean images that the model's output stands for, and their features.
+    prediction_type = scheduler.config.prediction_type
+    pred_original_sample = to_original_sample(
+        model_output.float(), batch.noisy, batch.alpha, batch.sigma, prediction_type
+    )
+    features = image_features(feature_extractor, pred_original_sample, config.squash)
+
+    # 2. References that no process has in its batch.
+    generator = keyed_generator(training_features.device, config.seed, "references", batch.update)
+    references = training_features[
+        disjoint_reference_indices(
+            len(training_features), batch.global_indices, config.num_reference_samples, generator
+        )
+    ]
+
+    # 3. The divergence, in which an image counts as much as its noise level leaves of it.
+    weights = min_snr_weight(batch.alpha, batch.sigma) if config.snr_weighting else None
+    return ot_loss(
+        gather_rows(features, accelerator) / feature_scale,
+        references / feature_scale,
+        blur=config.blur,
+        scaling=config.scaling,
+        sample_weights=gather_rows(weights, accelerator) if weights is not None else None,
+        backend=config.ot_backend,
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, OTConfig, __doc__)
