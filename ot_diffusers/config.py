@@ -25,6 +25,10 @@ from .errors import InputError, require
 
 C = TypeVar("C")
 
+# diffusers' names of what needs no further options.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its line of `--help`."""
@@ -75,6 +79,12 @@ class TrainingConfig:
             "checkpoints_total_limit",
         ):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("seed", "num_workers", "lr_warmup_steps", "adam_weight_decay"):
+            require(getattr(self, name) >= 0, name, "not be negative", getattr(self, name))
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
+        known = self.lr_scheduler in LR_SCHEDULERS
+        require(known, "lr_scheduler", f"be one of {', '.join(LR_SCHEDULERS)}", self.lr_scheduler)
         for name in ("max_train_steps", "checkpointing_steps", "image_size"):
             require(
                 getattr(self, name) is None or getattr(self, name) >= 1,
@@ -122,6 +132,15 @@ class FeaturesConfig(TrainingConfig):
             self.block_out_channels,
         )
         require(self.num_reference_samples >= 2, "num_reference_samples", "be at least 2", self.num_reference_samples)
+        require(self.feature_dim >= 1, "feature_dim", "be at least 1", self.feature_dim)
+        unit = 8 if self.architecture == "residual" else 1  # groups of the residual network's normalisation
+        fits = all(width >= 1 and width % unit == 0 for width in self.block_out_channels)
+        require(
+            fits and len(self.block_out_channels) > 0,
+            "block_out_channels",
+            f"be multiples of {unit}",
+            self.block_out_channels,
+        )
 
 
 @dataclass
@@ -158,13 +177,25 @@ class BaselineConfig(TrainingConfig):
             "be uniform or quadratic",
             self.timestep_sampler,
         )
-        require(self.num_train_timesteps >= 1, "num_train_timesteps", "be at least 1", self.num_train_timesteps)
+        for name in (
+            "num_train_timesteps",
+            "layers_per_block",
+            "norm_num_groups",
+            "num_validation_samples",
+            "sample_epochs",
+        ):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        known = self.beta_schedule in BETA_SCHEDULES
+        require(known, "beta_schedule", f"be one of {', '.join(BETA_SCHEDULES)}", self.beta_schedule)
+        require(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
+        in_chain = 1 <= self.num_inference_steps <= self.num_train_timesteps
+        require(in_chain, "num_inference_steps", f"lie in 1 … {self.num_train_timesteps}", self.num_inference_steps)
         in_chain = self.max_timestep is None or 1 <= self.max_timestep <= self.num_train_timesteps
         require(in_chain, "max_timestep", f"lie in 1 … {self.num_train_timesteps}", self.max_timestep)
         require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
-        fits = all(width % self.norm_num_groups == 0 for width in self.block_out_channels)
+        fits = all(width >= 1 and width % self.norm_num_groups == 0 for width in self.block_out_channels)
         require(
-            fits,
+            fits and len(self.block_out_channels) > 0,
             "block_out_channels",
             f"be multiples of norm_num_groups ({self.norm_num_groups})",
             self.block_out_channels,
@@ -205,6 +236,63 @@ class OTConfig(BaselineConfig):
         require(self.ot_backend in ("native", "geomloss"), "ot_backend", "be native or geomloss", self.ot_backend)
 
 
+TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")
+
+
+@dataclass
+class PriorConfig(TrainingConfig):
+    """train/train_prior.py"""
+
+    output_dir: str = option("runs/prior", "folder of the run: a truncated pipeline and all that belongs to it")
+    denoiser: str = option("runs/baseline", "folder or Hub id of a trained pipeline; its UNet walks the last steps")
+    prior: str = option("ot", "gaussian (closed form), vae, gan or ot")
+    prediction_type: str = option("sample", "sample: clean images, then diffused; noisy_sample: noisy ones at once")
+    truncation_timestep: int = option(10, "T', length of the truncated chain")
+    latent_dim: int = option(1024, "width of the generator's latents")
+    block_out_channels: tuple[int, ...] = option((512, 256, 128, 64), "channels of the maps, smallest first")
+    num_train_epochs: int = option(32, "passes over the training data")
+    adam_beta1: float = option(0.5, "Adam's β1")
+    ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
+    num_inference_steps: int | None = option(None, "reverse steps of the sample grids; none is T'")
+    sample_epochs: int = option(5, "epochs between sample grids")
+    class_wise: bool = option(False, "gaussian: one for each class label")
+    beta: float = option(1.0, "vae: weight of the divergence")
+    discriminator_learning_rate: float | None = option(None, "gan: the discriminator's own; none is learning_rate")
+    spectral_norm: bool = option(True, "gan: bound each layer of the discriminator")
+    r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
+    r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
+    ot_objective: str = option("patch+sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
+    num_projections: int = option(256, "ot: random directions of each sliced term")
+    patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches")
+    blur: float = option(0.3, "ot: blur of the Sinkhorn divergence; features have median distance 1")
+    scaling: float = option(0.5, "ot: ratio of successive blurs in the solver")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("prior", ("gaussian", "vae", "gan", "ot")),
+            ("prediction_type", ("sample", "noisy_sample")),
+        ):
+            value = getattr(self, name)
+            require(value in choices, name, f"be one of {', '.join(choices)}", value)
+        for name in ("truncation_timestep", "latent_dim", "r1_interval", "num_projections", "sample_epochs"):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        closed_form = self.prior == "gaussian"
+        require(closed_form or not self.class_wise, "class_wise", "be false but for prior=gaussian", self.class_wise)
+        fits = not closed_form or self.prediction_type == "sample"
+        require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
+        require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
+        require(self.beta >= 0, "beta", "be at least 0", self.beta)
+        own_rate = self.discriminator_learning_rate
+        require(own_rate is None or own_rate > 0, "discriminator_learning_rate", "be positive or none", own_rate)
+        require(self.r1_weight >= 0, "r1_weight", "be at least 0", self.r1_weight)
+        terms = self.ot_objective.split("+")
+        known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
+        require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
+        require(self.blur > 0, "blur", "be a positive length", self.blur)
+        require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
+
+
 def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
     """The configuration that command-line arguments describe: `--config FILE` and `key=value` in any order.
 
@@ -233,7 +321,7 @@ def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
             key, equals, value = argument.removeprefix("--").partition("=")
             if not equals:
                 raise InputError(f"arguments are `--config FILE` and `key=value`, got {argument!r}")
-            overrides[key] = yaml.safe_load(value) if value else None
+            overrides[key] = _read_value(value, typing.get_type_hints(config_class).get(key))
     return make_config(config_class, values | overrides)
 
 
@@ -243,7 +331,7 @@ def make_config(config_class: type[C], values: dict[str, Any]) -> C:
     known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
+            nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
             raise InputError(f"unknown configuration key {key!r}; {hint}")
     return config_class(**{key: _coerce(key, value, field_types[key]) for key, value in values.items()})
@@ -282,6 +370,18 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+def _read_value(text: str, kind: Any) -> Any:
+    """The value of `key=text`: as it stands for an option that is text, otherwise as YAML would read it."""
+    if text == "":
+        return None
+    if str in (typing.get_args(kind) or (kind,)):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # no number, truth value or list: refused with the type it should have
+
+
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`. YAML reads 1e-4 as text and 1 as an int, so numbers are converted rather than compared."""
     arms = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -308,7 +408,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             return tuple(_coerce(key, item, typing.get_args(target)[0]) for item in items)
         # YAML 1.1 reads a bare `no` as False.
         return "no" if value is False else str(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"`{key}` must be {_name(arms)}, got {value!r}") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import require
 from .models.feature_extractor import FeatureExtractor
 from .models.reference_bank import ReferenceBank
-from .transport import sinkhorn_divergence
+from .transport import Potentials, divergence_gradient
 
 # Adam's learning rate at guidance_scale=1, in pixel units of [-1, 1].
 PIXELS_PER_STEP = 0.02
@@ -71,6 +71,7 @@ class OTGuidance:
         self.num_correction_steps = num_correction_steps
         self.blur = blur
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
+        self._potentials: Potentials | None = None
         self._references = reference_bank.features.detach().float() / self.feature_scale
 
     def correct(self, pred_original_sample: Tensor) -> Tensor:
@@ -95,11 +96,19 @@ class OTGuidance:
             images = pred_original_sample.detach().clone().float().requires_grad_()
             optimizer = torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP)
             for _ in range(self.num_correction_steps):
-                loss = sinkhorn_divergence(self.features(images), references, blur=self.blur, y_self_cost=0)
-                (images.grad,) = torch.autograd.grad(loss, images)
+                features = self.features(images)
+                field, self._potentials = divergence_gradient(
+                    features, references, blur=self.blur, initial=self._warm_start(len(features), device)
+                )
+                (images.grad,) = torch.autograd.grad(features, images, grad_outputs=field)
                 optimizer.step()
                 images.data.clamp_(-1, 1)
         return images.detach().to(pred_original_sample.dtype)
+
+    def _warm_start(self, batch_size: int, device: torch.device) -> Potentials | None:
+        """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
+        known = self._potentials
+        return known if known is not None and known.f.shape == (batch_size,) and known.f.device == device else None
 
     def features(self, images: Tensor) -> Tensor:
         """Features of images in [-1, 1] in the units of the transport problem, float32 [B, D]."""

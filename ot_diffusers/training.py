@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -64,6 +65,14 @@ def check_output_dir(config: TrainingConfig) -> None:
     Raises:
         InputError: naming the option that differs from the run in the folder.
     """
+    if config.resume_from_checkpoint not in (None, "latest"):
+        complete = (Path(config.resume_from_checkpoint) / "state.json").is_file()
+        require(
+            complete,
+            "resume_from_checkpoint",
+            "be latest, none or a checkpoint's folder",
+            config.resume_from_checkpoint,
+        )
     folder = Path(config.output_dir)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -86,9 +95,19 @@ def check_output_dir(config: TrainingConfig) -> None:
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """An accelerator for the configuration, with the random seed set alike on every process."""
-    tracker = None if config.report_to in ("none", None) else config.report_to
+    """An accelerator for the configuration, with the random seed set alike on every process.
+
+    Raises:
+        InputError: a tracker that is not installed.
+    """
+    tracker = None if config.report_to == "none" else config.report_to
+    installed = [str(name) for name in get_available_trackers()]
+    known = tracker is None or tracker in installed
+    require(known, "report_to", f"be none or an installed tracker ({', '.join(installed)})", config.report_to)
+    # Without a GPU, accelerate joins a process group only where it is told to use the CPU.
+    in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
     accelerator = Accelerator(
+        cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=tracker,
@@ -282,7 +301,7 @@ def diffusion_batches(
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
         generator = keyed_generator(accelerator.device, config.seed, "noise", update)
         noise, timesteps = draw_noise(len(indices), clean.shape[1:], config, generator)
-        torch.manual_seed(key(config.seed, "dropout", update, accelerator.process_index))
+        torch.manual_seed(key(config.seed, "dropout", update, part.start))
         yield noised_batch(clean, noise[part], timesteps[part], scheduler, indices, indices[part], update)
 
 
@@ -411,14 +430,15 @@ class TrainingState:
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }
         write_json(partial / "state.json", record)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # moved away first: a folder that is half deleted would pass for a checkpoint
+            discarded = folder.with_name(f".{folder.name}.discarded")
+            shutil.rmtree(discarded, ignore_errors=True)
+            os.replace(folder, discarded)
+            shutil.rmtree(discarded)
         os.replace(partial, folder)
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
         """Take up the state saved in `folder`."""
-        require(
-            (folder / "state.json").is_file(), "resume_from_checkpoint", "be the folder of a checkpoint", str(folder)
-        )
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         accelerator.unwrap_model(self.model, keep_torch_compile=False).load_state_dict(
             load_file(folder / "model.safetensors")
@@ -444,6 +464,7 @@ def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerato
         return
     if config.resume_from_checkpoint != "latest":
         state.load(Path(config.resume_from_checkpoint), accelerator)
+        _discard_after(state.update, config, accelerator)
     elif folders := checkpoints(config):
         state.load(folders[-1], accelerator)
     if state.update:
@@ -456,6 +477,15 @@ def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: A
     if accelerator.is_main_process:
         for folder in checkpoints(config)[: -config.checkpoints_total_limit]:
             shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
+
+
+def _discard_after(update: int, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Delete checkpoints of a continuation that is being replaced: `latest` would name one of them."""
+    if accelerator.is_main_process:
+        for folder in checkpoints(config):
+            if int(folder.name.removeprefix("update-")) > update:
+                shutil.rmtree(folder)
     accelerator.wait_for_everyone()
 
 
@@ -479,7 +509,7 @@ class Record:
         self.config, self.schedule, self.accelerator, self.state = config, schedule, accelerator, state
         self.file = Path(config.output_dir) / "metrics.jsonl"
         self._recent: dict[str, list[Tensor]] = {}
-        self._epoch: dict[str, list[float]] = {}
+        self._epoch: dict[str, list[tuple[float, int]]] = {}
         self._keep_until(state.update)
         disable = not accelerator.is_main_process
         self.progress = tqdm(
@@ -499,7 +529,10 @@ class Record:
         """Append the epoch's means and `values` to `metrics.jsonl`."""
         self._flush()
         update = self.state.update
-        means = {name: sum(entries) / len(entries) for name, entries in self._epoch.items()}
+        means = {
+            name: sum(mean * count for mean, count in entries) / sum(count for _, count in entries)
+            for name, entries in self._epoch.items()
+        }
         self._epoch = {}
         record = {
             "epoch": self.schedule.epoch(update),
@@ -517,7 +550,7 @@ class Record:
     def out_of_time(self) -> bool:
         """Whether `max_train_seconds` are over, decided by the main process for all."""
         limit = self.config.max_train_seconds
-        if limit is None:
+        if limit is None or self.state.update >= self.schedule.num_updates:
             return False
         over = torch.tensor(float(self.state.seconds_here > limit), device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
@@ -534,10 +567,10 @@ class Record:
         names = list(self._recent)
         means = torch.stack([torch.stack(self._recent[name]).float().mean() for name in names])
         values = dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
-        self._recent = {}
         self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.state.update)
         for name, value in values.items():
-            self._epoch.setdefault(name, []).append(value)
+            self._epoch.setdefault(name, []).append((value, len(self._recent[name])))
+        self._recent = {}
 
     def _keep_until(self, update: int) -> None:
         """Drop records of updates that a resumed run will do again."""
@@ -611,10 +644,11 @@ def save_results(
     """`results.json` of the run: what it cost and where it ended."""
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = folder / "metrics.jsonl"  # absent where the time was over within the first epoch
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         results = {
             "updates": state.update,
-            "complete": state.update == schedule.num_updates,
+            "complete": state.update >= schedule.num_updates,
             "training_seconds": round(state.seconds, 2),
             "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
             "last_epoch": json.loads(lines[-1]) if lines else None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.config import OTConfig, run_script
+from ot_diffusers.errors import require
 from ot_diffusers.features import cached_features, check_trained_on, load_feature_extractor, make_reference_bank
 from ot_diffusers.losses import denoising_loss, disjoint_reference_indices, image_features, ot_loss
 from ot_diffusers.models.feature_extractor import FeatureExtractor, median_distance
@@ -58,6 +59,8 @@ def main(config: OTConfig) -> None:
     # Frozen feature network, and its view of the training set.
     feature_extractor = load_feature_extractor(config.feature_extractor).to(accelerator.device)
     check_trained_on(feature_extractor, images)
+    left = len(images) - schedule.global_batch_size
+    require(left > 0, "train_batch_size", f"leave references in a data set of {len(images)}", config.train_batch_size)
     training_features = cached_features(feature_extractor, images, squash=config.squash)
     feature_scale = median_distance(training_features) if config.normalize_features else 1.0
 

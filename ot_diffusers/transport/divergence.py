@@ -97,6 +97,43 @@ def sinkhorn_divergence(
         return value - _half_self_term(x, a, x_pair, blur, scaling, reach) - y_self_cost / 2
 
 
+@torch.no_grad()
+def divergence_gradient(
+    x: Tensor, y: Tensor, *, blur: float, scaling: float = 0.7, initial: Potentials | None = None
+) -> tuple[Tensor, Potentials]:
+    """∂S/∂x_i = a_i (T_xx(x_i) − T_xy(x_i)), the direction in which each point leaves its own cloud for the other.
+
+    For loops that follow the field of a slowly moving cloud: the potentials of one call are the start of the next, which then
+    takes a few passes over the plan instead of a dozen.
+
+    Args:
+        x: [N, D] points.
+        y: [M, D] points.
+        blur, scaling: as in `sinkhorn_divergence`.
+        initial: the potentials that the previous call returned.
+
+    Returns:
+        The gradient, [N, D] float32 or float64, and the potentials.
+
+    Example:
+        >>> x, y = torch.randn(20, 3), torch.randn(30, 3) + 1
+        >>> field, potentials = divergence_gradient(x, y, blur=0.5)
+        >>> again, warm = divergence_gradient(x, y, blur=0.5, initial=potentials)
+        >>> warm.iterations < potentials.iterations
+        True
+    """
+    check_clouds(x, y, blur=blur, scaling=scaling)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    with full_precision(x):
+        x, y, eps = x.to(dtype), y.to(dtype), blur**2
+        a, b = normalised_weights(None, x, "x"), normalised_weights(None, y, "y")
+        cost, self_cost = Cost(*centred(x, y)), Cost(*centred(x, x))
+        potentials = solve(cost, a, b, blur, scaling, reach=None, initial=initial)
+        f = solve_self(self_cost, a, blur, reach=None)
+        field = _displacement(cost, a, b, potentials.f, potentials.g, eps, None)
+        return field - _displacement(self_cost, a, a, f, f, eps, None), potentials
+
+
 def self_transport_cost(
     y: Tensor, *, blur: float, reach: float | None = None, y_weights: Tensor | None = None
 ) -> Tensor:

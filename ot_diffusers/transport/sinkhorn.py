@@ -37,9 +37,13 @@ from ..errors import require
 MAX_DENSE_ENTRIES = 2**25
 # Newton factorises a matrix of this size at most; larger problems keep to Sinkhorn steps.
 MAX_NEWTON_SIZE = 2048
+# Passes that a warm start may take before the problem is solved from the top of the ladder after all.
+WARM_PASSES = 8
 # How far (in `marginal_error`) each temperature is solved before the next: closer, and Newton starts within reach of
 # it.
 LEVEL_TOLERANCE = 0.01
+# Newton stops where this many steps in a row bring no lower error: costs of 1e5 eps leave float32 little precision.
+PATIENCE = 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def sinkhorn_potentials(
             balanced.
         tolerance: stop when `marginal_error` falls below it.
         max_iterations: bound on the passes over the plan.
-        initial: potentials of a similar problem; the descent in eps is then skipped.
+        initial: potentials of a similar problem, tried first at the final eps.
 
     Raises:
         InputError: shapes, `blur`, `scaling`, `reach` or weights out of range, or points that are not finite.
@@ -201,10 +205,25 @@ def solve(
         swapped = Potentials(initial.g, initial.f, initial.marginal_error, 0) if initial else None
         found = solve(cost.T, b, a, blur, scaling, reach, tolerance, max_iterations, swapped)
         return Potentials(found.g, found.f, found.marginal_error, found.iterations)
-    if initial is None:
-        f, ladder = torch.zeros_like(a), annealing_ladder(cost.diameter(), blur, scaling)
-    else:
-        f, ladder = initial.f.to(a), [blur**2]
+    if initial is not None:
+        warm = _descend(cost, a, b, initial.f.to(a), [blur**2], reach, tolerance, WARM_PASSES)
+        if warm.marginal_error < tolerance:
+            return warm
+    ladder = annealing_ladder(cost.diameter(), blur, scaling)
+    return _descend(cost, a, b, torch.zeros_like(a), ladder, reach, tolerance, max_iterations)
+
+
+def _descend(
+    cost: Cost,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    ladder: list[float],
+    reach: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> Potentials:
+    """Down the ladder from `f`, by Newton where the problem allows it."""
     if reach is not None or not cost.is_dense or len(a) > MAX_NEWTON_SIZE:
         return _sinkhorn_loop(cost, a, b, f, ladder, reach, tolerance, max_iterations)
     return _newton_loop(cost, a, b, f, ladder, tolerance, max_iterations)
@@ -306,10 +325,13 @@ def _newton_loop(
         enough = tolerance if level == len(ladder) - 1 else LEVEL_TOLERANCE
         scaled_cost = matrix / eps
         point = _evaluate(scaled_cost, f / eps, a, b)
-        error = math.inf
-        while error >= enough and iterations < max_iterations:
+        error = lowest = math.inf
+        stalled = 0
+        while error >= enough and iterations < max_iterations and stalled < PATIENCE:
             point, error, passes = _improve(scaled_cost, point, a, b)
             iterations += passes
+            stalled = 0 if error < lowest else stalled + 1
+            lowest = min(lowest, error)
         f = eps * point.u
     return Potentials(f, eps * point.v, point.error, iterations)
 
@@ -390,10 +412,13 @@ def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def full_precision(points: Tensor) -> Iterator[None]:
     """Neither autocast nor TF32 inside: their rounding of the costs is larger than a typical eps."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # Where the newer of torch's two switches exists it is read: the older one raises once a program has set the newer.
+    switch, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, switch)
+    setattr(matmul, switch, off)
     try:
         with torch.autocast(device_type=points.device.type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, switch, before)

@@ -1,0 +1,247 @@
+"""Feature networks on real digits: trained by the script, remembered by content, and the bank made of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ot_diffusers.config import FeaturesConfig
+from ot_diffusers.data import ResidentImages, load_images
+from ot_diffusers.errors import InputError
+from ot_diffusers.features import (
+    cached_features,
+    check_trained_on,
+    classification_accuracy,
+    extract_features,
+    load_feature_extractor,
+    load_reference_bank,
+    make_feature_extractor,
+    make_reference_bank,
+    weights_fingerprint,
+)
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, median_distance
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def images() -> ResidentImages:
+    loaded = load_images("digits", "train")
+    assert isinstance(loaded, ResidentImages)
+    return loaded
+
+
+@pytest.fixture
+def network(images: ResidentImages) -> FeatureExtractor:
+    torch.manual_seed(0)
+    return make_feature_extractor(FeaturesConfig(block_out_channels=(4, 8), feature_dim=16), images)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run, started as the README says."""
+    folder = tmp_path_factory.mktemp("features")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "one_process.yaml")]
+    command += [
+        str(ROOT / "train" / "train_features.py"),
+        "--config",
+        str(ROOT / "configs" / "digits" / "features.yaml"),
+    ]
+    command += [
+        f"output_dir={folder / 'run'}",
+        "num_train_epochs=10",
+        "block_out_channels=[16,32]",
+        "learning_rate=4e-3",
+        "report_to=none",
+    ]
+    environment = os.environ | {"OT_DIFFUSERS_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+# --- Training by the script -------------------------------------------------------------------------------------------
+
+
+def test_script_trains_a_network_that_reads_digits(trained: Path) -> None:
+    """A tenth of the digits' classes are hit by chance; ten epochs reach 95%, and .9 leaves room for other builds."""
+    results = json.loads((trained / "results.json").read_text())
+    assert results["test_accuracy"] > 0.9
+    assert results["complete"]
+    assert results["updates"] == 10 * (1152 // 64)
+    # What is saved is what was measured.
+    loaded = load_feature_extractor(str(trained))
+    assert classification_accuracy(loaded, load_images("digits", "test")) == results["test_accuracy"]
+
+
+def test_script_writes_a_line_for_every_epoch(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in lines] == [18 * epoch for epoch in range(1, 11)]
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert lines[-1]["validation_accuracy"] > lines[0]["validation_accuracy"]
+
+
+def test_loaded_network_is_frozen_and_knows_its_data(trained: Path, images: ResidentImages) -> None:
+    loaded = load_feature_extractor(str(trained))
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert (loaded.config.dataset, loaded.config.data_fingerprint) == ("digits", images.fingerprint)
+    check_trained_on(loaded, images)
+
+
+def test_features_of_classes_lie_apart(trained: Path, images: ResidentImages) -> None:
+    """Distances within a class are shorter than between classes, so that transport in feature space sees content."""
+    features = extract_features(load_feature_extractor(str(trained)), images)
+    distances = torch.cdist(features, features)
+    same = images.labels[:, None] == images.labels[None, :]
+    off_diagonal = ~torch.eye(len(features), dtype=torch.bool)
+    assert distances[same & off_diagonal].mean() < 0.8 * distances[~same].mean()
+
+
+def test_bank_of_the_script_is_the_training_set_in_its_own_unit(trained: Path, images: ResidentImages) -> None:
+    """2,000 rows are asked for and 1,152 there, so that the bank holds them all and its median distance is 1."""
+    bank = load_reference_bank(str(trained))
+    assert bank.config.data_fingerprint == images.fingerprint
+    features = extract_features(load_feature_extractor(str(trained)), images)
+    # Batched float32 products on both sides: only the order of sums may differ.
+    torch.testing.assert_close(bank.features, features, rtol=1e-4, atol=1e-5)
+    assert torch.pdist(bank.references()).median().item() == pytest.approx(1, rel=1e-5)
+
+
+# --- The bank ---------------------------------------------------------------------------------------------------------
+
+
+def test_bank_takes_evenly_spaced_rows(network: FeatureExtractor, images: ResidentImages, cache: Path) -> None:
+    bank = make_reference_bank(network, images, 100)
+    features = extract_features(network, images)
+    positions = torch.tensor([int(torch.nonzero((features == row).all(1))[0]) for row in bank.features])
+    assert positions[0] == 0
+    assert positions[-1] == len(images) - 1
+    # 1,151 / 99 = 11.6…, rounded to whole rows.
+    assert set(positions.diff().tolist()) == {11, 12}
+    assert bank.config.feature_scale == median_distance(features)
+
+
+def test_median_distance_is_a_length() -> None:
+    """Three points on a line at 0, 1 and 3 are 1, 2 and 3 apart; twice as far, it is twice as long."""
+    points = torch.tensor([[0.0], [1.0], [3.0]])
+    assert median_distance(points) == 2
+    assert median_distance(2 * points) == 4
+    with pytest.raises(InputError, match="differ from one another"):
+        median_distance(torch.ones(5, 3))
+
+
+# --- The cache --------------------------------------------------------------------------------------------------------
+
+
+def marked(cache: Path) -> Tensor:
+    """Replace the content of the only file in the cache by something no network says; returns it."""
+    (file,) = cache.iterdir()
+    mark = load_file(file)["features"] + 1000
+    save_file({"features": mark}, file)
+    return mark
+
+
+def test_cached_features_are_those_of_the_network(
+    network: FeatureExtractor, images: ResidentImages, cache: Path
+) -> None:
+    expected = extract_features(network, images)
+    assert torch.equal(cached_features(network, images), expected)
+    assert torch.equal(cached_features(network, images), expected)
+    mark = marked(cache)
+    assert torch.equal(cached_features(network, images), mark)  # the second call reads the file
+
+
+@pytest.mark.parametrize("change", ["weight", "image", "squash"])
+def test_cache_is_keyed_by_content(change: str, network: FeatureExtractor, images: ResidentImages, cache: Path) -> None:
+    cached_features(network, images)
+    marked(cache)
+    pixels, squash = images.pixels.clone(), "clamp"
+    if change == "weight":
+        network.classifier.bias.data[0] += 1e-3
+    elif change == "image":
+        pixels[17, 0, 3, 3] ^= 1
+    else:
+        squash = "tanh"
+    other = ResidentImages(images.name, images.split, images.labels, pixels)
+    assert torch.equal(cached_features(network, other, squash=squash), extract_features(network, other, squash=squash))
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_fingerprint_is_of_the_function(network: FeatureExtractor, tmp_path: Path) -> None:
+    fingerprint = weights_fingerprint(network)
+    assert weights_fingerprint(copy.deepcopy(network).to(torch.float64)) == fingerprint
+    network.save_pretrained(tmp_path)
+    assert weights_fingerprint(load_feature_extractor(str(tmp_path))) == fingerprint
+    network.backbone[0].weight.data[0, 0, 0, 0] += 1e-6
+    assert weights_fingerprint(network) != fingerprint
+
+
+def test_features_do_not_depend_on_the_batch_size(network: FeatureExtractor, images: ResidentImages) -> None:
+    """Up to the order of float32 sums inside the kernels, about 1e-6 of features near 1."""
+    torch.testing.assert_close(
+        extract_features(network, images, batch_size=7), extract_features(network, images), rtol=1e-5, atol=1e-6
+    )
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_network_of_other_data_is_refused(network: FeatureExtractor, images: ResidentImages) -> None:
+    other = ResidentImages("mine", "train", images.labels, 255 - images.pixels)
+    with pytest.raises(InputError, match=r"`feature_extractor` .*training split of 'mine'.*network of 'digits'"):
+        check_trained_on(network, other)
+    larger = ResidentImages("mine", "train", None, torch.zeros(2, 1, 12, 12, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"take images of shape \(1, 12, 12\), got \(1, 8, 8\)"):
+        check_trained_on(network, larger)
+
+
+def test_network_of_unknown_data_is_taken(images: ResidentImages) -> None:
+    """One from elsewhere does not say what it has seen; the shape still has to fit."""
+    check_trained_on(ConvFeatureExtractor(sample_size=8), images)
+
+
+def test_data_without_labels_or_square_images_is_refused(images: ResidentImages) -> None:
+    unlabelled = ResidentImages("mine", "train", None, images.pixels)
+    with pytest.raises(InputError, match="`label_column` must name a column"):
+        make_feature_extractor(FeaturesConfig(dataset="mine"), unlabelled)
+    oblong = ResidentImages("mine", "train", images.labels, images.pixels[..., :4])
+    with pytest.raises(InputError, match="`image_size` must be given for images that are not square"):
+        make_feature_extractor(FeaturesConfig(), oblong)
+
+
+def test_folder_without_a_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`feature_extractor` must be a folder or Hub id of a feature network"):
+        load_feature_extractor(str(tmp_path / "absent"))
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(InputError, match="must be a Conv- or ResidualFeatureExtractor, got 'UNet2DModel'"):
+        load_feature_extractor(str(tmp_path))
+    with pytest.raises(InputError, match=r"must be the folder of a train_features\.py run"):
+        load_reference_bank(str(tmp_path))
+
+
+def test_pictures_are_seen_as_saved(network: FeatureExtractor, images: ResidentImages, tmp_path: Path) -> None:
+    """Features of an image do not change by way of a PNG: uint8 → [-1, 1] → [0, 1] is one conversion."""
+    PIL.Image.fromarray(images.pixels[0, 0].numpy()).save(tmp_path / "digit.png")
+    again = torch.from_numpy(np.array(PIL.Image.open(tmp_path / "digit.png")))[None, None].float() / 255
+    # float32 rounding of x / 127.5 − 1 and back, 1e-7 of the range, through two convolutions.
+    torch.testing.assert_close(extract_features(network, images)[:1], network(again).features, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,187 @@
+"""The losses of the priors against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch.distributions import Normal, kl_divergence
+
+from ot_diffusers.errors import InputError
+from ot_diffusers.prior_losses import (
+    denoiser_features,
+    discriminator_loss,
+    evidence_bound,
+    feature_transport,
+    generator_loss,
+    gradient_penalty,
+    patch_transport,
+    pixel_transport,
+    sinkhorn_transport,
+)
+
+
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _images(count: int, seed: int, size: int = 8) -> torch.Tensor:
+    return torch.randn(count, 2, size, size, generator=_seeded(seed))
+
+
+# --- VAE --------------------------------------------------------------------------------------------------------------
+
+
+def test_evidence_bound_is_the_gaussian_likelihood_and_the_divergence_of_distributions():
+    images, reconstructed = _images(6, 0), _images(6, 1)
+    mean, log_variance = torch.randn(2, 6, 5, generator=_seeded(2))
+    bound = evidence_bound(images, reconstructed, mean, log_variance, beta=0.7)
+    scale = (images - reconstructed).square().mean().sqrt()
+    expected = -Normal(reconstructed, scale).log_prob(images).mean()
+    posterior = Normal(mean, (log_variance / 2).exp())
+    divergence = kl_divergence(posterior, Normal(0.0, 1.0)).sum(1).mean() / images[0].numel()
+    # Float32 sums over a few hundred numbers.
+    torch.testing.assert_close(bound.reconstruction, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(bound.divergence, divergence, rtol=1e-5, atol=0)
+    torch.testing.assert_close(bound.loss, expected + 0.7 * divergence, rtol=1e-5, atol=0)
+
+
+def test_the_variance_of_the_decoder_is_the_best_one():
+    """No other fixed variance gives a higher likelihood."""
+    images, reconstructed = _images(6, 0), _images(6, 1)
+    zero = torch.zeros(6, 3)
+    best = evidence_bound(images, reconstructed, zero, zero).reconstruction
+    scale = (images - reconstructed).square().mean().sqrt()
+    for factor in (0.8, 1.25):
+        assert best < -Normal(reconstructed, factor * scale).log_prob(images).mean()
+
+
+def test_a_perfect_reconstruction_is_finite():
+    zero = torch.zeros(2, 3)
+    assert evidence_bound(zero, zero, zero, zero).loss.isfinite()
+
+
+# --- GAN --------------------------------------------------------------------------------------------------------------
+
+
+def test_adversarial_losses_at_indifference_and_certainty():
+    """D = ½ costs 2 log 2 and log 2; the non-saturating loss has slope −1 where the discriminator is certain."""
+    zero = torch.zeros(4)
+    # The float32 logarithm.
+    assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert generator_loss(zero).item() == pytest.approx(math.log(2), rel=1e-6)
+    assert discriminator_loss(zero + 40, zero - 40).item() < 1e-15
+    logits = torch.full((4,), -40.0, requires_grad=True)
+    generator_loss(logits).backward()
+    torch.testing.assert_close(logits.grad, torch.full((4,), -1 / 4))
+
+
+def test_gradient_penalty_of_a_linear_critic_is_half_its_squared_norm_and_trains_it():
+    weight = torch.tensor([3.0, -4.0], requires_grad=True)
+    images = torch.randn(5, 2, generator=_seeded(), requires_grad=True)
+    penalty = gradient_penalty(images @ weight, images)
+    assert penalty.item() == 12.5
+    penalty.backward()
+    torch.testing.assert_close(weight.grad, weight.detach())
+
+
+# --- Transport --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "transport",
+    [
+        lambda x, y: pixel_transport(x, y, num_projections=20_000, generator=_seeded()),
+        lambda x, y: patch_transport(x, y, patch_sizes=(2, 4), num_projections=20_000, generator=_seeded()),
+        lambda x, y: (
+            feature_transport([x.flatten(1)], [y.flatten(1)], num_projections=20_000, generator=_seeded())
+            / x[0].numel()
+        ),
+    ],
+)
+def test_a_shift_of_every_pixel_costs_half_its_square(transport):
+    """½ E ⟨c·1, θ⟩² = c²/2 per pixel for directions uniform on the sphere."""
+    images = _images(3, 0, size=4)
+    # The mean of 20,000 squared projections of relative variance below 2: standard error 1%; five of them.
+    assert transport(images, images + 0.6).item() == pytest.approx(0.18, rel=0.05)
+
+
+def test_transport_to_itself_is_free_and_its_minimum_is_stationary():
+    images = _images(6, 0).requires_grad_()
+    cost = pixel_transport(images, images.detach().flip(0), num_projections=16, generator=_seeded())
+    # Projections of reordered rows may differ in their last bits.
+    assert cost.item() < 1e-12
+    assert torch.autograd.grad(cost, images)[0].abs().max() < 1e-8
+
+
+def test_patches_wider_than_the_image_are_left_out():
+    x, y = _images(4, 0), _images(4, 1)
+    narrow, both = (
+        patch_transport(x, y, patch_sizes=sizes, num_projections=8, generator=_seeded()) for sizes in ((3,), (3, 9))
+    )
+    assert torch.equal(narrow, both)
+    with pytest.raises(InputError, match="patch_sizes"):
+        patch_transport(x, y, patch_sizes=(9,), num_projections=8, generator=_seeded())
+
+
+def test_the_independent_pair_takes_the_bias_out_of_the_sinkhorn_gradient():
+    """Two samples of one law, blur below the spacing of the points: with an independent second batch the pull of the
+    reference and the push of the self-term are alike in size, so that their sum is far smaller than either."""
+    x, y, pair = (torch.randn(200, 16, generator=_seeded(seed)) / 4 for seed in range(3))
+    x.requires_grad_()
+    options = {"blur": 0.3, "scaling": 0.7}
+    (balanced,) = torch.autograd.grad(sinkhorn_transport([x], [y], [pair], **options), x)
+    (self_paired,) = torch.autograd.grad(sinkhorn_transport([x], [y], [x.detach()], **options), x)
+    along = (balanced * x).sum() / (x * x).sum()
+    pulled = (self_paired * x).sum() / (x * x).sum()
+    # For equal laws the spread should neither shrink nor grow; the same batch contracts it.
+    assert pulled > 0
+    assert abs(along) < 0.2 * pulled
+
+
+# --- Features ---------------------------------------------------------------------------------------------------------
+
+
+def _unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+    ).eval()
+
+
+def test_denoiser_features_are_what_the_denoiser_itself_computes():
+    unet, images = _unet(), _images(3, 0, size=16)
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        for module in (*unet.down_blocks, unet.mid_block)
+    ]
+    with torch.no_grad():
+        unet(images, 7)
+        for hook in hooks:
+            hook.remove()
+        levels = denoiser_features(unet, images, 7)
+    maps = [output[0] if isinstance(output, tuple) else output for output in seen]
+    assert len(levels) == len(maps) == 3
+    for level, expected in zip(levels, maps, strict=True):
+        assert torch.equal(level, torch.nn.functional.adaptive_avg_pool2d(expected, 4).flatten(1))
+
+
+def test_features_do_not_depend_on_the_batch_and_pass_gradients_to_the_images():
+    unet, images = _unet().requires_grad_(False), _images(3, 0, size=16).requires_grad_()
+    levels = denoiser_features(unet, images, 7)
+    alone = denoiser_features(unet, images[:1], 7)
+    for level, single in zip(levels, alone, strict=True):
+        # Convolutions of another batch size round differently.
+        torch.testing.assert_close(level[:1], single, rtol=1e-4, atol=1e-5)
+    levels[-1].sum().backward()
+    assert images.grad.abs().min() > 0

@@ -1,0 +1,256 @@
+"""Training priors by the real script, and the study over them: what they leave, and what must not change the result."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+from ot_diffusers import TruncatedPriorPipeline
+from ot_diffusers.config import PriorConfig, make_config
+from ot_diffusers.data import load_images
+from ot_diffusers.errors import InputError
+from ot_diffusers.models.feature_extractor import ResidualFeatureExtractor
+from ot_diffusers.truncation_study import LABELS, TruncationConfig, claim_folder, run_name, run_study
+
+ROOT = Path(__file__).parent.parent
+
+# A generator of 4,000 parameters on the real digits: an update takes a few hundredths of a second.
+TINY: dict[str, Any] = {
+    "dataset": "digits",
+    "train_batch_size": 8,
+    "report_to": "none",
+    "truncation_timestep": 10,
+    "latent_dim": 6,
+    "block_out_channels": [16, 8],
+    "num_inference_steps": 2,
+    "num_projections": 8,
+    "learning_rate": 1e-3,
+    "max_train_steps": 4,
+}
+EVERY_TERM = {"prior": "ot", "ot_objective": "pixel+patch+feature+sinkhorn"}
+LEARNED: dict[str, dict[str, Any]] = {"vae": {"prior": "vae"}, "gan": {"prior": "gan"}, "ot": EVERY_TERM}
+
+
+@functools.cache
+def script_main() -> Callable[[PriorConfig], None]:
+    """`main` of train/train_prior.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("train_prior", ROOT / "train" / "train_prior.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def save_denoiser(folder: Path, channels: int = 1) -> Path:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    shape = {"sample_size": 8, "in_channels": channels, "out_channels": channels, "block_out_channels": (8, 16)}
+    unet = UNet2DModel(**shape, **blocks, norm_num_groups=4, layers_per_block=1, add_attention=False)
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_denoiser(tmp_path_factory.mktemp("denoiser") / "run")
+
+
+def train(folder: Path, denoiser: Path, **values: Any) -> Path:
+    """A run in this process, tiny but for `values`."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    script_main()(make_config(PriorConfig, TINY | {"denoiser": str(denoiser), "output_dir": str(folder)} | values))
+    return folder
+
+
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def sample(run: Path, count: int = 3) -> torch.Tensor:
+    pipe = TruncatedPriorPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return pipe(batch_size=count, generator=generator, num_inference_steps=2, output_type="pt").images
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint and of the saved pipeline."""
+    last = max(path.name for path in (run / "checkpoints").glob("update-*"))
+    folders = [run / "checkpoints" / last, run / "checkpoints" / "opponent" / last, run / "prior"]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    return {
+        f"{file.relative_to(run)}:{name}": value for file in files for name, value in sorted(load_file(file).items())
+    }
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    first, second = tensors(run), tensors(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, denoiser: Path) -> dict[str, Path]:
+    """Four uninterrupted updates of every learned prior."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: train(folder / name, denoiser, **values) for name, values in LEARNED.items()}
+
+
+def test_learned_priors_share_one_generator_and_open_as_pipelines(runs: dict[str, Path]) -> None:
+    parameters = {results(run)["parameters"] for run in runs.values()}
+    assert len(parameters) == 1
+    for run in runs.values():
+        prior = TruncatedPriorPipeline.from_pretrained(run).prior
+        assert parameters == {sum(parameter.numel() for parameter in prior.parameters())}
+        assert prior.config.truncation_timestep == 10
+        images = sample(run)
+        assert images.isfinite().all() and images.std() > 0
+
+
+def test_the_saved_prior_is_the_averaged_one(runs: dict[str, Path]) -> None:
+    checkpoint = runs["ot"] / "checkpoints" / "update-00000004"
+    average, trained = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
+    saved = TruncatedPriorPipeline.from_pretrained(runs["ot"]).prior
+    differs = False
+    for index, (name, value) in enumerate(saved.named_parameters()):
+        assert torch.equal(value, average[str(index)])
+        differs |= not torch.equal(value, trained[name])
+    assert differs
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    name: str, runs: dict[str, Path], denoiser: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "run", denoiser, **LEARNED[name], max_train_steps=2)
+    train(tmp_path / "run", denoiser, **LEARNED[name])
+    assert_same_end(tmp_path / "run", runs[name])
+
+
+def test_a_run_killed_between_the_two_parts_of_a_checkpoint_goes_on_from_the_one_before(
+    runs: dict[str, Path], denoiser: Path, tmp_path: Path
+) -> None:
+    """The opponent's part is written first: one that is alone belongs to no checkpoint."""
+    run = train(tmp_path / "run", denoiser, prior="gan", max_train_steps=2, checkpoints_total_limit=1)
+    shutil.copytree(run / "checkpoints/opponent/update-00000002", run / "checkpoints/opponent/update-00000003")
+    train(run, denoiser, prior="gan", checkpoints_total_limit=1)
+    assert_same_end(run, runs["gan"])
+    assert [path.name for path in (run / "checkpoints" / "opponent").iterdir()] == ["update-00000004"]
+
+
+@pytest.mark.parametrize("name", ["gan", "ot"])
+def test_two_processes_compute_what_one_computes(name: str, denoiser: Path, tmp_path: Path) -> None:
+    """Gradients after the first update, by Adam's first moments, on the same global batch."""
+    alone = train(tmp_path / "one", denoiser, **LEARNED[name], max_train_steps=1)
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml")]
+    values = TINY | LEARNED[name] | {"train_batch_size": 4, "max_train_steps": 1, "denoiser": denoiser}
+    values |= {"block_out_channels": "16,8", "output_dir": tmp_path / "two"}
+    command += [str(ROOT / "train" / "train_prior.py"), *(f"{key}={value}" for key, value in values.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("checkpoints", *(["checkpoints/opponent"] if name == "gan" else [])):
+        file = f"{part}/update-00000001/optimizer.safetensors"
+        first, second = load_file(alone / file), load_file(tmp_path / "two" / file)
+        for key in first:
+            if key.endswith("exp_avg"):
+                # Float32 sums in another order, on gradients clipped to norm 1.
+                torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=1e-6)
+
+
+def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "one", denoiser, prior="gaussian")
+    classes = train(tmp_path / "classes", denoiser, prior="gaussian", class_wise=True)
+    assert results(run)["complete"] and results(run)["updates"] == 0
+    images = load_images("digits", "train")
+    mean = images.fetch(torch.arange(len(images))).flatten(1).mean(0)
+    prior = TruncatedPriorPipeline.from_pretrained(run).prior
+    # Stored in float32.
+    torch.testing.assert_close(prior.mean[0], mean, rtol=0, atol=1e-5)
+    assert TruncatedPriorPipeline.from_pretrained(classes).prior.config.num_components == 10
+    assert sample(classes).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prior": "flow"}, "`prior` must be one of gaussian, vae, gan, ot"),
+        ({"ot_objective": "patch+pixels"}, "`ot_objective` must join some of pixel, patch, feature, sinkhorn"),
+        ({"class_wise": True}, "`class_wise` must be false"),
+        ({"prior": "gaussian", "prediction_type": "noisy_sample"}, "`prediction_type` must be sample"),
+        ({"truncation_timestep": 0}, "`truncation_timestep` must be at least 1"),
+        ({"truncation_timestep": 1001}, "`truncation_timestep` must be an integer from 1 to 1000"),
+        ({"block_out_channels": [8, 8, 8, 8, 8]}, "`sample_size` must be divisible by 16"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    values: dict[str, Any], message: str, denoiser: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
+        train(tmp_path / "run", denoiser, **values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_denoiser_that_does_not_fit_is_refused(denoiser: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`denoiser` must be trained on images of shape \(1, 8, 8\), got \(3, 8, 8\)"):
+        train(tmp_path / "run", save_denoiser(tmp_path / "colour", channels=3))
+    short = shutil.copytree(denoiser, tmp_path / "short")
+    (short / "run.json").write_text(json.dumps({"config": {"max_timestep": 5}}))
+    with pytest.raises(InputError, match="`truncation_timestep` must be at most 5"):
+        train(tmp_path / "run", short)
+
+
+def test_the_study_completes_a_folder_and_keeps_what_is_there(denoiser: Path, tmp_path: Path) -> None:
+    evaluator = ResidualFeatureExtractor(sample_size=8, in_channels=1, block_out_channels=(8, 16), feature_dim=8)
+    evaluator.save_pretrained(tmp_path / "evaluator")
+    output = tmp_path / "study"
+    config = TruncationConfig(
+        output_dir=str(output),
+        denoiser=str(denoiser),
+        evaluator=str(tmp_path / "evaluator"),
+        timesteps=(10, 200),
+        num_samples=40,
+        full_steps=(4,),
+        curve_steps=2,
+    )
+    claim_folder(output, config)
+    for name in LABELS:
+        prior = {"prior": name.removesuffix("_classes"), "class_wise": name.endswith("classes")}
+        train(output / run_name(name, 10), denoiser, **prior)
+    lines: list[str] = []
+    found = run_study(config, lines.append)
+
+    assert [*found["arms"]] == ["vanilla, truncated", "vanilla, full in 4", *LABELS.values(), "oracle"]
+    assert {name: arm["nfe"] for name, arm in found["arms"].items()} == {
+        "vanilla, truncated": 10,
+        "vanilla, full in 4": 4,
+        **dict.fromkeys(LABELS.values(), 11),
+        "oracle": 10,
+    }
+    assert found == json.loads((output / "results.json").read_text())
+    assert "8 features of an independent ResidualFeatureExtractor, 40 generated" in (output / "results.md").read_text()
+    assert {*found["curves"]["Gaussian"]} == {"10", "200"}
+    for picture in ("samples", "starts", "features", "curves"):
+        assert (output / f"{picture}.png").is_file()
+
+    before = {path: path.stat().st_mtime_ns for path in (output / "samples").iterdir()}
+    again = run_study(config, lines.append)
+    assert again["arms"] == found["arms"]
+    assert before == {path: path.stat().st_mtime_ns for path in (output / "samples").iterdir()}
+    with pytest.raises(InputError, match="output_dir"):
+        claim_folder(output, TruncationConfig(output_dir=str(output), seed=1))

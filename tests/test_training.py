@@ -1,0 +1,529 @@
+"""Training by the real scripts: what a run leaves, and that neither interruptions nor the number of processes and of
+forward passes change what is learnt."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMPipeline, DDPMScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ot_diffusers import OTGuidedDDIMPipeline
+from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config, run_script
+from ot_diffusers.data import ResidentImages, load_images
+from ot_diffusers.errors import InputError
+from ot_diffusers.losses import disjoint_reference_indices
+from ot_diffusers.training import Schedule, diffusion_batches, draw_noise, index_batches, keyed_generator, make_unet
+
+ROOT = Path(__file__).parent.parent
+CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
+
+# A UNet of 30,000 parameters on the real digits: an update takes a few hundredths of a second.
+COMMON: dict[str, Any] = {"dataset": "digits", "train_batch_size": 8, "report_to": "none"}
+TINY_UNET: dict[str, Any] = {
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "attention_levels": [],
+    "layers_per_block": 1,
+    "num_inference_steps": 2,
+    "num_validation_samples": 16,
+    "learning_rate": 1e-3,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "features": COMMON | {"block_out_channels": [4, 8], "feature_dim": 16, "num_reference_samples": 50},
+    "baseline": COMMON | TINY_UNET,
+    "ot": COMMON | TINY_UNET | {"num_reference_samples": 50, "ot_weight": 0.1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@functools.cache
+def main_of(script: str) -> Callable[[Any], None]:
+    """`main` of train/train_SCRIPT.py, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / "train" / f"train_{script}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def train(script: str, folder: Path, **values: Any) -> Path:
+    """A run in this process, tiny but for `values`."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    main_of(script)(make_config(CLASSES[script], TINY[script] | {"output_dir": str(folder)} | values))
+    return folder
+
+
+def launch(script: str, folder: Path, processes: str, **values: Any) -> Path:
+    """The same by `accelerate launch`, as a user would."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{processes}.yaml")]
+    command += [str(ROOT / "train" / f"train_{script}.py")]
+    command += [f"{key}={value}" for key, value in (TINY[script] | {"output_dir": folder} | values).items()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Path:
+    return train("features", tmp_path_factory.mktemp("features") / "run", max_train_steps=20)
+
+
+def last_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").iterdir())
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Weights, their average, the optimizer's moments and the saved pipeline are equal bit for bit."""
+    here, there = last_checkpoint(run), last_checkpoint(other)
+    assert here.name == there.name
+    assert_same_tensors(run / "unet" / "diffusion_pytorch_model.safetensors", other)
+    for file in here.glob("*.safetensors"):
+        assert_same_tensors(file, there)
+
+
+def assert_same_tensors(file: Path, other: Path) -> None:
+    candidates = (other / file.name, other / file.parent.name / file.name)
+    first, second = load_file(file), load_file(next(path for path in candidates if path.is_file()))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), (file.name, name)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- The scripts through accelerate launch, and one problem over all processes ---------------------------------------
+
+
+def first_moments(run: Path, update: int) -> Tensor:
+    """Adam's first moments after an update: after the first, (1 − β1) times the clipped gradient."""
+    moments = load_file(run / "checkpoints" / f"update-{update:08d}" / "optimizer.safetensors")
+    return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("exp_avg")])
+
+
+@pytest.mark.parametrize("script", ["baseline", "ot"])
+def test_two_processes_compute_what_one_computes(script: str, features: Path, tmp_path: Path) -> None:
+    """Gradients are compared rather than weights, as Adam's first steps are ±learning rate whatever a gradient's size.
+
+    The two runs add the same numbers in another order. That leaves about 1e-6 of the gradient's norm; the transport
+    problem is iterated, which leaves up to a few times as much. A loss per process instead of one over all would
+    differ by tenths.
+    """
+    values: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": 1}
+    if script == "ot":
+        values["feature_extractor"] = features
+        values["ot_weight"] = 3.0  # as strong as the denoising term
+    two = launch(script, tmp_path / "two", "two_cpu_processes", **values, train_batch_size=8)
+    one = train(script, tmp_path / "one", **values, train_batch_size=16)
+    assert json.loads((two / "run.json").read_text())["num_processes"] == 2
+    gradient, expected = first_moments(two, 1), first_moments(one, 1)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+    # The records are means over processes.
+    for name in ("loss", "mse", "validation_loss"):
+        assert metrics(two)[0][name] == pytest.approx(metrics(one)[0][name], rel=1e-4)
+
+    # What the launched run has left opens by the classes that people use.
+    generator = torch.Generator().manual_seed(0)
+    if script == "baseline":
+        image = DDIMPipeline.from_pretrained(two)(generator=generator, num_inference_steps=2, output_type="np").images
+    else:
+        pipeline = OTGuidedDDIMPipeline.from_pretrained(two)
+        assert pipeline.reference_bank.config.num_samples == 50
+        image = pipeline(batch_size=2, generator=generator, num_inference_steps=4, output_type="np").images
+    assert image.shape[1:] == (8, 8, 1)
+    assert np.isfinite(image).all()
+    assert results(two)["complete"]
+    assert results(two)["updates"] == 2
+    assert results(two)["last_epoch"] == metrics(two)[-1]
+
+
+def process(index: int, count: int) -> Any:
+    """What the data order reads of an accelerator."""
+    return SimpleNamespace(process_index=index, num_processes=count, device=torch.device("cpu"))
+
+
+def test_processes_and_micro_batches_share_out_one_global_batch() -> None:
+    images = ResidentImages("noise", "train", None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8))
+    config = BaselineConfig(train_batch_size=3, gradient_accumulation_steps=2)
+    schedule = Schedule(global_batch_size=12, updates_per_epoch=4, num_updates=9)
+    seen = [list(index_batches(images, config, schedule, process(index, 2), start=0)) for index in range(2)]
+    for update in range(schedule.num_updates):
+        batches = [batch for batches in seen for batch in batches if batch[0] == update]
+        everything = batches[0][1]
+        rows = torch.cat([indices[part] for _, indices, part in batches])
+        assert len(everything) == len(everything.unique()) == 12
+        assert torch.equal(rows.sort().values, everything.sort().values)
+        # References of the update, which every process draws from the same key, are nobody's images.
+        generator = keyed_generator(torch.device("cpu"), 0, "references", update)
+        references = disjoint_reference_indices(50, everything, 20, generator)
+        assert not set(references.tolist()) & set(rows.tolist())
+        assert len(references.unique()) == 20
+
+
+def test_every_forward_pass_has_its_own_dropout() -> None:
+    images = ResidentImages("noise", "train", None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8))
+    config = BaselineConfig(train_batch_size=3, gradient_accumulation_steps=2)
+    schedule = Schedule(global_batch_size=12, updates_per_epoch=4, num_updates=5)
+    seeds = [
+        torch.initial_seed()
+        for index in range(2)
+        for _ in diffusion_batches(images, DDPMScheduler(), config, schedule, process(index, 2))
+    ]
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * 5
+
+
+# --- What may not change the result -----------------------------------------------------------------------------------
+
+
+def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
+    """Four forward passes of 8 and one of 32 average the same gradients in another order: float32 rounding, about 1e-6
+    of the norm, and 1e-4 is far below what one exchanged image would change."""
+    values: dict[str, Any] = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
+    many = train("baseline", tmp_path / "many", **values, train_batch_size=8, gradient_accumulation_steps=4)
+    one = train("baseline", tmp_path / "one", **values, train_batch_size=32)
+    gradient, expected = first_moments(many, 1), first_moments(one, 1)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+    # Later weights agree to a fraction of what three updates of 1e-3 can move them: gradients near 0 decide by their
+    # sign, and that may be rounding.
+    ends = [load_file(last_checkpoint(run) / "model.safetensors") for run in (many, one)]
+    moved = torch.cat([(ends[0][name] - ends[1][name]).flatten().abs() for name in ends[0]])
+    assert moved.mean() < 1e-5
+    assert metrics(many)[-1]["loss"] == pytest.approx(metrics(one)[-1]["loss"], rel=1e-4)
+
+
+def test_zero_weight_trains_the_baseline_bit_for_bit(features: Path, tmp_path: Path) -> None:
+    baseline = train("baseline", tmp_path / "baseline", max_train_steps=4, dropout=0.1)
+    zero = train("ot", tmp_path / "zero", max_train_steps=4, dropout=0.1, ot_weight=0, feature_extractor=str(features))
+    assert_same_end(zero, baseline)
+    some = train("ot", tmp_path / "some", max_train_steps=4, dropout=0.1, feature_extractor=str(features))
+    with pytest.raises(AssertionError):
+        assert_same_end(some, baseline)
+
+
+@pytest.mark.parametrize(
+    ("script", "values"),
+    [
+        ("baseline", {"dropout": 0.2, "gradient_accumulation_steps": 2, "lr_scheduler": "constant_with_warmup"}),
+        ("ot", {}),
+    ],
+)
+def test_interrupted_run_ends_like_the_uninterrupted(
+    script: str, values: dict[str, Any], features: Path, tmp_path: Path
+) -> None:
+    if script == "ot":
+        values = values | {"feature_extractor": str(features)}
+    whole = train(script, tmp_path / "whole", **values, max_train_steps=5)
+    parts = train(script, tmp_path / "parts", **values, max_train_steps=2)
+    assert results(parts)["updates"] == 2
+    train(script, parts, **values, max_train_steps=5)
+    assert_same_end(parts, whole)
+    assert metrics(parts)[-1]["validation_loss"] == metrics(whole)[-1]["validation_loss"]
+
+
+def test_run_that_is_out_of_time_stops_cleanly_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call has time for one update; the learning rate falls along a cosine over all four."""
+    values: dict[str, Any] = {"max_train_steps": 4, "lr_scheduler": "cosine", "dropout": 0.1}
+    whole = train("baseline", tmp_path / "whole", **values)
+    parts = tmp_path / "parts"
+    for updates in (1, 2, 3):
+        # As the command: exit status 0 is that no SystemExit comes.
+        arguments = TINY["baseline"] | values | {"output_dir": str(parts), "max_train_seconds": 1e-9}
+        monkeypatch.setattr("sys.argv", ["train_baseline.py", *(f"{key}={value}" for key, value in arguments.items())])
+        AcceleratorState._reset_state(True)
+        run_script(main_of("baseline"), BaselineConfig, "")
+        assert (results(parts)["updates"], results(parts)["complete"]) == (updates, False)
+        assert last_checkpoint(parts).name == f"update-{updates:08d}"
+        DDIMPipeline.from_pretrained(parts)
+    train("baseline", parts, **values)
+    assert results(parts)["complete"]
+    assert_same_end(parts, whole)
+
+
+def test_killed_run_goes_on_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    """What a kill can leave: no results, no pipeline, records beyond the checkpoint, half a checkpoint."""
+    values: dict[str, Any] = {"train_batch_size": 384, "checkpointing_steps": 2}  # 3 updates are an epoch
+    whole = train("baseline", tmp_path / "whole", **values, max_train_steps=7)
+    parts = train("baseline", tmp_path / "parts", **values, max_train_steps=6)
+    for name in ("results.json", "model_index.json"):
+        (parts / name).unlink()
+    shutil.rmtree(parts / "unet")
+    shutil.rmtree(last_checkpoint(parts))
+    half = parts / "checkpoints" / ".update-00000006.partial"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(parts).name == "update-00000004"
+    train("baseline", parts, **values, max_train_steps=7)
+    assert_same_end(parts, whole)
+    assert [(line["epoch"], line["step"]) for line in metrics(parts)] == [(1, 3), (2, 6), (2, 7)]
+    assert [line["validation_loss"] for line in metrics(parts)] == [line["validation_loss"] for line in metrics(whole)]
+
+
+def test_finished_run_started_again_stays_as_it_is(tmp_path: Path) -> None:
+    run = train("baseline", tmp_path / "run", max_train_steps=3)
+    records, weights = metrics(run), load_file(last_checkpoint(run) / "model.safetensors")
+    train("baseline", run, max_train_steps=3)
+    assert metrics(run) == records
+    again = load_file(last_checkpoint(run) / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert results(run)["complete"]
+
+
+def test_rotation_and_a_second_continuation(tmp_path: Path) -> None:
+    run = train("baseline", tmp_path / "run", max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=3)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["update-00000003", "update-00000004", "update-00000005"]
+    # From an earlier checkpoint, what came after it is done again and replaced.
+    checkpoint = str(run / "checkpoints" / "update-00000003")
+    train("baseline", run, max_train_steps=4, checkpoints_total_limit=3, resume_from_checkpoint=checkpoint)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["update-00000003", "update-00000004"]
+    assert [line["step"] for line in metrics(run)] == [4]
+
+
+def test_records_do_not_depend_on_how_often_they_are_taken(tmp_path: Path) -> None:
+    """An epoch's loss is the mean over its updates: to the rounding of float32 sums."""
+    values: dict[str, Any] = {"train_batch_size": 230, "max_train_steps": 10}  # 5 updates are an epoch
+    often = metrics(train("baseline", tmp_path / "often", **values, logging_steps=1))
+    seldom = metrics(train("baseline", tmp_path / "seldom", **values, logging_steps=3))
+    assert [line["step"] for line in often] == [5, 10]
+    for line, other in zip(often, seldom, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_record_of_an_ot_run_adds_up(features: Path, tmp_path: Path) -> None:
+    (line,) = metrics(train("ot", tmp_path / "run", max_train_steps=3, feature_extractor=str(features)))
+    assert line["ot"] > 0
+    assert line["loss"] == pytest.approx(line["mse"] + line["ot"], rel=1e-6)  # float32 sums
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "power"), [("uniform", 1.0), ("quadratic", 2.0)])
+def test_timesteps_are_distributed_as_named(sampler: str, power: float) -> None:
+    """t = T·u^p, so that P(t < T·x) = x^(1/p). The largest deviation of 100,000 draws exceeds 1.95/√N once in a
+    thousand seeds, plus a timestep's own share of the chain."""
+    count, length = 100_000, 1000
+    config = BaselineConfig(timestep_sampler=sampler)
+    noise, timesteps = draw_noise(count, torch.Size([1]), config, torch.Generator().manual_seed(0))
+    edges = torch.arange(1, length + 1)
+    reached = torch.searchsorted(timesteps.sort().values, edges) / count
+    expected = (edges / length) ** (1 / power)
+    assert (reached - expected).abs().max() < 1.95 / count**0.5 + 1e-4
+    # ε is standard normal: mean and variance within 4 standard errors, √(1/N) and √(2/N).
+    assert abs(noise.mean().item()) < 4 / count**0.5
+    assert abs(noise.var().item() - 1) < 4 * (2 / count) ** 0.5
+
+
+def test_max_timestep_ends_the_chain_early() -> None:
+    config = BaselineConfig(max_timestep=10, timestep_sampler="quadratic")
+    _, timesteps = draw_noise(10_000, torch.Size([1]), config, torch.Generator().manual_seed(0))
+    assert timesteps.unique().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_predictions_train_and_are_remembered(prediction_type: str, features: Path, tmp_path: Path) -> None:
+    run = train(
+        "ot",
+        tmp_path / "run",
+        prediction_type=prediction_type,
+        timestep_sampler="quadratic",
+        mixed_precision="bf16",
+        max_train_steps=1,
+        feature_extractor=str(features),
+    )
+    pipeline = OTGuidedDDIMPipeline.from_pretrained(run)
+    assert pipeline.scheduler.config.prediction_type == prediction_type
+    assert pipeline.unet.dtype == torch.float32
+    assert np.isfinite(metrics(run)[0]["loss"])
+
+
+def test_bf16_changes_rounding_only(tmp_path: Path) -> None:
+    """8 bits of mantissa are 4e-3 of each activation; the mean over a batch stays within a percent."""
+    half = train("baseline", tmp_path / "half", max_train_steps=1, mixed_precision="bf16")
+    full = train("baseline", tmp_path / "full", max_train_steps=1)
+    assert metrics(half)[0]["loss"] != metrics(full)[0]["loss"]
+    assert metrics(half)[0]["loss"] == pytest.approx(metrics(full)[0]["loss"], rel=1e-2)
+
+
+def test_the_sources_recipe_trains(features: Path, tmp_path: Path) -> None:
+    source = {"squash": "tanh", "normalize_features": False, "snr_weighting": False, "ot_backend": "geomloss"}
+    run = train("ot", tmp_path / "run", max_train_steps=2, feature_extractor=str(features), blur=0.2, **source)
+    assert metrics(run)[0]["ot"] > 0
+
+
+def test_sample_grids_and_tensorboard(tmp_path: Path) -> None:
+    values = {"train_batch_size": 576, "max_train_steps": 4, "sample_epochs": 1, "report_to": "tensorboard"}
+    run = train("baseline", tmp_path / "run", **values)
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["update-00000002.png", "update-00000004.png"]
+    assert PIL.Image.open(run / "samples" / "update-00000004.png").size == (6 * 8, 6 * 8)
+    assert any((run / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"image_size": 10, "block_out_channels": [8, 8, 8]}, "`image_size` must be a multiple of 4 for a UNet of 3"),
+        ({"train_batch_size": 2000}, "`train_batch_size` must give a global batch of at most 1152 images, got 2000"),
+        ({"report_to": "notes"}, "`report_to` must be none or an installed tracker"),
+        ({"dataset": "./absent"}, "`dataset` must be digits, mnist, cifar10, an existing folder or a Hub id"),
+        ({"image_column": "img"}, "`image_column` must be one of the columns image, label, got 'img'"),
+        (
+            {"resume_from_checkpoint": "absent"},
+            "`resume_from_checkpoint` must be latest, none or a checkpoint's folder",
+        ),
+    ],
+)
+def test_refusal_leaves_nothing(values: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refusal:
+        train("baseline", tmp_path / "run", **values)
+    assert str(refusal.value).startswith(expected)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ot_refuses_a_batch_that_leaves_no_references(features: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`train_batch_size` must leave references in a data set of 1152, got 1152"):
+        train("ot", tmp_path / "run", train_batch_size=1152, feature_extractor=str(features))
+    assert not list(tmp_path.iterdir())
+
+
+def test_unet_of_the_configuration() -> None:
+    config = BaselineConfig(block_out_channels=(32, 32, 64), attention_levels=(1,), layers_per_block=1)
+    unet = make_unet(config, (3, 8, 8))
+    assert unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")
+    assert unet.config.up_block_types == ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    assert unet(torch.zeros(2, 3, 8, 8), 0).sample.shape == (2, 3, 8, 8)
+
+
+# --- The output folder ------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_another_run_is_refused_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("baseline", tmp_path / "run", max_train_steps=1)
+    before = snapshot(run)
+    capsys.readouterr()
+    for values, expected in [
+        ({"learning_rate": 5e-3}, "which holds a run with learning_rate=0.001 instead of 0.005"),
+        ({"block_out_channels": "8,8"}, "which holds a run with block_out_channels=[8, 16] instead of [8, 8]"),
+        ({"resume_from_checkpoint": "none"}, "must be empty with resume_from_checkpoint=none"),
+    ]:
+        arguments = TINY["baseline"] | {"output_dir": str(run), "max_train_steps": 1} | values
+        monkeypatch.setattr("sys.argv", ["train_baseline.py", *(f"{key}={value}" for key, value in arguments.items())])
+        with pytest.raises(SystemExit) as leaving:
+            run_script(main_of("baseline"), BaselineConfig, "")
+        assert leaving.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: `output_dir` must be empty")
+        assert expected in message
+        assert message.count("\n") == 1
+    with pytest.raises(InputError, match="which holds a run with architecture=None instead of 'conv'"):
+        train("features", run)
+    assert snapshot(run) == before
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match="`output_dir` must be empty or hold a run of this script"):
+        train("baseline", tmp_path)
+    with pytest.raises(InputError, match="`output_dir` must be a folder"):
+        train("baseline", tmp_path / "thesis.txt")
+    assert snapshot(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    train("baseline", tmp_path / "empty", max_train_steps=1)
+
+
+# --- Other data -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Some digits, once as parquet files in a Hub layout and once as an image folder."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("data")
+    (root / "parquet" / "data").mkdir(parents=True)
+    for split, count in {"train": 40, "validation": 8, "test": 8}.items():
+        images = load_images("digits", split)
+        assert isinstance(images, ResidentImages)
+        pictures = [PIL.Image.fromarray(pixels[0].numpy()) for pixels in images.pixels[:count]]
+        table = datasets.Dataset.from_dict({"img": pictures}, features=datasets.Features({"img": datasets.Image()}))
+        table.to_parquet(root / "parquet" / "data" / f"{split}-00000-of-00001.parquet")
+        (root / "pictures" / split).mkdir(parents=True)
+        for index, picture in enumerate(pictures):
+            picture.save(root / "pictures" / split / f"{index:03d}.png")
+    return {"parquet": root / "parquet", "pictures": root / "pictures"}
+
+
+def test_the_same_pictures_train_the_same_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    runs = [
+        train("baseline", tmp_path / name, dataset=str(folder), num_train_epochs=1) for name, folder in folders.items()
+    ]
+    assert_same_end(*runs)
+    assert results(runs[0])["updates"] == 5
+
+
+def test_features_of_other_data_are_refused(features: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"be trained on the training split of .*got \"a network of 'digits'\""):
+        train("ot", tmp_path / "run", dataset=str(folders["parquet"]), feature_extractor=str(features))
+    with pytest.raises(InputError, match=r"take images of shape \(1, 12, 12\), got \(1, 8, 8\)"):
+        train("ot", tmp_path / "run", image_size=12, feature_extractor=str(features))
+    with pytest.raises(InputError, match="`label_column` must name a column"):
+        train("features", tmp_path / "run", dataset=str(folders["parquet"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_grey_pictures_as_rgb(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = train("baseline", tmp_path / "run", dataset=str(folders["pictures"]), channels=3, max_train_steps=1)
+    assert DDIMPipeline.from_pretrained(run).unet.config.in_channels == 3
+
+
+def test_every_script_on_real_mnist(real_datasets: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"dataset": str(real_datasets / "mnist"), "max_train_steps": 3, "train_batch_size": 32}
+    network = train("features", tmp_path / "features", **values)
+    baseline = train("baseline", tmp_path / "baseline", **values)
+    ot = train("ot", tmp_path / "ot", **values, feature_extractor=str(network), num_reference_samples=500)
+    assert json.loads((baseline / "run.json").read_text())["data"]["num_samples"] == 55_000
+    assert DDIMPipeline.from_pretrained(baseline).unet.config.sample_size == 28
+    assert OTGuidedDDIMPipeline.from_pretrained(ot).reference_bank.config.num_samples == 500
+    # The first updates of both start from the same weights, batch and noise.
+    assert metrics(ot)[0]["mse"] == pytest.approx(metrics(baseline)[0]["mse"], rel=1e-2)
+    shutil.rmtree(tmp_path)
+    os.makedirs(tmp_path)
