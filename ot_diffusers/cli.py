@@ -1,4 +1,4 @@
-"""The command line: `ot-diffusers demo | train | sample | evaluate`.
+"""The command line: `ot-diffusers demo | train | sample | evaluate | truncation`.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
 exit status 2.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         arguments, unknown = make_parser().parse_known_args(argv)
-        if unknown and arguments.command is not run_train:
+        if unknown and arguments.command not in (run_train, run_truncation):
             raise InputError(f"unknown argument {unknown[0]!r}; see `ot-diffusers {arguments.name} --help`")
         return arguments.command(arguments, unknown)
     except InputError as error:
@@ -61,6 +61,7 @@ def make_parser() -> Parser:
     _add_train(commands)
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_truncation(commands)
     return parser
 
 
@@ -114,6 +115,17 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(command=run_evaluate)
 
 
+def _add_truncation(commands: Any) -> None:
+    truncation = commands.add_parser(
+        "truncation",
+        help="train, sample and compare the priors of the truncated chain",
+        usage="ot-diffusers truncation [--config FILE] [key=value ...]",
+        allow_abbrev=False,
+    )
+    truncation.add_argument("--config", metavar="FILE", help="YAML file, or a preset such as digits/truncation.yaml")
+    truncation.set_defaults(command=run_truncation)
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument("--features", help="run of train_features.py; guides any pipeline by its network and bank")
@@ -153,6 +165,18 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         accelerate_config=arguments.accelerate_config,
     )
     return subprocess.call(command, env=training_environment(arguments.num_processes))
+
+
+def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """The study of priors."""
+    _prepare_libraries()
+    from .config import load_config
+    from .launch import preset_path
+    from .truncation_study import TruncationConfig, run_study
+
+    preset = ["--config", str(preset_path(arguments.config))] if arguments.config else []
+    run_study(load_config(TruncationConfig, [*preset, *overrides]))
+    return 0
 
 
 def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:

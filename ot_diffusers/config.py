@@ -262,6 +262,7 @@ class PriorConfig(TrainingConfig):
     r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
     r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
     ot_objective: str = option("patch+sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
+    feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
     num_projections: int = option(256, "ot: random directions of each sliced term")
     patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches")
     blur: float = option(0.3, "ot: blur of the Sinkhorn divergence; features have median distance 1")

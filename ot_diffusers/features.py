@@ -39,14 +39,18 @@ def load_feature_extractor(path: str) -> FeatureExtractor:
 
 
 def load_reference_bank(path: str) -> ReferenceBank:
-    """The reference bank of a `train_features.py` run.
+    """The reference bank of a `train_features.py` run, or of a published pipeline by its Hub id.
 
     Raises:
         InputError: no reference bank there.
     """
-    folder = Path(path) / "reference_bank"
-    require(folder.is_dir(), "features", "be the folder of a train_features.py run", path)
-    return ReferenceBank.from_pretrained(folder)
+    # With `subfolder` on a local folder, diffusers would take weights at its root for the bank's.
+    place = {} if Path(path).is_dir() else {"subfolder": "reference_bank"}
+    folder = path if place else str(Path(path) / "reference_bank")
+    try:
+        return ReferenceBank.from_pretrained(folder, use_safetensors=True, **place)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`features` must hold a network and its `reference_bank`, got {path!r}") from error
 
 
 def labels_of(images: ResidentImages | StreamedImages) -> Tensor:

@@ -8,7 +8,8 @@ real images, both diffused to step T', by one or several of
     feature    sliced Wasserstein between features of a frozen network
     sinkhorn   Sinkhorn divergence between such features, its self-term between two independent generated batches
 
-The features are those of the frozen denoiser at step T', which has seen images of just this noise level and no labels.
+The features are those of a frozen network at several depths: the denoiser at step T', which has seen images of just
+this noise level and no labels, or a feature network of the losses.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import require
+from .models.feature_extractor import FeatureExtractor, ResidualBlock
 from .transport import sinkhorn_divergence
 from .transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
 
@@ -189,6 +191,26 @@ def denoiser_features(unet: Any, images: Tensor, timestep: int) -> tuple[Tensor,
             levels.append(hidden)
         levels.append(unet.mid_block(hidden, embedding))
         return tuple(_pooled(level) for level in levels)
+
+
+def network_features(network: FeatureExtractor, images: Tensor) -> tuple[Tensor, ...]:
+    """What a frozen feature network makes of images in [-1, 1], level by level: [B, D] each, float32.
+
+    The levels are its pooled maps or residual blocks, averaged to at most 4 × 4 positions, and its penultimate layer.
+    Values outside [-1, 1], which noise makes, are passed on. The gradient flows to the images.
+
+    Args:
+        network: a feature network for such images.
+        images: [B, C, H, W].
+    """
+    with torch.autocast(device_type=images.device.type, enabled=False):
+        hidden = images.float() / 2 + 0.5
+        levels = []
+        for layer in network.backbone.children():
+            hidden = layer(hidden)
+            if isinstance(layer, (nn.MaxPool2d, ResidualBlock)):
+                levels.append(_pooled(hidden))
+        return (*levels, hidden)
 
 
 def _pooled(feature_map: Tensor) -> Tensor:

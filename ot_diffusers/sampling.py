@@ -15,9 +15,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from .errors import InputError, require
-from .features import load_feature_extractor
+from .features import load_feature_extractor, load_reference_bank
 from .models.feature_extractor import FeatureExtractor
-from .models.reference_bank import ReferenceBank
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .seeds import keyed_generator
@@ -57,22 +56,9 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     if features is None:
         return pipeline
     require(kind is not TruncatedPriorPipeline, "features", "be left out for a TruncatedPriorPipeline", str(features))
-    network, bank = load_guidance_parts(features)
+    network, bank = load_feature_extractor(str(features)), load_reference_bank(str(features))
     _check_fits(network, pipeline.unet)
     return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
-
-
-def load_guidance_parts(features: str | Path) -> tuple[FeatureExtractor, ReferenceBank]:
-    """Feature network and reference bank of a `train_features.py` run."""
-    network = load_feature_extractor(str(features))
-    # With `subfolder` on a local folder, diffusers would find the network's weights at the root first.
-    place = {"subfolder": "reference_bank"} if not Path(features).is_dir() else {}
-    path = str(features) if place else str(Path(features) / "reference_bank")
-    try:
-        bank = ReferenceBank.from_pretrained(path, use_safetensors=True, **place)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`features` must hold a network and its `reference_bank`, got {str(features)!r}") from error
-    return network, bank
 
 
 def pipeline_class_name(path: str) -> str:

@@ -118,8 +118,15 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -> None:
-    """Create the folder, write `run.json`, start the trackers. Everything that can be refused has been by now."""
+    """Create the folder, write `run.json`, start the trackers; the last place where a run can be refused.
+
+    Raises:
+        InputError: the folder holds a run on other images.
+    """
     folder = Path(config.output_dir)
+    before = _read_json(folder / "run.json").get("data", {}).get("fingerprint", images.fingerprint)
+    require(before == images.fingerprint, "dataset", "hold the images that the run began with", config.dataset)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         record = {
@@ -138,6 +145,11 @@ def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -
 def _as_json(config: TrainingConfig) -> dict[str, Any]:
     """The configuration as it reads back from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Its content; empty where there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -172,6 +184,8 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet
     require(
         height % divisor == 0, "image_size", f"be a multiple of {divisor} for a UNet of {levels} resolutions", height
     )
+    known = all(0 <= level < levels for level in config.attention_levels)
+    require(known, "attention_levels", f"lie in 0 … {levels - 1} for {levels} resolutions", config.attention_levels)
     attention = [level in config.attention_levels for level in range(levels)]
     return UNet2DModel(
         sample_size=height,

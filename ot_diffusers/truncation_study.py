@@ -45,7 +45,9 @@ from .seeds import keyed_generator
 
 COLUMNS = ("frechet_distance", "recall_distance", "precision_distance", "precision", "recall")
 EVALUATOR_SEED = 1000
-LEARNED = ("vae", "gan", "ot")
+LEARNED = ("gan", "ot", "vae")
+"""In the order of training: the first two side by side, so that their seconds are comparable."""
+SIDE_BY_SIDE = 2
 LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
 SHOWN = ("vanilla, truncated", *LABELS.values(), "oracle")
 DESCRIPTIONS = {
@@ -70,6 +72,7 @@ class TruncationConfig:
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
     presets: str = option("digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …")
     denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
+    feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
     evaluator: str | None = option(None, "folder of a feature network no loss sees; none trains the evaluator preset")
     truncation_timestep: int = option(10, "T' of the table")
     timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
@@ -128,6 +131,10 @@ class Study:
     @property
     def denoiser(self) -> str:
         return self.config.denoiser or str(self.output / "baseline")
+
+    @property
+    def feature_extractor(self) -> str:
+        return self.config.feature_extractor or str(self.output / "features")
 
     @property
     def evaluator(self) -> str:
@@ -194,45 +201,57 @@ def claim_folder(output: Path, config: TruncationConfig) -> None:
         InputError: the folder holds something else.
     """
     record = output / "study.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(config) | {"output_dir": None}))
+    wanted = settings(config)
     if record.is_file():
         earlier = read_json(record)
-        differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
-        requirement = f"be a new folder, or of a study with { ({name: settings[name] for name in differing}) }"
+        differing = {name: earlier.get(name) for name, value in wanted.items() if earlier.get(name) != value}
+        requirement = f"be a new folder, or of a study with { {name: wanted[name] for name in differing} }"
         require(not differing, "output_dir", requirement, f"{output} of one with {differing}")
         return
     require(not output.exists() or output.is_dir(), "output_dir", "be a folder", str(output))
     empty = not output.exists() or not any(output.iterdir())
     require(empty, "output_dir", "be a new or empty folder, or an earlier study's", str(output))
     (output / "logs").mkdir(parents=True)
-    record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    record.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def settings(config: TruncationConfig) -> dict[str, Any]:
+    """The configuration as it reads back from JSON, without its folder."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in values.items() if name != "output_dir"}
 
 
 def train_networks(study: Study) -> None:
-    """The denoiser and the evaluator, where the configuration names none."""
+    """The denoiser, the feature network and the evaluator, where the configuration names none."""
     config = study.config
     common = [f"dataset={config.dataset}", "report_to=none"]
     runs = {}
     if config.denoiser is None:
         own = [*common, f"seed={config.seed}", f"output_dir={study.denoiser}"]
         runs["baseline"] = training_command("baseline", own, config=f"{config.presets}/baseline.yaml")
+    if config.feature_extractor is None:
+        own = [*common, f"seed={config.seed}", f"output_dir={study.feature_extractor}"]
+        runs["features"] = training_command("features", own, config=f"{config.presets}/features.yaml")
     if config.evaluator is None:
         own = [*common, f"seed={EVALUATOR_SEED + config.seed}", f"output_dir={study.evaluator}"]
         runs["evaluator"] = training_command("features", own, config=f"{config.presets}/evaluator.yaml")
     if runs:
-        train(runs, study.output, "train the denoiser and the evaluator", study.announce)
+        train(runs, study.output, "train the denoiser, the feature network and the evaluator", study.announce)
 
 
 def train_priors(study: Study) -> None:
-    """The priors of the table, two at a time, then those of the curves."""
+    """The priors of the table, then those of the curves."""
     config = study.config
     main = config.truncation_timestep
     closed_form = prior_runs(study, main, ("gaussian", *(["gaussian_classes"] if has_classes(study) else [])))
     train(closed_form, study.output, "fit the closed-form priors", study.announce)
+    learned: dict[str, list[str]] = {}
     for step in dict.fromkeys((main, *config.learned_timesteps)):
-        for names in (("vae", "gan"), ("ot",)):
-            title = f"train {' and '.join(LABELS[name] for name in names)} for T' = {step}"
-            train(prior_runs(study, step, names), study.output, title, study.announce)
+        learned |= prior_runs(study, step, LEARNED)
+    names = list(learned)
+    for first in range(0, len(names), SIDE_BY_SIDE):
+        group = {name: learned[name] for name in names[first : first + SIDE_BY_SIDE]}
+        train(group, study.output, f"train {' and '.join(group)}", study.announce)
 
 
 def prior_runs(study: Study, truncation_timestep: int, names: tuple[str, ...]) -> dict[str, list[str]]:
@@ -249,9 +268,11 @@ def prior_runs(study: Study, truncation_timestep: int, names: tuple[str, ...]) -
             f"seed={config.seed}",
             "report_to=none",
         ]
+        if name == "ot":
+            options.append(f"feature_extractor={study.feature_extractor}")
         if name == "gaussian_classes":
             options.append("class_wise=true")
-        elif name in LEARNED and config.max_train_steps is not None:
+        if name in LEARNED and config.max_train_steps is not None:
             options.append(f"max_train_steps={config.max_train_steps}")
         preset = f"{config.presets}/prior_{name.removesuffix('_classes')}.yaml"
         commands[run] = training_command("prior", options, config=preset)
@@ -423,7 +444,7 @@ def collect(
         "curves": {
             name: {str(step): dict(values) for step, values in points.items()} for name, points in scored.items()
         },
-        "provenance": report.provenance() | {"study": dataclasses.asdict(study.config) | {"output_dir": None}},
+        "provenance": report.provenance() | {"study": settings(study.config)},
     }
 
 

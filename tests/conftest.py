@@ -12,6 +12,8 @@ from hypothesis import settings
 # Before any test module imports the libraries that read these; commands started by tests inherit them.
 _CACHE = tempfile.TemporaryDirectory(prefix="ot_diffusers_tests_")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["OT_DIFFUSERS_CACHE"] = _CACHE.name
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other processes of a small machine
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

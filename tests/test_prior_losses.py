@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from torch.distributions import Normal, kl_divergence
 
 from ot_diffusers.errors import InputError
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ot_diffusers.prior_losses import (
     denoiser_features,
     discriminator_loss,
@@ -17,6 +18,7 @@ from ot_diffusers.prior_losses import (
     feature_transport,
     generator_loss,
     gradient_penalty,
+    network_features,
     patch_transport,
     pixel_transport,
     sinkhorn_transport,
@@ -185,3 +187,14 @@ def test_features_do_not_depend_on_the_batch_and_pass_gradients_to_the_images():
         torch.testing.assert_close(level[:1], single, rtol=1e-4, atol=1e-5)
     levels[-1].sum().backward()
     assert images.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("network_class", [ConvFeatureExtractor, ResidualFeatureExtractor])
+def test_network_features_end_in_the_penultimate_layer(network_class):
+    torch.manual_seed(0)
+    network = network_class(sample_size=8, in_channels=2, block_out_channels=(8, 16), feature_dim=12)
+    images = _images(3, 0).clamp(-1, 1)
+    levels = network_features(network, images)
+    # Two stages of maps, and the same function of the same input.
+    assert len(levels) == 3
+    assert torch.equal(levels[-1], network.extract(images))

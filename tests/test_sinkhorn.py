@@ -53,16 +53,16 @@ def _plan(x: Tensor, y: Tensor, f: Tensor, g: Tensor, blur: float) -> Tensor:
 
 
 def _solve_independently(x: Tensor, y: Tensor, blur: float, reach: float | None = None) -> tuple[Tensor, Tensor]:
-    """OT(x, y) and its gradient in x, by float64 Sinkhorn run until the potential moves by less than 1e-7 eps."""
+    """OT(x, y) and its gradient in x, by float64 Sinkhorn run until the potential moves by less than 1e-6 eps."""
     costs, (a, b) = _costs(x, y), (_uniform(x), _uniform(y))
     f, eps = torch.zeros_like(a), max(costs.max().item(), blur**2)
     while True:
         eps = max(eps / 2, blur**2)
         relaxed = 1.0 if reach is None else reach**2 / (reach**2 + eps)
-        for _ in range(20 if eps > blur**2 else 100_000):
+        for _ in range(20 if eps > blur**2 else 20_000):
             before, g = f, -eps * relaxed * torch.logsumexp((f[:, None] - costs) / eps + a.log()[:, None], 0)
             f = -eps * relaxed * torch.logsumexp((g - costs) / eps + b.log(), 1)
-            if (f - before).abs().max() < 1e-7 * eps:
+            if (f - before).abs().max() < 1e-6 * eps:
                 break
         if eps == blur**2:
             break
@@ -209,7 +209,7 @@ def test_one_dirac_within_reach():
 
 # --- the converged float64 problem ----------------------------------------------------------------------------------
 
-_SIZES = [(40, 90, 2), (90, 40, 8), (1, 30, 3), (30, 1, 3), (60, 60, 1), (25, 25, 200)]
+_SIZES = [(12, 20, 2), (20, 12, 8), (1, 30, 3), (30, 1, 3), (15, 15, 1), (20, 20, 200)]
 
 
 @pytest.mark.parametrize("sizes", _SIZES)

@@ -19,7 +19,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from ot_diffusers import TruncatedPriorPipeline
-from ot_diffusers.config import PriorConfig, make_config
+from ot_diffusers.cli import main
+from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.feature_extractor import ResidualFeatureExtractor
@@ -153,24 +154,57 @@ def test_a_run_killed_between_the_two_parts_of_a_checkpoint_goes_on_from_the_one
     assert [path.name for path in (run / "checkpoints" / "opponent").iterdir()] == ["update-00000004"]
 
 
-@pytest.mark.parametrize("name", ["gan", "ot"])
-def test_two_processes_compute_what_one_computes(name: str, denoiser: Path, tmp_path: Path) -> None:
-    """Gradients after the first update, by Adam's first moments, on the same global batch."""
-    alone = train(tmp_path / "one", denoiser, **LEARNED[name], max_train_steps=1)
+def test_two_processes_compute_what_one_computes(denoiser: Path, tmp_path: Path) -> None:
+    """Gradients after the first update, by Adam's first moments, on the same global batch; one launch for both."""
+    configs = []
+    for name in ("gan", "ot"):
+        train(tmp_path / "one" / name, denoiser, **LEARNED[name], max_train_steps=1)
+        values = {"train_batch_size": 4, "max_train_steps": 1, "output_dir": str(tmp_path / "two" / name)}
+        configs.append(TINY | LEARNED[name] | values | {"denoiser": str(denoiser)})
+    driver = tmp_path / "driver.py"
+    script = ROOT / "train" / "train_prior.py"
+    driver.write_text(
+        f"import runpy\nfrom ot_diffusers.config import PriorConfig, make_config\n"
+        f"main = runpy.run_path({str(script)!r})['main']\n"
+        f"for values in {configs!r}:\n    main(make_config(PriorConfig, values))\n"
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml")]
-    values = TINY | LEARNED[name] | {"train_batch_size": 4, "max_train_steps": 1, "denoiser": denoiser}
-    values |= {"block_out_channels": "16,8", "output_dir": tmp_path / "two"}
-    command += [str(ROOT / "train" / "train_prior.py"), *(f"{key}={value}" for key, value in values.items())]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml"), str(driver)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for part in ("checkpoints", *(["checkpoints/opponent"] if name == "gan" else [])):
+    for part in ("gan/checkpoints", "gan/checkpoints/opponent", "ot/checkpoints"):
         file = f"{part}/update-00000001/optimizer.safetensors"
-        first, second = load_file(alone / file), load_file(tmp_path / "two" / file)
+        first, second = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         for key in first:
             if key.endswith("exp_avg"):
                 # Float32 sums in another order, on gradients clipped to norm 1.
                 torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "cifar10"])
+def test_presets_give_every_prior_the_same_generator(data: str) -> None:
+    folder = ROOT / "configs" / data
+    presets = {file.stem: load_config(PriorConfig, ["--config", str(file)]) for file in folder.glob("prior_*.yaml")}
+    assert {"prior_gaussian", "prior_vae", "prior_gan", "prior_ot"} <= presets.keys()
+    learned = [config for config in presets.values() if config.prior != "gaussian"]
+    assert len({(config.latent_dim, config.block_out_channels) for config in learned}) == 1
+    study = load_config(TruncationConfig, ["--config", str(folder / "truncation.yaml")])
+    assert study.dataset == study.presets == data
+    for config in presets.values():
+        assert config.truncation_timestep == study.truncation_timestep
+
+
+def test_the_source_presets_are_its_recipe() -> None:
+    config = load_config(PriorConfig, ["--config", str(ROOT / "configs" / "cifar10" / "prior_ot_seed.yaml")])
+    assert (config.truncation_timestep, config.latent_dim, config.train_batch_size) == (10, 1024, 128)
+    assert (config.num_train_epochs, config.prediction_type, config.ot_objective) == (32, "noisy_sample", "pixel")
+
+
+def test_the_command_refuses_bad_input_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["truncation", "timesteps=0"]) == 2
+    assert capsys.readouterr().err == "error: `timesteps` must hold numbers from 1, got (0,)\n"
+    assert main(["truncation", "learned_timesteps=20"]) == 2
+    assert "`learned_timesteps` must be among timesteps" in capsys.readouterr().err
 
 
 def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser: Path, tmp_path: Path) -> None:
@@ -223,6 +257,7 @@ def test_the_study_completes_a_folder_and_keeps_what_is_there(denoiser: Path, tm
         output_dir=str(output),
         denoiser=str(denoiser),
         evaluator=str(tmp_path / "evaluator"),
+        feature_extractor=str(tmp_path / "evaluator"),
         timesteps=(10, 200),
         num_samples=40,
         full_steps=(4,),

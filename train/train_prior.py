@@ -8,10 +8,11 @@ and takes a moment. Real images diffused to step T' are what a prior is held aga
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig, run_script
 from ot_diffusers.errors import require
-from ot_diffusers.features import labels_of
+from ot_diffusers.features import check_trained_on, labels_of, load_feature_extractor
 from ot_diffusers.models.feature_extractor import median_distance
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
@@ -36,6 +37,7 @@ from ot_diffusers.prior_losses import (
     feature_transport,
     generator_loss,
     gradient_penalty,
+    network_features,
     patch_transport,
     pixel_transport,
     sinkhorn_transport,
@@ -316,15 +318,18 @@ def adversarial_loss(
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Features of the frozen denoiser at step T', each level in units of its median distance between real images."""
+    """Features of x_T' at several depths of a frozen network, each in units of its median distance between real images.
 
-    unet: Any
-    timestep: int
+    Attributes:
+        extract: images [B, C, H, W] to levels, [B, D] each.
+        scales: one for each level.
+    """
+
+    extract: Callable[[Tensor], tuple[Tensor, ...]]
     scales: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        levels = denoiser_features(self.unet, images, self.timestep)
-        return tuple(level / scale for level, scale in zip(levels, self.scales, strict=True))
+        return tuple(level / scale for level, scale in zip(self.extract(images), self.scales, strict=True))
 
 
 def needs_features(config: PriorConfig) -> bool:
@@ -333,12 +338,17 @@ def needs_features(config: PriorConfig) -> bool:
 
 @torch.no_grad()
 def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: Any) -> FrozenFeatures:
-    """The denoiser's features, and the scale of each level from at most 1,000 real images."""
+    """The features of the configured network, or of the denoiser at step T'; scales from at most 1,000 real images."""
+    extract: Callable[[Tensor], tuple[Tensor, ...]]
+    if config.feature_extractor is None:
+        extract = functools.partial(denoiser_features, unet, timestep=config.truncation_timestep - 1)
+    else:
+        network = load_feature_extractor(config.feature_extractor).to(unet.device)
+        check_trained_on(network, images)
+        extract = functools.partial(network_features, network)
     rows = torch.linspace(0, len(images) - 1, min(1000, len(images))).round().long()
     real = truncated_samples(images.fetch(rows), rows, scheduler, seed=config.seed)
-    timestep = config.truncation_timestep - 1
-    levels = denoiser_features(unet, real.to(unet.device), timestep)
-    return FrozenFeatures(unet, timestep, tuple(median_distance(level) for level in levels))
+    return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))))
 
 
 def transport_terms(

@@ -24,7 +24,8 @@ _BLOCK = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- /results -->)"
 
 
 def render_quotes(markdown: Path) -> str:
-    """The text of a Markdown file with every quoted table rendered from its file; paths are relative to the Markdown file.
+    """The text of a Markdown file with every quoted table rendered from its file; paths are relative to the Markdown
+    file.
 
     Raises:
         InputError: a file of results that does not exist.

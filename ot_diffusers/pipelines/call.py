@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import require
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def initial_shape(
@@ -41,7 +41,12 @@ def extra_step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
 
 
 def finish_images(latents: Tensor, output_type: str) -> Any:
-    """Latents in [-1, 1] as `"pt"` [B, C, H, W] or `"np"` [B, H, W, C] in [0, 1], or as a list of `"pil"` images."""
+    """Latents in [-1, 1] as `"pt"` [B, C, H, W] or `"np"` [B, H, W, C] in [0, 1], or as a list of `"pil"` images.
+
+    `"latent"` gives them back as they are.
+    """
+    if output_type == "latent":
+        return latents
     images = (latents / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

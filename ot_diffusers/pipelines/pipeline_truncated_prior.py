@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import require
 from ..schedules import alpha_sigma
+from .call import OUTPUT_TYPES, extra_step_arguments, finish_images
 
 logger = logging.get_logger(__name__)
-
-OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class TruncatedPriorPipeline(DiffusionPipeline):
@@ -111,7 +109,7 @@ class TruncatedPriorPipeline(DiffusionPipeline):
         # A copy: sampling leaves marks on a scheduler.
         scheduler = copy.deepcopy(self.scheduler)
         _set_timesteps(scheduler, num_inference_steps)
-        step_kwargs = _accepted(scheduler.step, eta=eta, generator=generator)
+        step_kwargs = extra_step_arguments(scheduler, eta=eta, generator=generator)
 
         self._nfe = 0
         with _evaluation_mode(self.prior, self.unet):
@@ -125,11 +123,7 @@ class TruncatedPriorPipeline(DiffusionPipeline):
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
 
-        images: Any = (latents / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+        images = finish_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -201,11 +195,6 @@ def _set_timesteps(scheduler: Any, num_inference_steps: int) -> None:
         scheduler.num_inference_steps = num_inference_steps
     if surplus and getattr(scheduler, "sigmas", None) is not None:
         scheduler.sigmas = torch.cat([scheduler.sigmas[:num_inference_steps], scheduler.sigmas[-1:]])
-
-
-def _accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """Those of `arguments` that `function` has parameters for."""
-    return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}
 
 
 @contextmanager

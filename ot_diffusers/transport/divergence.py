@@ -103,8 +103,8 @@ def divergence_gradient(
 ) -> tuple[Tensor, Potentials]:
     """∂S/∂x_i = a_i (T_xx(x_i) − T_xy(x_i)), the direction in which each point leaves its own cloud for the other.
 
-    For loops that follow the field of a slowly moving cloud: the potentials of one call are the start of the next, which then
-    takes a few passes over the plan instead of a dozen.
+    For loops that follow the field of a slowly moving cloud: the potentials of one call are the start of the next,
+    which then takes a few passes over the plan instead of a dozen.
 
     Args:
         x: [N, D] points.

@@ -1,0 +1,56 @@
+"""Quoted tables: rendered from their files, and the README's are up to date."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ot_diffusers.errors import InputError
+from ot_diffusers.evaluation.quoting import main, render_quotes
+from ot_diffusers.evaluation.report import markdown_table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {
+    "title": "t",
+    "dataset": "digits",
+    "num_samples": 10,
+    "extractor": {"name": "e", "feature_dim": 4},
+    "arms": {"baseline": {"metrics": {"frechet_distance": 1.25}, "nfe": 50, "seconds": 1.0, "description": "d"}},
+    "floor": {"metrics": {"frechet_distance": 0.5}},
+    "provenance": {},
+}
+PAGE = "before\n<!-- results: r.json -->\nold\n<!-- /results -->\nafter\n"
+
+
+def test_a_block_is_replaced_by_its_table_and_the_rest_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "page.md").write_text(PAGE)
+    main([str(tmp_path / "page.md")])
+    table = markdown_table(RESULTS)
+    assert "1.25" in table
+    assert (tmp_path / "page.md").read_text() == PAGE.replace("old", table)
+    assert main(["--check", str(tmp_path / "page.md")]) == 0
+
+
+def test_a_changed_number_is_found(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "page.md").write_text(PAGE)
+    main([str(tmp_path / "page.md")])
+    typed = (tmp_path / "page.md").read_text().replace("1.25", "1.20")
+    (tmp_path / "page.md").write_text(typed)
+    with pytest.raises(InputError, match=r"page\.md.*render it again"):
+        main(["--check", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == typed
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(PAGE)
+    with pytest.raises(InputError, match=r"r\.json"):
+        render_quotes(tmp_path / "page.md")
+
+
+def test_the_readme_quotes_its_results_as_they_are() -> None:
+    assert "<!-- results: " in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert main(["--check", str(ROOT / "README.md")]) == 0
