@@ -261,8 +261,11 @@ class PriorConfig(TrainingConfig):
     spectral_norm: bool = option(True, "gan: bound each layer of the discriminator")
     r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
     r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
-    ot_objective: str = option("patch+sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
+    ot_objective: str = option("sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
     feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
+    num_reference_samples: int | None = option(
+        None, "ot: images per process on both sides of sinkhorn's field; none is train_batch_size"
+    )
     num_projections: int = option(256, "ot: random directions of each sliced term")
     patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches")
     blur: float = option(0.3, "ot: blur of the Sinkhorn divergence; features have median distance 1")
@@ -286,6 +289,8 @@ class PriorConfig(TrainingConfig):
         require(self.beta >= 0, "beta", "be at least 0", self.beta)
         own_rate = self.discriminator_learning_rate
         require(own_rate is None or own_rate > 0, "discriminator_learning_rate", "be positive or none", own_rate)
+        references = self.num_reference_samples
+        require(references is None or references >= 2, "num_reference_samples", "be at least 2 or none", references)
         require(self.r1_weight >= 0, "r1_weight", "be at least 0", self.r1_weight)
         terms = self.ot_objective.split("+")
         known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)

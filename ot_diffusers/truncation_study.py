@@ -55,7 +55,7 @@ DESCRIPTIONS = {
     "Gaussian": "One Gaussian with the moments of the training images, in closed form.",
     "Gaussian, class-wise": "One such Gaussian for each class.",
     "VAE": "Encoder and generator under the evidence bound.",
-    "GAN": "The generator against a discriminator with spectral norm and R1.",
+    "GAN": "The generator against a discriminator of its widths.",
     "OT": "The generator by optimal transport alone, no adversary.",
     "oracle": "Real training images, diffused: what a perfect prior would reach.",
 }
@@ -166,7 +166,7 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
 
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
-        extractor = load_feature_extractor(study.evaluator)
+        extractor = load_feature_extractor(study.evaluator).to(best_device())
         test, training = (describe_images(all_pixels(images), extractor) for images in (data["test"], data["train"]))
         described = {name: describe_images(row.images, extractor) for name, row in rows.items()}
         metrics = {
@@ -352,7 +352,11 @@ def make_pipeline(study: Study, name: str, truncation_timestep: int) -> Truncate
         prior = closed_form_prior(study, name, truncation_timestep)
         pipeline = TruncatedPriorPipeline(prior, full.unet.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(best_device())
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def closed_form_prior(study: Study, name: str, truncation_timestep: int) -> GaussianPrior:

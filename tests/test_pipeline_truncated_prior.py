@@ -258,7 +258,7 @@ def test_steps_that_do_not_divide_are_announced_for_ddim(caplog):
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"batch_size": 3, "generator": _seeded(0, 1)}, "`generator` must be one, or one for each of 3 images, got 2"),
         ({"eta": 1.5}, "`eta` must be in"),
-        ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, got 'jpg'"),
+        ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, "`latents` must have shape"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs` must be among"),
     ],

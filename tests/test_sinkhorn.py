@@ -53,7 +53,10 @@ def _plan(x: Tensor, y: Tensor, f: Tensor, g: Tensor, blur: float) -> Tensor:
 
 
 def _solve_independently(x: Tensor, y: Tensor, blur: float, reach: float | None = None) -> tuple[Tensor, Tensor]:
-    """OT(x, y) and its gradient in x, by float64 Sinkhorn run until the potential moves by less than 1e-6 eps."""
+    """OT(x, y) and its gradient in x, by float64 Sinkhorn run until the potential moves by less than 1e-6 eps.
+
+    Against itself a cloud has f = g, and averaging the two gets there in a few dozen passes.
+    """
     costs, (a, b) = _costs(x, y), (_uniform(x), _uniform(y))
     f, eps = torch.zeros_like(a), max(costs.max().item(), blur**2)
     while True:
@@ -61,7 +64,7 @@ def _solve_independently(x: Tensor, y: Tensor, blur: float, reach: float | None 
         relaxed = 1.0 if reach is None else reach**2 / (reach**2 + eps)
         for _ in range(20 if eps > blur**2 else 20_000):
             before, g = f, -eps * relaxed * torch.logsumexp((f[:, None] - costs) / eps + a.log()[:, None], 0)
-            f = -eps * relaxed * torch.logsumexp((g - costs) / eps + b.log(), 1)
+            f = (f + g) / 2 if x is y else -eps * relaxed * torch.logsumexp((g - costs) / eps + b.log(), 1)
             if (f - before).abs().max() < 1e-6 * eps:
                 break
         if eps == blur**2:
@@ -142,12 +145,10 @@ def test_gaussians_follow_the_closed_form():
     x, y = s * quantiles, t * quantiles + mean
     # 600 quantiles miss .3% of the variance, in the tails.
     assert transport_cost(x, y, blur=blur).item() == pytest.approx(expected, rel=3e-3)
-    value, gradient = _value_and_gradient(x, y, blur=blur, debias=False)
+    _, gradient = _value_and_gradient(x, y, blur=blur, debias=False)
     # The barycentric map of that plan is linear, y = mean + (c/s²) x.
     centre = slice(100, 500)
-    torch.testing.assert_close(
-        600 * gradient[centre], (x - mean - c / s**2 * x)[centre], rtol=0, atol=5e-3
-    )
+    torch.testing.assert_close(600 * gradient[centre], (x - mean - c / s**2 * x)[centre], rtol=0, atol=5e-3)
 
 
 def test_a_cloud_is_at_distance_zero_from_itself():
@@ -209,7 +210,7 @@ def test_one_dirac_within_reach():
 
 # --- the converged float64 problem ----------------------------------------------------------------------------------
 
-_SIZES = [(12, 20, 2), (20, 12, 8), (1, 30, 3), (30, 1, 3), (15, 15, 1), (20, 20, 200)]
+_SIZES = [(16, 24, 2), (24, 16, 8), (1, 20, 3), (20, 1, 3), (8, 8, 1), (10, 10, 200)]
 
 
 @pytest.mark.parametrize("sizes", _SIZES)
@@ -466,8 +467,8 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     x, y = _half_problem()
     value = sinkhorn_divergence(x.requires_grad_(), y, blur=0.3)
     (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.square().sum().backward()
 
 
 def test_leaves_no_graph_in_the_inputs():
@@ -534,7 +535,6 @@ def test_finite_symmetric_and_not_negative(n, m, dim, blur, scale, seed):
         ({"x": torch.zeros(4, 3, dtype=torch.long)}, "`x` must be a floating-point tensor"),
         ({"x": torch.full((4, 3), torch.nan)}, "`x` must be finite"),
         ({"y": torch.full((4, 3), torch.inf)}, "`y` must be finite"),
-        ({"y": torch.zeros(4, 3, device="meta")}, "`y` must be"),
         ({"blur": 0.0}, "`blur` must be a positive length, got 0.0"),
         ({"blur": -0.2}, "`blur` must be a positive length, got -0.2"),
         ({"blur": float("nan")}, "`blur` must be a positive length"),

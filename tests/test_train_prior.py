@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
     "learning_rate": 1e-3,
     "max_train_steps": 4,
 }
-EVERY_TERM = {"prior": "ot", "ot_objective": "pixel+patch+feature+sinkhorn"}
+EVERY_TERM = {"prior": "ot", "ot_objective": "pixel+patch+feature+sinkhorn", "num_reference_samples": 12}
 LEARNED: dict[str, dict[str, Any]] = {"vae": {"prior": "vae"}, "gan": {"prior": "gan"}, "ot": EVERY_TERM}
 
 
@@ -154,25 +154,19 @@ def test_a_run_killed_between_the_two_parts_of_a_checkpoint_goes_on_from_the_one
     assert [path.name for path in (run / "checkpoints" / "opponent").iterdir()] == ["update-00000004"]
 
 
-def test_two_processes_compute_what_one_computes(denoiser: Path, tmp_path: Path) -> None:
-    """Gradients after the first update, by Adam's first moments, on the same global batch; one launch for both."""
-    configs = []
-    for name in ("gan", "ot"):
-        train(tmp_path / "one" / name, denoiser, **LEARNED[name], max_train_steps=1)
-        values = {"train_batch_size": 4, "max_train_steps": 1, "output_dir": str(tmp_path / "two" / name)}
-        configs.append(TINY | LEARNED[name] | values | {"denoiser": str(denoiser)})
-    driver = tmp_path / "driver.py"
-    script = ROOT / "train" / "train_prior.py"
-    driver.write_text(
-        f"import runpy\nfrom ot_diffusers.config import PriorConfig, make_config\n"
-        f"main = runpy.run_path({str(script)!r})['main']\n"
-        f"for values in {configs!r}:\n    main(make_config(PriorConfig, values))\n"
-    )
+@pytest.mark.parametrize("name", ["gan", "ot"])
+def test_two_processes_compute_what_one_computes(name: str, denoiser: Path, tmp_path: Path) -> None:
+    """Gradients after the first update, by Adam's first moments, on the same global batch."""
+    train(tmp_path / "one", denoiser, **LEARNED[name], max_train_steps=1)
+    values = TINY | LEARNED[name] | {"max_train_steps": 1, "denoiser": denoiser, "output_dir": tmp_path / "two"}
+    values |= {"train_batch_size": 4, "block_out_channels": "16,8"}
+    values |= {"num_reference_samples": 6} if name == "ot" else {}
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml"), str(driver)]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml")]
+    command += [str(ROOT / "train" / "train_prior.py"), *(f"{key}={value}" for key, value in values.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for part in ("gan/checkpoints", "gan/checkpoints/opponent", "ot/checkpoints"):
+    for part in ("checkpoints", *(["checkpoints/opponent"] if name == "gan" else [])):
         file = f"{part}/update-00000001/optimizer.safetensors"
         first, second = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         for key in first:
@@ -243,6 +237,8 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_a_denoiser_that_does_not_fit_is_refused(denoiser: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`denoiser` must be trained on images of shape \(1, 8, 8\), got \(3, 8, 8\)"):
         train(tmp_path / "run", save_denoiser(tmp_path / "colour", channels=3))
+    with pytest.raises(InputError, match=r"`denoiser` must be a folder with a model_index\.json"):
+        train(tmp_path / "run", tmp_path / "absent")
     short = shutil.copytree(denoiser, tmp_path / "short")
     (short / "run.json").write_text(json.dumps({"config": {"max_timestep": 5}}))
     with pytest.raises(InputError, match="`truncation_timestep` must be at most 5"):

@@ -1,7 +1,8 @@
 """Train a prior for the truncated chain and save it with a trained denoiser as a `TruncatedPriorPipeline`.
 
-    accelerate launch train/train_prior.py --config configs/mnist/prior_ot.yaml denoiser=runs/mnist-baseline
+    accelerate launch train/train_prior.py --config configs/mnist/prior_ot.yaml output_dir=runs/mnist-prior-ot
 
+It builds on a run of `train_baseline.py` (`denoiser=`) and, where it is told to, of `train_features.py`.
 `prior=vae`, `gan` and `ot` train the same generator, whose parameters are printed; `prior=gaussian` is a closed form
 and takes a moment. Real images diffused to step T' are what a prior is held against. The run's folder opens with
 `TruncatedPriorPipeline.from_pretrained(output_dir)`. Started again, the same command goes on where it stopped.
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig, run_script
-from ot_diffusers.errors import require
+from ot_diffusers.errors import InputError, require
 from ot_diffusers.features import check_trained_on, labels_of, load_feature_extractor
 from ot_diffusers.models.feature_extractor import median_distance
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
@@ -44,7 +45,7 @@ from ot_diffusers.prior_losses import (
 )
 from ot_diffusers.sampling import load_pipeline
 from ot_diffusers.schedules import alpha_sigma, truncated_samples, truncated_scheduler
-from ot_diffusers.seeds import keyed_generator
+from ot_diffusers.seeds import key, keyed_generator
 from ot_diffusers.training import (
     Images,
     Record,
@@ -156,9 +157,12 @@ def load_denoiser(config: PriorConfig, images: Images, accelerator: Accelerator)
     """The frozen UNet of a saved pipeline, and its scheduler cut to T' steps.
 
     Raises:
-        InputError: a denoiser of other images, or T' beyond the steps it was trained on.
+        InputError: no denoiser there, one of other images, or T' beyond the steps it was trained on.
     """
-    pipeline = load_pipeline(config.denoiser)
+    try:
+        pipeline = load_pipeline(config.denoiser)
+    except InputError as error:
+        raise InputError(str(error).replace("`pipeline`", "`denoiser`")) from error
     unet = pipeline.unet.eval().requires_grad_(False).to(accelerator.device)
     check_denoiser(unet, config, images.image_shape)
     return unet, truncated_scheduler(pipeline.scheduler, config.truncation_timestep)
@@ -231,22 +235,24 @@ def trained_prior(state: TrainingState, accelerator: Accelerator) -> PriorGenera
 
 @dataclass(frozen=True)
 class PriorBatch:
-    """A process' rows of a global batch, and two independent draws of all that generated images are made of.
+    """A process' rows of a global batch, and all the noise that generated images are made of.
 
     Attributes:
         clean: real images, [B, C, H, W].
         real: the same diffused to T', [B, C, H, W].
-        latents, pair_latents: [B, latent_dim].
-        noise, pair_noise: [B, C, H, W].
+        reference: other real x_T' to compare with, [M, C, H, W]; `real` itself where a prior asks for no others.
+        latents, noise: of the generated images, [B, latent_dim] and [B, C, H, W].
+        pair_latents, pair_noise: of an independent second draw, [M, latent_dim] and [M, C, H, W].
         alpha, sigma: noise level of T', scalars.
         update: number of the update, from 0.
     """
 
     clean: Tensor
     real: Tensor
+    reference: Tensor
     latents: Tensor
-    pair_latents: Tensor
     noise: Tensor
+    pair_latents: Tensor
     pair_noise: Tensor
     alpha: Tensor
     sigma: Tensor
@@ -257,15 +263,41 @@ def prior_batches(
     images: Images, scheduler: Any, config: PriorConfig, schedule: Schedule, accelerator: Accelerator, start: int
 ) -> Iterator[PriorBatch]:
     """Batches from update `start` on; every draw is a function of (seed, update), and each process takes its rows."""
-    device = accelerator.device
-    alpha, sigma = (level.to(device) for level in alpha_sigma(scheduler, config.truncation_timestep - 1))
+    alpha, sigma = (level.to(accelerator.device) for level in alpha_sigma(scheduler, config.truncation_timestep - 1))
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
         epoch = schedule.epoch(update)
         real = truncated_samples(clean, indices[part], scheduler, epoch=epoch, seed=config.seed)
-        source = keyed_generator(device, config.seed, "generated", update)
-        latents = torch.randn((2, len(indices), config.latent_dim), generator=source, device=device)[:, part]
-        noise = torch.randn((2, len(indices), *clean.shape[1:]), generator=source, device=device)[:, part]
-        yield PriorBatch(clean, real, latents[0], latents[1], noise[0], noise[1], alpha, sigma, update)
+        latents, noise = draw_latents(len(indices), clean, config, "generated", update)
+        if config.num_reference_samples is None:
+            reference, pair_part = real, part
+            pair_latents, pair_noise = draw_latents(len(indices), clean, config, "pair", update)
+        else:
+            count, rank = config.num_reference_samples, accelerator.process_index
+            total, pair_part = count * accelerator.num_processes, slice(rank * count, (rank + 1) * count)
+            order = torch.randperm(len(images), generator=keyed_generator("cpu", config.seed, "references", update))
+            rows = order[torch.arange(total) % len(images)][pair_part]
+            others = images.fetch(rows).to(accelerator.device)
+            reference = truncated_samples(others, rows, scheduler, epoch=update, seed=key(config.seed, "references"))
+            pair_latents, pair_noise = draw_latents(total, clean, config, "pair", update)
+        yield PriorBatch(
+            clean=clean,
+            real=real,
+            reference=reference,
+            latents=latents[part],
+            noise=noise[part],
+            pair_latents=pair_latents[pair_part],
+            pair_noise=pair_noise[pair_part],
+            alpha=alpha,
+            sigma=sigma,
+            update=update,
+        )
+
+
+def draw_latents(count: int, images: Tensor, config: PriorConfig, use: str, update: int) -> tuple[Tensor, Tensor]:
+    """Latents [count, latent_dim] and noise [count, C, H, W] of a whole update, on the device of `images`."""
+    source = keyed_generator(images.device, config.seed, use, update)
+    latents = torch.randn((count, config.latent_dim), generator=source, device=images.device)
+    return latents, torch.randn((count, *images.shape[1:]), generator=source, device=images.device)
 
 
 def diffused(images: Tensor, noise: Tensor, batch: PriorBatch, config: PriorConfig) -> Tensor:
@@ -361,29 +393,30 @@ def transport_terms(
     """The terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
     wanted = config.ot_objective.split("+")
     fake = diffused(state.model(batch.latents).sample, batch.noise, batch, config)
-    images, reference = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
+    images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
     sliced: dict[str, Any] = {
         "num_projections": config.num_projections,
         "generator": keyed_generator(accelerator.device, config.seed, "directions", batch.update),
     }
     terms = {}
     if "pixel" in wanted:
-        terms["pixel"] = pixel_transport(images, reference, **sliced)
+        terms["pixel"] = pixel_transport(images, real, **sliced)
     if "patch" in wanted:
-        terms["patch"] = patch_transport(images, reference, patch_sizes=config.patch_sizes, **sliced)
+        terms["patch"] = patch_transport(images, real, patch_sizes=config.patch_sizes, **sliced)
     if features is None:
         return terms
 
     found = [gather_rows(level, accelerator) for level in features(fake)]
-    with torch.no_grad():
-        expected = [gather_rows(level, accelerator) for level in features(batch.real)]
     if "feature" in wanted:
+        with torch.no_grad():
+            expected = [gather_rows(level, accelerator) for level in features(batch.real)]
         terms["feature"] = feature_transport(found, expected, **sliced)
     if "sinkhorn" in wanted:
         with torch.no_grad():
             other = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
             pair = [gather_rows(level, accelerator) for level in features(other)]
-        terms["sinkhorn"] = sinkhorn_transport(found, expected, pair, blur=config.blur, scaling=config.scaling)
+            reference = [gather_rows(level, accelerator) for level in features(batch.reference)]
+        terms["sinkhorn"] = sinkhorn_transport(found, reference, pair, blur=config.blur, scaling=config.scaling)
     return terms
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..errors import require
+
+
+@dataclass
+class ReferenceBankOutput(BaseOutput):
+    """Output of a reference bank.
+
+    Args:
+        features: [N, D], as they were stored.
+    """
+
+    features: Tensor
 
 
 class ReferenceBank(ModelMixin, ConfigMixin):
@@ -59,6 +73,11 @@ class ReferenceBank(ModelMixin, ConfigMixin):
         bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint)
         bank.features.data.copy_(features)
         return bank
+
+    def forward(self, return_dict: bool = True) -> ReferenceBankOutput | tuple[Tensor]:
+        """The stored features, [N, D]."""
+        features = self.features.detach()
+        return ReferenceBankOutput(features) if return_dict else (features,)
 
     def references(self) -> Tensor:
         """The cloud in units of `feature_scale`, float32 [N, D]."""

@@ -34,6 +34,11 @@ def initial_shape(
     return batch_size, unet.config.in_channels, height, width
 
 
+def preserves_variance(scheduler: Any) -> bool:
+    """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow schedulers scale otherwise."""
+    return hasattr(scheduler, "alphas_cumprod") and float(getattr(scheduler, "init_noise_sigma", 1.0)) == 1.0
+
+
 def extra_step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
     """Those of `arguments` that `scheduler.step` knows."""
     known = inspect.signature(scheduler.step).parameters

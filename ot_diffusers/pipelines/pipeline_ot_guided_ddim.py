@@ -16,7 +16,7 @@ from ..guidance import OTGuidance, check_same_data
 from ..models.feature_extractor import FeatureExtractor
 from ..models.reference_bank import ReferenceBank
 from ..schedules import alpha_sigma, from_original_sample, to_original_sample
-from .call import extra_step_arguments, finish_images, initial_shape
+from .call import extra_step_arguments, finish_images, initial_shape, preserves_variance
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +80,18 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         self.register_modules(
             unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, reference_bank=reference_bank
         )
+        self._guidance_scale = 0.0
+        self._num_timesteps = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """Strength of the guidance in the last call; a callback may change `_guidance_scale` between steps."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last call."""
+        return self._num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -97,7 +109,7 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
@@ -117,7 +129,8 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
             blur: blur of the Sinkhorn divergence, in units of the features' median distance.
             normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
-            output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]) or `"pt"` ([B, C, H, W] in [0, 1]).
+            output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]), `"pt"` ([B, C, H, W] in [0, 1]), or `"latent"` for
+                what the last step left.
             return_dict: `False` returns a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": …})` after each step; what it
                 returns under `"latents"` replaces them.
@@ -132,6 +145,13 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         """
         # 1. Check the inputs.
         shape = initial_shape(self.unet, batch_size, generator, num_inference_steps, output_type)
+        require(0 <= eta <= 1, "eta", "lie in [0, 1]", eta)
+        require(
+            preserves_variance(self.scheduler),
+            "scheduler",
+            "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)",
+            type(self.scheduler).__name__,
+        )
         callback_inputs = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
         require(
             set(callback_inputs) <= set(self._callback_tensor_inputs),
@@ -156,6 +176,7 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         device = self._execution_device
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
         step_arguments = extra_step_arguments(
             self.scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
         )
@@ -163,11 +184,12 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         # 3. Denoise.
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_output = self.unet(latents, timestep).sample
-            if guidance and step in guided_steps:
+            if guidance and self._guidance_scale > 0 and step in guided_steps:
                 model_output = self._guided_output(guidance, model_output, latents, timestep, step)
             latents = self.scheduler.step(model_output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
+                changed = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
+                latents = changed.get("latents", latents)
 
         # 4. Return images.
         images = finish_images(latents, output_type)
@@ -181,16 +203,11 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         complete = self.feature_extractor is not None and self.reference_bank is not None
         scale = guidance_scale if guidance_scale is not None else float(complete)
         require(scale >= 0, "guidance_scale", "be at least 0", scale)
+        self._guidance_scale = scale
         if scale == 0:
             return None
         require(
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
-        )
-        require(
-            getattr(self.scheduler, "init_noise_sigma", 1.0) == 1.0,
-            "scheduler",
-            "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC) for guidance",
-            type(self.scheduler).__name__,
         )
         return OTGuidance(
             self.feature_extractor,
@@ -211,5 +228,6 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         pred_original_sample = to_original_sample(model_output.float(), sample, alpha, sigma, prediction_type).clamp(
             -1, 1
         )
+        guidance.guidance_scale = self._guidance_scale
         corrected = guidance.correct(pred_original_sample)
         return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)

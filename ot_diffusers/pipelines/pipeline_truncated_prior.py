@@ -91,7 +91,8 @@ class TruncatedPriorPipeline(DiffusionPipeline):
             generator: one generator, or one for each image: then an image is the same in any batch.
             eta: η of DDIM in [0, 1]; other schedulers ignore it.
             latents: x_T' to start from in place of the prior's, [B, C, H, W]. Real x_T' make it the oracle.
-            output_type: `"pil"`, `"np"` (floats in [0, 1], [B, H, W, C]) or `"pt"` (tensor in [0, 1], [B, C, H, W]).
+            output_type: `"pil"`, `"np"` (floats in [0, 1], [B, H, W, C]), `"pt"` (tensor in [0, 1],
+                [B, C, H, W]) or `"latent"` (x_0 as the chain leaves it).
             return_dict: return an `ImagePipelineOutput`, or a tuple of the images alone.
             callback_on_step_end: called as `(pipe, step, timestep, {"latents": x})` after each step; what it returns
                 under `"latents"` replaces x.

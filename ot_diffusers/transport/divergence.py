@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import require
 from .sinkhorn import (
@@ -173,13 +172,14 @@ class _TransportCost(torch.autograd.Function):
             ctx.x_grad = _displacement(cost, a, b, potentials.f, potentials.g, eps, reach)
         if ctx.needs_input_grad[1]:
             ctx.y_grad = _displacement(cost.T, b, a, potentials.g, potentials.f, eps, reach)
+        ctx.save_for_backward(*(z if needed else None for z, needed in zip((x, y), ctx.needs_input_grad, strict=False)))
         return _dual_value(potentials, a, b, eps, reach)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x_grad = grad_output * ctx.x_grad if ctx.needs_input_grad[0] else None
-        y_grad = grad_output * ctx.y_grad if ctx.needs_input_grad[1] else None
+        x, y = ctx.saved_tensors
+        x_grad = _FirstDerivative.apply(grad_output * ctx.x_grad, x) if ctx.needs_input_grad[0] else None
+        y_grad = _FirstDerivative.apply(grad_output * ctx.y_grad, y) if ctx.needs_input_grad[1] else None
         return x_grad, y_grad, None, None, None, None, None
 
 
@@ -193,12 +193,25 @@ class _SelfTransportCost(torch.autograd.Function):
         f = solve_self(cost, a, blur, reach)
         if ctx.needs_input_grad[0]:
             ctx.x_grad = 2 * _displacement(cost, a, a, f, f, eps, reach)
+            ctx.save_for_backward(x)
         return _dual_value(Potentials(f, f, f.new_zeros(()), 0), a, a, eps, reach)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_output * ctx.x_grad if ctx.needs_input_grad[0] else None, None, None, None
+        (x,) = ctx.saved_tensors
+        return _FirstDerivative.apply(grad_output * ctx.x_grad, x), None, None, None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that knows the points it depends on: a second derivative is refused, not taken for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, points: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> None:
+        raise NotImplementedError("the Sinkhorn divergence has no second derivative: its plan is held fixed")
 
 
 def _displacement(cost: Cost, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float, reach: float | None) -> Tensor:

@@ -1,0 +1,169 @@
+"""The guidance does what it says on a small real problem, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ot_diffusers.errors import InputError
+from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, median_distance
+from ot_diffusers.models.reference_bank import ReferenceBank
+from ot_diffusers.transport import sinkhorn_divergence
+
+
+def _images(count: int, seed: int) -> torch.Tensor:
+    """Bright squares at random places, [count, 1, 8, 8] in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.full((count, 1, 8, 8), -1.0)
+    for image, (row, column) in zip(images, torch.randint(5, (count, 2), generator=generator).tolist(), strict=True):
+        image[:, row : row + 3, column : column + 3] = 1.0
+    return images
+
+
+@pytest.fixture
+def parts() -> tuple[ConvFeatureExtractor, ReferenceBank]:
+    torch.manual_seed(0)
+    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32)
+    features = network.extract(_images(200, seed=1))
+    return network, ReferenceBank.from_features(features, feature_scale=median_distance(features))
+
+
+def _blurred(count: int = 32) -> torch.Tensor:
+    """What a network predicts early on: images mixed with their mean."""
+    images = _images(count, seed=2)
+    return 0.5 * images + 0.5 * images.mean(0)
+
+
+def _divergence(parts, images: torch.Tensor) -> float:
+    network, bank = parts
+    return sinkhorn_divergence(network.extract(images) / bank.config.feature_scale, bank.references(), blur=0.3).item()
+
+
+@pytest.mark.parametrize("normalize_features", [True, False])
+def test_guidance_brings_the_batch_nearer_to_the_references(parts, normalize_features):
+    images = _blurred()
+    blur = 0.3 if normalize_features else 0.3 * parts[1].config.feature_scale
+    guidance = OTGuidance(*parts, num_correction_steps=15, blur=blur, normalize_features=normalize_features)
+    assert _divergence(parts, guidance.correct(images)) < 0.5 * _divergence(parts, images)
+
+
+def test_images_that_are_already_right_stay_closer_than_those_that_are_not(parts):
+    real = _images(200, seed=1)[:64]
+    guidance = OTGuidance(*parts, num_correction_steps=15)
+    assert _divergence(parts, guidance.correct(real)) <= _divergence(parts, real)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_no_pixel_moves_further_than_the_scale_allows(parts, scale, steps):
+    images = _blurred()
+    moved = OTGuidance(*parts, guidance_scale=scale, num_correction_steps=steps).correct(images) - images
+    # Adam's steps are its learning rate while gradients keep their size, and over few steps up to 1.2 times that where
+    # they do not.
+    bound = scale * PIXELS_PER_STEP * steps
+    assert 0 < moved.abs().max() <= 1.2 * bound
+    if steps == 1:
+        assert moved.abs().max() == pytest.approx(bound, rel=1e-3)
+
+
+def test_the_result_is_an_image(parts):
+    corrected = OTGuidance(*parts, guidance_scale=50.0).correct(_blurred() * 1.5)
+    assert corrected.min() == -1 and corrected.max() == 1
+
+
+def test_scale_zero_returns_the_images_themselves(parts):
+    images = _blurred() * 2
+    assert OTGuidance(*parts, guidance_scale=0).correct(images) is images
+
+
+def test_the_parts_are_left_as_they_were(parts):
+    network, bank = parts
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    before = {name: value.clone() for model in parts for name, value in model.state_dict().items()}
+    images = _blurred()
+    kept = images.clone()
+    corrected = OTGuidance(*parts).correct(images)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(value, before[name]) for model in parts for name, value in model.state_dict().items())
+    assert torch.equal(images, kept) and not images.requires_grad and images.grad is None
+    assert not corrected.requires_grad and corrected.grad_fn is None
+    assert not bank.features.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_does_not_matter_and_stays(parts, mode):
+    images = _blurred()
+    expected = OTGuidance(*parts).correct(images)
+    with mode():
+        enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = OTGuidance(*parts).correct(_blurred())
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (enabled, inference)
+    assert torch.equal(found, expected)
+
+
+def test_autocast_does_not_reach_inside(parts):
+    images = _blurred()
+    expected = OTGuidance(*parts).correct(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(OTGuidance(*parts).correct(images), expected)
+
+
+def test_half_precision_keeps_its_dtype(parts):
+    images = _blurred().bfloat16()
+    found = OTGuidance(*parts).correct(images)
+    assert found.dtype == torch.bfloat16
+    # The same correction, rounded: bfloat16 has steps of 2^-8 near 1.
+    assert (found.float() - OTGuidance(*parts).correct(images.float())).abs().max() <= 2**-8
+    parts[0].bfloat16()
+    assert OTGuidance(*parts).correct(images).dtype == torch.bfloat16
+
+
+def test_the_same_batch_gives_the_same_images(parts):
+    assert torch.equal(OTGuidance(*parts).correct(_blurred()), OTGuidance(*parts).correct(_blurred()))
+
+
+def test_what_an_object_did_before_hardly_matters(parts):
+    fresh, used = OTGuidance(*parts), OTGuidance(*parts)
+    used.correct(_images(32, seed=9))
+    used.correct(_images(7, seed=9))
+    # A warm start ends within the solver's tolerance of 1e-4; Adam's first step turns that into signs of tiny
+    # gradients, in a few pixels.
+    moved = (used.correct(_blurred()) - fresh.correct(_blurred())).abs()
+    assert (moved > 1e-3).float().mean() < 0.02
+
+
+def test_a_batch_of_one_is_pulled_towards_the_mean(parts):
+    image = _blurred()[:1]
+    network, bank = parts
+    mean = bank.features.mean(0)
+    corrected = OTGuidance(*parts, num_correction_steps=10).correct(image)
+    assert (network.extract(corrected) - mean).norm() < (network.extract(image) - mean).norm()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guidance_scale": -1}, "`guidance_scale` must be at least 0, got -1"),
+        ({"num_correction_steps": 0}, "`num_correction_steps` must be at least 1, got 0"),
+        ({"blur": 0.0}, "`blur` must be a positive length, got 0.0"),
+    ],
+)
+def test_bad_options_are_named(parts, options, message):
+    with pytest.raises(InputError, match=message):
+        OTGuidance(*parts, **options)
+
+
+def test_a_bank_of_another_network_is_refused(parts):
+    with pytest.raises(InputError, match="`reference_bank` must hold features of width 32, got 16"):
+        OTGuidance(parts[0], ReferenceBank.from_features(torch.randn(10, 16)))
+    network = ConvFeatureExtractor(sample_size=8, feature_dim=32, dataset="digits", data_fingerprint="a")
+    bank = ReferenceBank.from_features(torch.randn(10, 32), dataset="mnist", data_fingerprint="b")
+    with pytest.raises(InputError, match=r"come from the data of the feature network \(digits\), got 'mnist'"):
+        OTGuidance(network, bank)
+
+
+def test_images_of_another_size_are_refused(parts):
+    with pytest.raises(InputError, match=r"`images` must have shape \[B, 1, 8, 8\], got \(2, 3, 8, 8\)"):
+        OTGuidance(*parts).correct(torch.zeros(2, 3, 8, 8))

@@ -1,0 +1,371 @@
+"""The guided pipeline: diffusers' own where it must be, and at every scheduler the corrected x̂0 is the one it uses."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+
+from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
+from ot_diffusers.errors import InputError
+from ot_diffusers.guidance import OTGuidance
+from ot_diffusers.models.feature_extractor import median_distance
+from ot_diffusers.pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
+from ot_diffusers.transport import sinkhorn_divergence
+
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddim unclipped": functools.partial(DDIMScheduler, clip_sample=False),
+    "ddim trailing": functools.partial(DDIMScheduler, timestep_spacing="trailing"),
+    "ddpm": DDPMScheduler,
+    "ddpm unclipped": functools.partial(DDPMScheduler, clip_sample=False),
+    "dpm-solver++": DPMSolverMultistepScheduler,
+    "dpm-solver++ karras": functools.partial(DPMSolverMultistepScheduler, use_karras_sigmas=True),
+    "unipc": UniPCMultistepScheduler,
+    "unipc karras": functools.partial(UniPCMultistepScheduler, use_karras_sigmas=True),
+}
+
+
+def _unet(**options) -> UNet2DModel:
+    torch.manual_seed(0)
+    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(**{**shape, **blocks, "norm_num_groups": 4, "layers_per_block": 1, **options}).eval()
+
+
+def _references(count: int = 100) -> torch.Tensor:
+    """Bright upper or lower halves, [count, 1, 8, 8] in [-1, 1]."""
+    images = torch.full((count, 1, 8, 8), -0.9)
+    images[: count // 2, :, :4], images[count // 2 :, :, 4:] = 0.9, 0.9
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+    return (images + 0.2 * noise).clamp(-1, 1)
+
+
+def _parts() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(1)
+    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=24)
+    features = network.extract(_references())
+    bank = ReferenceBank.from_features(features, feature_scale=median_distance(features))
+    return {"feature_extractor": network, "reference_bank": bank}
+
+
+def _pipeline(scheduler=None, unet=None, parts: bool = True) -> OTGuidedDDIMPipeline:
+    pipe = OTGuidedDDIMPipeline(unet or _unet(), scheduler or DDIMScheduler(), **(_parts() if parts else {}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _images(pipe: OTGuidedDDIMPipeline, **options) -> np.ndarray:
+    options = {"batch_size": 4, "num_inference_steps": 5, "generator": _seeded(0)[0], "output_type": "np", **options}
+    return pipe(**options).images
+
+
+# --- without guidance -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_scale_zero_is_ddim_bit_for_bit(steps, eta, per_image):
+    unet, scheduler = _unet(), DDIMScheduler()
+    stock = DDIMPipeline(unet, scheduler)
+    stock.set_progress_bar_config(disable=True)
+    options = {"batch_size": 2, "num_inference_steps": steps, "eta": eta, "output_type": "np"}
+    ours, theirs = ((_seeded(3, 4) if per_image else _seeded(3)[0]) for _ in range(2))
+    found = _pipeline(scheduler, unet)(generator=ours, guidance_scale=0, **options).images
+    assert np.array_equal(found, stock(generator=theirs, **options).images)
+
+
+def test_without_the_parts_sampling_is_plain_by_default():
+    assert np.array_equal(_images(_pipeline(parts=False)), _images(_pipeline(), guidance_scale=0))
+
+
+def test_with_the_parts_guidance_is_on_by_default():
+    assert np.array_equal(_images(_pipeline()), _images(_pipeline(), guidance_scale=1.0))
+    assert not np.array_equal(_images(_pipeline()), _images(_pipeline(), guidance_scale=0))
+
+
+def test_an_image_is_the_same_in_any_batch_without_guidance():
+    together = _images(_pipeline(), generator=_seeded(0, 1, 2, 3), guidance_scale=0, eta=1.0)
+    alone = _images(_pipeline(), generator=_seeded(2), batch_size=1, guidance_scale=0, eta=1.0)
+    np.testing.assert_allclose(alone[0], together[2], atol=1e-5)  # convolutions may sum in another order
+
+
+# --- with guidance --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_scheduler_uses_the_corrected_image(name, prediction_type, monkeypatch):
+    scheduler = SCHEDULERS[name](prediction_type=prediction_type)
+    corrected, used = [], []
+
+    def correct(self, images):
+        result = original_correct(self, images)
+        corrected.append(result)
+        return result
+
+    def convert(model_output, *args, **kwargs):  # what multistep solvers turn a model output into: x̂0
+        result = original_convert(model_output, *args, **kwargs)
+        used.append(result)
+        return result
+
+    def step(model_output, *args, **kwargs):
+        result = original_step(model_output, *args, **kwargs)
+        used.append(result.pred_original_sample)
+        return result
+
+    original_correct = OTGuidance.correct
+    monkeypatch.setattr(OTGuidance, "correct", correct)
+    if hasattr(scheduler, "convert_model_output"):
+        original_convert = scheduler.convert_model_output
+        monkeypatch.setattr(scheduler, "convert_model_output", convert)
+    else:
+        original_step = scheduler.step
+        # The pipeline reads the signature of `step` for eta and generator.
+        monkeypatch.setattr(scheduler, "step", functools.wraps(original_step)(step))
+    images = _images(_pipeline(scheduler), num_inference_steps=8, num_guidance_steps=8)
+    assert np.isfinite(images).all() and len(corrected) == len(used) == 8
+    for wanted, found in zip(corrected, used, strict=True):
+        # ε is divided by α, .006 at the first step, so that float32's 1e-7 of x_t becomes 2e-5.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm-solver++", "unipc"])
+def test_the_last_guided_step_ends_in_the_corrected_image(name, monkeypatch):
+    # At the last step of these schedules x_0 is x̂0 but for the noise that is left at t = 0.
+    pipe = _pipeline(SCHEDULERS[name]())
+    wanted, correct = [], OTGuidance.correct
+    monkeypatch.setattr(OTGuidance, "correct", lambda *args: wanted.append(correct(*args)) or wanted[-1])
+    latents = _images(pipe, num_inference_steps=6, num_guidance_steps=6, output_type="latent")
+    assert (latents - wanted[-1]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm-solver++", "unipc"])
+def test_guidance_brings_the_images_nearer_to_the_references(name):
+    # An untrained network that predicts ε ends in saturated pixels; one that predicts x̂0 makes grey images to improve.
+    pipe = _pipeline(SCHEDULERS[name](prediction_type="sample"))
+    network, bank = pipe.feature_extractor, pipe.reference_bank
+
+    def divergence(**options) -> float:
+        images = _images(pipe, batch_size=32, num_inference_steps=10, output_type="latent", **options)
+        return sinkhorn_divergence(
+            network.extract(images) / bank.config.feature_scale, bank.references(), blur=0.3
+        ).item()
+
+    plain, guided = divergence(guidance_scale=0), divergence(guidance_scale=2.0, num_guidance_steps=10)
+    assert guided < 0.5 * plain
+
+
+def test_the_source_studys_preset_runs():
+    images = _images(_pipeline(), **{**SEED_GUIDANCE, "num_inference_steps": 12})
+    assert np.isfinite(images).all() and not np.array_equal(
+        images, _images(_pipeline(), num_inference_steps=12, guidance_scale=0)
+    )
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, range(0, 23)),  # all but the last 8%
+        ({"guidance_start_step": 10}, range(10, 23)),
+        ({"num_guidance_steps": 4}, range(0, 4)),
+        ({"guidance_start_step": 20, "num_guidance_steps": 99}, range(20, 25)),
+        ({"num_guidance_steps": 0}, range(0)),
+        ({"guidance_start_step": 30}, range(0)),
+    ],
+)
+def test_the_interval_of_guided_steps(options, expected, monkeypatch):
+    pipe, steps, guided = _pipeline(), [], []
+    original = OTGuidance.correct
+    monkeypatch.setattr(OTGuidance, "correct", lambda self, images: guided.append(len(steps)) or original(self, images))
+    _images(
+        pipe,
+        num_inference_steps=25,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(step),
+        **options,
+    )
+    assert steps == list(range(25)) and guided == list(expected)
+    assert pipe.num_timesteps == 25
+
+
+# --- saving, devices, dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_saved_pipeline_draws_the_same_images(parts, tmp_path):
+    pipe = _pipeline(parts=parts)
+    pipe.save_pretrained(tmp_path)
+    # Memory-mapped weights are aligned differently and shift results in the last bit.
+    loaded = OTGuidedDDIMPipeline.from_pretrained(tmp_path, disable_mmap=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(_images(loaded), _images(pipe))
+    assert (loaded.feature_extractor is not None) == parts
+    assert not any(p.requires_grad for name in _parts() if parts for p in getattr(loaded, name).parameters())
+    stock = DDIMPipeline.from_pretrained(tmp_path, disable_mmap=True)  # the model opens in plain diffusers as well
+    stock.set_progress_bar_config(disable=True)
+    assert np.array_equal(_images(stock), _images(pipe, guidance_scale=0))
+
+
+def test_parts_can_be_added_to_a_plain_pipeline(tmp_path):
+    DDIMPipeline(_unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    loaded = OTGuidedDDIMPipeline.from_pretrained(tmp_path, disable_mmap=True, **_parts())
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(_images(loaded), _images(_pipeline()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    pipe = _pipeline().to(dtype)
+    latents = _images(pipe, output_type="latent")
+    assert latents.dtype == dtype and latents.isfinite().all()
+    assert all(model.dtype == dtype for model in (pipe.unet, pipe.feature_extractor, pipe.reference_bank))
+    # Neither the noise nor the network is that of float32 exactly, but the images are alike.
+    expected = _images(_pipeline(), output_type="pt", generator=_seeded(0)[0])
+    found = _images(pipe, output_type="pt").float()
+    assert found.min() >= 0 and found.max() <= 1 and found.shape == expected.shape
+
+
+def test_offloading():
+    pipe = _pipeline()
+    expected = _images(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(_images(pipe), expected)
+    assert np.array_equal(_images(pipe), expected)  # the hooks are in place again
+
+
+def test_components_are_left_as_they_were():
+    pipe = _pipeline()
+    pipe.unet.train()
+    for parameter in pipe.feature_extractor.parameters():
+        parameter.requires_grad_(True)
+    models = [pipe.unet, pipe.feature_extractor, pipe.reference_bank]
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
+    flags = [[p.requires_grad for p in model.parameters()] for model in models]
+    config = dict(pipe.scheduler.config)
+    _images(pipe)
+    assert pipe.unet.training and not pipe.feature_extractor.training
+    assert [[p.requires_grad for p in model.parameters()] for model in models] == flags
+    assert all(p.grad is None for model in models for p in model.parameters())
+    assert all(
+        torch.equal(value, old[name])
+        for model, old in zip(models, before, strict=True)
+        for name, value in model.state_dict().items()
+    )
+    assert dict(pipe.scheduler.config) == config
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_no_graph_is_left_whatever_the_callers_mode(mode):
+    expected = _images(_pipeline(), output_type="pt")
+    pipe = _pipeline()
+    with mode():
+        images = _images(pipe, output_type="pt")
+    assert not images.requires_grad and images.grad_fn is None
+    assert torch.equal(images, expected)
+
+
+# --- calling conventions --------------------------------------------------------------------------------------------
+
+
+def test_output_types_show_the_same_images():
+    pipe = _pipeline()
+    pt, arrays, pil = (_images(pipe, output_type=name) for name in ("pt", "np", "pil"))
+    latents = _images(pipe, output_type="latent")
+    assert torch.equal(pt, (latents / 2 + 0.5).clamp(0, 1))
+    assert np.array_equal(pt.permute(0, 2, 3, 1).numpy(), arrays)
+    for image, array in zip(pil, arrays, strict=True):
+        assert image.mode == "L" and image.size == (8, 8)
+        assert np.array_equal(np.asarray(image), (array[..., 0] * 255).round().astype("uint8"))
+    (images,) = pipe(batch_size=4, num_inference_steps=5, generator=_seeded(0)[0], output_type="np", return_dict=False)
+    assert np.array_equal(images, arrays)
+
+
+def test_colour_and_oblong_images():
+    unet = _unet(sample_size=(8, 16), in_channels=3, out_channels=3)
+    assert _images(_pipeline(unet=unet, parts=False)).shape == (4, 8, 16, 3)
+
+
+def test_a_callback_sees_each_step_and_can_replace_the_latents():
+    pipe, seen = _pipeline(), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape))
+        return {"latents": torch.full_like(tensors["latents"], 0.5)} if step == 4 else None
+
+    images = _images(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents"])
+    assert seen == [(step, int(t), (4, 1, 8, 8)) for step, t in enumerate(pipe.scheduler.timesteps)]
+    assert (images == 0.75).all()
+
+
+def test_a_callback_can_change_the_strength():
+    def stop(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0 if step == 1 else pipe._guidance_scale
+        return tensors
+
+    pipe = _pipeline()
+    assert np.array_equal(_images(pipe, callback_on_step_end=stop), _images(pipe, num_guidance_steps=2))
+
+
+def test_a_small_batch_is_warned_of(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("ot_diffusers.pipelines.pipeline_ot_guided_ddim.logger.warning", warnings.append)
+    _images(_pipeline(), batch_size=2)
+    assert len(warnings) == 1 and "`batch_size` 2 is too small" in warnings[0]
+    _images(_pipeline(), batch_size=2, guidance_scale=0)
+    _images(_pipeline(), batch_size=16)
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
+        ({"eta": 1.5}, r"`eta` must lie in \[0, 1\], got 1.5"),
+        ({"guidance_scale": -0.5}, "`guidance_scale` must be at least 0, got -0.5"),
+        ({"num_guidance_steps": -1}, "`num_guidance_steps` must be at least 0, got -1"),
+        ({"guidance_start_step": -1}, "`guidance_start_step` must be at least 0, got -1"),
+        ({"num_correction_steps": 0}, "`num_correction_steps` must be at least 1, got 0"),
+        ({"blur": 0.0}, "`blur` must be a positive length, got 0.0"),
+        ({"output_type": "jpeg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpeg'"),
+        ({"generator": _seeded(1, 2)}, r"`generator` must hold one generator per image \(4\), got 2"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs` must be among"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        _images(_pipeline(), **options)
+
+
+def test_guidance_needs_its_parts():
+    with pytest.raises(InputError, match="`guidance_scale` must be 0 for a pipeline without"):
+        _images(_pipeline(parts=False), guidance_scale=0.5)
+    with pytest.raises(InputError, match="`reference_bank` must hold features of width 24, got 7"):
+        OTGuidedDDIMPipeline(
+            _unet(), DDIMScheduler(), _parts()["feature_extractor"], ReferenceBank.from_features(torch.randn(9, 7))
+        )
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+def test_schedulers_of_another_scaling_are_refused(scheduler, scale):
+    with pytest.raises(InputError, match=f"`scheduler` must be variance-preserving .* got '{scheduler.__name__}'"):
+        _images(_pipeline(scheduler()), guidance_scale=scale)
