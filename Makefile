@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/ot-diffusers demo --output runs/demo
 
 test: lint
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -34,7 +34,7 @@ def load_feature_extractor(path: str) -> FeatureExtractor:
         ) from error
     for network in (ConvFeatureExtractor, ResidualFeatureExtractor):
         if network.__name__ == class_name:
-            return network.from_pretrained(folder)
+            return network.from_pretrained(folder, use_safetensors=True)
     raise InputError(f"`feature_extractor` must be a Conv- or ResidualFeatureExtractor, got {class_name!r} in {path!r}")
 
 

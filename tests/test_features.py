@@ -235,7 +235,7 @@ def test_folder_without_a_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(InputError, match="must be a Conv- or ResidualFeatureExtractor, got 'UNet2DModel'"):
         load_feature_extractor(str(tmp_path))
-    with pytest.raises(InputError, match=r"must be the folder of a train_features\.py run"):
+    with pytest.raises(InputError, match="`features` must hold a network and its `reference_bank`"):
         load_reference_bank(str(tmp_path))
 
 

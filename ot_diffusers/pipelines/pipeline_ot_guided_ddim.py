@@ -40,7 +40,8 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
     """Unconditional image generation with optimal-transport guidance.
 
     At a guided step the scheduler's own x̂0 is formed from the model output, corrected (`OTGuidance`), and turned back
-    into a model output, so that any scheduler and any prediction type takes its usual step from there. Without guidance
+    into a model output, so that any scheduler and any prediction type takes its usual step from there: x_t
+    stays, and the noise it is taken to hold changes (as with DDIM's `use_clipped_model_output`). Without guidance
     (scale 0, or no feature network) the images are those of diffusers' `DDIMPipeline`, bit for bit.
 
     Args:
