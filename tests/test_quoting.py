@@ -30,7 +30,7 @@ def test_a_block_is_replaced_by_its_table_and_the_rest_is_kept(tmp_path: Path) -
     main([str(tmp_path / "page.md")])
     table = markdown_table(RESULTS)
     assert "1.25" in table
-    assert (tmp_path / "page.md").read_text() == PAGE.replace("old", table)
+    assert (tmp_path / "page.md").read_text() == PAGE.replace("old", f"\n{table}\n")
     assert main(["--check", str(tmp_path / "page.md")]) == 0
 
 

@@ -34,7 +34,7 @@ def render_quotes(markdown: Path) -> str:
     def render(block: re.Match[str]) -> str:
         file = markdown.parent / block["path"]
         require(file.is_file(), "results", "name an existing file", block["path"])
-        return f"{block[1]}\n{markdown_table(json.loads(file.read_text(encoding='utf-8')))}\n{block[3]}"
+        return f"{block[1]}\n{markdown_table(json.loads(file.read_text(encoding='utf-8')))}\n\n{block[3]}"
 
     return _BLOCK.sub(render, markdown.read_text(encoding="utf-8"))
 

@@ -58,12 +58,18 @@ class TruncatedPriorPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(prior=prior, unet=unet, scheduler=scheduler)
         self._nfe = 0
+        self._num_timesteps = 0
         self._check_components()
 
     @property
     def truncation_timestep(self) -> int:
         """T', the length of the chain."""
         return self.scheduler.config.num_train_timesteps
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last call."""
+        return self._num_timesteps
 
     @property
     def nfe(self) -> int:
@@ -110,6 +116,7 @@ class TruncatedPriorPipeline(DiffusionPipeline):
         # A copy: sampling leaves marks on a scheduler.
         scheduler = copy.deepcopy(self.scheduler)
         _set_timesteps(scheduler, num_inference_steps)
+        self._num_timesteps = len(scheduler.timesteps)
         step_kwargs = extra_step_arguments(scheduler, eta=eta, generator=generator)
 
         self._nfe = 0

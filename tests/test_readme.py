@@ -1,0 +1,58 @@
+"""The README: its Python runs as it stands, and the files and options its commands name exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
+from ot_diffusers.config import load_config
+from ot_diffusers.launch import SCRIPTS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small untrained models where the README finds those of `make demo`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("readme")
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(4, 8), feature_dim=16)
+    bank = ReferenceBank.from_features(network.extract(torch.rand(50, 1, 8, 8) * 2 - 1))
+    OTGuidedDDIMPipeline(unet, DDIMScheduler(), network, bank).save_pretrained(folder / "runs/demo/ot")
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder / "runs/demo/baseline")
+    return folder
+
+
+def test_there_are_snippets_and_commands() -> None:
+    assert len(SNIPPETS) >= 3
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_runs(snippet: str, demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_folder)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "train" in line.split("#")[0]])
+def test_a_training_command_is_a_valid_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = command.split("#")[0].split()
+    scripts = {f"train/{file}": config for file, config in SCRIPTS.values()}
+    if words[:2] == ["accelerate", "launch"]:
+        config, arguments = scripts[words[2]], words[3:]
+        assert (ROOT / words[2]).is_file()
+    else:
+        assert words[:2] == ["ot-diffusers", "train"]
+        config, arguments = SCRIPTS[words[2]][1], words[3:]
+    load_config(config, arguments)
