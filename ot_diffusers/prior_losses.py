@@ -88,7 +88,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """−E log D(x) − E log(1 − D(G(z))) of logits [B]; 2 log 2 where nothing can be told apart.
 
-    Reference: [Goodfellow2014], eq. 1.
+    Reference: [Goodfellow2014].
     """
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
@@ -98,7 +98,7 @@ def gradient_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
 
     Each logit may depend on its own image only.
 
-    Reference: [Mescheder2018], eq. 9.
+    Reference: [Mescheder2018].
 
     Example:
         >>> x = torch.ones(5, 3, requires_grad=True)
@@ -162,7 +162,7 @@ def sinkhorn_transport(
         blur: length in the units of the features.
         scaling: ratio of successive blurs of the solver.
 
-    Reference: [Feydy2019], eq. 3, with an independent second sample in the self-term.
+    Reference: [Feydy2019], with an independent second sample in the self-term.
     """
     terms = [
         sinkhorn_divergence(x, y, blur=blur, scaling=scaling, x_pair=x_pair, y_self_cost=0.0)

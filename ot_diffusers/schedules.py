@@ -102,7 +102,7 @@ def training_target(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, 
 def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
     """min(SNR, γ)/γ in (0, 1], SNR = α²/σ²: near 1 where x̂0 is an image, near 0 where it is a conditional mean.
 
-    Reference: [Hang2023], the truncation of eq. 8.
+    Reference: [Hang2023].
     """
     return (alpha**2 / sigma**2).clamp(max=gamma) / gamma
 

@@ -52,7 +52,7 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
     Raises:
         InputError: fewer than 2 rows, unequal D, NaN or infinite values. Below D rows, a warning names the bias.
 
-    Reference: [Heusel2017], eq. 6.
+    Reference: [Heusel2017].
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
@@ -82,7 +82,7 @@ def kernel_distance(
         subset_size: rows of each subset; lowered to the smaller set's size.
         seed: decides the subsets.
 
-    Reference: [Binkowski2018], eq. 3.
+    Reference: [Binkowski2018].
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
@@ -145,7 +145,7 @@ def sinkhorn_distance(
         backend: `"native"` solves to convergence; `"geomloss"` gives the value of its `SamplesLoss`, which at this blur
             and scaling stops up to 3% below it.
 
-    Reference: [Feydy2019], eq. 3.
+    Reference: [Feydy2019].
     """
     features, reference_features = _checked_pair(features, reference_features)
     match normalize:

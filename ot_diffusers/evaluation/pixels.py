@@ -37,7 +37,7 @@ def patch_sliced_wasserstein(
         num_patches: patches drawn from either set (without replacement).
         seed: decides directions and patches; the same seed draws the same patches from sets of equal size.
 
-    Reference: [Bonneel2015], eq. 9; [Karras2018], section 5 uses it on patches.
+    Reference: [Bonneel2015]; [Karras2018] uses it on patches.
     """
     _check_pair(images, reference_images)
     patch_size = min(patch_size, *images.shape[2:])
@@ -79,7 +79,7 @@ def spectrum_distance(images: Tensor, reference_images: Tensor) -> float:
 
     Scaling all images by c gives 2·|log₁₀ c|.
 
-    Reference: [Durall2020], eq. 4 for the radial average.
+    Reference: [Durall2020] for the radial average.
     """
     _check_pair(images, reference_images)
     spectra = [_radial_spectrum(x.detach()).clamp_min(1e-12).log10() for x in (images, reference_images)]

@@ -1,12 +1,10 @@
 """Sinkhorn divergence as a training loss: a scalar with the gradient of the converged problem.
 
-    S(x, y) = OT(x, y) − ½ OT(x, x) − ½ OT(y, y)                                                        [Feydy2019, eq.
-    3]
+    S(x, y) = OT(x, y) − ½ OT(x, x) − ½ OT(y, y)                                       [Feydy2019]
 
 By the envelope theorem the gradient needs the plan alone, never the path of the solver:
 
-    ∂OT(x, y)/∂x_i = a_i (x_i − T(x_i)),     T(x_i) = Σ_j P_ij y_j / Σ_j P_ij                            [Feydy2019, eq.
-    27]
+    ∂OT(x, y)/∂x_i = a_i (x_i − T(x_i)),     T(x_i) = Σ_j P_ij y_j / Σ_j P_ij          [Feydy2019]
 
 so a loss costs one solve per term, holds no graph of the iterations, and is exact where the solve is.
 """
@@ -221,8 +219,7 @@ def _displacement(cost: Cost, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: f
 
 
 def _dual_value(potentials: Potentials, a: Tensor, b: Tensor, eps: float, reach: float | None) -> Tensor:
-    """The dual objective at the optimum; with `reach` also the transported mass m enters, m ≤ 1 [Sejourne2019, eq.
-    12]."""
+    """The dual objective at the optimum; with `reach` the transported mass, at most 1, enters too [Sejourne2019]."""
     if reach is None:
         return a @ potentials.f + b @ potentials.g
     rho = reach**2

@@ -10,15 +10,15 @@ Symbols:
     P_ij  = a_i b_j exp((f_i + g_j − C_ij)/eps)          the transport plan
     r_i   = Σ_j P_ij                                     its row sums, equal to a_i at the solution
 
-The solver follows eps down from the squared diameter to blur². At each level it alternates two kinds of steps on f,
-with g always the exact minimiser given f (so the column sums of P are exact):
+The solver follows eps down from the squared diameter to blur². The best g given f is explicit (then the column sums of
+P are exact), which leaves a concave function of f alone, and two kinds of steps on it:
 
-    Sinkhorn   f ← f + eps·log(a/r)                                  cheap, linear convergence       [Cuturi2013]
-    Newton     f ← f + eps·(diag(r) − P diag(1/b) Pᵀ)⁺ (a − r)       one N×N solve, quadratic        [Peyre2019, §4.4;
-    here]
+    Newton     f ← f + eps·(diag(r) − P diag(1/b) Pᵀ)⁺ (a − r)       one N×N solve, quadratic convergence
+    Sinkhorn   f ← f + eps·log(a/r)                                  cheap, linear convergence      [Cuturi2013]
 
-Newton on the smaller side is what makes small `blur` affordable: where Sinkhorn needs thousands of passes over the
-plan, a few dozen steps reach machine precision.
+Newton's step is taken where it raises the dual, on the smaller cloud; Sinkhorn's where it does not, for unbalanced
+problems and for clouds too large to factorise. This is what makes small `blur` affordable: where Sinkhorn needs
+thousands of passes over the plan, a few dozen steps reach machine precision.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ MAX_DENSE_ENTRIES = 2**25
 MAX_NEWTON_SIZE = 2048
 # Passes that a warm start may take before the problem is solved from the top of the ladder after all.
 WARM_PASSES = 8
-# How far (in `marginal_error`) each temperature is solved before the next: closer, and Newton starts within reach of
-# it.
+# The `marginal_error` to which each temperature is solved before the next, so that Newton starts close to its solution.
 LEVEL_TOLERANCE = 0.01
 # Newton stops where this many steps in a row bring no lower error: costs of 1e5 eps leave float32 little precision.
 PATIENCE = 20
@@ -94,7 +93,7 @@ def sinkhorn_potentials(
     Raises:
         InputError: shapes, `blur`, `scaling`, `reach` or weights out of range, or points that are not finite.
 
-    Reference: [Cuturi2013]; annealing and unbalanced damping as in [Feydy2019], [Sejourne2019, prop. 7].
+    Reference: [Cuturi2013]; annealing and unbalanced damping as in [Feydy2019], [Sejourne2019].
 
     Example:
         >>> x, y = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
@@ -121,7 +120,7 @@ def self_potential(
 ) -> Tensor:
     """The potential f = g of a cloud against itself, [N]; a symmetric problem whose averaged iteration converges fast.
 
-    Reference: [Feydy2019, eq. 25].
+    Reference: [Feydy2019].
     """
     check_clouds(x, x, blur=blur, reach=reach)
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
