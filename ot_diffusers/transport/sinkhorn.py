@@ -13,12 +13,13 @@ Symbols:
 The solver follows eps down from the squared diameter to blur². The best g given f is explicit (then the column sums of
 P are exact), which leaves a concave function of f alone, and two kinds of steps on it:
 
-    Newton     f ← f + eps·(diag(r) − P diag(1/b) Pᵀ)⁺ (a − r)       one N×N solve, quadratic convergence
+    Newton     f ← f + eps·(diag(r) − P diag(1/b) Pᵀ)⁺ (a − r)       N×N system, quadratic convergence
     Sinkhorn   f ← f + eps·log(a/r)                                  cheap, linear convergence      [Cuturi2013]
 
-Newton's step is taken where it raises the dual, on the smaller cloud; Sinkhorn's where it does not, for unbalanced
-problems and for clouds too large to factorise. This is what makes small `blur` affordable: where Sinkhorn needs
-thousands of passes over the plan, a few dozen steps reach machine precision.
+Newton's step is taken on the smaller cloud where it raises the dual, by factorisation or, from a few hundred points on,
+by conjugate gradients; Sinkhorn's where it does not, for unbalanced problems, and where the plan does not fit in one
+block. This is what makes small `blur` affordable: where Sinkhorn needs thousands of passes over the plan, a few dozen
+steps reach machine precision.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from ..errors import require
 
 # Above this many entries no N×M tensor is made: costs are recomputed block by block.
 MAX_DENSE_ENTRIES = 2**25
-# Newton factorises a matrix of this size at most; larger problems keep to Sinkhorn steps.
-MAX_NEWTON_SIZE = 2048
+# Newton's system is factorised up to this size; larger ones are solved by conjugate gradients, to a hundredth at most.
+MAX_FACTORISED_SIZE = 384
+CG_TOLERANCE, CG_ITERATIONS = 0.01, 100
 # Passes that a warm start may take before the problem is solved from the top of the ladder after all.
 WARM_PASSES = 8
 # The `marginal_error` to which each temperature is solved before the next, so that Newton starts close to its solution.
@@ -223,7 +225,7 @@ def _descend(
     max_iterations: int,
 ) -> Potentials:
     """Down the ladder from `f`, by Newton where the problem allows it."""
-    if reach is not None or not cost.is_dense or len(a) > MAX_NEWTON_SIZE:
+    if reach is not None or not cost.is_dense:
         return _sinkhorn_loop(cost, a, b, f, ladder, reach, tolerance, max_iterations)
     return _newton_loop(cost, a, b, f, ladder, tolerance, max_iterations)
 
@@ -362,11 +364,29 @@ def _newton_step(point: _Point, a: Tensor, b: Tensor) -> Tensor:
     """
     root = point.rows.sqrt()
     flow = point.plan * b.rsqrt() / root[:, None]
+    if len(a) > MAX_FACTORISED_SIZE:
+        return _conjugate_gradients(flow, root, (a - point.rows) / root) / root
     hessian = torch.outer(root, root).sub_(flow @ flow.T).double()
     hessian.diagonal().add_(1 + 4 * torch.finfo(a.dtype).eps)
     factor, _ = torch.linalg.cholesky_ex(hessian)
     gradient = ((a - point.rows) / root).double()[:, None]
     return torch.cholesky_solve(gradient, factor)[:, 0].to(a.dtype) / root
+
+
+def _conjugate_gradients(flow: Tensor, root: Tensor, gradient: Tensor) -> Tensor:
+    """Approximate solution z of (I − F Fᵀ + √r √rᵀ) z = gradient; stopped early it is still an ascent direction."""
+    solution, residual = torch.zeros_like(gradient), gradient
+    direction, norm = residual, residual @ residual
+    goal = CG_TOLERANCE**2 * norm
+    for iteration in range(1, CG_ITERATIONS + 1):
+        image = direction + root * (root @ direction) - flow @ (flow.T @ direction)
+        length = norm / (direction @ image).clamp(min=torch.finfo(norm.dtype).tiny)
+        solution, residual = solution + length * direction, residual - length * image
+        norm, previous = residual @ residual, norm
+        direction = residual + norm / previous.clamp(min=torch.finfo(norm.dtype).tiny) * direction
+        if iteration % 10 == 0 and norm < goal:
+            break
+    return solution
 
 
 def check_clouds(
