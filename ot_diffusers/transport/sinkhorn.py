@@ -17,9 +17,9 @@ P are exact), which leaves a concave function of f alone, and two kinds of steps
     Sinkhorn   f ← f + eps·log(a/r)                                  cheap, linear convergence      [Cuturi2013]
 
 Newton's step is taken on the smaller cloud where it raises the dual, by factorisation or, from a few hundred points on,
-by conjugate gradients; Sinkhorn's where it does not, for unbalanced problems, and where the plan does not fit in one
-block. This is what makes small `blur` affordable: where Sinkhorn needs thousands of passes over the plan, a few dozen
-steps reach machine precision.
+by conjugate gradients; Sinkhorn's where it does not, and where the plan does not fit in one block. This is what makes
+small `blur` affordable: where Sinkhorn needs thousands of passes over the plan, a few dozen steps reach machine
+precision.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Potentials:
         f: [N], potential of the first cloud; `f` and `g` are in units of cost.
         g: [M], potential of the second cloud.
         marginal_error: ‖r − a‖₁ in [0, 2], how far the row sums of the plan were from their weights when the loop
-            stopped (0-d tensor; for unbalanced problems the change of f over the last step, in units of eps).
+            stopped (0-d tensor; for unbalanced problems how far from a exp(−f/reach²), over its mass).
         iterations: passes over the plan.
     """
 
@@ -225,9 +225,8 @@ def _descend(
     max_iterations: int,
 ) -> Potentials:
     """Down the ladder from `f`, by Newton where the problem allows it."""
-    if reach is not None or not cost.is_dense:
-        return _sinkhorn_loop(cost, a, b, f, ladder, reach, tolerance, max_iterations)
-    return _newton_loop(cost, a, b, f, ladder, tolerance, max_iterations)
+    loop = _newton_loop if cost.is_dense else _sinkhorn_loop
+    return loop(cost, a, b, f, ladder, reach, tolerance, max_iterations)
 
 
 def solve_self(
@@ -290,46 +289,109 @@ class _Point:
 
     Attributes:
         u, v: f/eps [N] and the best g/eps given it [M].
-        plan: [N, M], whose columns sum to b.
-        rows: r, its row sums.
-        dual: ⟨a, u⟩ + ⟨b, v⟩, 0-d.
-        error: ‖r − a‖₁, 0-d.
+        plan: [N, M].
+        rows, columns: r [N] and c [M], its sums.
+        targets: what the rows should sum to, a exp(−κu), [N].
+        dual: value of the dual, 0-d.
+        error: ‖r − targets‖₁ over the mass of the targets, 0-d.
     """
 
     u: Tensor
     v: Tensor
     plan: Tensor
     rows: Tensor
+    columns: Tensor
+    targets: Tensor
     dual: Tensor
     error: Tensor
 
 
-def _evaluate(scaled_cost: Tensor, u: Tensor, a: Tensor, b: Tensor) -> _Point:
-    """One pass over the plan."""
-    scores = (u + a.log())[:, None] - scaled_cost
-    peak = scores.amax(0)
-    plan = scores.sub_(peak).exp_()
-    mass = plan.sum(0)
-    v = -(peak + mass.log())
-    plan.mul_(b / mass)
-    rows = plan.sum(1)
-    return _Point(u, v, plan, rows, a @ u + b @ v, (rows - a).abs().sum())
+@dataclass(frozen=True)
+class _SemiDual:
+    """The dual as a function of u alone, at one temperature; κ = eps/reach² relaxes the marginals, 0 keeps them.
+
+    D(u, v) = ⟨a, φ(u)⟩ + ⟨b, φ(v)⟩ − Σ_ij P_ij,     φ(u) = (1 − exp(−κu))/κ, or u for κ = 0
+    """
+
+    scaled_cost: Tensor
+    a: Tensor
+    b: Tensor
+    relaxation: float
+
+    def at(self, u: Tensor) -> _Point:
+        """One pass over the plan: v maximises D given u."""
+        scores = (u + self.a.log())[:, None] - self.scaled_cost
+        peak = scores.amax(0)
+        plan = scores.sub_(peak).exp_()
+        mass = plan.sum(0)
+        v = -(peak + mass.log()) / (1 + self.relaxation)
+        columns = self.b * torch.exp(-self.relaxation * v)
+        plan.mul_(columns / mass)
+        rows, targets = plan.sum(1), self.a * torch.exp(-self.relaxation * u)
+        dual = self.a @ self._phi(u) + self.b @ self._phi(v) - columns.sum()
+        return _Point(u, v, plan, rows, columns, targets, dual, (rows - targets).abs().sum() / targets.sum())
+
+    def _phi(self, u: Tensor) -> Tensor:
+        return u if self.relaxation == 0 else -torch.expm1(-self.relaxation * u) / self.relaxation
+
+    def improve(self, point: _Point) -> tuple[_Point, float, int]:
+        """A step to a better point: Newton's where it raises the dual, shortened if need be, else Sinkhorn's.
+
+        Returns the point, its error on the host, and the passes it took.
+        """
+        tiny, rounding = torch.finfo(self.a.dtype).tiny, torch.finfo(self.a.dtype).eps
+        log_rows = point.rows.clamp(min=tiny).log()
+        sinkhorn_step = (point.u + self.a.log() - log_rows) / (1 + self.relaxation) - point.u
+        newton_step = self.newton_step(point)
+        step = torch.where(newton_step.isfinite().all(), newton_step, sinkhorn_step)
+        floor = point.dual - 8 * rounding * (1 + point.dual.abs())
+        for attempt, shortening in enumerate((1.0, 0.25, 0.0625), start=1):
+            trial = self.at(point.u + shortening * step)
+            error, better = torch.stack([trial.error, (trial.dual >= floor).to(trial.error.dtype)]).tolist()
+            if better:
+                return trial, error, attempt
+        trial = self.at(point.u + sinkhorn_step)
+        return trial, trial.error.item(), 4
+
+    def newton_step(self, point: _Point) -> Tensor:
+        """Ascent direction from the Hessian diag(r + κ targets) − P diag(1/c) Pᵀ/(1 + κ), scaled to a unit diagonal.
+
+        For κ = 0 the constant vector, along which the dual does not change, is filled by r rᵀ; a ridge covers clusters
+        that exchange no mass. Not finite where a row has lost its mass.
+        """
+        root = (point.rows + self.relaxation * point.targets).sqrt()
+        flow = point.plan * (point.columns * (1 + self.relaxation)).rsqrt() / root[:, None]
+        filling = root if self.relaxation == 0 else torch.zeros_like(root)
+        gradient = (point.targets - point.rows) / root
+        if len(root) > MAX_FACTORISED_SIZE:
+            return _conjugate_gradients(flow, filling, gradient) / root
+        hessian = torch.outer(filling, filling).sub_(flow @ flow.T).double()
+        hessian.diagonal().add_(1 + 4 * torch.finfo(root.dtype).eps)
+        factor, _ = torch.linalg.cholesky_ex(hessian)
+        return torch.cholesky_solve(gradient.double()[:, None], factor)[:, 0].to(root.dtype) / root
 
 
 def _newton_loop(
-    cost: Cost, a: Tensor, b: Tensor, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int
+    cost: Cost,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    ladder: list[float],
+    reach: float | None,
+    tolerance: float,
+    max_iterations: int,
 ) -> Potentials:
     """Follow the ladder with Newton steps, at least one a level. The host waits for the device once a step."""
     (_, matrix), *_ = cost.blocks()
     iterations = 0
     for level, eps in enumerate(ladder):
         enough = tolerance if level == len(ladder) - 1 else LEVEL_TOLERANCE
-        scaled_cost = matrix / eps
-        point = _evaluate(scaled_cost, f / eps, a, b)
+        problem = _SemiDual(matrix / eps, a, b, 0.0 if reach is None else eps / reach**2)
+        point = problem.at(f / eps)
         error = lowest = math.inf
         stalled = 0
         while error >= enough and iterations < max_iterations and stalled < PATIENCE:
-            point, error, passes = _improve(scaled_cost, point, a, b)
+            point, error, passes = problem.improve(point)
             iterations += passes
             stalled = 0 if error < lowest else stalled + 1
             lowest = min(lowest, error)
@@ -337,49 +399,13 @@ def _newton_loop(
     return Potentials(f, eps * point.v, point.error, iterations)
 
 
-def _improve(scaled_cost: Tensor, point: _Point, a: Tensor, b: Tensor) -> tuple[_Point, float, int]:
-    """A step to a better point: Newton's where it raises the dual, shortened if need be, else Sinkhorn's.
-
-    Returns the point, its error on the host, and the passes it took.
-    """
-    tiny, rounding = torch.finfo(a.dtype).tiny, torch.finfo(a.dtype).eps
-    sinkhorn_step = a.log() - point.rows.clamp(min=tiny).log()
-    newton_step = _newton_step(point, a, b)
-    step = torch.where(newton_step.isfinite().all(), newton_step, sinkhorn_step)
-    floor = point.dual - 8 * rounding * (1 + point.dual.abs())
-    for attempt, shortening in enumerate((1.0, 0.25, 0.0625), start=1):
-        trial = _evaluate(scaled_cost, point.u + shortening * step, a, b)
-        error, better = torch.stack([trial.error, (trial.dual >= floor).to(a.dtype)]).tolist()
-        if better:
-            return trial, error, attempt
-    trial = _evaluate(scaled_cost, point.u + sinkhorn_step, a, b)
-    return trial, trial.error.item(), 4
-
-
-def _newton_step(point: _Point, a: Tensor, b: Tensor) -> Tensor:
-    """Ascent direction of the semi-dual, from the Hessian diag(r) − P diag(1/b) Pᵀ scaled to a unit diagonal.
-
-    The constant vector, along which the dual does not change, is filled by r rᵀ; a ridge covers clusters that exchange
-    no mass. Not finite where a row has lost its mass.
-    """
-    root = point.rows.sqrt()
-    flow = point.plan * b.rsqrt() / root[:, None]
-    if len(a) > MAX_FACTORISED_SIZE:
-        return _conjugate_gradients(flow, root, (a - point.rows) / root) / root
-    hessian = torch.outer(root, root).sub_(flow @ flow.T).double()
-    hessian.diagonal().add_(1 + 4 * torch.finfo(a.dtype).eps)
-    factor, _ = torch.linalg.cholesky_ex(hessian)
-    gradient = ((a - point.rows) / root).double()[:, None]
-    return torch.cholesky_solve(gradient, factor)[:, 0].to(a.dtype) / root
-
-
-def _conjugate_gradients(flow: Tensor, root: Tensor, gradient: Tensor) -> Tensor:
-    """Approximate solution z of (I − F Fᵀ + √r √rᵀ) z = gradient; stopped early it is still an ascent direction."""
+def _conjugate_gradients(flow: Tensor, filling: Tensor, gradient: Tensor) -> Tensor:
+    """Approximate solution z of (I − F Fᵀ + q qᵀ) z = gradient; stopped early it is still an ascent direction."""
     solution, residual = torch.zeros_like(gradient), gradient
     direction, norm = residual, residual @ residual
     goal = CG_TOLERANCE**2 * norm
     for iteration in range(1, CG_ITERATIONS + 1):
-        image = direction + root * (root @ direction) - flow @ (flow.T @ direction)
+        image = direction + filling * (filling @ direction) - flow @ (flow.T @ direction)
         length = norm / (direction @ image).clamp(min=torch.finfo(norm.dtype).tiny)
         solution, residual = solution + length * direction, residual - length * image
         norm, previous = residual @ residual, norm
