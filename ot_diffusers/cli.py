@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from .config import describe
 from .errors import InputError, require
-from .launch import SCRIPTS, training_command, training_environment
+from .launch import SCRIPTS, training_command
 
 SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
 """Options that are passed on to the pipeline's call where they are given."""
@@ -164,7 +164,7 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         num_processes=arguments.num_processes,
         accelerate_config=arguments.accelerate_config,
     )
-    return subprocess.call(command, env=training_environment(arguments.num_processes))
+    return subprocess.call(command)
 
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -308,7 +308,7 @@ def _device(name: str | None) -> Any:
 
 def _prepare_libraries() -> None:
     """Settings that must be made before the libraries underneath are imported, and no bars but our own."""
-    # Waiting threads that spin take the core from whoever works: on a busy machine that costs a factor of 5 and more.
+    # Waiting threads that spin take the core from whoever works.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -110,7 +110,7 @@ def run_demo(
     """
     output = Path(output)
     require(seed >= 0, "seed", "be at least 0", seed)
-    claim_folder(output, {"seed": seed, "overrides": list(overrides)})
+    claim_folder(output / "demo.json", {"seed": seed, "overrides": list(overrides)})
     started = time.monotonic()
 
     # Train.
@@ -151,23 +151,29 @@ def run_demo(
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def claim_folder(output: Path, settings: Mapping[str, Any]) -> None:
-    """Create the demo's folder with `demo.json`, or find it there with the same settings.
+def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "output") -> None:
+    """Create the folder of `record` and write the settings there, or find it with the same settings.
 
     Raises:
         InputError: the folder holds something else.
     """
-    record = output / "demo.json"
+    folder, kind = record.parent, record.stem
     if record.is_file():
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        requirement = f"be a new folder, or of a demo with {settings}"
-        require(earlier == settings, "output", requirement, f"{output} of one with {earlier}")
+        earlier = read_json(record)
+        differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
+        wanted = {name: settings[name] for name in differing}
+        require(
+            not differing,
+            argument,
+            f"be a new folder, or of a {kind} with {wanted}",
+            f"{folder} of one with {differing}",
+        )
         return
-    require(not output.exists() or output.is_dir(), "output", "be a folder", str(output))
-    empty = not output.exists() or not any(output.iterdir())
-    require(empty, "output", "be a new or empty folder, or an earlier demo's", str(output))
-    (output / "logs").mkdir(parents=True)
-    record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    require(not folder.exists() or folder.is_dir(), argument, "be a folder", str(folder))
+    empty = not folder.exists() or not any(folder.iterdir())
+    require(empty, argument, f"be a new or empty folder, or an earlier {kind}'s", str(folder))
+    (folder / "logs").mkdir(parents=True)
+    record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def training_runs(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, list[str]]:

@@ -14,8 +14,9 @@ from .config import FeaturesConfig
 from .data import ResidentImages, StreamedImages
 from .errors import InputError, require
 from .losses import image_features
-from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor, median_distance
+from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
 from .models.reference_bank import ReferenceBank
+from .transport import median_distance
 
 
 def load_feature_extractor(path: str) -> FeatureExtractor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,20 +69,7 @@ def training_command(
         count = ["--num_processes", str(num_processes)] if num_processes > 1 else []
         return [*launcher, "--config_file", accelerate_config, *count, *script]
     if num_processes > 1:
-        # `multi_gpu` is accelerate's name for its process group, on the CPU too: see `training_environment`.
+        # `multi_gpu` is accelerate's name for its process group, on the CPU too.
         settings = {"num_processes": num_processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
         return [*launcher, "--multi_gpu", *(f"--{name}={value}" for name, value in settings.items()), *script]
     return [sys.executable, *script]
-
-
-def training_environment(num_processes: int) -> dict[str, str]:
-    """Environment variables for `training_command`.
-
-    Without a GPU, accelerate joins several processes into a group only where it is told to use the CPU; otherwise each
-    would train by itself into the same folder.
-    """
-    if num_processes == 1:
-        return dict(os.environ)
-    import torch
-
-    return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})

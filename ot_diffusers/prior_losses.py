@@ -59,7 +59,7 @@ def evidence_bound(
         mean, log_variance: of the posterior q(z | x), [B, latent_dim].
         beta: weight of the divergence, ≥ 0.
 
-    Reference: [Kingma2014], appendix B for the divergence; [Rybkin2021] for the variance.
+    Reference: [Kingma2014] for the divergence; [Rybkin2021] for the variance.
 
     Example:
         >>> x = torch.zeros(2, 1, 4, 4)
@@ -80,7 +80,7 @@ def evidence_bound(
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating loss −E log D(G(z)) of logits [B].
 
-    Reference: [Goodfellow2014], section 3.
+    Reference: [Goodfellow2014].
     """
     return F.softplus(-fake_logits.float()).mean()
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .config import option
 from .data import ResidentImages, StreamedImages, load_images
-from .demo import is_complete, read_json, stage, train, write_results
+from .demo import Sampled, claim_folder, is_complete, read_json, stage, train, write_results
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
@@ -95,15 +95,6 @@ class TruncationConfig:
         require(self.seed >= 0, "seed", "be at least 0", self.seed)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """Images of a row, uint8 [N, C, H, W], and what they cost."""
-
-    images: Tensor
-    seconds: float
-    nfe: int
-
-
 @dataclass
 class Study:
     """What every part of a study needs.
@@ -149,7 +140,7 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
         RuntimeError: a training script that failed, with the end of its log.
     """
     output = Path(config.output_dir)
-    claim_folder(output, config)
+    claim_folder(output / "study.json", settings(config), "output_dir")
     started = time.monotonic()
     data = {split: load_images(config.dataset, split) for split in ("train", "test")}
     study = Study(config, output, data["train"], data["test"], announce)
@@ -192,27 +183,6 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def claim_folder(output: Path, config: TruncationConfig) -> None:
-    """Create the study's folder with `study.json`, or find it there with the same settings.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    record = output / "study.json"
-    wanted = settings(config)
-    if record.is_file():
-        earlier = read_json(record)
-        differing = {name: earlier.get(name) for name, value in wanted.items() if earlier.get(name) != value}
-        requirement = f"be a new folder, or of a study with { {name: wanted[name] for name in differing} }"
-        require(not differing, "output_dir", requirement, f"{output} of one with {differing}")
-        return
-    require(not output.exists() or output.is_dir(), "output_dir", "be a folder", str(output))
-    empty = not output.exists() or not any(output.iterdir())
-    require(empty, "output_dir", "be a new or empty folder, or an earlier study's", str(output))
-    (output / "logs").mkdir(parents=True)
-    record.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
 def settings(config: TruncationConfig) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from ot_diffusers.features import (
     make_reference_bank,
     weights_fingerprint,
 )
-from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, median_distance
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, FeatureExtractor
+from ot_diffusers.transport import median_distance
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,9 +7,9 @@ import torch
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
-from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, median_distance
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.models.reference_bank import ReferenceBank
-from ot_diffusers.transport import sinkhorn_divergence
+from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 
 def _images(count: int, seed: int) -> torch.Tensor:

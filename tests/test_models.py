@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, ResidualFeatureExtractor
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.feature_extractor import median_distance
+from ot_diffusers.transport import median_distance
 
 NETWORKS = [ConvFeatureExtractor, ResidualFeatureExtractor]
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "feature_dim": 12, "num_classes": 5}

@@ -21,9 +21,8 @@ from diffusers import (
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import OTGuidance
-from ot_diffusers.models.feature_extractor import median_distance
 from ot_diffusers.pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
-from ot_diffusers.transport import sinkhorn_divergence
+from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 SCHEDULERS = {

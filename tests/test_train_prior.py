@@ -22,9 +22,10 @@ from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
+from ot_diffusers.demo import claim_folder
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.feature_extractor import ResidualFeatureExtractor
-from ot_diffusers.truncation_study import LABELS, TruncationConfig, claim_folder, run_name, run_study
+from ot_diffusers.truncation_study import LABELS, TruncationConfig, run_name, run_study, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -259,7 +260,7 @@ def test_the_study_completes_a_folder_and_keeps_what_is_there(denoiser: Path, tm
         full_steps=(4,),
         curve_steps=2,
     )
-    claim_folder(output, config)
+    claim_folder(output / "study.json", settings(config), "output_dir")
     for name in LABELS:
         prior = {"prior": name.removesuffix("_classes"), "class_wise": name.endswith("classes")}
         train(output / run_name(name, 10), denoiser, **prior)
@@ -284,4 +285,4 @@ def test_the_study_completes_a_folder_and_keeps_what_is_there(denoiser: Path, tm
     assert again["arms"] == found["arms"]
     assert before == {path: path.stat().st_mtime_ns for path in (output / "samples").iterdir()}
     with pytest.raises(InputError, match="output_dir"):
-        claim_folder(output, TruncationConfig(output_dir=str(output), seed=1))
+        claim_folder(output / "study.json", settings(TruncationConfig(output_dir=str(output), seed=1)), "output_dir")

@@ -18,7 +18,7 @@ from ot_diffusers.config import OTConfig, run_script
 from ot_diffusers.errors import require
 from ot_diffusers.features import cached_features, check_trained_on, load_feature_extractor, make_reference_bank
 from ot_diffusers.losses import denoising_loss, disjoint_reference_indices, image_features, ot_loss
-from ot_diffusers.models.feature_extractor import FeatureExtractor, median_distance
+from ot_diffusers.models.feature_extractor import FeatureExtractor
 from ot_diffusers.schedules import min_snr_weight, to_original_sample
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
@@ -41,6 +41,7 @@ from ot_diffusers.training import (
     save_sample_grid,
     validation_loss,
 )
+from ot_diffusers.transport import median_distance
 
 
 def main(config: OTConfig) -> None:

@@ -28,7 +28,6 @@ from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig, run_script
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.features import check_trained_on, labels_of, load_feature_extractor
-from ot_diffusers.models.feature_extractor import median_distance
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
 from ot_diffusers.prior_losses import (
@@ -65,6 +64,7 @@ from ot_diffusers.training import (
     save_results,
     write_json,
 )
+from ot_diffusers.transport import median_distance
 
 MAX_FITTED_IMAGES = 50_000
 """Evenly spaced images that a closed-form prior is fitted to, at most: they are held as float32."""

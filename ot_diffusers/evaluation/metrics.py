@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, require
-from ..transport import sinkhorn_divergence
+from ..transport import median_distance, sinkhorn_divergence
 
 BLOCK_SIZE = 4096
 """Rows of either set in one block of pairwise distances: 4096² float64 numbers are 128 MiB."""
 
 Normalization = Literal["l2", "median", "none"]
-
-MEDIAN_ROWS = 2048
-"""At most this many evenly spaced rows decide a median pairwise distance; its sampling error is then below 1%."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -241,13 +238,6 @@ def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
         torch.bincount(x.argmax(dim=1), minlength=x.shape[1]).double() / len(x) for x in (logits, reference_logits)
     ]
     return 0.5 * (shares[0] - shares[1]).abs().sum().item()
-
-
-def median_distance(features: Tensor) -> float:
-    """Median L2 distance between different rows of `features` [N, D] (of at most `MEDIAN_ROWS` evenly spaced ones)."""
-    features = _checked(features, "features")
-    stride = math.ceil(len(features) / MEDIAN_ROWS)
-    return torch.pdist(features[::stride].double()).median().item()
 
 
 def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:

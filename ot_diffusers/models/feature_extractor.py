@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -79,6 +78,7 @@ class ConvFeatureExtractor(FeatureExtractor):
         data_fingerprint: content hash of that data; a loss refuses a network of other data.
 
     Example:
+        >>> import torch
         >>> network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32)
         >>> network.extract(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 32])
@@ -124,6 +124,7 @@ class ResidualFeatureExtractor(FeatureExtractor):
         layers_per_block: residual blocks in each stage.
 
     Example:
+        >>> import torch
         >>> network = ResidualFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32)
         >>> network(torch.rand(2, 1, 8, 8)).logits.shape
         torch.Size([2, 10])
@@ -177,17 +178,3 @@ class ResidualBlock(nn.Module):
         residual = self.conv1(F.silu(self.norm1(hidden)))
         residual = self.conv2(F.silu(self.norm2(residual)))
         return self.shortcut(hidden) + residual
-
-
-def median_distance(features: Tensor, max_points: int = 2000) -> float:
-    """Median pairwise Euclidean distance of evenly spaced rows: the unit of length of the `scaled` presets.
-
-    Args:
-        features: [N, D], N ≥ 2.
-        max_points: at most this many rows enter.
-    """
-    require(len(features) >= 2, "features", "hold at least two rows", tuple(features.shape))
-    rows = features[:: max(1, len(features) // max_points)].float()
-    median = torch.pdist(rows).median().item()
-    require(median > 0, "features", "differ from one another", f"median distance {median}")
-    return median
