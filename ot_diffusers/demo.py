@@ -216,9 +216,11 @@ def train(runs: Mapping[str, Sequence[str]], output: Path, title: str, announce:
 
 
 def is_complete(run: Path) -> bool:
-    """Whether the folder holds a finished run."""
-    file = run / "results.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
+    """Whether the folder holds a finished run: one that made all its updates, or used up the time it was given."""
+    if not (run / "results.json").is_file():
+        return False
+    timed = read_json(run / "run.json")["config"]["max_train_seconds"] is not None
+    return timed or bool(read_json(run / "results.json")["complete"])
 
 
 def end_of_log(file: Path) -> str:
