@@ -42,6 +42,7 @@ from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
 from .seeds import keyed_generator
 
 HEADLINE = ("frechet_distance", "recall_distance", "precision_distance", "precision", "recall")
+METRICS = (*HEADLINE, "coverage", "nearest_distance_ratio", "patch_sliced_wasserstein")
 COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
 EVALUATOR_SEED = 1000
 LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
@@ -175,10 +176,10 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
         test, training = (describe_images(all_pixels(images), extractor) for images in (data["test"], data["train"]))
         described = {name: describe_images(row.images, extractor) for name, row in rows.items()}
         metrics = {
-            name: evaluate_images(found, reference=test, extractor=extractor, train=training)
+            name: evaluate_images(found, reference=test, extractor=extractor, train=training, metrics=METRICS)
             for name, found in described.items()
         }
-        floor = real_floor(test, training, study.num_samples, extractor=extractor)
+        floor = real_floor(test, training, study.num_samples, extractor=extractor, metrics=METRICS)
         scored = {
             name: {step: score(sampled, test, extractor) for step, sampled in points.items()}
             for name, points in curves.items()
