@@ -1,4 +1,4 @@
-"""The command line: `ot-diffusers demo | train | sample | evaluate | truncation`.
+"""The command line: `ot-diffusers demo | train | sample | evaluate | truncation | truncated-set`.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
 exit status 2.
@@ -62,6 +62,7 @@ def make_parser() -> Parser:
     _add_sample(commands)
     _add_evaluate(commands)
     _add_truncation(commands)
+    _add_truncated_set(commands)
     return parser
 
 
@@ -126,6 +127,20 @@ def _add_truncation(commands: Any) -> None:
     truncation.set_defaults(command=run_truncation)
 
 
+def _add_truncated_set(commands: Any) -> None:
+    export = commands.add_parser(
+        "truncated-set", help="write real images diffused to step T' as a data set", allow_abbrev=False
+    )
+    export.add_argument("--dataset", required=True, help="digits, mnist, cifar10, a Hub id or a folder")
+    export.add_argument("--split", default="train", help="train, validation or test (%(default)s)")
+    export.add_argument("--truncation-timestep", type=int, default=10, help="T' (%(default)s)")
+    export.add_argument("--denoiser", help="pipeline whose noise levels to take; default: T = 1000, linear betas")
+    export.add_argument("--num-epochs", type=int, default=1, help="independent noises of each image (%(default)s)")
+    export.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    export.add_argument("--output", required=True, help="new folder")
+    export.set_defaults(command=run_truncated_set)
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument("--features", help="run of train_features.py; guides any pipeline by its network and bank")
@@ -165,6 +180,24 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         accelerate_config=arguments.accelerate_config,
     )
     return subprocess.call(command)
+
+
+def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """x_T' of every image of a split, as parquet files."""
+    _prepare_libraries()
+    from diffusers import DDPMScheduler
+
+    from .data import load_images
+    from .sampling import load_pipeline
+    from .schedules import truncated_scheduler
+    from .truncated_set import export_truncated_set
+
+    full = load_pipeline(arguments.denoiser).scheduler if arguments.denoiser else DDPMScheduler()
+    scheduler = truncated_scheduler(full, arguments.truncation_timestep)
+    images = load_images(arguments.dataset, arguments.split)
+    options = {"num_epochs": arguments.num_epochs, "seed": arguments.seed}
+    print(export_truncated_set(images, scheduler, arguments.output, **options))
+    return 0
 
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
