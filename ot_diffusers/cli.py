@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -163,6 +164,7 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Everything on digits."""
+    _stop_on_sigterm()
     _prepare_libraries()
     from .demo import run_demo as run
 
@@ -202,6 +204,7 @@ def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """The study of priors."""
+    _stop_on_sigterm()
     _prepare_libraries()
     from .config import load_config
     from .launch import preset_path
@@ -337,6 +340,11 @@ def _device(name: str | None) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"`device` must be a device of this machine, such as cpu or cuda, got {name!r}") from error
+
+
+def _stop_on_sigterm() -> None:
+    """End like an interrupt: the scripts that were started are stopped too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _prepare_libraries() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from torch import Tensor
 
 from .config import option
 from .data import ResidentImages, StreamedImages, load_images
-from .demo import Sampled, claim_folder, is_complete, read_json, stage, train, write_results
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
 from .evaluation.metrics import frechet_distance
+from .experiment import Announce, Sampled, claim_folder, is_complete, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .images import to_uint8
 from .launch import training_command
@@ -59,7 +59,6 @@ DESCRIPTIONS = {
     ORACLE: "Real training images, diffused: what a perfect prior would reach.",
 }
 
-Announce = Callable[[str], None]
 Images = ResidentImages | StreamedImages
 
 
@@ -113,6 +112,7 @@ class Study:
         output: its folder.
         train_images, test_images: the data.
         announce: takes the lines that tell how far it is.
+        overrides: `key=value` for every training script.
     """
 
     config: TruncationConfig
@@ -120,6 +120,7 @@ class Study:
     train_images: Images
     test_images: Images
     announce: Announce
+    overrides: Sequence[str] = ()
     num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,8 +148,13 @@ class Study:
         return self.config.evaluator or str(self.output / "evaluator")
 
 
-def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str, Any]:
+def run_study(config: TruncationConfig, announce: Announce = print, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the study and write `results.json`, `results.md`, `report.html` and pictures; returns the results.
+
+    Args:
+        config: of the study.
+        announce: takes the lines that tell how far it is.
+        overrides: `key=value` for every training script, such as `max_train_steps=4`.
 
     Raises:
         InputError: a folder that holds something else, a preset that does not exist.
@@ -158,7 +164,7 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
     claim_folder(output / "study.json", settings(config), "output_dir")
     started = time.monotonic()
     data = {split: load_images(config.dataset, split) for split in ("train", "test")}
-    study = Study(config, output, data["train"], data["test"], announce)
+    study = Study(config, output, data["train"], data["test"], announce, overrides)
 
     # Train.
     train_networks(study)
@@ -167,8 +173,10 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
     # Sample every row of the table from the same seeds, then the curves.
     with stage(f"sample {study.num_samples} images for each row", announce):
         rows = sample_rows(study)
-    with stage(f"sample the curves over T' in {config.timesteps}", announce):
-        curves = sample_curves(study)
+    curves: dict[str, dict[int, Sampled]] = {}
+    if config.timesteps:
+        with stage(f"sample the curves over T' in {config.timesteps}", announce):
+            curves = sample_curves(study)
 
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
@@ -209,7 +217,7 @@ def settings(config: TruncationConfig) -> dict[str, Any]:
 def train_networks(study: Study) -> None:
     """The denoiser, the feature network and the evaluator, where the configuration names none."""
     config = study.config
-    common = [f"dataset={config.dataset}", "report_to=none"]
+    common = [f"dataset={config.dataset}", "report_to=none", *study.overrides]
     runs = {}
     if config.denoiser is None:
         own = [*common, f"seed={config.seed}", f"output_dir={study.denoiser}"]
@@ -261,6 +269,7 @@ def prior_runs(study: Study, truncation_timestep: int, names: tuple[str, ...]) -
         limits = {"max_train_steps": config.max_train_steps, "max_train_seconds": config.max_train_seconds}
         if name in LEARNED:
             options += [f"{key}={value}" for key, value in limits.items() if value is not None]
+        options += study.overrides
         preset = f"{config.presets}/prior_{name.removesuffix('_classes')}.yaml"
         commands[run] = training_command("prior", options, config=preset)
     return commands
