@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor, nn
+from torch_fidelity import metric_fid, metric_kid, metric_prc
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import metrics, pixels
@@ -95,6 +97,84 @@ class TestPrecisionRecall:
         assert metrics.precision_recall(torch.cat([near, near + 1000]), near) == (0.5, 1.0)
 
 
+def fidelity_frechet(x: Tensor, y: Tensor) -> float:
+    statistics = [metric_fid.fid_features_to_statistics(rows.double()) for rows in (x, y)]
+    return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID]
+
+
+def fidelity_kernel(x: Tensor, y: Tensor, subset_size: int, seed: int) -> float:
+    options = {"kid_subsets": 7, "kid_subset_size": subset_size, "rng_seed": seed, "verbose": False}
+    return metric_kid.kid_features_to_metric(x.double(), y.double(), **options)[metric_kid.KEY_METRIC_KID_MEAN]
+
+
+def fidelity_precision_recall(x: Tensor, y: Tensor, num_neighbors: int) -> tuple[float, float]:
+    options = {"prc_neighborhood": num_neighbors, "prc_batch_size": 10000, "save_cpu_ram": False, "verbose": False}
+    values = metric_prc.prc_features_to_metric(x.double(), y.double(), **options)
+    return values["precision"], values["recall"]
+
+
+class TestAgainstTorchFidelity:
+    """torch-fidelity's own functions on the same features, in float64."""
+
+    sizes = pytest.mark.parametrize(("rows", "reference_rows"), [(200, 200), (70, 300), (300, 40)])
+
+    @sizes
+    @pytest.mark.parametrize("columns", [5, 30])
+    def test_frechet_distance(self, rows: int, reference_rows: int, columns: int) -> None:
+        x, y = gaussian(rows, columns, seed=1, mean=0.2, scale=1.3), gaussian(reference_rows, columns, seed=2)
+        # Both float64; theirs takes the eigenvalues of a matrix that is not symmetric.
+        assert metrics.frechet_distance(x, y) == pytest.approx(fidelity_frechet(x, y), rel=1e-9)
+
+    @pytest.mark.filterwarnings("ignore:Fréchet distance from 20 samples")
+    def test_frechet_distance_of_singular_covariances(self) -> None:
+        x, y = gaussian(20, 40, seed=1, mean=0.2), gaussian(300, 40, seed=2)
+        # Theirs takes roots of eigenvalues that are 0 up to rounding, √1e-16 each.
+        assert metrics.frechet_distance(x, y) == pytest.approx(fidelity_frechet(x, y), rel=1e-6)
+
+    @sizes
+    @pytest.mark.parametrize("subset_size", [20, 1000])
+    def test_kernel_distance(self, rows: int, reference_rows: int, subset_size: int) -> None:
+        x, y = gaussian(rows, seed=1, mean=0.2), gaussian(reference_rows, seed=2)
+        x[: len(x) // 2] = x[0]
+        size = min(subset_size, rows, reference_rows)  # theirs refuses subsets larger than a set
+        found = metrics.kernel_distance(x, y, num_subsets=7, subset_size=subset_size, seed=5)
+        assert found == pytest.approx(fidelity_kernel(x, y, size, 5), rel=1e-9)  # float64 sums in another order
+
+    @sizes
+    @pytest.mark.parametrize("num_neighbors", [1, 3, 7])
+    def test_precision_recall(self, rows: int, reference_rows: int, num_neighbors: int) -> None:
+        x, y = gaussian(rows, seed=1, mean=0.5), gaussian(reference_rows, seed=2)
+        expected = fidelity_precision_recall(x, y, num_neighbors)
+        # No ties between continuous draws: the same counts; theirs are divided in float32.
+        assert metrics.precision_recall(x, y, num_neighbors=num_neighbors) == pytest.approx(expected, rel=1e-6)
+
+    def test_precision_recall_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pair = gaussian(60, seed=1, mean=0.5), gaussian(80, seed=2)
+        whole = metrics.neighbor_statistics(*pair)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 900)
+        parts = metrics.neighbor_statistics(*pair)
+        assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-12)  # products of other sizes round differently
+
+
+class TestNeighborTies:
+    """Copies put points exactly on the surfaces of balls, where rounding must not decide."""
+
+    def test_copies_of_the_reference_are_inside(self) -> None:
+        """The reference in another order: each of its k-balls holds exactly the point itself and its k neighbours."""
+        reference = gaussian(300, 20) * 10 + 100
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+        found = metrics.neighbor_statistics(reference[order], reference)
+        assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
+        assert found.density == (5 + 1) / 5
+        assert (found.precision_distance, found.recall_distance) == (0, 0)
+
+    def test_balls_of_radius_zero_hold_copies_only(self) -> None:
+        """One generated image repeated, a copy of one real image: recall is that image's share."""
+        real = gaussian(50, 20) + 30
+        found = metrics.neighbor_statistics(real[:1].repeat(40, 1), real)
+        assert (found.precision, found.recall) == (1, 1 / 50)
+
+
 class TestSinkhornDistance:
     @pytest.mark.parametrize(("normalize", "blur"), [("l2", 0.05), ("median", 0.3), ("none", 0.5)])
     def test_agrees_with_geomloss(self, normalize: metrics.Normalization, blur: float) -> None:
@@ -143,7 +223,7 @@ class TestNearestDistances:
     def test_blocks_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
         queries, points = gaussian(50, seed=1), gaussian(70, seed=2)
         whole = metrics.nearest_distances(queries, points)
-        monkeypatch.setattr(metrics, "BLOCK_SIZE", 7)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 500)
         assert torch.equal(metrics.nearest_distances(queries, points), whole)
         direct = (queries.double()[:, None] - points.double()).norm(dim=2).min(dim=1).values
         assert torch.allclose(whole, direct, rtol=1e-12)  # float64, another order of summation
@@ -171,7 +251,7 @@ class TestCounts:
     def test_density_coverage_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = gaussian(60, seed=1), gaussian(80, seed=2)
         whole = metrics.density_coverage(*pair)
-        monkeypatch.setattr(metrics, "BLOCK_SIZE", 13)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 900)
         assert metrics.density_coverage(*pair) == whole
 
     def test_effective_rank_counts_equal_directions(self) -> None:
