@@ -20,6 +20,7 @@ from ot_diffusers.evaluation.report import METRICS
 
 FEATURE_METRICS = [
     metrics.frechet_distance,
+    metrics.frechet_distance_infinity,
     metrics.kernel_distance,
     metrics.precision_recall,
     metrics.sinkhorn_distance,
@@ -95,6 +96,30 @@ class TestPrecisionRecall:
     def test_invented_mode_costs_precision_only(self) -> None:
         near = gaussian(40)
         assert metrics.precision_recall(torch.cat([near, near + 1000]), near) == (0.5, 1.0)
+
+
+class TestFrechetDistanceInfinity:
+    @pytest.mark.parametrize("rows", [400, 1000])
+    def test_removes_the_bias_between_equal_gaussians(self, rows: int) -> None:
+        """Both sets from N(0, I) in 20 dimensions: the distance is 0, the plain estimate far above it."""
+        pairs = [(gaussian(rows, 20, seed=2 * i), gaussian(rows, 20, seed=2 * i + 1)) for i in range(8)]
+        plain = sum(metrics.frechet_distance(*pair) for pair in pairs) / 8
+        values = [metrics.frechet_distance_infinity(*pair) for pair in pairs]
+        # What is left of the bias is of second order in D/n, n ≥ 2D, and the error of eight draws.
+        assert abs(sum(values) / 8) < 0.15 * plain
+        assert min(values) < 0 < max(values) or max(map(abs, values)) < 0.3 * plain
+
+    def test_keeps_a_shift_and_its_seed(self) -> None:
+        """A translation by v of every row costs ‖v‖² in addition to the same bias."""
+        x, y = gaussian(800, seed=1), gaussian(600, seed=2)
+        found = [metrics.frechet_distance_infinity(x + 2, y, seed=seed) for seed in (3, 3, 4)]
+        # The means of 600 rows are off by 1/√600 a coordinate: 2·2·6 coordinates·.04 at most.
+        assert found[0] == pytest.approx(24, abs=1)
+        assert found[0] == found[1] != found[2]
+
+    def test_refuses_sets_too_small_for_a_line(self) -> None:
+        with pytest.raises(InputError, match="at least 4 rows in either set, got 3"):
+            metrics.frechet_distance_infinity(gaussian(3), gaussian(10))
 
 
 def fidelity_frechet(x: Tensor, y: Tensor) -> float:
@@ -373,7 +398,7 @@ class TestEvaluateImages:
     def test_equal_sets_score_zero(self, network: TinyClassifier) -> None:
         images = random_images(60)
         values = evaluate_images(images, reference=images, extractor=network)
-        for name in ("frechet_distance", "sinkhorn_distance", "sinkhorn_distance_scaled"):
+        for name in ("frechet_distance", "frechet_distance_infinity", "sinkhorn_distance", "sinkhorn_distance_scaled"):
             assert values[name] == pytest.approx(0, abs=1e-5), name  # float32 potentials, float64 eigenvalues
         for name in ("recall_distance", "precision_distance", "patch_sliced_wasserstein", "spectrum_distance"):
             assert values[name] == 0, name

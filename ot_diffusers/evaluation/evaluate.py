@@ -117,6 +117,7 @@ class Comparison:
 # In the order of the results. None stands for what cannot be measured: no classifier, or no training images.
 _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "frechet_distance": lambda pair: feature_metrics.frechet_distance(*pair.features),
+    "frechet_distance_infinity": lambda pair: feature_metrics.frechet_distance_infinity(*pair.features, seed=pair.seed),
     "sinkhorn_distance": lambda pair: feature_metrics.sinkhorn_distance(*pair.features),
     "sinkhorn_distance_scaled": lambda pair: feature_metrics.sinkhorn_distance(*pair.features, normalize="median"),
     "kernel_distance": lambda pair: feature_metrics.kernel_distance(*pair.features, seed=pair.seed),

@@ -43,6 +43,9 @@ class Metric:
 
 METRICS = {
     "frechet_distance": Metric("Fréchet", "lower", "Distance of the Gaussian fits in feature space (FID)."),
+    "frechet_distance_infinity": Metric(
+        "Fréchet∞", "lower", "The same extrapolated to infinitely many samples; about 0 for equal distributions."
+    ),
     "sinkhorn_distance": Metric("Sinkhorn", "lower", "Sinkhorn divergence on the unit sphere, blur 0.05."),
     "sinkhorn_distance_scaled": Metric("Sinkhorn, scaled", "lower", "The same with features at median distance 1."),
     "kernel_distance": Metric("Kernel", "lower", "Squared MMD with a cubic kernel (KID), unbiased."),
