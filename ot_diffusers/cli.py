@@ -270,7 +270,7 @@ def _describe(images: Any, evaluator: Any) -> Any:
     from .evaluation.evaluate import describe_images
     from .images import to_uint8
 
-    return describe_images(to_uint8(images.fetch(torch.arange(len(images)))), evaluator)
+    return describe_images(to_uint8(images.fetch(torch.arange(len(images)))), evaluator, cache=True)
 
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:

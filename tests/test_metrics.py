@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import astuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,6 +295,10 @@ class TestCounts:
 
 
 class TestBadInput:
+    def test_class_histogram_without_classes(self) -> None:
+        with pytest.raises(InputError, match=r"`logits` must score at least one class, got \(4, 0\)"):
+            metrics.class_histogram_distance(torch.zeros(4, 0), torch.zeros(5, 0))
+
     @pytest.mark.parametrize("metric", FEATURE_METRICS)
     def test_one_line_names_the_argument(self, metric: Callable[[Tensor, Tensor], object]) -> None:
         good, bad = gaussian(10), gaussian(10)
@@ -449,9 +456,84 @@ class TestEvaluateImages:
 
     def test_refusals(self, network: TinyClassifier) -> None:
         images = random_images(10)
-        with pytest.raises(InputError, match=r"`images` must be a uint8 tensor \[N, C, H, W\], got \(torch.float32"):
-            evaluate_images(images.float(), reference=images, extractor=network)
         with pytest.raises(InputError, match="`images` must not be constant, got 0"):
             evaluate_images(torch.zeros_like(images), reference=images, extractor=network)
         with pytest.raises(InputError, match="`num_samples` must be from 2 to 8"):
             real_floor(images, images, 9, extractor=network)
+
+    @pytest.mark.parametrize(
+        ("convert", "advice"),
+        [
+            (lambda x: x.float(), r"for floats in [0, 255]: images.round()"),
+            (lambda x: x / 255, r"for floats in [0, 1]: (255 * images)"),
+            (lambda x: x / 127.5 - 1, r"for floats in [-1, 1]: ot_diffusers.images.to_uint8"),
+            (lambda x: x.float() * torch.nan, "they hold NaN or infinity"),
+            (lambda x: x.float() - 300, "they range from -3"),
+        ],
+    )
+    def test_float_images_are_told_their_range(
+        self, network: TinyClassifier, convert: Callable[[Tensor], Tensor], advice: str
+    ) -> None:
+        images = random_images(10)
+        message = r"`images` must be a uint8 tensor \[N, C, H, W\] \(" + re.escape(advice)
+        with pytest.raises(InputError, match=message):
+            evaluate_images(convert(images), reference=images, extractor=network)
+
+    def test_sets_of_different_networks_are_not_compared(self, network: TinyClassifier) -> None:
+        other = copy.deepcopy(network)
+        with torch.no_grad():
+            other.head.bias += 1
+        images, reference = random_images(20), describe_images(random_images(20, seed=1), other)
+        with pytest.raises(InputError, match="`images` must be described by the network that described `reference`"):
+            evaluate_images(images, reference=reference, extractor=network)
+        train = describe_images(random_images(20, seed=2), network)
+        with pytest.raises(InputError, match="`train` must be described by the network"):
+            evaluate_images(images, reference=reference, extractor=other, train=train)
+        same = describe_images(images, copy.deepcopy(other))
+        assert evaluate_images(same, reference=reference, extractor=other, metrics=["recall"])
+
+    def test_features_that_are_not_numbers(self, network: TinyClassifier) -> None:
+        with torch.no_grad():
+            network.features[1].bias[0] = torch.nan
+        images = random_images(10)
+        with pytest.raises(InputError, match="`features` must have no row with NaN or infinity, got 10"):
+            evaluate_images(images, reference=images, extractor=network)
+
+
+class TestCachedDescriptions:
+    @pytest.fixture
+    def calls(self, network: TinyClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Batch sizes that have gone through the network, with an empty cache folder."""
+        monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path))
+        seen: list[int] = []
+        network.features.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        return seen
+
+    def test_second_call_does_not_run_the_network(self, network: TinyClassifier, calls: list[int]) -> None:
+        first = describe_images(random_images(9), network, cache=True)
+        assert sum(calls) == 18  # features, and logits
+        second = describe_images(random_images(9), copy.deepcopy(network), cache=True)
+        assert sum(calls) == 18
+        assert torch.equal(first.features, second.features)
+        assert first.logits is not None and second.logits is not None and torch.equal(first.logits, second.logits)
+        assert first.extractor == second.extractor
+
+    def test_other_pixels_shapes_and_weights_miss(self, network: TinyClassifier, calls: list[int]) -> None:
+        images = random_images(9)
+        describe_images(images, network, cache=True)
+        images[3, 0, 2, 2] ^= 1
+        describe_images(images, network, cache=True)
+        assert sum(calls) == 36
+        describe_images(images.reshape(9, 1, 4, 16), network, cache=True)
+        assert sum(calls) == 54
+        with torch.no_grad():
+            network.head.weight[0, 0] += 1
+        described = describe_images(images, network, cache=True)
+        assert sum(calls) == 72
+        assert torch.equal(described.features, describe_images(images, network).features)
+
+    def test_nothing_is_kept_without_being_asked(
+        self, network: TinyClassifier, calls: list[int], tmp_path: Path
+    ) -> None:
+        describe_images(random_images(9), network)
+        assert not list(tmp_path.iterdir())

@@ -279,6 +279,12 @@ class TestStress:
         with pytest.raises(InputError, match="`amount` must leave one of 10 classes, got 10"):
             stress.drop_classes(labels)(self.IMAGES, 10, torch.Generator())
 
+    def test_an_empty_class_cannot_be_dropped(self) -> None:
+        with pytest.raises(InputError, match=r"`labels` must give every class at least one image, .* class \[1\]"):
+            stress.drop_classes(torch.tensor([0, 2, 2]))
+        with pytest.raises(InputError, match="`labels` must be a tensor of integers"):
+            stress.drop_classes(torch.tensor([]))
+
     def test_verdicts(self) -> None:
         def measure(images: torch.Tensor) -> dict[str, float]:
             unique = float(len(images.unique()))

@@ -8,15 +8,19 @@ floor = real_floor(reference, train, len(samples), extractor=evaluator)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError, require
+from ..features import cache_folder, save_aside, weights_fingerprint
 from ..images import to_model_range
 from . import metrics as feature_metrics
 from . import pixels
@@ -32,17 +36,21 @@ class ImageSet:
         images: uint8 [N, C, H, W].
         features: [N, D], on the CPU.
         logits: [N, classes], on the CPU; None for a network without a classifier.
+        extractor: fingerprint of the network, so that features of different ones are not compared.
     """
 
     images: Tensor
     features: Tensor
     logits: Tensor | None
+    extractor: str
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def describe_images(images: Tensor, extractor: Any, *, batch_size: int = BATCH_SIZE, name: str = "images") -> ImageSet:
+def describe_images(
+    images: Tensor, extractor: Any, *, batch_size: int = BATCH_SIZE, cache: bool = False, name: str = "images"
+) -> ImageSet:
     """Pass uint8 images [N, C, H, W] through `extractor`, in evaluation mode and without gradients.
 
     Args:
@@ -50,23 +58,44 @@ def describe_images(images: Tensor, extractor: Any, *, batch_size: int = BATCH_S
         extractor: a module with `extract(images in [-1, 1]) -> features [B, D]` and, for class histograms,
             `logits(images)`.
         batch_size: images in one pass; the features do not depend on it.
+        cache: for fixed sets: keep what the network says in the cache folder, under a hash of pixels and weights, and
+            take it from there when the same images come back.
         name: what an error calls the images.
     """
     _check_images(images, name)
+    fingerprint = weights_fingerprint(extractor)
+    if cache:
+        file = _cache_file(images, fingerprint)
+        if not file.is_file():
+            save_aside(_run(extractor, images, batch_size), file)
+        found = load_file(file)
+    else:
+        found = _run(extractor, images, batch_size)
+    return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint)
+
+
+def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Features and, where there is a classifier, logits on the CPU; the network's mode is left as it was."""
     parameter = next(extractor.parameters())
     was_training = extractor.training
     extractor.eval()
-    features, logits = [], []
+    outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
     try:
         with torch.no_grad():
             for batch in images.split(batch_size):
                 batch = to_model_range(batch).to(device=parameter.device, dtype=parameter.dtype)
-                features.append(extractor.extract(batch).float().cpu())
+                outputs["features"].append(extractor.extract(batch).float().cpu())
                 if hasattr(extractor, "logits"):
-                    logits.append(extractor.logits(batch).float().cpu())
+                    outputs["logits"].append(extractor.logits(batch).float().cpu())
     finally:
         extractor.train(was_training)
-    return ImageSet(images.cpu(), torch.cat(features), torch.cat(logits) if logits else None)
+    return {name: torch.cat(parts) for name, parts in outputs.items() if parts}
+
+
+def _cache_file(images: Tensor, fingerprint: str) -> Path:
+    digest = hashlib.sha256(f"{fingerprint} {tuple(images.shape)}".encode())
+    digest.update(images.cpu().contiguous().numpy().data)
+    return cache_folder() / "descriptions" / f"{digest.hexdigest()}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -167,8 +196,8 @@ def evaluate_images(
         direction is better.
 
     Raises:
-        InputError: images that are not uint8, differ in shape from the reference, or are all one constant; a metric
-            that is not known, or was named and cannot be measured.
+        InputError: images that are not uint8, differ in shape from the reference, or are all one constant; sets that
+            were described by different networks; a metric that is not known, or was named and cannot be measured.
     """
     names = _chosen(metrics)
     images = _described(images, extractor, batch_size, "images")
@@ -179,6 +208,7 @@ def evaluate_images(
         train = _described(train, extractor, batch_size, "train")
     else:
         train = None
+    _check_extractors(images=images, reference=reference, train=train)
     pair = Comparison(images, reference, train, seed)
     values = {name: _MEASURES[name](pair) for name in names}
     if metrics is not None:
@@ -237,16 +267,38 @@ def _described(images: Tensor | ImageSet, extractor: Any, batch_size: int, name:
 
 def _rows(images: ImageSet, rows: Tensor) -> ImageSet:
     logits = None if images.logits is None else images.logits[rows]
-    return ImageSet(images.images[rows], images.features[rows], logits)
+    return ImageSet(images.images[rows], images.features[rows], logits, images.extractor)
 
 
 def _shape(images: ImageSet) -> tuple[int, ...]:
     return tuple(images.images.shape[1:])
 
 
+def _check_extractors(**sets: ImageSet | None) -> None:
+    described = {name: images.extractor for name, images in sets.items() if images is not None}
+    expected = described["reference"]
+    for name, found in described.items():
+        require(found == expected, name, "be described by the network that described `reference`", found[:12])
+
+
 def _check_images(images: Tensor, name: str) -> None:
     good = isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8
-    require(good, name, "be a uint8 tensor [N, C, H, W]", feature_metrics.tensor_summary(images))
+    hint = _conversion_hint(images) if isinstance(images, Tensor) and images.is_floating_point() else ""
+    require(good, name, f"be a uint8 tensor [N, C, H, W]{hint}", feature_metrics.tensor_summary(images))
     require(len(images) >= 2, name, "hold at least 2 images", len(images))
     first = images[0, 0, 0, 0]
     require(bool((images != first).any()), name, "not be constant", int(first))
+
+
+def _conversion_hint(images: Tensor) -> str:
+    """How float images of the range that these seem to have become uint8."""
+    if not images.isfinite().all():
+        return " (they hold NaN or infinity)"
+    low, high = (images.min().item(), images.max().item()) if images.numel() else (0.0, 0.0)
+    if low < -1 or high > 255:
+        return f" (they range from {low:.3g} to {high:.3g})"
+    if high > 1:
+        return " (for floats in [0, 255]: images.round().to(torch.uint8))"
+    if low < 0:
+        return " (for floats in [-1, 1]: ot_diffusers.images.to_uint8(images))"
+    return " (for floats in [0, 1]: (255 * images).round().to(torch.uint8))"

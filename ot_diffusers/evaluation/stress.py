@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from .metrics import tensor_summary
 
 Damage = Callable[[Tensor, float, torch.Generator], Tensor]
 
@@ -67,9 +68,16 @@ def drop_classes(labels: Tensor) -> Damage:
     """A damage that removes the images of the first `amount` classes, those left being repeated to keep N.
 
     Args:
-        labels: [N], of the images that will be damaged.
+        labels: int [N] from 0 to K − 1, of the images that will be damaged; every class has an image.
+
+    Raises:
+        InputError: a class without images, which could be "dropped" without any damage.
     """
+    good = isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) > 0 and not labels.is_floating_point()
+    require(good, "labels", "be a tensor of integers [N]", tensor_summary(labels))
     classes = labels.unique()
+    empty = sorted(set(range(int(classes.max()) + 1)) - set(classes.tolist()))
+    require(not empty, "labels", "give every class at least one image", f"none of class {empty}")
 
     def damage(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
         require(len(labels) == len(images), "labels", f"label all {len(images)} images", len(labels))
