@@ -116,11 +116,14 @@ class FeaturesConfig(TrainingConfig):
     output_dir: str = option("runs/features", "folder of the run: the network and its reference bank")
     architecture: str = option("conv", "conv (the source's network) or residual (the independent evaluator)")
     block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
+    layers_per_block: int = option(1, "residual: blocks of each stage")
     feature_dim: int = option(128, "width of the penultimate layer")
     num_train_epochs: int = option(10, "passes over the training data")
     learning_rate: float = option(1e-3, "peak learning rate")
     lr_scheduler: str = option("cosine", "diffusers' names")
     num_reference_samples: int = option(2000, "rows of the reference bank, from the training split")
+    random_flip: bool = option(False, "flip half of the images left to right")
+    crop_padding: int = option(0, "move images by up to this many pixels, borders mirrored")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +135,9 @@ class FeaturesConfig(TrainingConfig):
             self.block_out_channels,
         )
         require(self.num_reference_samples >= 2, "num_reference_samples", "be at least 2", self.num_reference_samples)
-        require(self.feature_dim >= 1, "feature_dim", "be at least 1", self.feature_dim)
+        for name in ("feature_dim", "layers_per_block"):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        require(self.crop_padding >= 0, "crop_padding", "not be negative", self.crop_padding)
         unit = 8 if self.architecture == "residual" else 1  # groups of the residual network's normalisation
         fits = all(width >= 1 and width % unit == 0 for width in self.block_out_channels)
         require(

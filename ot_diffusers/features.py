@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,6 +72,7 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
     labels = labels_of(images)
     channels, height, width = images.image_shape
     require(height == width, "image_size", "be given for images that are not square", images.image_shape)
+    own: dict[str, Any] = {} if config.architecture == "conv" else {"layers_per_block": config.layers_per_block}
     network = {"conv": ConvFeatureExtractor, "residual": ResidualFeatureExtractor}[config.architecture]
     return network(
         sample_size=height,
@@ -80,6 +82,7 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
         feature_dim=config.feature_dim,
         dataset=images.name,
         data_fingerprint=images.fingerprint,
+        **own,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import require
+
 
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 images 0 … 255, any shape, as float32 in [-1, 1]: x / 127.5 − 1.
@@ -39,3 +41,30 @@ def to_uint8(images: Tensor) -> Tensor:
         tensor([  0, 191, 255], dtype=torch.uint8)
     """
     return (to_unit_range(images.float()) * 255).round().to(torch.uint8)
+
+
+def random_crop_and_flip(images: Tensor, *, padding: int, flip: bool, draws: Tensor) -> Tensor:
+    """Every image moved by up to `padding` pixels, its border mirrored, and perhaps flipped left to right.
+
+    Args:
+        images: [B, C, H, W], any range.
+        padding: largest shift in either direction, less than H and W; 0 for none.
+        flip: whether half of the images are flipped.
+        draws: [B, 3] uniform numbers in [0, 1): vertical shift, horizontal shift, flip.
+
+    Example:
+        >>> image = torch.arange(9.0).view(1, 1, 3, 3)
+        >>> random_crop_and_flip(image, padding=0, flip=True, draws=torch.zeros(1, 3))[0, 0, 0]
+        tensor([2., 1., 0.])
+    """
+    height, width = images.shape[2:]
+    require(0 <= padding < min(height, width), "padding", f"be from 0 to {min(height, width) - 1}", padding)
+    top, left = (draws[:, :2] * (2 * padding + 1)).long().to(images.device).unbind(dim=1)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    if flip:
+        mirrored = (draws[:, 2] < 0.5).to(images.device)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, (padding,) * 4, mode="reflect") if padding else images
+    batch = torch.arange(len(images), device=images.device)
+    return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import InputError, require
+from .seeds import keyed_normal
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -158,8 +158,8 @@ def truncated_scheduler(scheduler: Any, truncation_timestep: int) -> Any:
 def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch: int = 0, seed: int = 0) -> Tensor:
     """Real images diffused to the last step of `scheduler`: x_T' = α x0 + σ ε, one noise per (seed, epoch, image).
 
-    An image gets the same noise in any batch, on any device and on any number of processes. With a fixed epoch the set
-    is the oracle prior.
+    An image gets the same noise in any batch and on any number of processes; another device differs by rounding only.
+    With a fixed epoch the set is the oracle prior.
 
     Args:
         images: x0 in [-1, 1], [B, C, H, W].
@@ -173,7 +173,9 @@ def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch:
     """
     matched = indices.shape == images.shape[:1]
     require(matched, "indices", f"hold one index for each of the {len(images)} images", tuple(indices.shape))
-    noise = torch.stack([_image_noise(images.shape[1:], seed, epoch, index) for index in indices.tolist()])
+    # Apple's GPUs lack float64.
+    device = "cpu" if images.device.type == "mps" else images.device
+    noise = keyed_normal((seed, "truncated", epoch), indices.to(device), images.shape[1:])
     alpha, sigma = alpha_sigma(scheduler, scheduler.config.num_train_timesteps - 1)
     return _like(alpha, images) * images + _like(sigma, images) * noise.to(images)
 
@@ -185,12 +187,6 @@ def _has_betas(scheduler: Any) -> bool:
     """Whether the noise levels are those of betas, not of a flow-matching grid."""
     has_betas = getattr(scheduler, "betas", None) is not None and hasattr(scheduler, "alphas_cumprod")
     return has_betas and not scheduler.config.get("use_flow_sigmas", False)
-
-
-def _image_noise(shape: torch.Size, seed: int, epoch: int, index: int) -> Tensor:
-    """Standard normal noise [C, H, W] that depends on nothing but (seed, epoch, index)."""
-    state = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(state))
 
 
 def _like(level: Tensor, images: Tensor) -> Tensor:

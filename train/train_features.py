@@ -7,11 +7,14 @@ evaluator. `ot_diffusers.features` opens the run's folder: `load_feature_extract
 `load_reference_bank(output_dir)`; the test accuracy is in `results.json`. Expected on MNIST: at least 99.0%.
 """
 
+import torch
 import torch.nn.functional as F
 
 from ot_diffusers.config import FeaturesConfig, run_script
 from ot_diffusers.data import to_unit_range
 from ot_diffusers.features import classification_accuracy, labels_of, make_feature_extractor, make_reference_bank
+from ot_diffusers.images import random_crop_and_flip
+from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Record,
     TrainingState,
@@ -46,7 +49,9 @@ def main(config: FeaturesConfig) -> None:
     record = Record(config, schedule, accelerator, state)
 
     # Loop.
-    for _, indices, part, batch in image_batches(images, config, schedule, accelerator, start=state.update):
+    for update, indices, part, batch in image_batches(images, config, schedule, accelerator, start=state.update):
+        draws = torch.rand((len(indices), 3), generator=keyed_generator("cpu", config.seed, "augment", update))[part]
+        batch = random_crop_and_flip(batch, padding=config.crop_padding, flip=config.random_flip, draws=draws)
         with accelerator.accumulate(state.model):
             _, logits = state.model(to_unit_range(batch), return_dict=False)
             loss = F.cross_entropy(logits.float(), labels[indices[part].to(labels.device)])
@@ -65,7 +70,9 @@ def main(config: FeaturesConfig) -> None:
 
     # Save.
     save_checkpoint(state, config, accelerator)
-    network = accelerator.unwrap_model(state.model, keep_torch_compile=False).eval().requires_grad_(False)
+    # Without mixed precision: the bank is computed as it will be compared.
+    network = accelerator.unwrap_model(state.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    network.eval().requires_grad_(False)
     test_accuracy = classification_accuracy(network, load_split(config, "test", accelerator))
     if accelerator.is_main_process:
         network.save_pretrained(f"{config.output_dir}/feature_extractor")

@@ -23,6 +23,13 @@ COLOURS = {
     "baseline": "#3b6fb6",
     "OT-trained": "#d97706",
     "OT-guided": "#0f9d76",
+    "vanilla, truncated": "#a16207",
+    "Gaussian": "#0e8fa8",
+    "Gaussian, class-wise": "#3b6fb6",
+    "VAE": "#8b5cf6",
+    "GAN": "#c2415d",
+    "OT": "#0f9d76",
+    "oracle": "#1f2937",
 }
 """Colours of the arms with a fixed one; the others take `SPARE_COLOURS` in the order in which they are named."""
 SPARE_COLOURS = ("#8b5cf6", "#c2415d", "#0e8fa8", "#7c6f1f", "#9d4f9a", "#52606d")
@@ -169,6 +176,37 @@ def scatter(features: Mapping[str, Tensor], path: Path, *, basis: str | None = N
     return _save(figure, path)
 
 
+def line_panels(
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]],
+    path: Path,
+    *,
+    xlabel: str,
+    logarithmic: Sequence[str] = (),
+) -> Path:
+    """One panel for each quantity, one line with points for each arm, one legend for all.
+
+    Args:
+        panels: title to arm to {x: y}.
+        path: PNG file to write.
+        xlabel: what x is.
+        logarithmic: titles of the panels with a logarithmic y axis; the others start at 0.
+    """
+    require(bool(panels), "panels", "hold at least one quantity", panels)
+    colours = arm_colours(list(dict.fromkeys(arm for lines in panels.values() for arm in lines)))
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for index, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for arm, points in lines.items():
+            axes.plot(list(points), list(points.values()), color=colours[arm], linewidth=1.8, marker="o", markersize=4)
+        if title in logarithmic:
+            _log_scale(axes)
+        else:
+            axes.set_ylim(bottom=0)
+        _finish(axes, title=title, xlabel=xlabel)
+    _legend(figure, colours, columns=4)
+    return _save(figure, path)
+
+
 def _by_epoch(records: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
     """(epoch, mean of `key` over its records that have it), in order; without epochs, by step."""
     values: dict[float, list[float]] = {}
@@ -212,10 +250,13 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
+def _legend(figure: Figure, colours: Mapping[str, str], columns: int | None = None) -> None:
     """One legend for the whole figure, above it."""
     handles = [Line2D([], [], color=colour, linewidth=2.4, label=arm) for arm, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=10)
+    columns = columns or len(handles)
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns or len(handles), frameon=False, fontsize=10
+    )
 
 
 def _save(figure: Figure, path: Path) -> Path:
