@@ -1,4 +1,4 @@
-"""The command line: `ot-diffusers demo | train | sample | evaluate | truncation`.
+"""The command line: `ot-diffusers demo | train | sample | evaluate | compare | track | stress | truncation`.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
 exit status 2.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         arguments, unknown = make_parser().parse_known_args(argv)
-        if unknown and arguments.command not in (run_train, run_truncation):
+        if unknown and arguments.command not in (run_train, run_compare, run_truncation):
             raise InputError(f"unknown argument {unknown[0]!r}; see `ot-diffusers {arguments.name} --help`")
         return arguments.command(arguments, unknown)
     except InputError as error:
@@ -61,6 +61,7 @@ def make_parser() -> Parser:
     _add_train(commands)
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
     _add_truncation(commands)
     return parser
 
@@ -115,6 +116,25 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(command=run_evaluate)
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="paired differences between arms over several seeds",
+        usage="ot-diffusers compare [ARM ...] [--config FILE] [options] [key=value ...]",
+        allow_abbrev=False,
+    )
+    compare.add_argument("arms", nargs="*", metavar="ARM", help="saved pipelines, or names of arms in the YAML file")
+    compare.add_argument("--config", metavar="FILE", help="YAML file of arms, or a preset such as digits/compare.yaml")
+    compare.add_argument("--dataset", help="real images: digits, mnist, cifar10, a Hub id or a folder")
+    compare.add_argument("--evaluator", help="feature network that no loss has seen: folder or Hub id, or a preset")
+    compare.add_argument("--seeds", help="how many seeds (5)")
+    compare.add_argument("--num-samples", help="images of each arm and seed; default: as many as there are test images")
+    compare.add_argument("--num-inference-steps", type=int, help="denoising steps; default: each pipeline's own")
+    compare.add_argument("--output", help="folder for everything, report.html among it (runs/comparison)")
+    compare.add_argument("--max-seconds", type=float, help="stop cleanly after this long; the same command goes on")
+    compare.set_defaults(command=run_compare)
+
+
 def _add_truncation(commands: Any) -> None:
     truncation = commands.add_parser(
         "truncation",
@@ -165,6 +185,24 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         accelerate_config=arguments.accelerate_config,
     )
     return subprocess.call(command)
+
+
+def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """Arms over paired seeds; exit status 3 where the time was over before all seeds were done."""
+    words = [*arguments.arms, *unknown]
+    options = [word for word in words if word.startswith("-")]
+    require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
+    names = [word for word in words if "=" not in word or Path(word).exists()]
+    given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
+    given["output_dir"] = arguments.output
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides += [word for word in words if word not in names]
+    _prepare_libraries()
+    from .comparison import choose_arms, read_config, run_comparison
+
+    config = read_config(arguments.config, overrides, arguments.num_inference_steps)
+    results = run_comparison(choose_arms(config, names) if names else config, max_seconds=arguments.max_seconds)
+    return 0 if results["complete"] else 3
 
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

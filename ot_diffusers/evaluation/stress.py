@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from .intervals import MeanInterval, mean_interval
 
 Damage = Callable[[Tensor, float, torch.Generator], Tensor]
 
@@ -33,6 +34,11 @@ class StressCurve:
     @property
     def means(self) -> tuple[float, ...]:
         return tuple(statistics.fmean(values) for values in self.values)
+
+    @property
+    def intervals(self) -> tuple[MeanInterval, ...]:
+        """95% interval of each mean over the repeats, at least two of them."""
+        return tuple(mean_interval(values) for values in self.values)
 
     @property
     def verdict(self) -> Literal["monotone", "flat", "not monotone"]:
@@ -64,7 +70,9 @@ def memorise(train_images: Tensor) -> Damage:
 
 
 def drop_classes(labels: Tensor) -> Damage:
-    """A damage that removes the images of the first `amount` classes, those left being repeated to keep N.
+    """A damage that removes the images of `amount` classes, those left being repeated to keep N.
+
+    Which classes go is drawn from the generator, so that a larger amount removes what a smaller one did and more.
 
     Args:
         labels: [N], of the images that will be damaged.
@@ -74,7 +82,8 @@ def drop_classes(labels: Tensor) -> Damage:
     def damage(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
         require(len(labels) == len(images), "labels", f"label all {len(images)} images", len(labels))
         require(0 <= amount < len(classes), "amount", f"leave one of {len(classes)} classes", amount)
-        kept = torch.isin(labels, classes[int(amount) :]).nonzero()[:, 0]
+        order = torch.randperm(len(classes), generator=generator)
+        kept = torch.isin(labels, classes[order[int(amount) :]]).nonzero()[:, 0]
         missing = len(images) - len(kept)
         copies = kept[torch.randint(len(kept), (missing,), generator=generator)]
         return images[torch.cat([kept, copies])]
