@@ -62,6 +62,8 @@ def make_parser() -> Parser:
     _add_sample(commands)
     _add_evaluate(commands)
     _add_compare(commands)
+    _add_track(commands)
+    _add_stress(commands)
     _add_truncation(commands)
     return parser
 
@@ -135,6 +137,31 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(command=run_compare)
 
 
+def _add_track(commands: Any) -> None:
+    track = commands.add_parser("track", help="distances to real images along training runs", allow_abbrev=False)
+    track.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folder of a train_baseline.py or train_ot.py run")
+    track.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
+    track.add_argument("--evaluator", required=True, help="feature network that no loss has seen: folder or Hub id")
+    track.add_argument("--num-samples", type=int, help="images of each checkpoint; default: as the smaller real split")
+    track.add_argument("--output", default="runs/tracking", help="folder for tracking.json and .png (%(default)s)")
+    _add_sampling_options(track)
+    track.set_defaults(command=run_track)
+
+
+def _add_stress(commands: Any) -> None:
+    stress = commands.add_parser("stress", help="do the metrics see what they should?", allow_abbrev=False)
+    stress.add_argument("--dataset", required=True, help="real images with labels: digits, mnist, cifar10, a Hub id, …")
+    stress.add_argument("--evaluator", required=True, help="feature network: folder or Hub id")
+    stress.add_argument("--num-samples", type=int, default=1000, help="images damaged, at most (%(default)s)")
+    stress.add_argument("--repeats", type=int, default=3, help="draws of each damage, for intervals (%(default)s)")
+    stress.add_argument(
+        "--output", default="runs/stress", help="folder for stress.json, stress.md, pictures (%(default)s)"
+    )
+    stress.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    stress.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
+    stress.set_defaults(command=run_stress)
+
+
 def _add_truncation(commands: Any) -> None:
     truncation = commands.add_parser(
         "truncation",
@@ -203,6 +230,57 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     config = read_config(arguments.config, overrides, arguments.num_inference_steps)
     results = run_comparison(choose_arms(config, names) if names else config, max_seconds=arguments.max_seconds)
     return 0 if results["complete"] else 3
+
+
+def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Every checkpoint of the runs, and one picture of all."""
+    _prepare_libraries()
+    from .evaluation.plots import tracking_curves
+    from .evaluation.report import METRICS
+    from .evaluation.tracking import DISTANCES, track_runs
+
+    output = Path(arguments.output)
+    tracks = track_runs(
+        _named_folders(arguments.runs),
+        output,
+        dataset=arguments.dataset,
+        evaluator=arguments.evaluator,
+        num_samples=arguments.num_samples,
+        features=arguments.features,
+        call=_call_arguments(arguments),
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=_device(arguments.device),
+    )
+    print(tracking_curves(tracks, output / "tracking.png", titles={name: METRICS[name].label for name in DISTANCES}))
+    return 0
+
+
+def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
+    pairs = [run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run) for run in runs]
+    names = [name or Path(folder).name for name, _, folder in pairs]
+    if len(set(names)) < len(names):
+        names = [name or folder for name, _, folder in pairs]
+    require(len(set(names)) == len(names), "runs", "be different", list(runs))
+    return {name: Path(folder) for name, (_, _, folder) in zip(names, pairs, strict=True)}
+
+
+def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Damaged real images under every metric."""
+    _prepare_libraries()
+    from .stress_study import run_stress_study
+
+    run_stress_study(
+        arguments.dataset,
+        arguments.evaluator,
+        Path(arguments.output),
+        num_samples=arguments.num_samples,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        device=_device(arguments.device),
+    )
+    return 0
 
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -42,6 +42,14 @@ CURVES = {
 """What `loss_curves` draws, one panel each, where a history has it."""
 
 
+TRACKED = {
+    "coverage": "coverage: train – generated",
+    "fidelity": "fidelity: test – generated",
+    "gap": "gap: fidelity − coverage",
+}
+"""What `tracking_curves` draws, a column each."""
+
+
 def arm_colours(names: Sequence[str]) -> dict[str, str]:
     """One colour for each arm. Fixed names are matched without regard to case, `_` and spaces."""
     fixed = {_plain(name): colour for name, colour in COLOURS.items()}
@@ -264,37 +272,36 @@ def stress_curves(
     return _save(figure, path)
 
 
-def tracking_curves(tracks: Mapping[str, Track], path: Path) -> Path:
+def tracking_curves(tracks: Mapping[str, Track], path: Path, *, titles: Mapping[str, str] | None = None) -> Path:
     """Coverage, fidelity and their gap along training: a column each, a row per distance, a line per run.
 
     Args:
-        tracks: run to what `tracking.track_run` found.
+        tracks: run to what `tracking.track_runs` found.
         path: PNG file to write.
+        titles: distance to its name beside the row; its own by default.
     """
     require(any(track.points for track in tracks.values()), "tracks", "hold at least one checkpoint", list(tracks))
     colours = arm_colours(list(tracks))
-    quantities = {
-        "coverage": "train – generated",
-        "fidelity": "test – generated",
-        "gap": "test – gen. less train – gen.",
-    }
     distances = list(next(iter(tracks.values())).base_line)
     figure = Figure(figsize=(9.2, 2.7 * len(distances) + 0.35), layout="constrained")
     for row, distance in enumerate(distances):
-        for column, (quantity, title) in enumerate(quantities.items()):
-            axes = figure.add_subplot(len(distances), 3, 3 * row + column + 1)
+        shared: Axes | None = None
+        for column, (quantity, title) in enumerate(TRACKED.items()):
+            is_gap = quantity == "gap"
+            axes = figure.add_subplot(len(distances), 3, 3 * row + column + 1, sharey=None if is_gap else shared)
+            shared = shared or axes
             for run, track in tracks.items():
-                values = [getattr(point, quantity)[distance] for point in track.points]
-                updates = [point.update for point in track.points]
+                updates, values = zip(
+                    *((point.update, getattr(point, quantity)[distance]) for point in track.points), strict=True
+                )
                 axes.plot(updates, values, color=colours[run], marker="o", markersize=3.5, linewidth=1.7)
-            lines = {track.base_line[distance] for track in tracks.values()} if quantity != "gap" else {0.0}
-            for value in lines:
-                axes.axhline(value, color=INK, linestyle="--", linewidth=1.1)
-            if quantity != "gap":
+            line = 0.0 if is_gap else next(iter(tracks.values())).base_line[distance]
+            axes.axhline(line, color=FAINT if is_gap else INK, linestyle="-" if is_gap else "--", linewidth=1.1)
+            if not is_gap:
                 _log_scale(axes)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             _finish(axes, title=title, xlabel="updates" if row == len(distances) - 1 else "")
-            axes.set_ylabel(distance.replace("_", " ") if column == 0 else "", fontsize=9, color=INK)
+            axes.set_ylabel((titles or {}).get(distance, distance) if column == 0 else "", fontsize=9, color=INK)
     _legend(figure, colours, {"train – test": {"color": INK, "linestyle": "--"}})
     return _save(figure, path)
 

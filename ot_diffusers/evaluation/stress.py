@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from .intervals import MeanInterval, mean_interval
+from .intervals import MeanInterval, mean_interval, paired_difference
 
 Damage = Callable[[Tensor, float, torch.Generator], Tensor]
 
@@ -42,11 +42,15 @@ class StressCurve:
 
     @property
     def verdict(self) -> Literal["monotone", "flat", "not monotone"]:
-        """Whether the means rise (or fall) at every step; `"flat"` where they are all equal."""
-        steps = [after - before for before, after in zip(self.means, self.means[1:], strict=False)]
-        if not any(steps):
+        """Whether the means rise, or fall, and never turn back; `"flat"` where no amount differs from the first.
+
+        An amount differs where the 95% interval of the difference over the repeats leaves out 0; a single repeat
+        differs by any difference.
+        """
+        if not any(_differ(self.values[0], values) for values in self.values[1:]):
             return "flat"
-        return "monotone" if all(s > 0 for s in steps) or all(s < 0 for s in steps) else "not monotone"
+        steps = [after - before for before, after in zip(self.means, self.means[1:], strict=False)]
+        return "monotone" if all(s >= 0 for s in steps) or all(s <= 0 for s in steps) else "not monotone"
 
 
 def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
@@ -111,14 +115,19 @@ def stress_test(
         seed: decides the draws; repeat r is drawn from `seed + r` at every amount, so that the steps are paired.
     """
     require(len(amounts) >= 2 and list(amounts) == sorted(amounts), "amounts", "be two or more, ascending", amounts)
-    measured = [
-        [measure(damage(images, amount, torch.Generator().manual_seed(seed + repeat))) for repeat in range(repeats)]
-        for amount in amounts
-    ]
+    measured = []
+    for amount in amounts:
+        draws = [damage(images, amount, torch.Generator().manual_seed(seed + repeat)) for repeat in range(repeats)]
+        alike = all(torch.equal(draw, draws[0]) for draw in draws)  # undamaged: one measurement stands for all
+        measured.append([measure(draws[0])] * repeats if alike else [measure(draw) for draw in draws])
     return {
         metric: StressCurve(tuple(amounts), tuple(tuple(run[metric] for run in runs) for runs in measured))
         for metric in measured[0][0]
     }
+
+
+def _differ(first: Sequence[float], second: Sequence[float]) -> bool:
+    return first[0] != second[0] if len(first) == 1 else paired_difference(first, second).shown
 
 
 def _replace(images: Tensor, share: float, generator: torch.Generator, source: Tensor) -> Tensor:

@@ -225,10 +225,10 @@ def read_tracks(file: Path, settings: Mapping[str, Any]) -> dict[str, Track]:
     if not file.is_file():
         return {}
     record = json.loads(file.read_text(encoding="utf-8"))
-    differing = {
-        name: record["settings"].get(name) for name in settings if record["settings"].get(name) != settings[name]
-    }
-    require(not differing, "output", f"be new, or measured with {dict(settings)}", differing)
+    earlier = record["settings"]
+    differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
+    wanted = {name: settings[name] for name in differing}
+    require(not differing, "output", f"be a new folder, or one measured with {wanted}", differing)
     return {
         name: Track(track["base_line"], tuple(Point(**_without_gap(point)) for point in track["points"]))
         for name, track in record["runs"].items()
