@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .data import load_images
-from .errors import require
+from .errors import require, require_same
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
 from .evaluation.metrics import frechet_distance, sinkhorn_distance
@@ -207,10 +207,7 @@ def open_results(file: Path, settings: Mapping[str, Any], extractor: Any) -> dic
         frame = {"settings": dict(settings), "extractor": name, "source figures": {}, "curves": {}}
         return frame | {"provenance": report.provenance()}
     results = json.loads(file.read_text(encoding="utf-8"))
-    earlier = results["settings"]
-    differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
-    wanted = {name: settings[name] for name in differing}
-    require(not differing, "output", f"be a new folder, or one made with {wanted}", differing)
+    require_same(settings, results["settings"], "output")
     return results
 
 

@@ -7,29 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from ot_diffusers import ConvFeatureExtractor, cli
-from ot_diffusers.data import load_images
+from ot_diffusers import cli
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import plots
 from ot_diffusers.evaluation.stress import StressCurve
 from ot_diffusers.stress_study import AMOUNTS, as_curve, cell, run_stress_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")
-
-
-@pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    fingerprint = load_images("digits", "train").fingerprint
-    network = ConvFeatureExtractor(
-        sample_size=8, feature_dim=8, block_out_channels=(4, 8), data_fingerprint=fingerprint
-    )
-    folder = tmp_path_factory.mktemp("evaluator")
-    network.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ot_diffusers import ConvFeatureExtractor, cli
+from ot_diffusers import cli
 from ot_diffusers.config import BaselineConfig, make_config
-from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import plots
 from ot_diffusers.evaluation.evaluate import describe_images
@@ -52,18 +51,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "baseline"
     module.main(make_config(BaselineConfig, TINY | {"output_dir": str(folder)}))
     return folder
-
-
-@pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    fingerprint = load_images("digits", "train").fingerprint
-    network = ConvFeatureExtractor(
-        sample_size=8, feature_dim=8, block_out_channels=(4, 8), data_fingerprint=fingerprint
-    )
-    folder = tmp_path_factory.mktemp("evaluator")
-    network.save_pretrained(folder)
-    return str(folder)
 
 
 def track(run: Path, output: Path, evaluator: str, lines: list[str] | None = None, **options: Any) -> Track:
@@ -114,7 +101,7 @@ def test_second_call_measures_what_is_new_only(run: Path, evaluator: str, tmp_pa
 
 def test_other_settings_and_other_folders_are_refused(run: Path, evaluator: str, tmp_path: Path) -> None:
     track(run, tmp_path, evaluator, num_samples=20)
-    with pytest.raises(InputError, match=r"`output` must be a new folder, or one measured with {'seed': 1}"):
+    with pytest.raises(InputError, match=r"`output` must be a new folder, or one made with {'seed': 1}"):
         track(run, tmp_path, evaluator, num_samples=20, seed=1)
     with pytest.raises(InputError, match="`num_samples` must lie in 2 … 540, got 541"):
         track(run, tmp_path / "new", evaluator, num_samples=541)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..config import BaselineConfig, make_config
 from ..data import load_images
-from ..errors import require
+from ..errors import require, require_same
 from ..features import check_trained_on, load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..images import to_uint8
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -225,10 +225,7 @@ def read_tracks(file: Path, settings: Mapping[str, Any]) -> dict[str, Track]:
     if not file.is_file():
         return {}
     record = json.loads(file.read_text(encoding="utf-8"))
-    earlier = record["settings"]
-    differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
-    wanted = {name: settings[name] for name in differing}
-    require(not differing, "output", f"be a new folder, or one measured with {wanted}", differing)
+    require_same(settings, record["settings"], "output")
     return {
         name: Track(track["base_line"], tuple(Point(**_without_gap(point)) for point in track["points"]))
         for name, track in record["runs"].items()
