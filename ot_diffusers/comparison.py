@@ -33,7 +33,7 @@ from .data import load_images
 from .demo import claim_folder, is_complete, read_json, stage, train, write_results
 from .errors import require
 from .evaluation import plots, report
-from .evaluation.differences import Values, difference_rows, differences, interval_rows, summarise, summary
+from .evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
 from .evaluation.failures import worst_samples
 from .features import check_trained_on, load_feature_extractor, weights_fingerprint
@@ -502,7 +502,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "arms": arms,
         "floor": summarise(floor),
         "differences": differences(values, primary=config.primary_metric, family=tested) if paired else {},
-        "notes": notes(config),
+        "notes": notes(config, len(seeds)),
         "per_seed": {name: dict(found) for name, found in values.items()} | {"real vs real": floor},
         "provenance": report.provenance() | {"comparison": settings(config)},
     }
@@ -528,7 +528,7 @@ def describe_arm(arm: Arm) -> str:
     return f"{what[0].upper()}{what[1:]}{settings}{f', guided by {arm.features}' if arm.features else ''}."
 
 
-def notes(config: ComparisonConfig) -> list[str]:
+def notes(config: ComparisonConfig, num_seeds: int) -> list[str]:
     """What a reader must know to read the tables."""
     fixed = [name for name, arm in config.arms.items() if arm.pipeline is not None and "{" not in arm.pipeline]
     primary = report.METRICS[config.primary_metric].label
@@ -543,6 +543,8 @@ def notes(config: ComparisonConfig) -> list[str]:
             f"{', '.join(fixed)}: trained before, so the seeds vary the starting noise only. The intervals speak of "
             "these networks, not of how they were trained."
         )
+    if num_seeds < MIN_SEEDS:
+        found.append(f"Fewer than {MIN_SEEDS} seeds show no difference, whatever it is.")
     return found
 
 
@@ -550,9 +552,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, report.Rows]:
     """Caption to table, for the report and the Markdown file."""
     tested = next(iter(results["differences"].values()), dict.fromkeys(report.HEADLINE))
     first = next(iter(results["arms"]))
-    found: dict[str, report.Rows] = {}
-    if results["differences"]:
-        found[f"Differences to {first}, paired by seed"] = difference_rows(results)
+    found = {f"{arm} against {first}": difference_rows(results, arm) for arm in results["differences"]}
     found[f"Mean ± 95% interval over {len(results['seeds'])} seeds"] = interval_rows(results, list(tested))
     costs = [key for key in COSTS if any(key in entry for entry in results["arms"].values())]
     rows = [[name, *(report.format_number(entry.get(key)) for key in costs)] for name, entry in results["arms"].items()]
@@ -568,9 +568,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     )
     lead = f"{lead}\n\n**{results['summary']}**" if "summary" in results else lead
     parts = [f"## {caption}\n\n{report.markdown_rows(rows)}" for caption, rows in tables(results).items()]
-    return (
-        "\n\n".join([f"# {results['title']}", lead, *parts, "\n".join(f"* {note}" for note in results["notes"])]) + "\n"
-    )
+    remarks = "\n".join(f"* {note}" for note in results["notes"])
+    return "\n\n".join([f"# {results['title']}", lead, *parts, remarks]) + "\n"
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------

@@ -83,24 +83,22 @@ def summary(results: Mapping[str, Any]) -> str:
     return f"{label}, paired with {first} over {seeds} seeds — {'; '.join(said)}."
 
 
-def difference_rows(results: Mapping[str, Any]) -> Rows:
-    """One line for each arm and tested metric of a comparison's results."""
-    header = ["", "metric", "verdict", "difference", "95% interval", "in %", "p (Holm)"]
+def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
+    """One line for each tested metric of an arm in a comparison's results."""
+    header = ["", "verdict", "difference", "95% interval", "in %", "p (Holm)"]
     rows = []
-    for arm, by_metric in results["differences"].items():
-        for metric, found in by_metric.items():
-            name = METRICS[metric].label if metric in METRICS else metric
-            rows.append(
-                [
-                    arm,
-                    f"{name} (primary)" if metric == results["primary_metric"] else name,
-                    verdict(metric, found),
-                    _signed(found["mean"]),
-                    f"{_signed(found['low'])} … {_signed(found['high'])}",
-                    _percent(found["mean"], results, metric),
-                    "< 0.0001" if found["p_holm"] < 1e-4 else f"{found['p_holm']:.2g}",
-                ]
-            )
+    for metric, found in results["differences"][arm].items():
+        name = METRICS[metric].label if metric in METRICS else metric
+        rows.append(
+            [
+                f"{name} (primary)" if metric == results["primary_metric"] else name,
+                verdict(metric, found),
+                _signed(found["mean"]),
+                f"{_signed(found['low'])} … {_signed(found['high'])}",
+                _percent(found["mean"], results, metric),
+                "< 0.0001" if found["p_holm"] < 1e-4 else f"{found['p_holm']:.2g}",
+            ]
+        )
     return [header, *rows]
 
 
@@ -119,7 +117,7 @@ def _entry(pair: PairedDifference, adjusted: float) -> dict[str, Any]:
 
 
 def _plus_minus(entry: Mapping[str, Any], metric: str) -> str:
-    mean, interval = entry["metrics"].get(metric), entry["intervals"].get(metric)
+    mean, interval = entry["metrics"].get(metric), entry.get("intervals", {}).get(metric)
     if mean is None or interval is None:
         return format_number(mean)
     return f"{format_number(mean)} ± {(interval['high'] - interval['low']) / 2:.2g}"

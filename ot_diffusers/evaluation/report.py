@@ -337,7 +337,7 @@ def _table(header: Sequence[str], lines: Sequence[str], kind: str = "") -> str:
 
 
 def _note(results: Mapping[str, Any]) -> str:
-    note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best arm. NFE: network calls per image."
+    note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best value. NFE: network calls per image."
     if results.get("floor", {}).get("metrics"):
         note += " “Real vs real” is what as many real images score: the floor that no model is expected to beat."
     seeds = len(results.get("seeds", [0]))
