@@ -4,8 +4,8 @@
 
 The damaged images are one half of the test split, the reference is the other, so that undamaged ones score what real
 images score. Two further figures are those of the source study: its transport distance and its Fréchet distance, both
-in L2-normalised features, between test images with noise and training images, and between test images and a training
-pool without some classes.
+in L2-normalised features, between test images whose features get noise and training images, and between test images and
+a training pool without some classes.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ AXES = {
     "memorisation": "share of training images",
 }
 SOURCE_AMOUNTS: dict[str, tuple[float, ...]] = {
-    "noise": (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
+    "noise": (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1),
     "missing classes": tuple(range(10)),
 }
+SOURCE_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
 SOURCE_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
 TRAIN_SHARE = 5  # training images for each damaged one
 
@@ -110,7 +111,7 @@ def run_stress_study(
     results = open_results(file, settings, extractor)
 
     tests = {
-        "source figures": source_tests(damaged, train.rows(slice(count)), extractor, repeats, seed),
+        "source figures": source_tests(damaged, train.rows(slice(count)), repeats, seed),
         "curves": metric_tests(damaged, reference, train, extractor, repeats, seed),
     }
     for kind, curves_of in tests.items():
@@ -166,29 +167,31 @@ def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]]
     return tuple(amount for amount in amounts[name] if name != "missing classes" or amount < classes)
 
 
-def source_tests(test: Split, train: Split, extractor: Any, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
-    """The source study's figures: noise on the test images, classes removed from the training pool."""
+def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
+    """The source study's figures: noise on the test features, classes removed from the training pool."""
+    first, second = test.images.features, train.images.features
 
-    def against(reference: Split) -> Callable[[Tensor], Mapping[str, float]]:
-        return lambda images: source_distances(describe_images(images, extractor), reference.images)
+    def noise() -> Curves:
+        return stress_test(
+            first, feature_noise, SOURCE_AMOUNTS["noise"], partial(source_distances, second), repeats=repeats, seed=seed
+        )
 
-    def curves(name: str, damage: Damage, images: Split, reference: Split) -> Curves:
-        amounts = amounts_of(name, images, SOURCE_AMOUNTS)
-        return stress_test(images.images.images, damage, amounts, against(reference), repeats=repeats, seed=seed)
+    def missing_classes() -> Curves:
+        damage, amounts = drop_classes(train.labels), amounts_of("missing classes", train, SOURCE_AMOUNTS)
+        return stress_test(second, damage, amounts, partial(source_distances, first), repeats=repeats, seed=seed)
 
-    return {
-        "noise": lambda: curves("noise", add_noise, test, train),
-        "missing classes": lambda: curves("missing classes", drop_classes(train.labels), train, test),
-    }
+    return {"noise": noise, "missing classes": missing_classes}
 
 
-def source_distances(images: ImageSet, reference: ImageSet) -> dict[str, float]:
+def feature_noise(features: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise on features [N, D], `sigma` in units of their standard deviation over all entries."""
+    return features + sigma * features.std() * torch.randn(features.shape, generator=generator)
+
+
+def source_distances(reference_features: Tensor, features: Tensor) -> dict[str, float]:
     """Sinkhorn (blur .05, scaling .9) and Fréchet distance of L2-normalised features."""
-    first, second = normalize(images.features), normalize(reference.features)
-    return {
-        "sinkhorn_distance": sinkhorn_distance(first, second),
-        "frechet_distance": frechet_distance(first, second),
-    }
+    pair = normalize(features), normalize(reference_features)
+    return {"sinkhorn_distance": sinkhorn_distance(*pair), "frechet_distance": frechet_distance(*pair)}
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -225,7 +228,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lead = (
         f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others, in the "
         f"{extractor['feature_dim']} features of a {extractor['name']}; {settings['repeats']} draws. A metric rises or "
-        "falls where its mean does at every step; from undamaged to the largest amount."
+        "falls where its mean never turns back, and is flat where no amount differs from undamaged images; the numbers "
+        "are the means for undamaged images and for the largest amount."
     )
     metrics = [name for name in report.METRICS if any(name in found for found in curves.values())]
     rows = [[report.METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
@@ -243,19 +247,23 @@ def cell(values: Mapping[str, Any] | None) -> str:
     """A verdict with the ends of its curve."""
     if values is None:
         return "–"
-    means = as_curve(values).means
-    direction = "rises" if means[-1] > means[0] else "falls"
-    verdict = direction if values["verdict"] == "monotone" else values["verdict"]
-    return f"{verdict}: {report.format_number(means[0])} → {report.format_number(means[-1])}"
+    curve = as_curve(values)
+    first, last = curve.means[0], curve.means[-1]
+    direction = "rises" if last > first else "falls"
+    verdict = direction if curve.verdict == "monotone" else curve.verdict
+    return f"{verdict}: {report.format_number(first)} → {report.format_number(last)}"
 
 
 def draw(results: Mapping[str, Any], output: Path) -> list[Path]:
     """One picture for each test."""
     titles = {name: metric.label for name, metric in report.METRICS.items()}
     pictures = []
-    for kind, labels, prefix in (("source figures", SOURCE_TITLES, "source_"), ("curves", titles, "")):
+    for kind, labels, axes, prefix in (
+        ("source figures", SOURCE_TITLES, SOURCE_AXES, "source_"),
+        ("curves", titles, AXES, ""),
+    ):
         for name, found in results[kind].items():
             curves = {metric: as_curve(values) for metric, values in found.items()}
             file = output / f"{prefix}{name.replace(' ', '_')}.png"
-            pictures.append(plots.stress_curves(curves, file, xlabel=AXES[name], titles=labels))
+            pictures.append(plots.stress_curves(curves, file, xlabel=axes[name], titles=labels))
     return pictures

@@ -107,7 +107,8 @@ def stress_test(
     """Every metric of `measure` along `amounts` of a damage.
 
     Args:
-        images: real, uint8 [N, C, H, W], disjoint from the reference inside `measure`.
+        images: real, uint8 [N, C, H, W], disjoint from the reference inside `measure`; or their features [N, D], if
+            `damage` and `measure` take those.
         damage: one of this module's, or your own.
         amounts: ascending; the first should be 0.
         measure: images to metric values, such as `lambda x: evaluate_images(x, reference=…, extractor=…)`.
