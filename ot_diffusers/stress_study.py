@@ -86,7 +86,7 @@ def run_stress_study(
         evaluator: run or Hub id of a feature network.
         output: folder; tests that an earlier call with the same settings finished are kept.
         num_samples: images damaged, and as many of the reference; at most half of the test split.
-        repeats: draws of each damage, at least 2 for an interval.
+        repeats: draws of each damage, at least 3: intervals from fewer say nothing.
         seed: decides which images and all draws.
         device: of the evaluator.
         announce: takes the lines that tell how far it is.
@@ -95,7 +95,7 @@ def run_stress_study(
         InputError: images without labels, or an `output` made with other settings.
     """
     require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
-    require(repeats >= 2, "repeats", "be at least 2", repeats)
+    require(repeats >= 3, "repeats", "be at least 3", repeats)
     extractor = load_feature_extractor(evaluator).to(device)
     test, train = (load_split(dataset, split, extractor, num_samples, seed) for split in ("test", "train"))
     count = min(num_samples, len(test.labels) // 2)
@@ -117,7 +117,8 @@ def run_stress_study(
     for kind, curves_of in tests.items():
         for name, curves in curves_of.items():
             if name not in results[kind]:
-                results[kind][name] = {metric: as_json(curve) for metric, curve in curves().items()}
+                found = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
+                results[kind] = {name: found[name] for name in curves_of if name in found}  # in one order
                 write_json(file, results)
                 announce(f"{kind}, {name}: done")
     (output / "stress.md").write_text(markdown(results), encoding="utf-8")
@@ -162,9 +163,13 @@ def metric_tests(
 
 
 def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]] = AMOUNTS) -> tuple[float, ...]:
-    """The amounts of a test; no more classes are removed than leave one."""
-    classes = len(split.labels.unique())
-    return tuple(amount for amount in amounts[name] if name != "missing classes" or amount < classes)
+    """The amounts of a test that leave a class, and two different images."""
+    classes, count = len(split.labels.unique()), len(split.labels)
+    if name == "missing classes":
+        return tuple(amount for amount in amounts[name] if amount < classes)
+    if name == "mode collapse":
+        return tuple(share for share in amounts[name] if count - round(share * count) >= 2)
+    return amounts[name]
 
 
 def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:

@@ -296,7 +296,9 @@ def tracking_curves(tracks: Mapping[str, Track], path: Path, *, titles: Mapping[
                 )
                 axes.plot(updates, values, color=colours[run], marker="o", markersize=3.5, linewidth=1.7)
             line = 0.0 if is_gap else next(iter(tracks.values())).base_line[distance]
-            axes.axhline(line, color=FAINT if is_gap else INK, linestyle="-" if is_gap else "--", linewidth=1.1)
+            axes.axhline(
+                line, color=FAINT if is_gap else INK, linestyle="-" if is_gap else "--", linewidth=1.1, zorder=1
+            )
             if not is_gap:
                 _log_scale(axes)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
