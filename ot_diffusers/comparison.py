@@ -39,7 +39,7 @@ from .evaluation.failures import worst_samples
 from .features import check_trained_on, load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
-from .sampling import load_pipeline, network_calls, sample_images
+from .sampling import check_call_arguments, load_pipeline, network_calls, sample_images
 from .training import write_json
 from .truncation_study import all_pixels, best_device
 
@@ -285,7 +285,7 @@ def run_comparison(
     """
     require(len(config.arms) >= 2, "arms", "be at least two", list(config.arms))
     require(max_seconds is None or max_seconds > 0, "max_seconds", "be positive", max_seconds)
-    check_pipelines(config)
+    check_arms(config)
     output = Path(config.output_dir)
     claim_folder(output / "comparison.json", settings(config), "output_dir")
     study = Study(config, output, Clock(max_seconds), announce)
@@ -309,23 +309,32 @@ def run_comparison(
 
 
 def settings(config: ComparisonConfig) -> dict[str, Any]:
-    """What makes two calls one comparison: all but the folder and the number of seeds, and the pipelines' content."""
+    """What makes two calls one comparison: all but the folder and the number of seeds, and the content of what exists.
+
+    Raises:
+        InputError: a network that is not there.
+    """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    contents = {name: content_hash(Path(arm.pipeline or "")) for name, arm in config.arms.items() if arm.pipeline}
+    contents = {name: content_hash(Path(arm.pipeline)) for name, arm in config.arms.items() if arm.pipeline}
+    for name in NETWORKS:
+        path = getattr(config, name)
+        if path is not None and not preset_path(path).is_file():
+            contents[name] = weights_fingerprint(load_feature_extractor(path))
     return {name: values[name] for name in values if name not in ("output_dir", "seeds")} | {"contents": contents}
 
 
-def check_pipelines(config: ComparisonConfig) -> None:
-    """Refuse an arm whose pipeline is not there, before anything is trained.
+def check_arms(config: ComparisonConfig) -> None:
+    """Refuse what cannot be sampled, trained or compared with, before anything is written.
 
     Raises:
-        InputError: naming the pipeline.
+        InputError: naming the pipeline, the argument of its call, the key of its configuration, or the data set.
     """
     for arm in config.arms.values():
-        if arm.pipeline is not None and "{" not in arm.pipeline:
-            load_pipeline(arm.pipeline, None if arm.features and "{" in arm.features else arm.features)
+        if arm.pipeline is not None and "{" not in arm.pipeline + (arm.features or ""):
+            check_call_arguments(load_pipeline(arm.pipeline, arm.features), config.call | arm.call)
         if arm.train is not None:
             training_command(arm.train, [*config.overrides, *arm.overrides], config=arm.preset)
+    load_images(config.dataset, "test")
 
 
 def content_hash(folder: Path) -> str | None:

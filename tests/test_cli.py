@@ -133,6 +133,7 @@ BAD_INPUT = {
     "too many samples": ("evaluate {pipeline} --dataset digits --evaluator {features} --num-samples 9999", "9999"),
     "compare one": ("compare {pipeline} --dataset digits --evaluator {features} --output {new}", "at least two"),
     "compare with none": ("compare {pipeline} ./nowhere --evaluator {features} --output {new}", "./nowhere"),
+    "compare with itself": ("compare {pipeline} {pipeline} --evaluator {features} --output {new}", "different"),
     "compare, not a count": ("compare {pipeline} {features} --seeds many --output {new}", "many"),
     "compare, unknown option": ("compare {pipeline} --colour red --output {new}", "--colour"),
     "track no run": ("track {features} --dataset digits --evaluator {features} --output {new}", "train_baseline"),

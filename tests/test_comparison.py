@@ -229,6 +229,20 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
     assert message in str(caught.value) and not (tmp_path / "new").exists()
 
 
+def test_nothing_is_written_before_all_is_there(config: ComparisonConfig, unet: UNet2DModel, tmp_path: Path) -> None:
+    arms = {name: Arm(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
+    for values, message in (
+        ({"evaluator": "./nowhere"}, "`feature_extractor` must be a folder"),
+        ({"dataset": "./nowhere"}, "`dataset` must be"),
+        ({"call": {"guidance_scale": 1}}, "`guidance_scale` must be left out for a DDIMPipeline"),
+        ({"arms": arms | {"c": Arm(pipeline="./nowhere")}}, "`pipeline` must be a folder"),
+    ):
+        changed = dataclasses.replace(config, **{"arms": arms, "output_dir": str(tmp_path / "new")} | values)
+        with pytest.raises(InputError, match=message):
+            run_comparison(changed)
+        assert not (tmp_path / "new").exists()
+
+
 def test_arms_that_cannot_be() -> None:
     for values in ({}, {"pipeline": "x", "train": "ot"}, {"pipeline": "x", "seconds_of": "y"}, {"train": "paint"}):
         with pytest.raises(InputError):
