@@ -1,4 +1,4 @@
-"""The command line: `ot-diffusers demo | train | sample | evaluate | compare | track | stress | truncation`.
+"""The command line: `ot-diffusers demo | train | sample | evaluate | compare | track | stress | truncation | …`.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
 exit status 2.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ def make_parser() -> Parser:
     _add_track(commands)
     _add_stress(commands)
     _add_truncation(commands)
+    _add_truncated_set(commands)
     return parser
 
 
@@ -173,6 +175,20 @@ def _add_truncation(commands: Any) -> None:
     truncation.set_defaults(command=run_truncation)
 
 
+def _add_truncated_set(commands: Any) -> None:
+    export = commands.add_parser(
+        "truncated-set", help="write real images diffused to step T' as a data set", allow_abbrev=False
+    )
+    export.add_argument("--dataset", required=True, help="digits, mnist, cifar10, a Hub id or a folder")
+    export.add_argument("--split", default="train", help="train, validation or test (%(default)s)")
+    export.add_argument("--truncation-timestep", type=int, default=10, help="T' (%(default)s)")
+    export.add_argument("--denoiser", help="pipeline whose noise levels to take; default: T = 1000, linear betas")
+    export.add_argument("--num-epochs", type=int, default=1, help="independent noises of each image (%(default)s)")
+    export.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    export.add_argument("--output", required=True, help="new folder")
+    export.set_defaults(command=run_truncated_set)
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument("--features", help="run of train_features.py; guides any pipeline by its network and bank")
@@ -195,6 +211,7 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Everything on digits."""
+    _stop_on_sigterm()
     _prepare_libraries()
     from .demo import run_demo as run
 
@@ -283,8 +300,27 @@ def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
+def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """x_T' of every image of a split, as parquet files."""
+    _prepare_libraries()
+    from diffusers import DDPMScheduler
+
+    from .data import load_images
+    from .sampling import load_pipeline
+    from .schedules import truncated_scheduler
+    from .truncated_set import export_truncated_set
+
+    full = load_pipeline(arguments.denoiser).scheduler if arguments.denoiser else DDPMScheduler()
+    scheduler = truncated_scheduler(full, arguments.truncation_timestep)
+    images = load_images(arguments.dataset, arguments.split)
+    options = {"num_epochs": arguments.num_epochs, "seed": arguments.seed}
+    print(export_truncated_set(images, scheduler, arguments.output, **options))
+    return 0
+
+
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """The study of priors."""
+    _stop_on_sigterm()
     _prepare_libraries()
     from .config import load_config
     from .launch import preset_path
@@ -420,6 +456,11 @@ def _device(name: str | None) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"`device` must be a device of this machine, such as cpu or cuda, got {name!r}") from error
+
+
+def _stop_on_sigterm() -> None:
+    """End like an interrupt: the scripts that were started are stopped too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _prepare_libraries() -> None:

@@ -18,7 +18,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from .config import load_config, option
 from .data import load_images
-from .demo import claim_folder, is_complete, read_json, stage, train, write_results
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
 from .evaluation.failures import worst_samples
+from .experiment import Announce, claim_folder, read_json, run_side_by_side, stage, write_results
 from .features import check_trained_on, load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -46,16 +46,7 @@ from .truncation_study import all_pixels, best_device
 EVALUATOR_SEED = 1000
 NETWORKS = ("features", "evaluator")
 RESERVED = (*NETWORKS, "seed", "logs")
-COSTS = {
-    "nfe": "NFE",
-    "seconds_per_1000": "s per 1,000",
-    "parameters": "parameters",
-    "training_seconds": "training s",
-    "updates": "updates",
-}
 NUM_FAILURES = 12
-
-Announce = Callable[[str], None]
 
 
 @dataclass
@@ -401,7 +392,7 @@ def train_run(study: Study, folder: Path, name: str, script: str, preset: str | 
     Raises:
         OutOfTime: before the run was complete.
     """
-    if is_complete(folder / name):
+    if is_trained(folder / name):
         return
     study.clock.check()
     own = [f"dataset={study.config.dataset}", f"output_dir={folder / name}", "report_to=none", *overrides]
@@ -409,14 +400,20 @@ def train_run(study: Study, folder: Path, name: str, script: str, preset: str | 
         own.append(f"max_train_seconds={study.clock.left}")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     title = f"train {name}" if folder == study.output else f"{folder.name.replace('-', ' ')}: train {name}"
-    train({name: training_command(script, own, config=preset)}, folder, title, study.announce)
-    if not is_complete(folder / name):
+    with stage(title, study.announce):
+        run_side_by_side({name: training_command(script, own, config=preset)}, folder)
+    if not is_trained(folder / name):
         raise OutOfTime
+
+
+def is_trained(run: Path) -> bool:
+    """Whether a run has made all its updates; one that `--max-seconds` stopped has not."""
+    return (run / "results.json").is_file() and bool(read_json(run / "results.json")["complete"])
 
 
 @dataclass
 class Samples:
-    """Images of an arm, uint8 [N, C, H, W], and what they cost: the keys of `COSTS` that are known."""
+    """Images of an arm, uint8 [N, C, H, W], and what they cost: the keys of `report.COSTS` that are known."""
 
     images: Tensor
     cost: dict[str, float]
@@ -508,6 +505,8 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "complete": len(seeds) == config.seeds,
         "extractor": {"name": f"a {type(extractor).__name__}", "feature_dim": extractor.config.feature_dim},
         "primary_metric": config.primary_metric,
+        "headline": tested,
+        "costs": ["nfe", "seconds_per_1000"],
         "arms": arms,
         "floor": summarise(floor),
         "differences": differences(values, primary=config.primary_metric, family=tested) if paired else {},
@@ -563,9 +562,9 @@ def tables(results: Mapping[str, Any]) -> dict[str, report.Rows]:
     first = next(iter(results["arms"]))
     found = {f"{arm} against {first}": difference_rows(results, arm) for arm in results["differences"]}
     found[f"Mean ± 95% interval over {len(results['seeds'])} seeds"] = interval_rows(results, list(tested))
-    costs = [key for key in COSTS if any(key in entry for entry in results["arms"].values())]
+    costs = [key for key in report.COSTS if any(key in entry for entry in results["arms"].values())]
     rows = [[name, *(report.format_number(entry.get(key)) for key in costs)] for name, entry in results["arms"].items()]
-    return found | {"Cost": [["", *(COSTS[key] for key in costs)], *rows]}
+    return found | {"Cost": [["", *(report.COSTS[key] for key in costs)], *rows]}
 
 
 def markdown(results: Mapping[str, Any]) -> str:

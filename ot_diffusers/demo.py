@@ -2,19 +2,15 @@
 
 Four networks are trained by the scripts a user would call: the feature network and the independent evaluator side by
 side, then the baseline and the OT-trained model side by side. Four arms are sampled from the same starting noise and
-scored against test images by the evaluator, which no loss has seen. A second call with the same folder uses what is
-there.
+scored against test images by the evaluator, which no loss has seen. Then the study of priors, in a short form: the
+baseline's network walks the last ten steps from noise, Gaussians, a GAN and an OT prior. A second call with the same
+folder uses what is there.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +21,17 @@ from .data import load_images
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .experiment import Announce, Sampled, claim_folder, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .launch import training_command
 from .pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 from .sampling import load_pipeline, network_calls, sample_images
+from .truncation_study import TruncationConfig, run_study
 
 DATASET = "digits"
 NUM_SAMPLES = 540  # as many as there are test images
 NUM_INFERENCE_STEPS = 50
 EVALUATOR_SEED = 1000
-LOG_LINES = 12
-
-Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -78,15 +73,6 @@ ARMS = {
 }
 
 
-@dataclass
-class Sampled:
-    """Images of an arm, uint8 [N, C, H, W], and what they cost."""
-
-    images: Tensor
-    seconds: float
-    nfe: int
-
-
 def run_demo(
     output: str | Path = "runs/demo",
     *,
@@ -95,12 +81,13 @@ def run_demo(
     num_samples: int = NUM_SAMPLES,
     announce: Announce = print,
 ) -> dict[str, Any]:
-    """Run the chain and write `results.json`, pictures and `report.html` into `output`; returns the results.
+    """Run the chain and write `results.json`, pictures and `report.html` into `output`, and the same of the priors into
+    `output/truncation`; returns the results of the first.
 
     Args:
         output: folder that is new, empty, or of an earlier call with the same arguments.
         seed: of the models and of the starting noise; the evaluator's is different.
-        overrides: `key=value` for all four training scripts, such as `max_train_steps=4`.
+        overrides: `key=value` for all training scripts, such as `max_train_steps=4`.
         num_samples: images of each arm.
         announce: takes the lines that tell how far it is.
 
@@ -144,36 +131,31 @@ def run_demo(
         pictures = draw(results, samples, described, test, output)
         report.write_report(results, pictures, output / "report.html")
     announce(f"\n{report.text_table(results)}\n")
+    run_study(truncation_config(output, num_samples, seed), announce, overrides=overrides)
     announce(f"{time.monotonic() - started:.0f} s in all. Pictures and numbers: {output / 'report.html'}")
     return results
 
 
+def truncation_config(output: Path, num_samples: int, seed: int) -> TruncationConfig:
+    """The study of priors on the demo's networks: its table without the VAE, without the longest chain and without the
+    curves over T'."""
+    return TruncationConfig(
+        output_dir=str(output / "truncation"),
+        dataset=DATASET,
+        presets=DATASET,
+        denoiser=str(output / "baseline"),
+        feature_extractor=str(output / "features"),
+        evaluator=str(output / "evaluator"),
+        priors=("gaussian", "gaussian_classes", "gan", "ot"),
+        timesteps=(),
+        full_steps=(NUM_INFERENCE_STEPS,),
+        num_samples=num_samples,
+        batch_size=135,
+        seed=seed,
+    )
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "output") -> None:
-    """Create the folder of `record` and write the settings there, or find it with the same settings.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    folder, kind = record.parent, record.stem
-    if record.is_file():
-        earlier = read_json(record)
-        differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
-        wanted = {name: settings[name] for name in differing}
-        require(
-            not differing,
-            argument,
-            f"be a new folder, or of a {kind} with {wanted}",
-            f"{folder} of one with {differing}",
-        )
-        return
-    require(not folder.exists() or folder.is_dir(), argument, "be a folder", str(folder))
-    empty = not folder.exists() or not any(folder.iterdir())
-    require(empty, argument, f"be a new or empty folder, or an earlier {kind}'s", str(folder))
-    (folder / "logs").mkdir(parents=True)
-    record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def training_runs(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, list[str]]:
@@ -189,43 +171,6 @@ def training_runs(output: Path, seed: int, overrides: Sequence[str]) -> dict[str
         "baseline": command("baseline", "baseline", f"seed={seed}"),
         "ot": command("ot", "ot", f"seed={seed}", f"feature_extractor={output / 'features'}"),
     }
-
-
-def train(runs: Mapping[str, Sequence[str]], output: Path, title: str, announce: Announce) -> None:
-    """Run the commands side by side, each with its share of the cores; runs that are complete are left alone."""
-    waiting = {name: command for name, command in runs.items() if not is_complete(output / name)}
-    if not waiting:
-        announce(f"{title}: done before")
-        return
-    # With every core busy, a second thread in a process only gets in the other process' way.
-    threads = str(max(1, (os.cpu_count() or 1) // len(waiting)))
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
-    with stage(title, announce):
-        processes: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            for name, command in waiting.items():
-                with (output / "logs" / f"{name}.log").open("wb") as log:
-                    processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            for name, process in processes.items():
-                if process.wait() != 0:
-                    raise RuntimeError(f"training {name!r} failed:\n{end_of_log(output / 'logs' / f'{name}.log')}")
-        finally:
-            for process in processes.values():
-                process.terminate()
-                process.wait()
-
-
-def is_complete(run: Path) -> bool:
-    """Whether the folder holds a finished run."""
-    file = run / "results.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
-
-
-def end_of_log(file: Path) -> str:
-    """The last lines of a log, without the states that a progress bar has overwritten."""
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    shown = [line.rstrip("\r").split("\r")[-1] for line in lines if line.strip()]
-    return "\n".join(f"    {line}" for line in [*shown[-LOG_LINES:], f"(all of it: {file})"])
 
 
 # --- Sampling and results ---------------------------------------------------------------------------------------------
@@ -312,26 +257,3 @@ def draw(
         ),
         "Losses": plots.loss_curves(histories, output / "loss_curves.png"),
     }
-
-
-def write_results(results: Mapping[str, Any], output: Path) -> None:
-    """`results.json`, written aside and renamed."""
-    partial = output / ".results.json"
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(output / "results.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def stage(title: str, announce: Announce) -> Iterator[None]:
-    """One line for a stage with its seconds; on a terminal, its title from the start."""
-    started = time.monotonic()
-    rewrites = sys.stdout.isatty()
-    if rewrites:
-        sys.stdout.write(f"{title} …\r")
-        sys.stdout.flush()
-    yield
-    announce(f"{title}: {time.monotonic() - started:.0f} s")

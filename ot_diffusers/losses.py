@@ -32,7 +32,7 @@ def squash_to_image(pred_original_sample: Tensor, squash: str) -> Tensor:
 def image_features(feature_extractor: FeatureExtractor, images: Tensor, squash: str = "clamp") -> Tensor:
     """Raw float32 features [B, D] of images or predictions, computed outside autocast; gradients flow to the images."""
     with torch.autocast(device_type=images.device.type, enabled=False):
-        return feature_extractor(to_unit_range(squash_to_image(images.float(), squash))).features
+        return feature_extractor(to_unit_range(squash_to_image(images.float(), squash)), return_dict=False)[0]
 
 
 def ot_loss(

@@ -4,63 +4,61 @@
 
 The scripts train the denoiser, the evaluator and the learned priors. Every way to start the chain is sampled and scored
 by the evaluator, which no loss has seen: pure noise in the truncated and in the full chain, closed-form Gaussians, the
-learned priors, and real noisy images as the bound of what a prior can reach. Then Fréchet distance and time against T'.
-Started again, the command keeps what is complete.
+learned priors, and real noisy images as the bound of what a prior can reach. Then Fréchet distance and time against T':
+a learned prior makes clean images, so that the one of the table starts the chain anywhere, or another is trained for
+each T'. Started again, the command keeps what is complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import option
 from .data import ResidentImages, StreamedImages, load_images
-from .demo import Sampled, claim_folder, is_complete, read_json, stage, train, write_results
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
 from .evaluation.metrics import frechet_distance
+from .experiment import Announce, Sampled, claim_folder, is_complete, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .images import to_uint8
 from .launch import training_command
 from .models.prior import GaussianPrior
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
-from .sampling import load_pipeline, sample_images
+from .sampling import MAX_BATCH_SIZE, load_pipeline, sample_images
 from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
 from .seeds import keyed_generator
 
-COLUMNS = ("frechet_distance", "recall_distance", "precision_distance", "precision", "recall")
+HEADLINE = ("frechet_distance", "recall_distance", "precision_distance", "precision", "recall")
+METRICS = (*HEADLINE, "coverage", "nearest_distance_ratio", "patch_sliced_wasserstein")
+COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
 EVALUATOR_SEED = 1000
-LEARNED = ("gan", "ot", "vae")
-"""In the order of training: the first two side by side, so that their seconds are comparable."""
-SIDE_BY_SIDE = 2
 LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
-SHOWN = ("vanilla, truncated", *LABELS.values(), "oracle")
+LEARNED = ("gan", "ot", "vae")
+"""In the order of training: on the CPU the first two side by side, so that their seconds are comparable."""
+VANILLA, ORACLE = "vanilla, truncated", "oracle"
 DESCRIPTIONS = {
-    "vanilla, truncated": "N(0, I) fed to the truncated chain.",
+    VANILLA: "N(0, I) fed to the truncated chain.",
     "Gaussian": "One Gaussian with the moments of the training images, in closed form.",
     "Gaussian, class-wise": "One such Gaussian for each class.",
     "VAE": "Encoder and generator under the evidence bound.",
     "GAN": "The generator against a discriminator of its widths.",
     "OT": "The generator by optimal transport alone, no adversary.",
-    "oracle": "Real training images, diffused: what a perfect prior would reach.",
+    ORACLE: "Real training images, diffused: what a perfect prior would reach.",
 }
 
-Announce = Callable[[str], None]
 Images = ResidentImages | StreamedImages
 
 
@@ -74,13 +72,16 @@ class TruncationConfig:
     denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
     feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
     evaluator: str | None = option(None, "folder of a feature network no loss sees; none trains the evaluator preset")
+    priors: tuple[str, ...] = option(tuple(LABELS), "rows of the table beside noise and the oracle")
     truncation_timestep: int = option(10, "T' of the table")
     timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
-    learned_timesteps: tuple[int, ...] = option((), "those T' of the curves for which learned priors are trained too")
+    learned_timesteps: tuple[int, ...] = option((), "those T' of the curves for which learned priors are trained anew")
     num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
     full_steps: tuple[int, ...] = option((50, 1000), "reverse steps of the full chains")
     curve_steps: int = option(10, "reverse steps of each point of the curves, at most T'")
-    max_train_steps: int | None = option(None, "updates of each prior; none is the preset's")
+    batch_size: int | None = option(None, "images sampled at once; none is up to 1,000")
+    max_train_steps: int | None = option(None, "updates of each learned prior; none is the preset's")
+    max_train_seconds: float | None = option(None, "time of each learned prior; none is what its updates take")
     seed: int = option(0, "of the models and of the starting noise")
 
     def __post_init__(self) -> None:
@@ -89,9 +90,16 @@ class TruncationConfig:
         for name in ("timesteps", "full_steps"):
             values = getattr(self, name)
             require(all(value >= 1 for value in values), name, "hold numbers from 1", values)
+        known = set(self.priors) <= set(LABELS)
+        require(known, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
         known = set(self.learned_timesteps) <= set(self.timesteps)
         require(known, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
+        for name in ("batch_size", "max_train_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "be at least 1 or none", value)
+        seconds = self.max_train_seconds
+        require(seconds is None or seconds > 0, "max_train_seconds", "be positive or none", seconds)
         require(self.seed >= 0, "seed", "be at least 0", self.seed)
 
 
@@ -104,6 +112,7 @@ class Study:
         output: its folder.
         train_images, test_images: the data.
         announce: takes the lines that tell how far it is.
+        overrides: `key=value` for every training script.
     """
 
     config: TruncationConfig
@@ -111,6 +120,7 @@ class Study:
     train_images: Images
     test_images: Images
     announce: Announce
+    overrides: Sequence[str] = ()
     num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +128,12 @@ class Study:
         self.num_samples = self.config.num_samples or limit
         most = len(self.train_images) - 2
         require(self.num_samples <= most, "num_samples", f"be at most {most}", self.num_samples)
+
+    @property
+    def priors(self) -> tuple[str, ...]:
+        """The priors of the table; one Gaussian for each class needs classes."""
+        labelled = self.train_images.labels is not None
+        return tuple(name for name in self.config.priors if labelled or name != "gaussian_classes")
 
     @property
     def denoiser(self) -> str:
@@ -132,8 +148,13 @@ class Study:
         return self.config.evaluator or str(self.output / "evaluator")
 
 
-def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str, Any]:
+def run_study(config: TruncationConfig, announce: Announce = print, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the study and write `results.json`, `results.md`, `report.html` and pictures; returns the results.
+
+    Args:
+        config: of the study.
+        announce: takes the lines that tell how far it is.
+        overrides: `key=value` for every training script, such as `max_train_steps=4`.
 
     Raises:
         InputError: a folder that holds something else, a preset that does not exist.
@@ -143,7 +164,7 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
     claim_folder(output / "study.json", settings(config), "output_dir")
     started = time.monotonic()
     data = {split: load_images(config.dataset, split) for split in ("train", "test")}
-    study = Study(config, output, data["train"], data["test"], announce)
+    study = Study(config, output, data["train"], data["test"], announce, overrides)
 
     # Train.
     train_networks(study)
@@ -152,8 +173,10 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
     # Sample every row of the table from the same seeds, then the curves.
     with stage(f"sample {study.num_samples} images for each row", announce):
         rows = sample_rows(study)
-    with stage(f"sample the curves over T' in {config.timesteps}", announce):
-        curves = sample_curves(study)
+    curves: dict[str, dict[int, Sampled]] = {}
+    if config.timesteps:
+        with stage(f"sample the curves over T' in {config.timesteps}", announce):
+            curves = sample_curves(study)
 
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
@@ -161,10 +184,10 @@ def run_study(config: TruncationConfig, announce: Announce = print) -> dict[str,
         test, training = (describe_images(all_pixels(images), extractor) for images in (data["test"], data["train"]))
         described = {name: describe_images(row.images, extractor) for name, row in rows.items()}
         metrics = {
-            name: evaluate_images(found, reference=test, extractor=extractor, train=training)
+            name: evaluate_images(found, reference=test, extractor=extractor, train=training, metrics=METRICS)
             for name, found in described.items()
         }
-        floor = real_floor(test, training, study.num_samples, extractor=extractor)
+        floor = real_floor(test, training, study.num_samples, extractor=extractor, metrics=METRICS)
         scored = {
             name: {step: score(sampled, test, extractor) for step, sampled in points.items()}
             for name, points in curves.items()
@@ -194,7 +217,7 @@ def settings(config: TruncationConfig) -> dict[str, Any]:
 def train_networks(study: Study) -> None:
     """The denoiser, the feature network and the evaluator, where the configuration names none."""
     config = study.config
-    common = [f"dataset={config.dataset}", "report_to=none"]
+    common = [f"dataset={config.dataset}", "report_to=none", *study.overrides]
     runs = {}
     if config.denoiser is None:
         own = [*common, f"seed={config.seed}", f"output_dir={study.denoiser}"]
@@ -213,14 +236,15 @@ def train_priors(study: Study) -> None:
     """The priors of the table, then those of the curves."""
     config = study.config
     main = config.truncation_timestep
-    closed_form = prior_runs(study, main, ("gaussian", *(["gaussian_classes"] if has_classes(study) else [])))
-    train(closed_form, study.output, "fit the closed-form priors", study.announce)
-    learned: dict[str, list[str]] = {}
+    closed_form = tuple(name for name in study.priors if name not in LEARNED)
+    learned = tuple(name for name in LEARNED if name in study.priors)
+    train(prior_runs(study, main, closed_form), study.output, "fit the closed-form priors", study.announce)
+    runs: dict[str, list[str]] = {}
     for step in dict.fromkeys((main, *config.learned_timesteps)):
-        learned |= prior_runs(study, step, LEARNED)
-    names = list(learned)
-    for first in range(0, len(names), SIDE_BY_SIDE):
-        group = {name: learned[name] for name in names[first : first + SIDE_BY_SIDE]}
+        runs |= prior_runs(study, step, learned)
+    names, side_by_side = list(runs), 1 if torch.cuda.is_available() else 2
+    for first in range(0, len(names), side_by_side):
+        group = {name: runs[name] for name in names[first : first + side_by_side]}
         train(group, study.output, f"train {' and '.join(group)}", study.announce)
 
 
@@ -242,8 +266,10 @@ def prior_runs(study: Study, truncation_timestep: int, names: tuple[str, ...]) -
             options.append(f"feature_extractor={study.feature_extractor}")
         if name == "gaussian_classes":
             options.append("class_wise=true")
-        if name in LEARNED and config.max_train_steps is not None:
-            options.append(f"max_train_steps={config.max_train_steps}")
+        limits = {"max_train_steps": config.max_train_steps, "max_train_seconds": config.max_train_seconds}
+        if name in LEARNED:
+            options += [f"{key}={value}" for key, value in limits.items() if value is not None]
+        options += study.overrides
         preset = f"{config.presets}/prior_{name.removesuffix('_classes')}.yaml"
         commands[run] = training_command("prior", options, config=preset)
     return commands
@@ -254,37 +280,40 @@ def run_name(name: str, truncation_timestep: int) -> str:
     return f"prior_{name}_{truncation_timestep}"
 
 
-def has_classes(study: Study) -> bool:
-    """Whether the data has labels."""
-    return study.train_images.labels is not None
-
-
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
 def sample_rows(study: Study) -> dict[str, Sampled]:
     """Every row of the table, in its order."""
     main = study.config.truncation_timestep
-    rows = {"vanilla, truncated": sampled(study, "vanilla", main, main)}
+    rows = {VANILLA: sampled(study, "vanilla", main, main)}
     length = int(load_pipeline(study.denoiser).scheduler.config.num_train_timesteps)
     for steps in study.config.full_steps:
         rows[f"vanilla, full in {steps}"] = sampled(study, "vanilla", length, steps)
-    for name, label in LABELS.items():
-        if is_complete(study.output / run_name(name, main)):
-            rows[label] = sampled(study, name, main, main)
-    return rows | {"oracle": sampled(study, "oracle", main, main)}
+    for name in study.priors:
+        rows[LABELS[name]] = sampled(study, name, main, main)
+    return rows | {ORACLE: sampled(study, "oracle", main, main)}
 
 
 def sample_curves(study: Study) -> dict[str, dict[int, Sampled]]:
-    """Row name to T' to images: the closed forms for every T', learned priors where they were trained."""
-    curves: dict[str, dict[int, Sampled]] = {}
-    names = {"vanilla": "vanilla, truncated", **LABELS, "oracle": "oracle"}
-    for step in study.config.timesteps:
-        for name, label in names.items():
-            closed_form = name not in LEARNED and (name != "gaussian_classes" or has_classes(study))
-            if closed_form or is_complete(study.output / run_name(name, step)):
-                curves.setdefault(label, {})[step] = sampled(study, name, step, min(step, study.config.curve_steps))
-    return curves
+    """Row name to T' to images, for every T' that the prior can start at."""
+    labels = {"vanilla": VANILLA, **{name: LABELS[name] for name in study.priors}, "oracle": ORACLE}
+    return {
+        label: {
+            step: sampled(study, name, step, min(step, study.config.curve_steps))
+            for step in study.config.timesteps
+            if reaches(study, name, step)
+        }
+        for name, label in labels.items()
+    }
+
+
+def reaches(study: Study, name: str, truncation_timestep: int) -> bool:
+    """Whether a prior was trained for this T', or makes clean images that can be diffused to it."""
+    if name in ("vanilla", "oracle") or is_complete(study.output / run_name(name, truncation_timestep)):
+        return True
+    run = read_json(study.output / run_name(name, study.config.truncation_timestep) / "run.json")
+    return run["config"]["prediction_type"] == "sample"
 
 
 def sampled(study: Study, name: str, truncation_timestep: int, steps: int) -> Sampled:
@@ -300,7 +329,8 @@ def sampled(study: Study, name: str, truncation_timestep: int, steps: int) -> Sa
     if name == "oracle":
         images, nfe = sample_oracle(study, pipeline, steps), steps
     else:
-        images = sample_images(pipeline, study.num_samples, seed=study.config.seed, num_inference_steps=steps)
+        call: dict[str, Any] = {"batch_size": study.config.batch_size, "seed": study.config.seed}
+        images = sample_images(pipeline, study.num_samples, num_inference_steps=steps, **call)
         nfe = pipeline.nfe
     found = Sampled(images, time.monotonic() - started, nfe)
     file.parent.mkdir(exist_ok=True)
@@ -312,38 +342,37 @@ def sampled(study: Study, name: str, truncation_timestep: int, steps: int) -> Sa
 
 
 def make_pipeline(study: Study, name: str, truncation_timestep: int) -> TruncatedPriorPipeline:
-    """The trained or fitted pipeline of a prior; N(0, I) before the same denoiser for `"vanilla"` and the oracle."""
+    """The pipeline that a run has saved, or the prior of the table before a chain of this T'; N(0, I) for `"vanilla"`
+    and the oracle."""
     run = study.output / run_name(name, truncation_timestep)
     if is_complete(run):
         pipeline = load_pipeline(run)
     else:
         full = load_pipeline(study.denoiser)
         scheduler = truncated_scheduler(DDIMScheduler.from_config(full.scheduler.config), truncation_timestep)
-        prior = closed_form_prior(study, name, truncation_timestep)
-        pipeline = TruncatedPriorPipeline(prior, full.unet.eval(), scheduler)
+        pipeline = TruncatedPriorPipeline(make_prior(study, name, truncation_timestep), full.unet.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(best_device())
+
+
+def make_prior(study: Study, name: str, truncation_timestep: int) -> Any:
+    """The prior `name` for a T' that no run has been made for."""
+    if name not in ("vanilla", "oracle"):
+        trained = load_pipeline(study.output / run_name(name, study.config.truncation_timestep)).prior
+        return trained.at_truncation_timestep(truncation_timestep)
+    channels, height, width = study.train_images.image_shape
+    size = height if height == width else (height, width)
+    return GaussianPrior(truncation_timestep=truncation_timestep, sample_size=size, out_channels=channels)
 
 
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def closed_form_prior(study: Study, name: str, truncation_timestep: int) -> GaussianPrior:
-    """The Gaussian `name` for a T' that no run has been made for."""
-    if name in ("vanilla", "oracle"):
-        channels, height, width = study.train_images.image_shape
-        size = height if height == width else (height, width)
-        return GaussianPrior(truncation_timestep=truncation_timestep, sample_size=size, out_channels=channels)
-    images = study.train_images.fetch(torch.arange(len(study.train_images)))
-    labels = study.train_images.labels if name == "gaussian_classes" else None
-    return GaussianPrior.from_images(images, truncation_timestep, labels=labels)
-
-
 def sample_oracle(study: Study, pipeline: TruncatedPriorPipeline, steps: int) -> Tensor:
     """Images from real x_T' of evenly spaced training images, uint8 [N, C, H, W]."""
     made = []
-    for rows in real_rows(study).split(1000):
+    for rows in real_rows(study).split(study.config.batch_size or MAX_BATCH_SIZE):
         latents = truncated_samples(study.train_images.fetch(rows), rows, pipeline.scheduler, seed=study.config.seed)
         call: dict[str, Any] = {"latents": latents, "num_inference_steps": steps, "output_type": "pt"}
         (images,) = pipeline(batch_size=len(rows), **call, return_dict=False)
@@ -391,15 +420,15 @@ def collect(
             "seconds": round(row.seconds, 2),
             "seconds_per_1000": round(1000 * row.seconds / len(row.images), 3),
             "description": DESCRIPTIONS.get(name, "N(0, I) and the whole chain, by DDIM."),
+            "bound": name == ORACLE,
         }
         for name, row in rows.items()
     }
-    for name, label in LABELS.items():
+    for name in study.priors:
         run = study.output / run_name(name, main)
-        if label in arms:
-            results, config = read_json(run / "results.json"), read_json(run / "run.json")["config"]
-            arms[label] |= {key: results[key] for key in ("parameters", "training_seconds", "updates")}
-            arms[label]["config"] = config
+        results = read_json(run / "results.json")
+        arms[LABELS[name]] |= {key: results[key] for key in ("parameters", "training_seconds", "updates")}
+        arms[LABELS[name]]["config"] = read_json(run / "run.json")["config"]
     evaluator = Path(study.evaluator) / "results.json"
     accuracy = {"test_accuracy": read_json(evaluator)["test_accuracy"]} if evaluator.is_file() else {}
     return {
@@ -413,6 +442,8 @@ def collect(
             "feature_dim": extractor.config.feature_dim,
             **accuracy,
         },
+        "headline": HEADLINE,
+        "costs": COSTS,
         "arms": arms,
         "floor": {"metrics": dict(floor)},
         "curves": {
@@ -430,29 +461,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{results['num_samples']} generated against {results['num_test_images']} test images of "
         f"{results['dataset']}; T' = {results['truncation_timestep']}."
     )
-    headings = [report.METRICS[name].label for name in COLUMNS]
-    header = ["", *headings, "NFE", "s per 1,000", "parameters", "training s"]
-    costs = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
-    lines = [
-        [name, *_cells(entry["metrics"], COLUMNS), *_cells(entry, costs)] for name, entry in results["arms"].items()
-    ]
-    lines.append(["real vs real", *_cells(results["floor"]["metrics"], COLUMNS), *["–"] * len(costs)])
-    steps = sorted({int(step) for points in results["curves"].values() for step in points})
-    curve_header = ["Fréchet at T' =", *map(str, steps)]
-    curves = [
-        [name, *_cells({step: point["frechet_distance"] for step, point in points.items()}, [str(s) for s in steps])]
-        for name, points in results["curves"].items()
-    ]
-    return f"{lead}\n\n{_table(header, lines)}\n\n{_table(curve_header, curves)}\n"
-
-
-def _cells(values: Mapping[str, Any], names: Any) -> list[str]:
-    return [report.format_number(values.get(name)) for name in names]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ruler, *rows])
+    steps = list(dict.fromkeys(step for points in results["curves"].values() for step in points))
+    curves = [f"| Fréchet at T' = | {' | '.join(steps)} |", f"| --- |{' ---: |' * len(steps)}"]
+    for name, points in results["curves"].items():
+        values = (report.format_number(points.get(step, {}).get("frechet_distance")) for step in steps)
+        curves.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join([lead, "", report.markdown_table(results), "", *(curves if steps else [])]).rstrip() + "\n"
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -467,26 +481,27 @@ def draw(
 ) -> dict[str, Path]:
     """The report's pictures, caption to file."""
     folder = study.output
-    shown = [name for name in SHOWN if name in rows]
+    shown = [VANILLA, *(LABELS[name] for name in study.priors), ORACLE]
     samples = {"real": test.images} | {name: rows[name].images for name in shown}
     clouds = {"real": test.features} | {name: described[name].features for name in shown}
-    return {
+    pictures = {
         "Samples": plots.image_panels(samples, folder / "samples.png"),
         "What the chain starts from": plots.image_panels(starts(study), folder / "starts.png"),
         "The evaluator's features in two directions, real images in grey": plots.scatter(
             clouds, folder / "features.png", basis="real"
         ),
-        "Fréchet distance and sampling time against T'": draw_curves(results["curves"], folder / "curves.png"),
     }
+    if len(study.config.timesteps) > 1:
+        pictures["Fréchet distance and sampling time against T'"] = draw_curves(results["curves"], folder)
+    return pictures
 
 
 def starts(study: Study, count: int = 36) -> dict[str, Tensor]:
     """x_T' of real images and of every prior, uint8, by name."""
     main = study.config.truncation_timestep
     shown = {}
-    for name, label in {"oracle": "real x_T'", "vanilla": "vanilla", **LABELS}.items():
-        if name in LABELS and not is_complete(study.output / run_name(name, main)):
-            continue
+    labels = {"oracle": "real x_T'", "vanilla": VANILLA, **{name: LABELS[name] for name in study.priors}}
+    for name, label in labels.items():
         pipeline = make_pipeline(study, name, main)
         rows = real_rows(study)[:count]
         if name == "oracle":
@@ -500,26 +515,11 @@ def starts(study: Study, count: int = 36) -> dict[str, Tensor]:
     return shown
 
 
-def draw_curves(curves: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> Path:
+def draw_curves(curves: Mapping[str, Mapping[str, Mapping[str, float]]], folder: Path) -> Path:
     """Fréchet distance and seconds per 1,000 images against T', one line for each row."""
-    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
-    colours = plots.arm_colours(list(curves))
-    panels = {"frechet_distance": "Fréchet distance", "seconds_per_1000": "seconds per 1,000 images"}
-    for index, (key, label) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 2, index + 1)
-        for name, points in curves.items():
-            values = [point[key] for point in points.values()]
-            axes.plot([int(step) for step in points], values, marker="o", label=name, color=colours[name])
-        axes.set_xlabel("T'")
-        axes.set_title(label, loc="left", fontsize=10.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        if key == "frechet_distance":
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = math.ceil(len(labels) / 2)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
-    return path
+    titles = {"frechet_distance": "Fréchet distance", "seconds_per_1000": "seconds per 1,000 images"}
+    panels = {
+        title: {name: {float(step): values[key] for step, values in points.items()} for name, points in curves.items()}
+        for key, title in titles.items()
+    }
+    return plots.line_panels(panels, folder / "curves.png", xlabel="T'", logarithmic=["Fréchet distance"])

@@ -284,11 +284,23 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page.split("Provenance")[0]
 
+    priors = json.loads((tmp_path / "demo" / "truncation" / "results.json").read_text())
+    assert list(priors["arms"]) == [
+        "vanilla, truncated",
+        "vanilla, full in 50",
+        "Gaussian",
+        "Gaussian, class-wise",
+        "GAN",
+        "OT",
+        "oracle",
+    ]
+
     lines.clear()
     again = run_demo(tmp_path / "demo", **short)
     assert [line for line in lines if line.startswith("train")] == [
         "train the feature network and the evaluator: done before",
         "train the baseline and the OT model: done before",
+        "train prior_gan_10 and prior_ot_10: done before",
     ]
     assert {arm: entry["metrics"] for arm, entry in again["arms"].items()} == {
         arm: entry["metrics"] for arm, entry in results["arms"].items()

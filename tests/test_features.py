@@ -71,6 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_train_epochs=10",
         "block_out_channels=[16,32]",
         "learning_rate=4e-3",
+        "mixed_precision=bf16",
         "report_to=none",
     ]
     environment = os.environ | {"OT_DIFFUSERS_CACHE": str(folder / "cache")}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import metrics, pixels
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images, real_floor
+from ot_diffusers.evaluation.report import METRICS
 
 FEATURE_METRICS = [
     metrics.frechet_distance,
@@ -306,6 +307,26 @@ class TestEvaluateImages:
         parts = evaluate_images(images, reference=described, extractor=network, batch_size=7)
         assert parts == pytest.approx(whole, rel=1e-3, abs=1e-6)  # matrix products of other sizes round differently
         assert network.training
+
+    def test_named_metrics_are_those_of_the_whole_table(self, network: TinyClassifier) -> None:
+        images, reference, train = random_images(40), random_images(50, seed=1), random_images(60, seed=2)
+        whole = evaluate_images(images, reference=reference, extractor=network, train=train)
+        assert set(whole) == set(METRICS)
+        chosen = ["speckle_share", "recall", "nearest_distance_ratio", "kernel_distance"]
+        some = evaluate_images(images, reference=reference, extractor=network, train=train, metrics=chosen)
+        assert some == {name: whole[name] for name in whole if name in chosen}
+        assert list(some) == ["kernel_distance", "recall", "nearest_distance_ratio", "speckle_share"]
+        floor = real_floor(reference, train, 20, extractor=network, metrics={"precision"})
+        assert floor == {"precision": real_floor(reference, train, 20, extractor=network)["precision"]}
+
+    def test_refuses_unknown_metrics_and_those_it_cannot_measure(self, network: TinyClassifier) -> None:
+        images = random_images(20)
+        with pytest.raises(InputError, match=r"`metrics` must be among frechet_distance, .*, got 'fid'"):
+            evaluate_images(images, reference=images, extractor=network, metrics=["recall", "fid"])
+        with pytest.raises(InputError, match="`metrics` must name at least one metric"):
+            evaluate_images(images, reference=images, extractor=network, metrics=[])
+        with pytest.raises(InputError, match="'nearest_distance_ratio' or be given `train`"):
+            evaluate_images(images, reference=images, extractor=network, metrics=["nearest_distance_ratio"])
 
     def test_mode_of_the_network_is_restored_after_an_error(self, network: TinyClassifier) -> None:
         with pytest.raises(RuntimeError):

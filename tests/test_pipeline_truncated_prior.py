@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,6 +78,14 @@ def test_standard_gaussian_at_full_length_is_ddpm_bit_for_bit():
     images = ours(batch_size=2, generator=_seeded(0)[0], output_type="np").images
     expected = stock(batch_size=2, generator=_seeded(0)[0], num_inference_steps=20, output_type="np").images
     assert np.array_equal(images, expected)
+
+
+def test_a_saved_pipeline_loads_in_a_fresh_interpreter(tmp_path):
+    # diffusers finds the classes of components only in modules that are imported already.
+    _pipeline().save_pretrained(tmp_path)
+    load = "from ot_diffusers import TruncatedPriorPipeline as P; print(type(P.from_pretrained({!r}).prior).__name__)"
+    code = [sys.executable, "-c", load.format(str(tmp_path))]
+    assert subprocess.run(code, check=True, capture_output=True, text=True).stdout.strip() == "PriorGenerator"
 
 
 class _PointDenoiser(UNet2DModel):

@@ -253,3 +253,15 @@ def test_bad_data_for_the_gaussian_is_refused():
     ):
         with pytest.raises(InputError, match=f"`{argument}`"):
             GaussianPrior.from_images(truncation_timestep=10, **options)
+
+
+def test_a_clean_prior_moves_to_another_step_as_a_copy():
+    prior = _generator(prediction_type="sample")
+    moved = prior.at_truncation_timestep(7)
+    latents = torch.randn(2, prior.latent_dim)
+    assert (moved.config.truncation_timestep, prior.config.truncation_timestep) == (7, 300)
+    assert torch.equal(moved(latents).sample, prior(latents).sample)
+    with pytest.raises(InputError, match=r"`truncation_timestep` must be at least 1, got 0"):
+        prior.at_truncation_timestep(0)
+    with pytest.raises(InputError, match="`prior` must make clean images"):
+        _generator(prediction_type="noisy_sample").at_truncation_timestep(7)

@@ -70,7 +70,9 @@ def main(config: FeaturesConfig) -> None:
 
     # Save.
     save_checkpoint(state, config, accelerator)
-    network = accelerator.unwrap_model(state.model, keep_torch_compile=False).eval().requires_grad_(False)
+    # Without mixed precision: the bank is computed as it will be compared.
+    network = accelerator.unwrap_model(state.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    network.eval().requires_grad_(False)
     test_accuracy = classification_accuracy(network, load_split(config, "test", accelerator))
     if accelerator.is_main_process:
         network.save_pretrained(f"{config.output_dir}/feature_extractor")

@@ -8,15 +8,18 @@ floor = real_floor(reference, train, len(samples), extractor=evaluator)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import InputError, require
 from ..images import to_model_range
-from . import metrics, pixels
+from . import metrics as feature_metrics
+from . import pixels
 
 BATCH_SIZE = 512
 
@@ -66,76 +69,125 @@ def describe_images(images: Tensor, extractor: Any, *, batch_size: int = BATCH_S
     return ImageSet(images.cpu(), torch.cat(features), torch.cat(logits) if logits else None)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Generated images beside real ones, with what several metrics share computed once, when it is first asked for.
+
+    Attributes:
+        images: generated.
+        reference: real and held out.
+        train: what the model was trained on, if that is known.
+        seed: decides the random subsets, patches and directions.
+    """
+
+    images: ImageSet
+    reference: ImageSet
+    train: ImageSet | None
+    seed: int
+
+    @property
+    def features(self) -> tuple[Tensor, Tensor]:
+        return self.images.features, self.reference.features
+
+    @property
+    def logits(self) -> tuple[Tensor, Tensor] | None:
+        found = self.images.logits, self.reference.logits
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+    @cached_property
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """Both sets as floats in [-1, 1]."""
+        return to_model_range(self.images.images), to_model_range(self.reference.images)
+
+    @cached_property
+    def precision_recall(self) -> feature_metrics.PrecisionRecall:
+        return feature_metrics.precision_recall(*self.features)
+
+    @cached_property
+    def density_coverage(self) -> feature_metrics.DensityCoverage:
+        return feature_metrics.density_coverage(*self.features)
+
+    def class_histogram_distance(self) -> float | None:
+        return None if self.logits is None else feature_metrics.class_histogram_distance(*self.logits)
+
+    def nearest_distance_ratio(self) -> float | None:
+        if self.train is None:
+            return None
+        return feature_metrics.nearest_distance_ratio(
+            self.images.features, self.train.features, self.reference.features
+        )
+
+
+# In the order of the results. None stands for what cannot be measured: no classifier, or no training images.
+_MEASURES: dict[str, Callable[[Comparison], float | None]] = {
+    "frechet_distance": lambda pair: feature_metrics.frechet_distance(*pair.features),
+    "sinkhorn_distance": lambda pair: feature_metrics.sinkhorn_distance(*pair.features),
+    "sinkhorn_distance_scaled": lambda pair: feature_metrics.sinkhorn_distance(*pair.features, normalize="median"),
+    "kernel_distance": lambda pair: feature_metrics.kernel_distance(*pair.features, seed=pair.seed),
+    "precision": lambda pair: pair.precision_recall.precision,
+    "recall": lambda pair: pair.precision_recall.recall,
+    "density": lambda pair: pair.density_coverage.density,
+    "coverage": lambda pair: pair.density_coverage.coverage,
+    "precision_distance": lambda pair: feature_metrics.precision_distance(*pair.features),
+    "recall_distance": lambda pair: feature_metrics.recall_distance(*pair.features),
+    "effective_rank": lambda pair: feature_metrics.effective_rank(pair.images.features),
+    "class_histogram_distance": Comparison.class_histogram_distance,
+    "nearest_distance_ratio": Comparison.nearest_distance_ratio,
+    "patch_sliced_wasserstein": lambda pair: pixels.patch_sliced_wasserstein(*pair.pixels, seed=pair.seed),
+    "spectrum_distance": lambda pair: pixels.spectrum_distance(*pair.pixels),
+    "speckle_share": lambda pair: pixels.speckle_share(pair.pixels[0]),
+    "laplacian_response": lambda pair: pixels.laplacian_response(pair.pixels[0]),
+}
+_NEEDS = {
+    "class_histogram_distance": "an extractor with `logits`",
+    "nearest_distance_ratio": "`train`",
+}
+
+
 def evaluate_images(
     images: Tensor | ImageSet,
     *,
     reference: Tensor | ImageSet,
     extractor: Any,
     train: Tensor | ImageSet | None = None,
+    metrics: Collection[str] | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Every metric of generated images against real ones.
+    """Every metric, or the named ones, of generated images against real ones.
 
     Args:
         images: generated, uint8 [N, C, H, W].
         reference: real and held out, uint8 [M, C, H, W]. Hand in `describe_images(…)` to score several sets against it.
         extractor: the evaluation network, see `describe_images`; one that no loss has seen.
         train: what the model was trained on; adds the memorisation check `nearest_distance_ratio`.
+        metrics: names of the metrics to compute, keys of `report.METRICS`; all that can be measured by default.
         batch_size: images in one pass of the network.
         seed: decides the random subsets, patches and directions; keep it equal across arms.
 
     Returns:
-        Metric name to value; `report.METRICS` says what each name means and which direction is better.
+        Metric name to value, in one order whichever are named; `report.METRICS` says what each name means and which
+        direction is better.
 
     Raises:
-        InputError: images that are not uint8, differ in shape from the reference, or are all one constant.
+        InputError: images that are not uint8, differ in shape from the reference, or are all one constant; a metric
+            that is not known, or was named and cannot be measured.
     """
+    names = _chosen(metrics)
     images = _described(images, extractor, batch_size, "images")
     reference = _described(reference, extractor, batch_size, "reference")
     shape = tuple(reference.images.shape[1:])
     require(tuple(images.images.shape[1:]) == shape, "images", f"have the reference's shape {shape}", _shape(images))
-    values = feature_metrics(images, reference, seed=seed)
-    if train is not None:
+    if train is not None and "nearest_distance_ratio" in names:
         train = _described(train, extractor, batch_size, "train")
-        values["nearest_distance_ratio"] = metrics.nearest_distance_ratio(
-            images.features, train.features, reference.features
-        )
-    return values | pixel_metrics(images.images, reference.images, seed=seed)
-
-
-def feature_metrics(images: ImageSet, reference: ImageSet, *, seed: int = 0) -> dict[str, float]:
-    """The metrics that need features and logits only."""
-    pair = images.features, reference.features
-    precision, recall = metrics.precision_recall(*pair)
-    density, coverage = metrics.density_coverage(*pair)
-    values = {
-        "frechet_distance": metrics.frechet_distance(*pair),
-        "sinkhorn_distance": metrics.sinkhorn_distance(*pair),
-        "sinkhorn_distance_scaled": metrics.sinkhorn_distance(*pair, normalize="median"),
-        "kernel_distance": metrics.kernel_distance(*pair, seed=seed),
-        "precision": precision,
-        "recall": recall,
-        "density": density,
-        "coverage": coverage,
-        "precision_distance": metrics.precision_distance(*pair),
-        "recall_distance": metrics.recall_distance(*pair),
-        "effective_rank": metrics.effective_rank(images.features),
-    }
-    if images.logits is not None and reference.logits is not None:
-        values["class_histogram_distance"] = metrics.class_histogram_distance(images.logits, reference.logits)
-    return values
-
-
-def pixel_metrics(images: Tensor, reference: Tensor, *, seed: int = 0) -> dict[str, float]:
-    """The pixel-space checks of uint8 images against uint8 real ones."""
-    images, reference = to_model_range(images), to_model_range(reference)
-    return {
-        "patch_sliced_wasserstein": pixels.patch_sliced_wasserstein(images, reference, seed=seed),
-        "spectrum_distance": pixels.spectrum_distance(images, reference),
-        "speckle_share": pixels.speckle_share(images),
-        "laplacian_response": pixels.laplacian_response(images),
-    }
+    else:
+        train = None
+    pair = Comparison(images, reference, train, seed)
+    values = {name: _MEASURES[name](pair) for name in names}
+    if metrics is not None:
+        for name in (name for name, value in values.items() if value is None):
+            raise InputError(f"`metrics` must leave out {name!r} or be given {_NEEDS[name]}")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def real_floor(
@@ -144,6 +196,7 @@ def real_floor(
     num_samples: int,
     *,
     extractor: Any,
+    metrics: Collection[str] | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -155,14 +208,28 @@ def real_floor(
         test: the reference of `evaluate_images`.
         train: real images to draw from, more than `num_samples` of them.
         num_samples: as many as the arms generate, because every metric depends on it.
-        extractor, batch_size, seed: as in `evaluate_images`; `seed` also decides the draw.
+        extractor, metrics, batch_size, seed: as in `evaluate_images`; `seed` also decides the draw.
     """
     train = _described(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     drawn, rest = (_rows(train, rows) for rows in order.tensor_split([num_samples]))
-    return evaluate_images(drawn, reference=test, extractor=extractor, train=rest, batch_size=batch_size, seed=seed)
+    return evaluate_images(
+        drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed
+    )
+
+
+def _chosen(metrics: Collection[str] | None) -> list[str]:
+    """The named metrics in the order of the results, all for None."""
+    if metrics is None:
+        return list(_MEASURES)
+    # A lone string is a collection of letters.
+    wanted = [metrics] if isinstance(metrics, str) else list(metrics)
+    require(bool(wanted), "metrics", "name at least one metric", wanted)
+    for name in wanted:
+        require(name in _MEASURES, "metrics", f"be among {', '.join(_MEASURES)}", name)
+    return [name for name in _MEASURES if name in wanted]
 
 
 def _described(images: Tensor | ImageSet, extractor: Any, batch_size: int, name: str) -> ImageSet:
@@ -182,7 +249,7 @@ def _shape(images: ImageSet) -> tuple[int, ...]:
 
 def _check_images(images: Tensor, name: str) -> None:
     good = isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8
-    require(good, name, "be a uint8 tensor [N, C, H, W]", metrics.tensor_summary(images))
+    require(good, name, "be a uint8 tensor [N, C, H, W]", feature_metrics.tensor_summary(images))
     require(len(images) >= 2, name, "hold at least 2 images", len(images))
     first = images[0, 0, 0, 0]
     require(bool((images != first).any()), name, "not be constant", int(first))

@@ -28,6 +28,13 @@ COLOURS = {
     "baseline": "#3b6fb6",
     "OT-trained": "#d97706",
     "OT-guided": "#0f9d76",
+    "vanilla, truncated": "#a16207",
+    "Gaussian": "#0e8fa8",
+    "Gaussian, class-wise": "#3b6fb6",
+    "VAE": "#8b5cf6",
+    "GAN": "#c2415d",
+    "OT": "#0f9d76",
+    "oracle": "#1f2937",
 }
 """Colours of the arms with a fixed one; the others take `SPARE_COLOURS` in the order in which they are named."""
 SPARE_COLOURS = ("#8b5cf6", "#c2415d", "#0e8fa8", "#7c6f1f", "#9d4f9a", "#52606d")
@@ -295,16 +302,46 @@ def tracking_curves(tracks: Mapping[str, Track], path: Path, *, titles: Mapping[
                     *((point.update, getattr(point, quantity)[distance]) for point in track.points), strict=True
                 )
                 axes.plot(updates, values, color=colours[run], marker="o", markersize=3.5, linewidth=1.7)
-            line = 0.0 if is_gap else next(iter(tracks.values())).base_line[distance]
-            axes.axhline(
-                line, color=FAINT if is_gap else INK, linestyle="-" if is_gap else "--", linewidth=1.1, zorder=1
-            )
-            if not is_gap:
+            if is_gap:
+                axes.axhline(0, color=FAINT, linewidth=1.1, zorder=1)
+            else:
+                axes.axhline(next(iter(tracks.values())).base_line[distance], color=INK, linestyle="--", linewidth=1.1)
                 _log_scale(axes)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             _finish(axes, title=title, xlabel="updates" if row == len(distances) - 1 else "")
             axes.set_ylabel((titles or {}).get(distance, distance) if column == 0 else "", fontsize=9, color=INK)
-    _legend(figure, colours, {"train – test": {"color": INK, "linestyle": "--"}})
+    _legend(figure, colours, others={"train – test": {"color": INK, "linestyle": "--"}})
+    return _save(figure, path)
+
+
+def line_panels(
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]],
+    path: Path,
+    *,
+    xlabel: str,
+    logarithmic: Sequence[str] = (),
+) -> Path:
+    """One panel for each quantity, one line with points for each arm, one legend for all.
+
+    Args:
+        panels: title to arm to {x: y}.
+        path: PNG file to write.
+        xlabel: what x is.
+        logarithmic: titles of the panels with a logarithmic y axis; the others start at 0.
+    """
+    require(bool(panels), "panels", "hold at least one quantity", panels)
+    colours = arm_colours(list(dict.fromkeys(arm for lines in panels.values() for arm in lines)))
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for index, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for arm, points in lines.items():
+            axes.plot(list(points), list(points.values()), color=colours[arm], linewidth=1.8, marker="o", markersize=4)
+        if title in logarithmic:
+            _log_scale(axes)
+        else:
+            axes.set_ylim(bottom=0)
+        _finish(axes, title=title, xlabel=xlabel)
+    _legend(figure, colours, columns=4)
     return _save(figure, path)
 
 
@@ -363,11 +400,17 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, colours: Mapping[str, str], others: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def _legend(
+    figure: Figure,
+    colours: Mapping[str, str],
+    columns: int | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """One legend for the whole figure, above it: a line per arm, then `others` with their own styles."""
     handles = [Line2D([], [], color=colour, linewidth=2.4, label=arm) for arm, colour in colours.items()]
     handles += [Line2D([], [], label=label, **style) for label, style in (others or {}).items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=10)
+    columns = columns or len(handles)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=10)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -8,6 +8,9 @@ The file's contents:
      "floor": {"metrics": {metric: value}},
      "provenance": {…}}
 
+It may name the metrics of its short tables (`"headline"`) and their cost columns (`"costs"`). An arm with
+`"bound": true` is what the others cannot beat, and never marked as the best.
+
 A comparison over several seeds adds `"seeds": [int, …]`; its values are then means, and each arm has
 `"intervals": {metric: {"low": value, "high": value}}`. `"summary"` (a sentence) and `"notes"` (several) stand with the
 table.
@@ -76,7 +79,17 @@ HEADLINE = (
     "nearest_distance_ratio",
     "patch_sliced_wasserstein",
 )
-"""The metrics of the short tables."""
+"""The metrics of the short tables, unless the results name others."""
+
+COSTS = {
+    "nfe": "NFE",
+    "seconds": "seconds",
+    "seconds_per_1000": "s per 1,000",
+    "parameters": "parameters",
+    "training_seconds": "training s",
+    "updates": "updates",
+}
+"""Keys of an arm that are costs, with their headings."""
 
 PACKAGES = (
     "ot-diffusers",
@@ -143,8 +156,13 @@ def write_report(
     return path
 
 
-def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
-    """Arms by metrics with the best value in bold and the real-vs-real floor last, in Markdown."""
+def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
+    """Arms by metrics with the best value in bold and the real-vs-real floor last, in Markdown.
+
+    Args:
+        results: the contents of `results.json`, see the module.
+        metrics: names of the columns; by default the results' headline.
+    """
     header, rows, best = _cells(results, metrics)
     bold = [[f"**{cell}**" if (r, c) in best else cell for c, cell in enumerate(row)] for r, row in enumerate(rows)]
     return markdown_rows([header, *bold])
@@ -157,7 +175,7 @@ def markdown_rows(rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ruler, *lines])
 
 
-def text_table(results: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
+def text_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
     """The same for a terminal: aligned columns, `*` behind the best value."""
     header, rows, best = _cells(results, metrics)
     starred = [
@@ -181,13 +199,14 @@ def format_number(value: float | None) -> str:
     if value is None:
         return "–"
     if isinstance(value, int) or 1000 <= abs(value) < 100_000:
-        return f"{value:.0f}"
+        return f"{value:,.0f}" if abs(value) >= 100_000 else f"{value:.0f}"
     return f"{value:#.3g}".rstrip(".")
 
 
 def best_arms(results: Mapping[str, Any], metric: str) -> set[str]:
     """The arms whose printed value of `metric` is the best; empty for fewer than two values or a missing floor."""
-    values = {arm: entry["metrics"][metric] for arm, entry in results["arms"].items() if metric in entry["metrics"]}
+    arms = {arm: entry for arm, entry in results["arms"].items() if not entry.get("bound")}
+    values = {arm: entry["metrics"][metric] for arm, entry in arms.items() if metric in entry["metrics"]}
     floor = results.get("floor", {}).get("metrics", {}).get(metric)
     better = METRICS[metric].better if metric in METRICS else "lower"
     if len(values) < 2 or (better == "floor" and floor is None):
@@ -199,19 +218,21 @@ def best_arms(results: Mapping[str, Any], metric: str) -> set[str]:
 
 
 def _cells(
-    results: Mapping[str, Any], metrics: Sequence[str]
+    results: Mapping[str, Any], metrics: Sequence[str] | None
 ) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
     """Header, rows of text, and the (row, column) of the best values; metrics that no arm has are left out."""
     _check(results)
     arms, floor = results["arms"], results.get("floor", {}).get("metrics", {})
-    metrics = [name for name in metrics if any(name in entry["metrics"] for entry in arms.values())]
-    header = ["", *(f"{_label(name)}\N{NO-BREAK SPACE}{_arrow(name)}" for name in metrics), "NFE", "seconds"]
+    wanted = metrics or results.get("headline", HEADLINE)
+    metrics = [name for name in wanted if any(name in entry["metrics"] for entry in arms.values())]
+    costs = results.get("costs", ("nfe", "seconds"))
+    labels = [f"{_label(name)}\N{NO-BREAK SPACE}{_arrow(name)}" for name in metrics]
+    header = ["", *labels, *(COSTS[name] for name in costs)]
     rows = [
         [
             arm,
             *(format_number(entry["metrics"].get(name)) for name in metrics),
-            format_number(entry.get("nfe")),
-            format_number(entry.get("seconds")),
+            *(format_number(entry.get(name)) for name in costs),
         ]
         for arm, entry in arms.items()
     ]
@@ -219,7 +240,7 @@ def _cells(
         (r, c + 1) for c, name in enumerate(metrics) for r, arm in enumerate(arms) if arm in best_arms(results, name)
     }
     if floor:
-        rows.append(["real vs real", *(format_number(floor.get(name)) for name in metrics), "–", "–"])
+        rows.append(["real vs real", *(format_number(floor.get(name)) for name in metrics), *["–"] * len(costs)])
     return header, rows, best
 
 
@@ -282,7 +303,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     if "summary" in results:
         return f"<p class='lead'>{escape(results['summary'])}</p>"
     metric = "frechet_distance"
-    arms = list(results["arms"])
+    arms = [arm for arm, entry in results["arms"].items() if not entry.get("bound")]
     values = [results["arms"][arm]["metrics"].get(metric) for arm in arms]
     if len(arms) < 2 or None in values or values[0] <= 0:
         return ""
@@ -298,7 +319,7 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 
 def _arms_table(results: Mapping[str, Any]) -> str:
-    header, rows, best = _cells(results, HEADLINE)
+    header, rows, best = _cells(results, None)
     colours = arm_colours(list(results["arms"]))
     lines = []
     for r, row in enumerate(rows):

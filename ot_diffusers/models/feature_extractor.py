@@ -53,11 +53,11 @@ class FeatureExtractor(ModelMixin, ConfigMixin):
     def extract(self, images: Tensor) -> Tensor:
         """Raw features [B, feature_dim] of images in the diffusion model's range, [-1, 1] (values outside are
         clamped)."""
-        return self(to_unit_range(images)).features
+        return self(to_unit_range(images), return_dict=False)[0]
 
     def logits(self, images: Tensor) -> Tensor:
         """Class logits [B, num_classes] of images in [-1, 1]."""
-        return self(to_unit_range(images)).logits
+        return self(to_unit_range(images), return_dict=False)[1]
 
     def _freeze(self) -> None:
         self.requires_grad_(False)

@@ -10,6 +10,7 @@ Options are keyword-only: diffusers forgets positional ones in `from_config`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,20 @@ class PriorMixin:
             return images
         noise = randn_tensor(tuple(images.shape), generator=generator, device=images.device, dtype=images.dtype)
         return alpha.to(images) * images + sigma.to(images) * noise
+
+    def at_truncation_timestep(self, truncation_timestep: int) -> Any:
+        """A copy that starts the chain at another T'. What it makes is clean, and the pipeline diffuses it further or
+        less far.
+
+        Raises:
+            InputError: a prior that makes x_T' itself, for its own T' only.
+        """
+        clean = self.prediction_type == "sample"
+        require(clean, "prior", 'make clean images (prediction_type "sample")', self.prediction_type)
+        require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
+        moved = copy.deepcopy(self)
+        moved.register_to_config(truncation_timestep=truncation_timestep)  # type: ignore[attr-defined]
+        return moved
 
     def _check_latents(self, latents: Tensor) -> None:
         valid = latents.ndim == 2 and latents.shape[1] == self.latent_dim

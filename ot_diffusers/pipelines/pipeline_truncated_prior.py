@@ -14,6 +14,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..errors import require
+from ..models.prior import GaussianPrior, PriorGenerator
 from ..schedules import alpha_sigma
 from .call import OUTPUT_TYPES, extra_step_arguments, finish_images
 
@@ -54,7 +55,7 @@ class TruncatedPriorPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "prior->unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, prior: Any, unet: UNet2DModel, scheduler: Any) -> None:
+    def __init__(self, prior: PriorGenerator | GaussianPrior, unet: UNet2DModel, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(prior=prior, unet=unet, scheduler=scheduler)
         self._nfe = 0

@@ -1,0 +1,93 @@
+"""The truncated set on disk: real images diffused to step T', as a data set in the Hub's layout.
+
+Training draws x_T' on the fly and needs none of this. It is for other programs, and for looking at what a prior learns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import ResidentImages, StreamedImages
+from .errors import require
+from .schedules import truncated_samples
+
+CHUNK = 1000
+"""Images that are held in memory at once."""
+SHARD_SIZE = 10_000
+
+
+def export_truncated_set(
+    images: ResidentImages | StreamedImages,
+    scheduler: Any,
+    folder: str | Path,
+    *,
+    num_epochs: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write x_T' of every image as parquet files that `datasets.load_dataset(folder)` opens.
+
+    Each row has `sample` (float16 [C, H, W]), the `index` of its image, the `epoch` of its noise, and the `label` where
+    there is one: the same x_T' as `truncated_samples` draws in training. A thousand images are in memory at once. The
+    folder is written aside and renamed.
+
+    Args:
+        images: a split of a data set.
+        scheduler: a truncated scheduler; its last timestep is the noise level.
+        folder: a new one.
+        num_epochs: independent noises of each image.
+        seed: of the noise.
+
+    Raises:
+        InputError: the folder exists.
+    """
+    import datasets
+
+    folder = Path(folder)
+    require(not folder.exists(), "output", "be a new folder", str(folder))
+    require(num_epochs >= 1, "num_epochs", "be at least 1", num_epochs)
+    columns = {
+        "sample": datasets.Array3D(images.image_shape, "float16"),
+        "index": datasets.Value("int64"),
+        "epoch": datasets.Value("int64"),
+    }
+    if images.labels is not None:
+        columns["label"] = datasets.Value("int64")
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    split = images.split.split()[0]
+    rows = [(epoch, index) for epoch in range(num_epochs) for index in range(0, len(images), SHARD_SIZE)]
+    for shard, (epoch, first) in enumerate(rows):
+        indices = torch.arange(first, min(first + SHARD_SIZE, len(images)))
+        table = datasets.Dataset.from_generator(
+            _rows,
+            features=datasets.Features(columns),
+            gen_kwargs={"images": images, "indices": indices, "scheduler": scheduler, "epoch": epoch, "seed": seed},
+            cache_dir=str(partial / "cache"),
+            split=split,
+        )
+        table.to_parquet(str(partial / "data" / f"{split}-{shard:05d}-of-{len(rows):05d}.parquet"))
+    shutil.rmtree(partial / "cache")
+    settings = {"dataset": images.name, "split": images.split, "seed": seed, "num_epochs": num_epochs}
+    settings |= {"truncation_timestep": scheduler.config.num_train_timesteps, "fingerprint": images.fingerprint}
+    (partial / "truncated_set.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    scheduler.save_pretrained(partial / "scheduler")
+    return partial.rename(folder)
+
+
+def _rows(
+    images: ResidentImages | StreamedImages, indices: torch.Tensor, scheduler: Any, epoch: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """One dictionary for each image, diffused in chunks."""
+    for chunk, clean in images.stream(indices.split(CHUNK)):
+        samples = truncated_samples(clean, chunk, scheduler, epoch=epoch, seed=seed).half().cpu().numpy()
+        for sample, index in zip(samples, chunk.tolist(), strict=True):
+            row = {"sample": sample, "index": index, "epoch": epoch}
+            yield row if images.labels is None else row | {"label": int(images.labels[index])}

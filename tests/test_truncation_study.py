@@ -1,0 +1,96 @@
+"""The study of priors on a tiny denoiser: every row, the curves, and a second call that repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from ot_diffusers.cli import main
+from ot_diffusers.errors import InputError
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
+from ot_diffusers.truncation_study import TruncationConfig
+
+SAMPLES = 16
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a finished study, and the arguments that made it."""
+    folder = tmp_path_factory.mktemp("truncation")
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+    )
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder / "denoiser")
+    ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=8).save_pretrained(folder / "features")
+    ResidualFeatureExtractor(sample_size=8, block_out_channels=(8,), feature_dim=8).save_pretrained(folder / "judge")
+    arguments = ["truncation", "--config", "digits/truncation.yaml", f"output_dir={folder / 'study'}"]
+    arguments += [f"denoiser={folder / 'denoiser'}", f"feature_extractor={folder / 'features'}"]
+    arguments += [f"evaluator={folder / 'judge'}", f"num_samples={SAMPLES}", "max_train_steps=2", "priors=gaussian,ot"]
+    arguments += ["truncation_timestep=4", "timesteps=4,20", "full_steps=3"]
+    assert main(arguments) == 0
+    return folder / "study", arguments
+
+
+def test_every_row_has_its_costs_and_metrics(study: tuple[Path, list[str]]) -> None:
+    results = json.loads((study[0] / "results.json").read_text("utf-8"))
+    calls = {name: arm["nfe"] for name, arm in results["arms"].items()}
+    # One call of the prior where there is one, four of the denoiser; the full chain has the steps it was asked for.
+    assert calls == {"vanilla, truncated": 4, "vanilla, full in 3": 3, "Gaussian": 5, "OT": 5, "oracle": 4}
+    assert set(results["floor"]["metrics"]) == set(results["arms"]["OT"]["metrics"])
+    assert results["arms"]["OT"]["updates"] == 2
+    assert results["arms"]["OT"]["parameters"] == 99_809  # the generator's, printed by every learned prior
+
+
+def test_priors_of_the_table_start_the_chain_at_any_step(study: tuple[Path, list[str]]) -> None:
+    curves = json.loads((study[0] / "results.json").read_text("utf-8"))["curves"]
+    assert set(curves) == {"vanilla, truncated", "Gaussian", "OT", "oracle"}
+    assert all(list(points) == ["4", "20"] for points in curves.values())
+    # Ten steps of the curves, or as many as there are.
+    assert [point["nfe"] for point in curves["OT"].values()] == [5, 11]
+
+
+def test_table_and_report_show_the_same_numbers(study: tuple[Path, list[str]]) -> None:
+    results = json.loads((study[0] / "results.json").read_text("utf-8"))
+    value = f"{results['arms']['OT']['metrics']['recall_distance']:#.3g}"
+    table, page = ((study[0] / name).read_text("utf-8") for name in ("results.md", "report.html"))
+    assert value in next(line for line in table.splitlines() if line.startswith("| OT |"))
+    assert value in page and page.count("data:image/png") == 4
+    assert f"{SAMPLES} generated against 540 test images of digits" in table
+
+
+def test_a_second_call_keeps_what_is_there(study: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted((study[0] / "samples").iterdir())
+    written = [file.stat().st_mtime_ns for file in files]
+    assert main(study[1]) == 0
+    assert [file.stat().st_mtime_ns for file in files] == written
+    assert "train prior_ot_4: done before" in capsys.readouterr().out
+    assert main([*study[1], "seed=1"]) == 2
+    assert "`output_dir`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priors": ("gaussian", "flow")}, "`priors` must be among gaussian"),
+        ({"timesteps": (10, 0)}, "`timesteps` must hold numbers from 1"),
+        ({"learned_timesteps": (7,)}, "`learned_timesteps` must be among timesteps"),
+        ({"num_samples": 1}, "`num_samples` must be at least 2"),
+        ({"max_train_seconds": 0.0}, "`max_train_seconds` must be positive"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TruncationConfig(**options)
