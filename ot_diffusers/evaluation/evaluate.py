@@ -36,16 +36,21 @@ class ImageSet:
         images: uint8 [N, C, H, W].
         features: [N, D], on the CPU.
         logits: [N, classes], on the CPU; None for a network without a classifier.
-        extractor: fingerprint of the network, so that features of different ones are not compared.
+        extractor: fingerprint of the network, so that features of different ones are not compared; None for unknown.
     """
 
     images: Tensor
     features: Tensor
     logits: Tensor | None
-    extractor: str
+    extractor: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def rows(self, rows: Tensor | slice) -> ImageSet:
+        """Some of the images."""
+        logits = None if self.logits is None else self.logits[rows]
+        return ImageSet(self.images[rows], self.features[rows], logits, self.extractor)
 
 
 def describe_images(
@@ -241,7 +246,7 @@ def real_floor(
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    drawn, rest = (_rows(train, rows) for rows in order.tensor_split([num_samples]))
+    drawn, rest = (train.rows(rows) for rows in order.tensor_split([num_samples]))
     return evaluate_images(
         drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed
     )
@@ -265,17 +270,12 @@ def _described(images: Tensor | ImageSet, extractor: Any, batch_size: int, name:
     return describe_images(images, extractor, batch_size=batch_size, name=name)
 
 
-def _rows(images: ImageSet, rows: Tensor) -> ImageSet:
-    logits = None if images.logits is None else images.logits[rows]
-    return ImageSet(images.images[rows], images.features[rows], logits, images.extractor)
-
-
 def _shape(images: ImageSet) -> tuple[int, ...]:
     return tuple(images.images.shape[1:])
 
 
 def _check_extractors(**sets: ImageSet | None) -> None:
-    described = {name: images.extractor for name, images in sets.items() if images is not None}
+    described = {name: images.extractor for name, images in sets.items() if images is not None and images.extractor}
     expected = described["reference"]
     for name, found in described.items():
         require(found == expected, name, "be described by the network that described `reference`", found[:12])
