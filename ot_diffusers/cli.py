@@ -111,7 +111,11 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="metrics of a pipeline or of an image folder", allow_abbrev=False)
     evaluate.add_argument("images", help="folder or Hub id of a saved pipeline, or a folder of images")
     evaluate.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
-    evaluate.add_argument("--evaluator", required=True, help="feature network that no loss has seen: folder or Hub id")
+    evaluate.add_argument(
+        "--evaluator",
+        required=True,
+        help="network that no loss has seen: folder, Hub id, or a name such as inception-v3-compat",
+    )
     evaluate.add_argument("--num-samples", type=int, help="how many images; default: as many as there are test images")
     evaluate.add_argument("--output", metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
@@ -371,20 +375,21 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The contents of `results.json` for one arm."""
     from .data import load_images
     from .evaluation.evaluate import evaluate_images, real_floor
+    from .evaluation.extractors import load_evaluator
     from .evaluation.report import provenance
-    from .features import check_trained_on, load_feature_extractor
+    from .features import check_trained_on
+    from .models.feature_extractor import FeatureExtractor
 
-    evaluator = load_feature_extractor(arguments.evaluator).to(_device(arguments.device))
-    config = evaluator.config
-    train, test = (
-        load_images(arguments.dataset, split, image_size=config.sample_size, channels=config.in_channels)
-        for split in ("train", "test")
-    )
-    check_trained_on(evaluator, train)
+    evaluator = load_evaluator(arguments.evaluator).to(_device(arguments.device))
+    own = evaluator.config if isinstance(evaluator, FeatureExtractor) else None
+    shape = {"image_size": own.sample_size, "channels": own.in_channels} if own else {}  # the others resize themselves
+    train, test = (load_images(arguments.dataset, split, **shape) for split in ("train", "test"))
+    if isinstance(evaluator, FeatureExtractor):
+        check_trained_on(evaluator, train)
     limit = len(train) - 2
     count = arguments.num_samples or min(len(test), limit)
     require(count <= limit, "num_samples", f"be at most {limit}, two fewer than the training images", count)
-    images, cost = _images_to_evaluate(arguments, count, config.in_channels)
+    images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
 
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
     metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
@@ -393,7 +398,10 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "title": f"{arguments.images} against {arguments.dataset}",
         "dataset": arguments.dataset,
         "num_samples": len(images),
-        "extractor": {"name": type(evaluator).__name__, "feature_dim": config.feature_dim},
+        "extractor": {
+            "name": type(evaluator).__name__ if own else arguments.evaluator,
+            "feature_dim": reference.features.shape[1],
+        },
         "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "sampling": _call_arguments(arguments)},

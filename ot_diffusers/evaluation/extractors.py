@@ -68,8 +68,6 @@ class FidelityExtractor(nn.Module):
     Args:
         name: registered name.
         weights: file with its weights; torch-fidelity downloads them by default.
-
-    Reference: [torch-fidelity].
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
@@ -113,8 +111,6 @@ class BackboneExtractor(nn.Module):
 
     Args:
         name_or_path: folder or Hub id.
-
-    Reference: [transformers].
     """
 
     mean: Tensor
