@@ -1,4 +1,4 @@
-"""The command line: `ot-diffusers demo | train | sample | evaluate | truncation | truncated-set`.
+"""The command line: `ot-diffusers demo | train | sample | evaluate | compare | track | stress | truncation | …`.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
 exit status 2.
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         arguments, unknown = make_parser().parse_known_args(argv)
-        if unknown and arguments.command not in (run_train, run_truncation):
+        if unknown and arguments.command not in (run_train, run_compare, run_truncation):
             raise InputError(f"unknown argument {unknown[0]!r}; see `ot-diffusers {arguments.name} --help`")
         return arguments.command(arguments, unknown)
     except InputError as error:
@@ -62,6 +62,9 @@ def make_parser() -> Parser:
     _add_train(commands)
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
+    _add_track(commands)
+    _add_stress(commands)
     _add_truncation(commands)
     _add_truncated_set(commands)
     return parser
@@ -108,13 +111,61 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="metrics of a pipeline or of an image folder", allow_abbrev=False)
     evaluate.add_argument("images", help="folder or Hub id of a saved pipeline, or a folder of images")
     evaluate.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
-    evaluate.add_argument("--evaluator", required=True, help="feature network that no loss has seen: folder or Hub id")
+    evaluate.add_argument(
+        "--evaluator",
+        required=True,
+        help="network that no loss has seen: folder, Hub id, or a name such as inception-v3-compat",
+    )
     evaluate.add_argument("--num-samples", type=int, help="how many images; default: as many as there are test images")
     evaluate.add_argument("--output", metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
     _add_sampling_options(evaluate)
     _add_overwrite(evaluate)
     evaluate.set_defaults(command=run_evaluate)
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="paired differences between arms over several seeds",
+        usage="ot-diffusers compare [ARM ...] [--config FILE] [options] [key=value ...]",
+        allow_abbrev=False,
+    )
+    compare.add_argument("arms", nargs="*", metavar="ARM", help="saved pipelines, or names of arms in the YAML file")
+    compare.add_argument("--config", metavar="FILE", help="YAML file of arms, or a preset such as digits/compare.yaml")
+    compare.add_argument("--dataset", help="real images: digits, mnist, cifar10, a Hub id or a folder")
+    compare.add_argument("--evaluator", help="feature network that no loss has seen: folder or Hub id, or a preset")
+    compare.add_argument("--seeds", help="how many seeds (5)")
+    compare.add_argument("--num-samples", help="images of each arm and seed; default: as many as there are test images")
+    compare.add_argument("--num-inference-steps", type=int, help="denoising steps; default: each pipeline's own")
+    compare.add_argument("--output", help="folder for everything, report.html among it (runs/comparison)")
+    compare.add_argument("--max-seconds", type=float, help="stop cleanly after this long; the same command goes on")
+    compare.set_defaults(command=run_compare)
+
+
+def _add_track(commands: Any) -> None:
+    track = commands.add_parser("track", help="distances to real images along training runs", allow_abbrev=False)
+    track.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folder of a train_baseline.py or train_ot.py run")
+    track.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
+    track.add_argument("--evaluator", required=True, help="feature network that no loss has seen: folder or Hub id")
+    track.add_argument("--num-samples", type=int, help="images of each checkpoint; default: as the smaller real split")
+    track.add_argument("--output", default="runs/tracking", help="folder for tracking.json and .png (%(default)s)")
+    _add_sampling_options(track)
+    track.set_defaults(command=run_track)
+
+
+def _add_stress(commands: Any) -> None:
+    stress = commands.add_parser("stress", help="do the metrics see what they should?", allow_abbrev=False)
+    stress.add_argument("--dataset", required=True, help="real images with labels: digits, mnist, cifar10, a Hub id, …")
+    stress.add_argument("--evaluator", required=True, help="feature network: folder or Hub id")
+    stress.add_argument("--num-samples", type=int, default=1000, help="images damaged, at most (%(default)s)")
+    stress.add_argument("--repeats", type=int, default=3, help="draws of each damage, for intervals (%(default)s)")
+    stress.add_argument(
+        "--output", default="runs/stress", help="folder for stress.json, stress.md, pictures (%(default)s)"
+    )
+    stress.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    stress.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
+    stress.set_defaults(command=run_stress)
 
 
 def _add_truncation(commands: Any) -> None:
@@ -182,6 +233,75 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         accelerate_config=arguments.accelerate_config,
     )
     return subprocess.call(command)
+
+
+def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """Arms over paired seeds; exit status 3 where the time was over before all seeds were done."""
+    words = [*arguments.arms, *unknown]
+    options = [word for word in words if word.startswith("-")]
+    require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
+    names = [word for word in words if "=" not in word or Path(word).exists()]
+    given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
+    given["output_dir"] = arguments.output
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides += [word for word in words if word not in names]
+    _prepare_libraries()
+    from .comparison import choose_arms, read_config, run_comparison
+
+    config = read_config(arguments.config, overrides, arguments.num_inference_steps)
+    results = run_comparison(choose_arms(config, names) if names else config, max_seconds=arguments.max_seconds)
+    return 0 if results["complete"] else 3
+
+
+def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Every checkpoint of the runs, and one picture of all."""
+    _prepare_libraries()
+    from .evaluation.plots import tracking_curves
+    from .evaluation.report import METRICS
+    from .evaluation.tracking import DISTANCES, track_runs
+
+    output = Path(arguments.output)
+    tracks = track_runs(
+        _named_folders(arguments.runs),
+        output,
+        dataset=arguments.dataset,
+        evaluator=arguments.evaluator,
+        num_samples=arguments.num_samples,
+        features=arguments.features,
+        call=_call_arguments(arguments),
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=_device(arguments.device),
+    )
+    print(tracking_curves(tracks, output / "tracking.png", titles={name: METRICS[name].label for name in DISTANCES}))
+    return 0
+
+
+def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
+    pairs = [run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run) for run in runs]
+    names = [name or Path(folder).name for name, _, folder in pairs]
+    if len(set(names)) < len(names):
+        names = [name or folder for name, _, folder in pairs]
+    require(len(set(names)) == len(names), "runs", "be different", list(runs))
+    return {name: Path(folder) for name, (_, _, folder) in zip(names, pairs, strict=True)}
+
+
+def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Damaged real images under every metric."""
+    _prepare_libraries()
+    from .stress_study import run_stress_study
+
+    run_stress_study(
+        arguments.dataset,
+        arguments.evaluator,
+        Path(arguments.output),
+        num_samples=arguments.num_samples,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        device=_device(arguments.device),
+    )
+    return 0
 
 
 def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -255,20 +375,21 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The contents of `results.json` for one arm."""
     from .data import load_images
     from .evaluation.evaluate import evaluate_images, real_floor
+    from .evaluation.extractors import load_evaluator
     from .evaluation.report import provenance
-    from .features import check_trained_on, load_feature_extractor
+    from .features import check_trained_on
+    from .models.feature_extractor import FeatureExtractor
 
-    evaluator = load_feature_extractor(arguments.evaluator).to(_device(arguments.device))
-    config = evaluator.config
-    train, test = (
-        load_images(arguments.dataset, split, image_size=config.sample_size, channels=config.in_channels)
-        for split in ("train", "test")
-    )
-    check_trained_on(evaluator, train)
+    evaluator = load_evaluator(arguments.evaluator).to(_device(arguments.device))
+    own = evaluator.config if isinstance(evaluator, FeatureExtractor) else None
+    shape = {"image_size": own.sample_size, "channels": own.in_channels} if own else {}  # the others resize themselves
+    train, test = (load_images(arguments.dataset, split, **shape) for split in ("train", "test"))
+    if isinstance(evaluator, FeatureExtractor):
+        check_trained_on(evaluator, train)
     limit = len(train) - 2
     count = arguments.num_samples or min(len(test), limit)
     require(count <= limit, "num_samples", f"be at most {limit}, two fewer than the training images", count)
-    images, cost = _images_to_evaluate(arguments, count, config.in_channels)
+    images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
 
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
     metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
@@ -277,7 +398,10 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "title": f"{arguments.images} against {arguments.dataset}",
         "dataset": arguments.dataset,
         "num_samples": len(images),
-        "extractor": {"name": type(evaluator).__name__, "feature_dim": config.feature_dim},
+        "extractor": {
+            "name": type(evaluator).__name__ if own else arguments.evaluator,
+            "feature_dim": reference.features.shape[1],
+        },
         "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "sampling": _call_arguments(arguments)},
@@ -306,7 +430,7 @@ def _describe(images: Any, evaluator: Any) -> Any:
     from .evaluation.evaluate import describe_images
     from .images import to_uint8
 
-    return describe_images(to_uint8(images.fetch(torch.arange(len(images)))), evaluator)
+    return describe_images(to_uint8(images.fetch(torch.arange(len(images)))), evaluator, cache=True)
 
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:

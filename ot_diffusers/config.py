@@ -385,7 +385,7 @@ def _read_value(text: str, kind: Any) -> Any:
     """The value of `key=text`: as it stands for an option that is text, otherwise as YAML would read it."""
     if text == "":
         return None
-    if str in (typing.get_args(kind) or (kind,)):
+    if typing.get_origin(kind) is not dict and str in (typing.get_args(kind) or (kind,)):
         return text
     try:
         return yaml.safe_load(text)
@@ -395,6 +395,8 @@ def _read_value(text: str, kind: Any) -> Any:
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`. YAML reads 1e-4 as text and 1 as an int, so numbers are converted rather than compared."""
+    if kind is Any:
+        return value
     arms = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in arms):
         require(type(None) in arms, key, f"be {_name(arms)}", value)
@@ -412,6 +414,13 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             number = float(value)
             require(number == number and abs(number) != float("inf"), key, "be finite", value)
             return number
+        if typing.get_origin(target) is dict:
+            require(isinstance(value, dict), key, "hold `name: value` lines", value)
+            kind = typing.get_args(target)[1]
+            return {str(name): _coerce(f"{key}.{name}", item, kind) for name, item in value.items()}
+        if isinstance(target, type) and dataclasses.is_dataclass(target):
+            require(isinstance(value, dict), key, "hold `name: value` lines", value)
+            return make_config(target, value)
         if typing.get_origin(target) is tuple:
             items = (
                 value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]

@@ -8,6 +8,9 @@
 | a folder                  | parquet or arrow files in a Hub layout, `save_to_disk` output, or image files |
 | anything else             | a data set's id on the Hub                                                    |
 
+Where the environment variable `OT_DIFFUSERS_DATASETS` names a folder with `mnist/` or `cifar10/` in their Hub layouts,
+these are read from there.
+
 Every data set has the splits `train`, `validation` and `test`. What it lacks is cut out of its train split,
 always in the same way: 1/6 for `test`, then 1/12 of the remaining images for `validation`. A test split that exists is
 used as it is.
@@ -16,6 +19,7 @@ used as it is.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +48,7 @@ __all__ = [
     "training_order",
 ]
 
+DATASETS_VARIABLE = "OT_DIFFUSERS_DATASETS"
 HUB_IDS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 SPLITS = ("train", "validation", "test")
 VALIDATION_NAMES = ("validation", "valid", "val")
@@ -232,7 +237,9 @@ def _open(dataset: str) -> datasets.DatasetDict:
     folder = Path(dataset).expanduser()
     if dataset == "digits":
         return _load_digits()
-    if dataset not in HUB_IDS and folder.is_dir():
+    if dataset in HUB_IDS:
+        folder = Path(os.environ.get(DATASETS_VARIABLE, os.devnull)) / dataset
+    if folder.is_dir():
         return _open_folder(folder)
     looks_like_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     require(not looks_like_path, "dataset", f"be {known}, an existing folder or a Hub id", dataset)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class InputError(ValueError):
     """Bad input from the user. Commands print the line and exit with status 2; libraries can catch it as
@@ -20,3 +22,17 @@ def require(condition: bool, argument: str, requirement: str, value: object) -> 
     """
     if not condition:
         raise InputError(f"`{argument}` must {requirement}, got {value!r}")
+
+
+def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], argument: str) -> None:
+    """Raise `InputError` where the results in a folder were made with other `settings`; the line shows what differs.
+
+    Example:
+        >>> require_same({"seed": 1, "steps": 50}, {"seed": 0, "steps": 50}, "output")
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `output` must be a new folder, or one made with {'seed': 1}, got {'seed': 0}
+    """
+    differing = [name for name, value in settings.items() if earlier.get(name) != value]
+    wanted, found = ({name: values.get(name) for name in differing} for values in (settings, earlier))
+    require(not differing, argument, f"be a new folder, or one made with {wanted}", found)

@@ -62,22 +62,31 @@ def train(runs: Mapping[str, Sequence[str]], output: Path, title: str, announce:
     if not waiting:
         announce(f"{title}: done before")
         return
-    # With every core busy, a second thread in a process only gets in the other process' way.
-    threads = str(max(1, (os.cpu_count() or 1) // len(waiting)))
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
     with stage(title, announce):
-        processes: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            for name, command in waiting.items():
-                with (output / "logs" / f"{name}.log").open("wb") as log:
-                    processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            for name, process in processes.items():
-                if process.wait() != 0:
-                    raise RuntimeError(f"training {name!r} failed:\n{end_of_log(output / 'logs' / f'{name}.log')}")
-        finally:
-            for process in processes.values():
-                process.terminate()
-                process.wait()
+        run_side_by_side(waiting, output)
+
+
+def run_side_by_side(commands: Mapping[str, Sequence[str]], output: Path) -> None:
+    """Run the commands at once, their output in `output/logs`.
+
+    Raises:
+        RuntimeError: one that failed, with the end of its log; the others are stopped.
+    """
+    # With every core busy, a second thread in a process only gets in the other process' way.
+    threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, command in commands.items():
+            with (output / "logs" / f"{name}.log").open("wb") as log:
+                processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        for name, process in processes.items():
+            if process.wait() != 0:
+                raise RuntimeError(f"training {name!r} failed:\n{end_of_log(output / 'logs' / f'{name}.log')}")
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.wait()
 
 
 def is_complete(run: Path) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import FeaturesConfig
 from .data import ResidentImages, StreamedImages
@@ -113,19 +114,23 @@ def cached_features(
 ) -> Tensor:
     """As `extract_features`, computed once per content of network and data and kept in the cache folder.
 
-    The key is a hash of the network's weights, the data's fingerprint and `squash`; the file is written aside and
-    renamed.
+    The key is a hash of the network's weights, the data's fingerprint and `squash`.
     """
     key = hashlib.sha256(f"{weights_fingerprint(network)} {images.fingerprint} {squash}".encode()).hexdigest()
     file = cache_folder() / "features" / f"{key}.safetensors"
     if file.is_file():
         return load_file(file, device=str(network.device))["features"]
     features = extract_features(network, images, squash=squash)
+    save_aside({"features": features}, file)
+    return features
+
+
+def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file under another name and rename it, so that no reader meets half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
-    save_file({"features": features.cpu().contiguous()}, partial)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, file)
-    return features
 
 
 def make_reference_bank(
@@ -148,7 +153,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("OT_DIFFUSERS_CACHE", "~/.cache/ot_diffusers")).expanduser()
 
 
-def weights_fingerprint(network: FeatureExtractor) -> str:
+def weights_fingerprint(network: nn.Module) -> str:
     """sha256 of class and weights: the same for the same function, wherever it was loaded from."""
     digest = hashlib.sha256(type(network).__name__.encode())
     for name, tensor in sorted(network.state_dict().items()):

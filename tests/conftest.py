@@ -30,3 +30,21 @@ def real_datasets() -> Path:
     if not folder:
         pytest.skip("OT_DIFFUSERS_DATASETS names no folder with mnist/ and cifar10/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A feature network for the digits as it is born: enough where only the machinery around it is tested."""
+    import torch
+
+    from ot_diffusers import ConvFeatureExtractor
+    from ot_diffusers.data import load_images
+
+    torch.manual_seed(0)
+    fingerprint = load_images("digits", "train").fingerprint
+    network = ConvFeatureExtractor(
+        sample_size=8, feature_dim=8, block_out_channels=(4, 8), data_fingerprint=fingerprint
+    )
+    folder = tmp_path_factory.mktemp("evaluator")
+    network.save_pretrained(folder)
+    return str(folder)

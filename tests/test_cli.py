@@ -69,7 +69,8 @@ def run(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train", "ot", "--help"], ["sample", "--help"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["train", "ot", "--help"], *([name, "--help"] for name in ("sample", "compare"))],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -130,6 +131,14 @@ BAD_INPUT = {
     "folder without images": ("evaluate {used} --dataset digits --evaluator {features}", "used"),
     "used results": ("evaluate {pipeline} --dataset digits --evaluator {features} --output {used}/file.txt", "output"),
     "too many samples": ("evaluate {pipeline} --dataset digits --evaluator {features} --num-samples 9999", "9999"),
+    "compare one": ("compare {pipeline} --dataset digits --evaluator {features} --output {new}", "at least two"),
+    "compare with none": ("compare {pipeline} ./nowhere --evaluator {features} --output {new}", "./nowhere"),
+    "compare with itself": ("compare {pipeline} {pipeline} --evaluator {features} --output {new}", "different"),
+    "compare, not a count": ("compare {pipeline} {features} --seeds many --output {new}", "many"),
+    "compare, unknown option": ("compare {pipeline} --colour red --output {new}", "--colour"),
+    "track no run": ("track {features} --dataset digits --evaluator {features} --output {new}", "train_baseline"),
+    "track one run twice": ("track {used} {used} --dataset digits --evaluator {features}", "different"),
+    "stress, one draw": ("stress --dataset digits --evaluator {features} --repeats 1 --output {new}", "repeats"),
     "demo into a used folder": ("demo --output {used}", "used"),
     "demo with a negative seed": ("demo --seed -1 --output {new}", "seed"),
 }

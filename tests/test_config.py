@@ -17,6 +17,7 @@ from ot_diffusers.config import (
     describe,
     load_config,
     make_config,
+    option,
     run_script,
 )
 from ot_diffusers.errors import InputError
@@ -261,3 +262,42 @@ def test_script_help_needs_no_main(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     shown = capsys.readouterr().out
     assert shown.startswith("accelerate launch train/train_ot.py")
     assert describe(OTConfig) in shown
+
+
+# --- Nested values ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Part:
+    width: int = option(1, "a number")
+
+
+@dataclasses.dataclass
+class Whole:
+    parts: dict[str, Part] = dataclasses.field(default_factory=dict, metadata={"help": "name to part"})
+    call: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"help": "anything"})
+
+
+def test_parts_of_a_configuration_are_read_like_the_whole(tmp_path: Path) -> None:
+    file = tmp_path / "whole.yaml"
+    file.write_text("parts:\n  first: {width: '3'}\ncall: {guidance_scale: 0, names: [a]}\n")
+    read = load_config(Whole, ["--config", str(file)])
+    assert read.parts == {"first": Part(3)} and read.call == {"guidance_scale": 0, "names": ["a"]}
+    assert load_config(Whole, ["call={steps: 10}"]).call == {"steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("parts: 3", "`parts` must hold `name: value` lines, got 3"),
+        ("parts: {first: 3}", "`parts.first` must hold `name: value` lines, got 3"),
+        ("parts: {first: {wdith: 3}}", "did you mean 'width'?"),
+        ("parts: {first: {width: wide}}", "`width` must be a whole number, got 'wide'"),
+    ],
+)
+def test_what_is_wrong_in_a_part_is_one_line_too(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "whole.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(Whole, ["--config", str(file)])
+    assert expected in str(caught.value)

@@ -352,6 +352,16 @@ def test_bad_orders_are_refused_before_the_first_batch():
             training_order(**options)
 
 
+def test_environment_names_the_folder_of_mnist(tmp_path, monkeypatch):
+    images = [make_image(seed) for seed in range(30)]
+    write_parquet(tmp_path / "mnist", train=make_table(images))
+    monkeypatch.setenv("OT_DIFFUSERS_DATASETS", str(tmp_path))
+    found = load_images("mnist", "test")
+    assert found.name == "mnist" and len(found) == 5
+    with pytest.raises(InputError, match="'cifar10'"):  # not in that folder, and the Hub is out of reach
+        load_images("cifar10", "test")
+
+
 # Real data
 
 

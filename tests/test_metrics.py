@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor, nn
+from torch_fidelity import metric_fid, metric_kid, metric_prc
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import metrics, pixels
@@ -18,6 +23,7 @@ from ot_diffusers.evaluation.report import METRICS
 
 FEATURE_METRICS = [
     metrics.frechet_distance,
+    metrics.frechet_distance_infinity,
     metrics.kernel_distance,
     metrics.precision_recall,
     metrics.sinkhorn_distance,
@@ -95,6 +101,108 @@ class TestPrecisionRecall:
         assert metrics.precision_recall(torch.cat([near, near + 1000]), near) == (0.5, 1.0)
 
 
+class TestFrechetDistanceInfinity:
+    @pytest.mark.parametrize("rows", [400, 1000])
+    def test_removes_the_bias_between_equal_gaussians(self, rows: int) -> None:
+        """Both sets from N(0, I) in 20 dimensions: the distance is 0, the plain estimate far above it."""
+        pairs = [(gaussian(rows, 20, seed=2 * i), gaussian(rows, 20, seed=2 * i + 1)) for i in range(8)]
+        plain = sum(metrics.frechet_distance(*pair) for pair in pairs) / 8
+        values = [metrics.frechet_distance_infinity(*pair) for pair in pairs]
+        # What is left of the bias is of second order in D/n, n ≥ 2D, and the error of eight draws.
+        assert abs(sum(values) / 8) < 0.15 * plain
+        assert min(values) < 0 < max(values) or max(map(abs, values)) < 0.3 * plain
+
+    def test_keeps_a_shift_and_its_seed(self) -> None:
+        """A translation by v of every row costs ‖v‖² in addition to the same bias."""
+        x, y = gaussian(800, seed=1), gaussian(600, seed=2)
+        found = [metrics.frechet_distance_infinity(x + 2, y, seed=seed) for seed in (3, 3, 4)]
+        # The means of 600 rows are off by 1/√600 a coordinate: 2·2·6 coordinates·.04 at most.
+        assert found[0] == pytest.approx(24, abs=1)
+        assert found[0] == found[1] != found[2]
+
+    def test_refuses_sets_too_small_for_a_line(self) -> None:
+        with pytest.raises(InputError, match="at least 4 rows in either set, got 3"):
+            metrics.frechet_distance_infinity(gaussian(3), gaussian(10))
+
+
+def fidelity_frechet(x: Tensor, y: Tensor) -> float:
+    statistics = [metric_fid.fid_features_to_statistics(rows.double()) for rows in (x, y)]
+    return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID]
+
+
+def fidelity_kernel(x: Tensor, y: Tensor, subset_size: int, seed: int) -> float:
+    options = {"kid_subsets": 7, "kid_subset_size": subset_size, "rng_seed": seed, "verbose": False}
+    return metric_kid.kid_features_to_metric(x.double(), y.double(), **options)[metric_kid.KEY_METRIC_KID_MEAN]
+
+
+def fidelity_precision_recall(x: Tensor, y: Tensor, num_neighbors: int) -> tuple[float, float]:
+    options = {"prc_neighborhood": num_neighbors, "prc_batch_size": 10000, "save_cpu_ram": False, "verbose": False}
+    values = metric_prc.prc_features_to_metric(x.double(), y.double(), **options)
+    return values["precision"], values["recall"]
+
+
+class TestAgainstTorchFidelity:
+    """torch-fidelity's own functions on the same features, in float64."""
+
+    sizes = pytest.mark.parametrize(("rows", "reference_rows"), [(200, 200), (70, 300), (300, 40)])
+
+    @sizes
+    @pytest.mark.parametrize("columns", [5, 30])
+    def test_frechet_distance(self, rows: int, reference_rows: int, columns: int) -> None:
+        x, y = gaussian(rows, columns, seed=1, mean=0.2, scale=1.3), gaussian(reference_rows, columns, seed=2)
+        # Both float64; theirs takes the eigenvalues of a matrix that is not symmetric.
+        assert metrics.frechet_distance(x, y) == pytest.approx(fidelity_frechet(x, y), rel=1e-9)
+
+    @pytest.mark.filterwarnings("ignore:Fréchet distance from 20 samples")
+    def test_frechet_distance_of_singular_covariances(self) -> None:
+        x, y = gaussian(20, 40, seed=1, mean=0.2), gaussian(300, 40, seed=2)
+        # Theirs takes roots of eigenvalues that are 0 up to rounding, √1e-16 each.
+        assert metrics.frechet_distance(x, y) == pytest.approx(fidelity_frechet(x, y), rel=1e-6)
+
+    @sizes
+    @pytest.mark.parametrize("subset_size", [20, 1000])
+    def test_kernel_distance(self, rows: int, reference_rows: int, subset_size: int) -> None:
+        x, y = gaussian(rows, seed=1, mean=0.2), gaussian(reference_rows, seed=2)
+        x[: len(x) // 2] = x[0]
+        size = min(subset_size, rows, reference_rows)  # theirs refuses subsets larger than a set
+        found = metrics.kernel_distance(x, y, num_subsets=7, subset_size=subset_size, seed=5)
+        assert found == pytest.approx(fidelity_kernel(x, y, size, 5), rel=1e-9)  # float64 sums in another order
+
+    @sizes
+    @pytest.mark.parametrize("num_neighbors", [1, 3, 7])
+    def test_precision_recall(self, rows: int, reference_rows: int, num_neighbors: int) -> None:
+        x, y = gaussian(rows, seed=1, mean=0.5), gaussian(reference_rows, seed=2)
+        expected = fidelity_precision_recall(x, y, num_neighbors)
+        # No ties between continuous draws: the same counts; theirs are divided in float32.
+        assert metrics.precision_recall(x, y, num_neighbors=num_neighbors) == pytest.approx(expected, rel=1e-6)
+
+    def test_precision_recall_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pair = gaussian(60, seed=1, mean=0.5), gaussian(80, seed=2)
+        whole = metrics.neighbor_statistics(*pair)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 900)
+        parts = metrics.neighbor_statistics(*pair)
+        assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-12)  # products of other sizes round differently
+
+
+class TestNeighborTies:
+    """Copies put points exactly on the surfaces of balls, where rounding must not decide."""
+
+    def test_copies_of_the_reference_are_inside(self) -> None:
+        """The reference in another order: each of its k-balls holds exactly the point itself and its k neighbours."""
+        reference = gaussian(300, 20) * 10 + 100
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+        found = metrics.neighbor_statistics(reference[order], reference)
+        assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
+        assert found.density == (5 + 1) / 5
+        assert (found.precision_distance, found.recall_distance) == (0, 0)
+
+    def test_balls_of_radius_zero_hold_copies_only(self) -> None:
+        """One generated image repeated, a copy of one real image: recall is that image's share."""
+        real = gaussian(50, 20) + 30
+        found = metrics.neighbor_statistics(real[:1].repeat(40, 1), real)
+        assert (found.precision, found.recall) == (1, 1 / 50)
+
+
 class TestSinkhornDistance:
     @pytest.mark.parametrize(("normalize", "blur"), [("l2", 0.05), ("median", 0.3), ("none", 0.5)])
     def test_agrees_with_geomloss(self, normalize: metrics.Normalization, blur: float) -> None:
@@ -143,7 +251,7 @@ class TestNearestDistances:
     def test_blocks_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
         queries, points = gaussian(50, seed=1), gaussian(70, seed=2)
         whole = metrics.nearest_distances(queries, points)
-        monkeypatch.setattr(metrics, "BLOCK_SIZE", 7)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 500)
         assert torch.equal(metrics.nearest_distances(queries, points), whole)
         direct = (queries.double()[:, None] - points.double()).norm(dim=2).min(dim=1).values
         assert torch.allclose(whole, direct, rtol=1e-12)  # float64, another order of summation
@@ -171,7 +279,7 @@ class TestCounts:
     def test_density_coverage_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = gaussian(60, seed=1), gaussian(80, seed=2)
         whole = metrics.density_coverage(*pair)
-        monkeypatch.setattr(metrics, "BLOCK_SIZE", 13)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 900)
         assert metrics.density_coverage(*pair) == whole
 
     def test_effective_rank_counts_equal_directions(self) -> None:
@@ -187,6 +295,10 @@ class TestCounts:
 
 
 class TestBadInput:
+    def test_class_histogram_without_classes(self) -> None:
+        with pytest.raises(InputError, match=r"`logits` must score at least one class, got \(4, 0\)"):
+            metrics.class_histogram_distance(torch.zeros(4, 0), torch.zeros(5, 0))
+
     @pytest.mark.parametrize("metric", FEATURE_METRICS)
     def test_one_line_names_the_argument(self, metric: Callable[[Tensor, Tensor], object]) -> None:
         good, bad = gaussian(10), gaussian(10)
@@ -293,7 +405,7 @@ class TestEvaluateImages:
     def test_equal_sets_score_zero(self, network: TinyClassifier) -> None:
         images = random_images(60)
         values = evaluate_images(images, reference=images, extractor=network)
-        for name in ("frechet_distance", "sinkhorn_distance", "sinkhorn_distance_scaled"):
+        for name in ("frechet_distance", "frechet_distance_infinity", "sinkhorn_distance", "sinkhorn_distance_scaled"):
             assert values[name] == pytest.approx(0, abs=1e-5), name  # float32 potentials, float64 eigenvalues
         for name in ("recall_distance", "precision_distance", "patch_sliced_wasserstein", "spectrum_distance"):
             assert values[name] == 0, name
@@ -344,9 +456,84 @@ class TestEvaluateImages:
 
     def test_refusals(self, network: TinyClassifier) -> None:
         images = random_images(10)
-        with pytest.raises(InputError, match=r"`images` must be a uint8 tensor \[N, C, H, W\], got \(torch.float32"):
-            evaluate_images(images.float(), reference=images, extractor=network)
         with pytest.raises(InputError, match="`images` must not be constant, got 0"):
             evaluate_images(torch.zeros_like(images), reference=images, extractor=network)
         with pytest.raises(InputError, match="`num_samples` must be from 2 to 8"):
             real_floor(images, images, 9, extractor=network)
+
+    @pytest.mark.parametrize(
+        ("convert", "advice"),
+        [
+            (lambda x: x.float(), r"for floats in [0, 255]: images.round()"),
+            (lambda x: x / 255, r"for floats in [0, 1]: (255 * images)"),
+            (lambda x: x / 127.5 - 1, r"for floats in [-1, 1]: ot_diffusers.images.to_uint8"),
+            (lambda x: x.float() * torch.nan, "they hold NaN or infinity"),
+            (lambda x: x.float() - 300, "they range from -3"),
+        ],
+    )
+    def test_float_images_are_told_their_range(
+        self, network: TinyClassifier, convert: Callable[[Tensor], Tensor], advice: str
+    ) -> None:
+        images = random_images(10)
+        message = r"`images` must be a uint8 tensor \[N, C, H, W\] \(" + re.escape(advice)
+        with pytest.raises(InputError, match=message):
+            evaluate_images(convert(images), reference=images, extractor=network)
+
+    def test_sets_of_different_networks_are_not_compared(self, network: TinyClassifier) -> None:
+        other = copy.deepcopy(network)
+        with torch.no_grad():
+            other.head.bias += 1
+        images, reference = random_images(20), describe_images(random_images(20, seed=1), other)
+        with pytest.raises(InputError, match="`images` must be described by the network that described `reference`"):
+            evaluate_images(images, reference=reference, extractor=network)
+        train = describe_images(random_images(20, seed=2), network)
+        with pytest.raises(InputError, match="`train` must be described by the network"):
+            evaluate_images(images, reference=reference, extractor=other, train=train)
+        same = describe_images(images, copy.deepcopy(other))
+        assert evaluate_images(same, reference=reference, extractor=other, metrics=["recall"])
+
+    def test_features_that_are_not_numbers(self, network: TinyClassifier) -> None:
+        with torch.no_grad():
+            network.features[1].bias[0] = torch.nan
+        images = random_images(10)
+        with pytest.raises(InputError, match="`features` must have no row with NaN or infinity, got 10"):
+            evaluate_images(images, reference=images, extractor=network)
+
+
+class TestCachedDescriptions:
+    @pytest.fixture
+    def calls(self, network: TinyClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Batch sizes that have gone through the network, with an empty cache folder."""
+        monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path))
+        seen: list[int] = []
+        network.features.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        return seen
+
+    def test_second_call_does_not_run_the_network(self, network: TinyClassifier, calls: list[int]) -> None:
+        first = describe_images(random_images(9), network, cache=True)
+        assert sum(calls) == 18  # features, and logits
+        second = describe_images(random_images(9), copy.deepcopy(network), cache=True)
+        assert sum(calls) == 18
+        assert torch.equal(first.features, second.features)
+        assert first.logits is not None and second.logits is not None and torch.equal(first.logits, second.logits)
+        assert first.extractor == second.extractor
+
+    def test_other_pixels_shapes_and_weights_miss(self, network: TinyClassifier, calls: list[int]) -> None:
+        images = random_images(9)
+        describe_images(images, network, cache=True)
+        images[3, 0, 2, 2] ^= 1
+        describe_images(images, network, cache=True)
+        assert sum(calls) == 36
+        describe_images(images.reshape(9, 1, 4, 16), network, cache=True)
+        assert sum(calls) == 54
+        with torch.no_grad():
+            network.head.weight[0, 0] += 1
+        described = describe_images(images, network, cache=True)
+        assert sum(calls) == 72
+        assert torch.equal(described.features, describe_images(images, network).features)
+
+    def test_nothing_is_kept_without_being_asked(
+        self, network: TinyClassifier, calls: list[int], tmp_path: Path
+    ) -> None:
+        describe_images(random_images(9), network)
+        assert not list(tmp_path.iterdir())

@@ -17,7 +17,10 @@ from PIL import Image
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import plots, report, stress
-from ot_diffusers.evaluation.intervals import holm, paired_difference
+from ot_diffusers.evaluation.differences import difference_rows, interval_rows, summary
+from ot_diffusers.evaluation.evaluate import ImageSet
+from ot_diffusers.evaluation.failures import worst_samples
+from ot_diffusers.evaluation.intervals import holm, mean_interval, paired_difference
 
 
 @pytest.fixture
@@ -203,7 +206,71 @@ class TestPlots:
             plots.bars(results, "fid", tmp_path / "x.png")
 
 
+class TestComparisons:
+    """What a comparison over seeds adds to the results: intervals, differences, further tables."""
+
+    @pytest.fixture
+    def compared(self, results: dict[str, Any]) -> dict[str, Any]:
+        for entry in results["arms"].values():
+            mean = entry["metrics"]["frechet_distance"]
+            entry["intervals"] = {"frechet_distance": {"low": mean - 0.001, "high": mean + 0.001}}
+        found = {"mean": -0.0047, "low": -0.006, "high": -0.0034, "p_holm": 0.001, "shown": True}
+        none = {"mean": -0.0003, "low": -0.002, "high": 0.0014, "p_holm": 0.7, "shown": False}
+        results["differences"] = {"OT-trained": {"frechet_distance": none}, "mine": {"frechet_distance": found}}
+        return results | {"seeds": [0, 1, 2], "primary_metric": "frechet_distance"}
+
+    def test_summary_and_rows(self, compared: dict[str, Any]) -> None:
+        verdicts = "OT-trained: no difference shown (−4.8%); mine: better (−75.8%)"
+        assert summary(compared) == f"Fréchet, paired with baseline over 3 seeds — {verdicts}."
+        header, row = difference_rows(compared, "mine")
+        assert header[1:3] == ["verdict", "difference"]
+        assert row[:4] == ["Fréchet (primary)", "better", "−0.00470", "−0.00600 … −0.00340"]
+        assert interval_rows(compared, ["frechet_distance"])[1:3] == [
+            ["baseline", "0.00620 ± 0.001"],
+            ["OT-trained", "0.00591 ± 0.001"],
+        ]
+
+    def test_report_shows_tables_notes_and_the_summary(self, compared: dict[str, Any], tmp_path: Path) -> None:
+        compared |= {"summary": "Nothing <new>.", "notes": ["Read with care."]}
+        page = report.write_report(
+            compared, {}, tmp_path / "report.html", tables={"Against baseline": difference_rows(compared, "mine")}
+        ).read_text("utf-8")
+        for text in ("Nothing &lt;new&gt;.", "Read with care.", "Against baseline", "Means over 3 seeds.", "3 seeds"):
+            assert text in page, text
+        assert "−76%" not in page and "One run is one draw" not in page
+
+    def test_pictures(self, compared: dict[str, Any], tmp_path: Path) -> None:
+        """Bars with whiskers are as large as without; differences need a metric each."""
+        bars = plots.bars(compared, "frechet_distance", tmp_path / "bars.png")
+        drawn = plots.differences(compared, {"frechet_distance": "Fréchet"}, tmp_path / "differences.png")
+        assert Image.open(bars).size[0] > 1000 and Image.open(drawn).size[0] > 1000
+        with pytest.raises(InputError, match="`results` must hold differences"):
+            plots.differences(compared | {"differences": {}}, {"frechet_distance": "x"}, tmp_path / "none.png")
+
+
+class TestFailures:
+    def test_worst_first_with_the_nearest_real_image_beside(self, tmp_path: Path) -> None:
+        """On a line, real images at 0, 10, 20 and samples at 1, 14, 26, 9: distances 1, 4, 6, 1."""
+        real, made = torch.tensor([[0.0], [10.0], [20.0]]), torch.tensor([[1.0], [14.0], [26.0], [9.0]])
+        sets = [
+            ImageSet(x.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous(), x, None)
+            for x in (made, real)
+        ]
+        worst, nearest = worst_samples(*sets, 2)
+        assert worst[:, 0, 0, 0].tolist() == [26, 14] and nearest[:, 0, 0, 0].tolist() == [20, 10]
+        gallery = plots.failure_gallery({"baseline": (worst, nearest)}, tmp_path / "failures.png")
+        assert Image.open(gallery).size[0] > 1000
+        with pytest.raises(InputError, match="`count` must lie in 1 … 4, got 5"):
+            worst_samples(*sets, 5)
+
+
 class TestIntervals:
+    def test_interval_of_a_mean(self) -> None:
+        values = [1.0, 2.0, 4.0, 3.0]
+        found = mean_interval(values)
+        expected = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+        assert (found.low, found.high) == pytest.approx(expected, rel=1e-12) and found.mean == 2.5
+
     def test_agrees_with_scipy(self) -> None:
         a, b = [1.0, 2.0, 4.0, 3.0, 5.0], [0.5, 1.0, 3.5, 2.0, 4.0]
         found, expected = paired_difference(a, b), scipy.stats.ttest_rel(b, a)
@@ -274,10 +341,21 @@ class TestStress:
 
     def test_dropped_classes_are_gone(self) -> None:
         labels = self.IMAGES[:, 0, 0, 0].long() % 10
-        damaged = stress.drop_classes(labels)(self.IMAGES, 3, torch.Generator().manual_seed(0))
-        assert len(damaged) == 200 and set((damaged[:, 0, 0, 0] % 10).tolist()) == set(range(3, 10))
+        draws = {
+            amount: stress.drop_classes(labels)(self.IMAGES, amount, torch.Generator().manual_seed(0))
+            for amount in (3, 5)
+        }
+        left = {amount: set((damaged[:, 0, 0, 0] % 10).tolist()) for amount, damaged in draws.items()}
+        assert all(len(damaged) == 200 for damaged in draws.values())
+        assert len(left[3]) == 7 and len(left[5]) == 5 and left[5] < left[3]
         with pytest.raises(InputError, match="`amount` must leave one of 10 classes, got 10"):
             stress.drop_classes(labels)(self.IMAGES, 10, torch.Generator())
+
+    def test_an_empty_class_cannot_be_dropped(self) -> None:
+        with pytest.raises(InputError, match=r"`labels` must give every class at least one image, .* class \[1\]"):
+            stress.drop_classes(torch.tensor([0, 2, 2]))
+        with pytest.raises(InputError, match="`labels` must be a tensor of integers"):
+            stress.drop_classes(torch.tensor([]))
 
     def test_verdicts(self) -> None:
         def measure(images: torch.Tensor) -> dict[str, float]:

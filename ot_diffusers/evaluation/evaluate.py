@@ -8,15 +8,19 @@ floor = real_floor(reference, train, len(samples), extractor=evaluator)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError, require
+from ..features import cache_folder, save_aside, weights_fingerprint
 from ..images import to_model_range
 from . import metrics as feature_metrics
 from . import pixels
@@ -32,17 +36,26 @@ class ImageSet:
         images: uint8 [N, C, H, W].
         features: [N, D], on the CPU.
         logits: [N, classes], on the CPU; None for a network without a classifier.
+        extractor: fingerprint of the network, so that features of different ones are not compared; None for unknown.
     """
 
     images: Tensor
     features: Tensor
     logits: Tensor | None
+    extractor: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def rows(self, rows: Tensor | slice) -> ImageSet:
+        """Some of the images."""
+        logits = None if self.logits is None else self.logits[rows]
+        return ImageSet(self.images[rows], self.features[rows], logits, self.extractor)
 
-def describe_images(images: Tensor, extractor: Any, *, batch_size: int = BATCH_SIZE, name: str = "images") -> ImageSet:
+
+def describe_images(
+    images: Tensor, extractor: Any, *, batch_size: int = BATCH_SIZE, cache: bool = False, name: str = "images"
+) -> ImageSet:
     """Pass uint8 images [N, C, H, W] through `extractor`, in evaluation mode and without gradients.
 
     Args:
@@ -50,23 +63,44 @@ def describe_images(images: Tensor, extractor: Any, *, batch_size: int = BATCH_S
         extractor: a module with `extract(images in [-1, 1]) -> features [B, D]` and, for class histograms,
             `logits(images)`.
         batch_size: images in one pass; the features do not depend on it.
+        cache: for fixed sets: keep what the network says in the cache folder, under a hash of pixels and weights, and
+            take it from there when the same images come back.
         name: what an error calls the images.
     """
     _check_images(images, name)
+    fingerprint = weights_fingerprint(extractor)
+    if cache:
+        file = _cache_file(images, fingerprint)
+        if not file.is_file():
+            save_aside(_run(extractor, images, batch_size), file)
+        found = load_file(file)
+    else:
+        found = _run(extractor, images, batch_size)
+    return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint)
+
+
+def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Features and, where there is a classifier, logits on the CPU; the network's mode is left as it was."""
     parameter = next(extractor.parameters())
     was_training = extractor.training
     extractor.eval()
-    features, logits = [], []
+    outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
     try:
         with torch.no_grad():
             for batch in images.split(batch_size):
                 batch = to_model_range(batch).to(device=parameter.device, dtype=parameter.dtype)
-                features.append(extractor.extract(batch).float().cpu())
+                outputs["features"].append(extractor.extract(batch).float().cpu())
                 if hasattr(extractor, "logits"):
-                    logits.append(extractor.logits(batch).float().cpu())
+                    outputs["logits"].append(extractor.logits(batch).float().cpu())
     finally:
         extractor.train(was_training)
-    return ImageSet(images.cpu(), torch.cat(features), torch.cat(logits) if logits else None)
+    return {name: torch.cat(parts) for name, parts in outputs.items() if parts}
+
+
+def _cache_file(images: Tensor, fingerprint: str) -> Path:
+    digest = hashlib.sha256(f"{fingerprint} {tuple(images.shape)}".encode())
+    digest.update(images.cpu().contiguous().numpy().data)
+    return cache_folder() / "descriptions" / f"{digest.hexdigest()}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -100,12 +134,8 @@ class Comparison:
         return to_model_range(self.images.images), to_model_range(self.reference.images)
 
     @cached_property
-    def precision_recall(self) -> feature_metrics.PrecisionRecall:
-        return feature_metrics.precision_recall(*self.features)
-
-    @cached_property
-    def density_coverage(self) -> feature_metrics.DensityCoverage:
-        return feature_metrics.density_coverage(*self.features)
+    def neighbors(self) -> feature_metrics.NeighborStatistics:
+        return feature_metrics.neighbor_statistics(*self.features)
 
     def class_histogram_distance(self) -> float | None:
         return None if self.logits is None else feature_metrics.class_histogram_distance(*self.logits)
@@ -121,15 +151,16 @@ class Comparison:
 # In the order of the results. None stands for what cannot be measured: no classifier, or no training images.
 _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "frechet_distance": lambda pair: feature_metrics.frechet_distance(*pair.features),
+    "frechet_distance_infinity": lambda pair: feature_metrics.frechet_distance_infinity(*pair.features, seed=pair.seed),
     "sinkhorn_distance": lambda pair: feature_metrics.sinkhorn_distance(*pair.features),
     "sinkhorn_distance_scaled": lambda pair: feature_metrics.sinkhorn_distance(*pair.features, normalize="median"),
     "kernel_distance": lambda pair: feature_metrics.kernel_distance(*pair.features, seed=pair.seed),
-    "precision": lambda pair: pair.precision_recall.precision,
-    "recall": lambda pair: pair.precision_recall.recall,
-    "density": lambda pair: pair.density_coverage.density,
-    "coverage": lambda pair: pair.density_coverage.coverage,
-    "precision_distance": lambda pair: feature_metrics.precision_distance(*pair.features),
-    "recall_distance": lambda pair: feature_metrics.recall_distance(*pair.features),
+    "precision": lambda pair: pair.neighbors.precision,
+    "recall": lambda pair: pair.neighbors.recall,
+    "density": lambda pair: pair.neighbors.density,
+    "coverage": lambda pair: pair.neighbors.coverage,
+    "precision_distance": lambda pair: pair.neighbors.precision_distance,
+    "recall_distance": lambda pair: pair.neighbors.recall_distance,
     "effective_rank": lambda pair: feature_metrics.effective_rank(pair.images.features),
     "class_histogram_distance": Comparison.class_histogram_distance,
     "nearest_distance_ratio": Comparison.nearest_distance_ratio,
@@ -170,8 +201,8 @@ def evaluate_images(
         direction is better.
 
     Raises:
-        InputError: images that are not uint8, differ in shape from the reference, or are all one constant; a metric
-            that is not known, or was named and cannot be measured.
+        InputError: images that are not uint8, differ in shape from the reference, or are all one constant; sets that
+            were described by different networks; a metric that is not known, or was named and cannot be measured.
     """
     names = _chosen(metrics)
     images = _described(images, extractor, batch_size, "images")
@@ -182,6 +213,7 @@ def evaluate_images(
         train = _described(train, extractor, batch_size, "train")
     else:
         train = None
+    _check_extractors(images=images, reference=reference, train=train)
     pair = Comparison(images, reference, train, seed)
     values = {name: _MEASURES[name](pair) for name in names}
     if metrics is not None:
@@ -214,7 +246,7 @@ def real_floor(
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    drawn, rest = (_rows(train, rows) for rows in order.tensor_split([num_samples]))
+    drawn, rest = (train.rows(rows) for rows in order.tensor_split([num_samples]))
     return evaluate_images(
         drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed
     )
@@ -238,18 +270,35 @@ def _described(images: Tensor | ImageSet, extractor: Any, batch_size: int, name:
     return describe_images(images, extractor, batch_size=batch_size, name=name)
 
 
-def _rows(images: ImageSet, rows: Tensor) -> ImageSet:
-    logits = None if images.logits is None else images.logits[rows]
-    return ImageSet(images.images[rows], images.features[rows], logits)
-
-
 def _shape(images: ImageSet) -> tuple[int, ...]:
     return tuple(images.images.shape[1:])
 
 
+def _check_extractors(**sets: ImageSet | None) -> None:
+    described = {name: images.extractor for name, images in sets.items() if images is not None and images.extractor}
+    expected = described.get("reference")
+    for name, found in described.items():
+        require(expected in (None, found), name, "be described by the network that described `reference`", found[:12])
+
+
 def _check_images(images: Tensor, name: str) -> None:
     good = isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8
-    require(good, name, "be a uint8 tensor [N, C, H, W]", feature_metrics.tensor_summary(images))
+    hint = _conversion_hint(images) if isinstance(images, Tensor) and images.is_floating_point() else ""
+    require(good, name, f"be a uint8 tensor [N, C, H, W]{hint}", feature_metrics.tensor_summary(images))
     require(len(images) >= 2, name, "hold at least 2 images", len(images))
     first = images[0, 0, 0, 0]
     require(bool((images != first).any()), name, "not be constant", int(first))
+
+
+def _conversion_hint(images: Tensor) -> str:
+    """How float images of the range that these seem to have become uint8."""
+    if not images.isfinite().all():
+        return " (they hold NaN or infinity)"
+    low, high = (images.min().item(), images.max().item()) if images.numel() else (0.0, 0.0)
+    if low < -1 or high > 255:
+        return f" (they range from {low:.3g} to {high:.3g})"
+    if high > 1:
+        return " (for floats in [0, 255]: images.round().to(torch.uint8))"
+    if low < 0:
+        return " (for floats in [-1, 1]: ot_diffusers.images.to_uint8(images))"
+    return " (for floats in [0, 1]: (255 * images).round().to(torch.uint8))"

@@ -1,4 +1,4 @@
-"""Is a difference between two arms more than luck? Paired t intervals over seeds, Holm's correction over metrics."""
+"""Is a difference between two arms more than luck? t intervals over seeds, Holm's correction over metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import require
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean over seeds with the ends of its two-sided interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> MeanInterval:
+    """Student's interval of a mean: mean ± t · s/√n with n − 1 degrees of freedom.
+
+    Args:
+        values: one per seed, at least 2.
+        level: coverage of the interval, in (0, 1).
+
+    Raises:
+        InputError: fewer than 2 values, or one that is not finite.
+
+    Reference: [Student1908].
+    """
+    found = paired_difference([0.0] * len(values), values, level=level)
+    return MeanInterval(found.mean, found.low, found.high)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,31 @@
 """Distances between two sets of feature vectors, each as features → statistics → one number.
 
-Fréchet distance (FID), kernel distance (KID) and precision/recall are torch-fidelity's own, called on features, so that
-a number printed here can be compared with theirs digit for digit. Everywhere, `features` are of generated images and
-`reference_features` of real ones, float tensors [N, D] and [M, D].
+Fréchet distance (FID), kernel distance (KID) and precision/recall are faster ways to torch-fidelity's numbers: the same
+definitions, random subsets and defaults, and tests that compare the two. Everywhere, `features` are of generated images
+and `reference_features` of real ones, float tensors [N, D] and [M, D].
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError, require
-from ..transport import median_distance, sinkhorn_divergence
+from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
 
-BLOCK_SIZE = 4096
-"""Rows of either set in one block of pairwise distances: 4096² float64 numbers are 128 MiB."""
+BLOCK_ENTRIES = 2**21
+"""Pairwise distances held at a time: 16 MiB of float64, about what a processor's cache holds."""
+
+TIE = 1e-12
+"""Squared distances that differ by less than this share of the largest squared norm count as equal: a matrix product in
+float64 leaves an error of about 1e-15, and features are float32."""
 
 Normalization = Literal["l2", "median", "none"]
 
@@ -38,7 +45,10 @@ class DensityCoverage(NamedTuple):
 
 
 def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
-    """Fréchet distance of the two Gaussian fits, ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), by torch-fidelity in float64.
+    """Fréchet distance of the two Gaussian fits, ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), in float64.
+
+    With Σ = RᵀR from a QR factorisation of the centred rows, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ:
+    no root of a rounded zero, so a singular covariance costs no digits.
 
     It is called FID only with 2048-d Inception features. Its bias grows with D/N: compare values of equal N only.
 
@@ -51,8 +61,6 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
 
     Reference: [Heusel2017].
     """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-
     features, reference_features = _checked_pair(features, reference_features)
     rows, dimension = min(len(features), len(reference_features)), features.shape[1]
     if rows < dimension:
@@ -61,16 +69,47 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
             f"biased upwards; compare it only with values of the same sample count.",
             stacklevel=2,
         )
-    statistics = [fid_features_to_statistics(rows.double().cpu()) for rows in (features, reference_features)]
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    return _frechet(_gaussian_fit(features), _gaussian_fit(reference_features))
+
+
+def frechet_distance_infinity(
+    features: Tensor, reference_features: Tensor, *, num_sizes: int = 10, seed: int = 0
+) -> float:
+    """Fréchet distance extrapolated to infinitely many samples, which removes most of its bias.
+
+    n rows of either set, drawn without replacement, give d(n); the value is the intercept of the least-squares line
+    d ≈ d_∞ + slope/n. The sizes n go in even steps from a tenth of the smaller set, at least 2D rows (at most half
+    the set), up to the whole. Near 0, of either sign, for equal distributions; its random error is larger than the
+    plain distance's.
+
+    Args:
+        features: [N, D], N ≥ 4.
+        reference_features: [M, D], M ≥ 4.
+        num_sizes: points of the line, at least 2.
+        seed: decides the draws; sets of equal size are drawn alike, so that a set and itself score 0.
+
+    Reference: [Chong2020], which keeps the reference whole; shrinking it as well removes its bias too.
+    """
+    features, reference_features = _checked_pair(features, reference_features)
+    largest, dimension = min(len(features), len(reference_features)), features.shape[1]
+    require(largest >= 4, "features", "have at least 4 rows in either set", largest)
+    require(num_sizes >= 2, "num_sizes", "be at least 2", num_sizes)
+    smallest = min(largest // 2, max(largest // 10, 2 * dimension))
+    sizes = torch.linspace(smallest, largest, num_sizes).round().long().tolist()
+    distances = []
+    for step, size in enumerate(sizes):
+        draws = (_random_rows(rows, size, seed + step) for rows in (features, reference_features))
+        distances.append(_frechet(*(_gaussian_fit(draw) for draw in draws)))
+    return float(np.polyfit(1 / np.array(sizes), distances, deg=1)[1])
 
 
 def kernel_distance(
     features: Tensor, reference_features: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> float:
-    """Kernel distance: unbiased squared MMD, kernel (⟨x, y⟩/D + 1)³, mean over random subsets, by torch-fidelity.
+    """Kernel distance: unbiased squared MMD, kernel (⟨x, y⟩/D + 1)³, mean over random subsets, in float64.
 
-    Unlike the Fréchet distance it is unbiased in N, and may be slightly negative for equal distributions.
+    The subsets are torch-fidelity's for the same seed. Unlike the Fréchet distance it is unbiased in N, and may be
+    slightly negative for equal distributions.
 
     Args:
         features: [N, D].
@@ -81,22 +120,20 @@ def kernel_distance(
 
     Reference: [Binkowski2018].
     """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
-
     features, reference_features = _checked_pair(features, reference_features)
-    values = kid_features_to_metric(
-        features.double(),
-        reference_features.double(),
-        kid_subsets=num_subsets,
-        kid_subset_size=min(subset_size, len(features), len(reference_features)),
-        rng_seed=seed,
-        verbose=False,
-    )
-    return values[KEY_METRIC_KID_MEAN]
+    x, y = features.double().numpy(), reference_features.double().numpy()
+    size = min(subset_size, len(x), len(y))
+    generator = np.random.RandomState(seed)
+    kernel, square = np.empty((size, size)), np.empty((size, size))  # touching new memory at every subset is slow
+    values = []
+    for _ in range(num_subsets):
+        first, second = (generator.choice(len(rows), size, replace=False) for rows in (x, y))
+        values.append(_squared_mmd(x[first], y[second], kernel, square))
+    return math.fsum(values) / num_subsets
 
 
 def precision_recall(features: Tensor, reference_features: Tensor, *, num_neighbors: int = 3) -> PrecisionRecall:
-    """Share of each set inside the union of the other set's k-nearest-neighbour balls, as torch-fidelity computes it.
+    """Share of each set inside the union of the other set's k-nearest-neighbour balls.
 
     Args:
         features: [N, D], N > `num_neighbors`.
@@ -105,19 +142,8 @@ def precision_recall(features: Tensor, reference_features: Tensor, *, num_neighb
 
     Reference: [Kynkaanniemi2019], eqs. 1–2.
     """
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    features, reference_features = _checked_pair(features, reference_features)
-    _check_neighbors(num_neighbors, features, reference_features)
-    values = prc_features_to_metric(
-        features,
-        reference_features,
-        prc_neighborhood=num_neighbors,
-        prc_batch_size=BLOCK_SIZE,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return PrecisionRecall(values[KEY_METRIC_PRECISION], values[KEY_METRIC_RECALL])
+    statistics = neighbor_statistics(features, reference_features, num_neighbors, num_neighbors)
+    return PrecisionRecall(statistics.precision, statistics.recall)
 
 
 def sinkhorn_distance(
@@ -130,6 +156,8 @@ def sinkhorn_distance(
     backend: Literal["native", "geomloss"] = "native",
 ) -> float:
     """Debiased Sinkhorn divergence between the two sets, cost ½‖x − y‖², temperature blur².
+
+    From N·M = 2²² to 2²⁸ it is `divergence_value`, whose error is below a thousandth and which needs 4NM bytes.
 
     Args:
         features: [N, D].
@@ -156,6 +184,8 @@ def sinkhorn_distance(
             pass
         case _:
             raise InputError(f'`normalize` must be "l2", "median" or "none", got {normalize!r}')
+    if backend == "native" and has_stored_solver(len(features), len(reference_features)):
+        return divergence_value(features, reference_features, blur=blur)
     return float(
         sinkhorn_divergence(features, reference_features, blur=blur, scaling=scaling, debias=True, backend=backend)
     )
@@ -197,21 +227,66 @@ def density_coverage(features: Tensor, reference_features: Tensor, *, num_neighb
 
     Reference: [Naeem2020], eqs. 3–4.
     """
-    features, reference_features = (rows.double() for rows in _checked_pair(features, reference_features))
-    _check_neighbors(num_neighbors, features, reference_features)
-    counts = []
-    for block in reference_features.split(BLOCK_SIZE):
-        # Every row is its own nearest neighbour at distance 0, hence k + 1.
-        nearest = [
-            torch.cdist(block, part).topk(min(num_neighbors + 1, len(part)), largest=False).values
-            for part in reference_features.split(BLOCK_SIZE)
-        ]
-        radius = torch.cat(nearest, dim=1).kthvalue(num_neighbors + 1, dim=1, keepdim=True).values
-        inside = [(torch.cdist(block, part) <= radius).sum(dim=1) for part in features.split(BLOCK_SIZE)]
-        counts.append(torch.stack(inside).sum(dim=0))
-    members = torch.cat(counts)
-    density = members.sum().item() / (num_neighbors * len(features))
-    return DensityCoverage(density, (members > 0).double().mean().item())
+    statistics = neighbor_statistics(features, reference_features, num_neighbors, num_neighbors)
+    return DensityCoverage(statistics.density, statistics.coverage)
+
+
+@dataclass(frozen=True)
+class NeighborStatistics:
+    """What distances between neighbours say of two sets; see the functions of these names."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    precision_distance: float
+    recall_distance: float
+
+
+def neighbor_statistics(
+    features: Tensor, reference_features: Tensor, num_neighbors: int = 3, num_density_neighbors: int = 5
+) -> NeighborStatistics:
+    """`precision_recall`, `density_coverage`, `precision_distance` and `recall_distance` by one pass over the pairs.
+
+    Distances are formed in float64, block by block. A point on a ball's surface is inside, also where rounding would
+    have it outside; so copies are inside balls of radius 0.
+
+    Args:
+        features: [N, D].
+        reference_features: [M, D].
+        num_neighbors: k of precision and recall, below N and M.
+        num_density_neighbors: k of density and coverage, below N and M.
+    """
+    x, y = (rows.double() for rows in _checked_pair(features, reference_features))
+    for count in (num_neighbors, num_density_neighbors):
+        _check_neighbors(count, x, y)
+    x, y = x - y.mean(dim=0), y - y.mean(dim=0)
+    tie = TIE * max(rows.square().sum(dim=1).max().item() for rows in (x, y))
+    (x_radii,) = _squared_radii(x, num_neighbors) + tie
+    y_radii, density_radii = _squared_radii(y, num_neighbors, num_density_neighbors) + tie
+    in_real, nearest_real = [], []
+    in_generated = torch.zeros(len(y), dtype=torch.bool)
+    members = torch.zeros(len(y), dtype=torch.long)
+    nearest_generated, shortest = torch.zeros(len(y), dtype=torch.long), torch.full((len(y),), torch.inf).double()
+    inside = torch.empty(_block_rows(y), len(y), dtype=torch.bool)
+    for rows, block in _squared_distances(x, y):
+        mask = inside[: len(block)]
+        in_real.append(torch.le(block, y_radii, out=mask).any(dim=1))
+        in_generated |= torch.le(block, x_radii[rows, None], out=mask).any(dim=0)
+        members += torch.le(block, density_radii, out=mask).sum(dim=0)
+        nearest_real.append(block.argmin(dim=1))
+        found = block.min(dim=0)
+        closer = found.values < shortest
+        shortest = torch.where(closer, found.values, shortest)
+        nearest_generated = torch.where(closer, found.indices + rows.start, nearest_generated)
+    return NeighborStatistics(
+        precision=torch.cat(in_real).double().mean().item(),
+        recall=in_generated.double().mean().item(),
+        density=members.sum().item() / (num_density_neighbors * len(x)),
+        coverage=(members > 0).double().mean().item(),
+        precision_distance=(x - y[torch.cat(nearest_real)]).norm(dim=1).mean().item(),
+        recall_distance=(y - x[nearest_generated]).norm(dim=1).mean().item(),
+    )
 
 
 def effective_rank(features: Tensor) -> float:
@@ -234,6 +309,7 @@ def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
         reference_logits: its scores of real images, [M, classes].
     """
     logits, reference_logits = _checked_pair(logits, reference_logits, "logits", "reference_logits")
+    require(logits.shape[1] > 0, "logits", "score at least one class", tuple(logits.shape))
     shares = [
         torch.bincount(x.argmax(dim=1), minlength=x.shape[1]).double() / len(x) for x in (logits, reference_logits)
     ]
@@ -246,14 +322,10 @@ def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
     Distances are formed block by block, so memory does not grow with N · M.
     """
     queries, points = queries.double(), points.double()
-    distances = []
-    for block in queries.split(BLOCK_SIZE):
-        blocks = [torch.cdist(block, part).min(dim=1) for part in points.split(BLOCK_SIZE)]
-        best = torch.stack([found.values for found in blocks]).argmin(dim=0)
-        indices = torch.stack([found.indices for found in blocks]).gather(0, best[None])[0] + best * BLOCK_SIZE
-        # `cdist` goes through a matrix product and loses digits near 0; the chosen pairs are measured again.
-        distances.append((block - points[indices]).norm(dim=1))
-    return torch.cat(distances)
+    centre = points.mean(dim=0)
+    nearest = torch.cat([block.argmin(dim=1) for _, block in _squared_distances(queries - centre, points - centre)])
+    # A matrix product loses digits near 0; the chosen pairs are measured again.
+    return (queries - points[nearest]).norm(dim=1)
 
 
 def tensor_summary(value: object) -> object:
@@ -285,3 +357,67 @@ def _checked(features: Tensor, name: str) -> Tensor:
 def _check_neighbors(num_neighbors: int, *sets: Tensor) -> None:
     rows = min(len(features) for features in sets)
     require(0 < num_neighbors < rows, "num_neighbors", f"be from 1 to {rows - 1} for {rows} rows", num_neighbors)
+
+
+def _gaussian_fit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and R [min(N, D), D] with RᵀR the covariance, float64."""
+    features = features.double()
+    mean = features.mean(dim=0)
+    return mean, torch.linalg.qr(features - mean, mode="r").R / math.sqrt(len(features) - 1)
+
+
+def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    (mean, root), (reference_mean, reference_root) = first, second
+    overlap = torch.linalg.svdvals(root @ reference_root.T).sum()
+    spread = root.square().sum() + reference_root.square().sum()
+    return ((mean - reference_mean).square().sum() + spread - 2 * overlap).item()
+
+
+def _random_rows(features: Tensor, count: int, seed: int) -> Tensor:
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def _squared_mmd(x: np.ndarray, y: np.ndarray, kernel: np.ndarray, square: np.ndarray) -> float:
+    """Unbiased squared MMD of equally many rows [S, D], kernel (⟨x, y⟩/D + 1)³; the diagonals of K_xx, K_yy stay out.
+
+    NumPy's product of a matrix with its own transpose takes half the time of a general one. `kernel` and `square`
+    [S, S] are overwritten.
+    """
+    size, dimension = x.shape
+
+    def sum_of_cubes(rows: np.ndarray, columns: np.ndarray) -> float:
+        np.matmul(rows, columns.T, out=kernel)
+        np.multiply(kernel, 1 / dimension, out=kernel)
+        np.add(kernel, 1, out=kernel)
+        np.multiply(kernel, kernel, out=square)
+        return float(np.dot(square.ravel(), kernel.ravel()))
+
+    within = sum(sum_of_cubes(rows, rows) - (((rows**2).sum(axis=1) / dimension + 1) ** 3).sum() for rows in (x, y))
+    return float(within / (size * (size - 1)) - 2 * sum_of_cubes(x, y) / size**2)
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the rows of x [N, D] with their squared distances to y, [rows, M], by a matrix product.
+
+    The next block overwrites the one before: touching new memory would cost more than the product.
+    """
+    x_norms, y_norms = x.square().sum(dim=1), y.square().sum(dim=1)
+    blocks = x.new_empty(_block_rows(y), len(y))
+    for start in range(0, len(x), len(blocks)):
+        rows = slice(start, min(start + len(blocks), len(x)))
+        block = torch.addmm(y_norms, x[rows], y.T, alpha=-2, out=blocks[: rows.stop - start])
+        yield rows, block.add_(x_norms[rows, None])
+
+
+def _block_rows(y: Tensor) -> int:
+    return max(1, BLOCK_ENTRIES // len(y))
+
+
+def _squared_radii(points: Tensor, *num_neighbors: int) -> Tensor:
+    """Squared distance of each point to its k-th nearest other one, for one or more k: [K, N]."""
+    # Every row is its own nearest neighbour at distance 0: k others come after it.
+    nearest = [
+        block.topk(max(num_neighbors) + 1, dim=1, largest=False).values[:, list(num_neighbors)]
+        for _, block in _squared_distances(points, points)
+    ]
+    return torch.cat(nearest).T.clamp(min=0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
@@ -17,6 +18,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from ..errors import require
+
+if TYPE_CHECKING:
+    from .stress import StressCurve
+    from .tracking import Track
 
 COLOURS = {
     "real": "#6b7280",
@@ -42,6 +47,14 @@ CURVES = {
     "validation_loss": "validation loss",
 }
 """What `loss_curves` draws, one panel each, where a history has it."""
+
+
+TRACKED = {
+    "coverage": "coverage: train – generated",
+    "fidelity": "fidelity: test – generated",
+    "gap": "gap: fidelity − coverage",
+}
+"""What `tracking_curves` draws, a column each."""
 
 
 def arm_colours(names: Sequence[str]) -> dict[str, str]:
@@ -114,7 +127,7 @@ def image_panels(panels: Mapping[str, Tensor], path: Path, rows: int = 6, column
 
 
 def bars(results: Mapping[str, Any], metric: str, path: Path) -> Path:
-    """One metric of every arm as bars, the real-vs-real floor as a dashed line.
+    """One metric of every arm as bars with their intervals, if there are any; the real-vs-real floor as a dashed line.
 
     Args:
         results: the contents of a `results.json`, see `report`.
@@ -127,7 +140,11 @@ def bars(results: Mapping[str, Any], metric: str, path: Path) -> Path:
     figure = Figure(figsize=(9.2, 0.45 * len(values) + 1.0), layout="constrained")
     axes = figure.add_subplot()
     drawn = axes.barh(list(values), list(values.values()), color=[colours[arm] for arm in values], height=0.62)
-    axes.bar_label(drawn, labels=[f"{value:#.3g}" for value in values.values()], padding=4, fontsize=9, color=INK)
+    ends = _draw_intervals(axes, results, metric, values)
+    for arm, bar in zip(values, drawn, strict=True):
+        place = (max(values[arm], ends.get(arm, 0)), bar.get_y() + bar.get_height() / 2)
+        text = f"{values[arm]:#.3g}"
+        axes.annotate(text, place, (4, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.09)
     floor = results.get("floor", {}).get("metrics", {}).get(metric)
@@ -176,6 +193,127 @@ def scatter(features: Mapping[str, Tensor], path: Path, *, basis: str | None = N
     return _save(figure, path)
 
 
+def differences(results: Mapping[str, Any], metrics: Mapping[str, str], path: Path) -> Path:
+    """Paired differences to the first arm with their intervals, a panel per metric; hollow where none is shown.
+
+    Args:
+        results: the contents of a comparison's `results.json`, see `ot_diffusers.comparison`.
+        metrics: metric to title. Values are shares of the first arm's mean.
+        path: PNG file to write.
+    """
+    found, arms = results["differences"], results["arms"]
+    require(bool(found), "results", "hold differences", sorted(results))
+    colours = arm_colours(list(arms))
+    scale = {metric: abs(next(iter(arms.values()))["metrics"][metric]) or 1.0 for metric in metrics}
+    columns = min(len(metrics), 3)
+    rows = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(9.2, rows * (0.34 * len(found) + 0.95)), layout="constrained")
+    for index, (metric, title) in enumerate(metrics.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.axvline(0, color=INK, linewidth=1)
+        for arm, by_metric in found.items():
+            mean, low, high = (100 * by_metric[metric][end] / scale[metric] for end in ("mean", "low", "high"))
+            fill = colours[arm] if by_metric[metric]["shown"] else "white"
+            style: dict[str, Any] = {"color": colours[arm], "fmt": "o", "capsize": 3, "markerfacecolor": fill}
+            axes.errorbar(mean, arm, xerr=[[mean - low], [high - mean]], **style)
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}%" if value else "0"))
+        _finish(axes, title=title, xlabel="")
+        axes.grid(axis="y", visible=False)
+        if index % columns:
+            axes.tick_params(axis="y", labelleft=False)
+    return _save(figure, path)
+
+
+def failure_gallery(failures: Mapping[str, tuple[Tensor, Tensor]], path: Path) -> Path:
+    """The worst samples of every arm, each above the real image nearest to it.
+
+    Args:
+        failures: arm to (samples, nearest real images), both uint8 [n, C, H, W] in the same order.
+        path: PNG file to write.
+    """
+    require(bool(failures), "failures", "hold at least one arm", failures)
+    colours = arm_colours(list(failures))
+    most = max(len(samples) for samples, _ in failures.values())
+    height = 9.2 / most * 2 + 0.4
+    figure = Figure(figsize=(9.2, height * len(failures)), layout=ConstrainedLayoutEngine(h_pad=0.06))
+    for index, (arm, (samples, nearest)) in enumerate(failures.items()):
+        axes = figure.add_subplot(len(failures), 1, index + 1)
+        mosaic = _mosaic(torch.cat([samples, nearest]), 2, len(samples))
+        axes.imshow(mosaic.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(arm, fontsize=11, color=colours[arm], fontweight="bold", loc="left")
+        axes.set_yticks([mosaic.shape[0] * 0.25, mosaic.shape[0] * 0.75], ["sample", "nearest\nreal"])
+        axes.set_xticks([])
+        axes.tick_params(length=0, labelsize=9, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+    return _save(figure, path)
+
+
+def stress_curves(
+    curves: Mapping[str, StressCurve], path: Path, *, xlabel: str, titles: Mapping[str, str] | None = None
+) -> Path:
+    """Metrics against the amount of a damage, a panel each, with 95% intervals; grey where the curve is not monotone.
+
+    Args:
+        curves: metric to curve.
+        path: PNG file to write.
+        xlabel: what the amount is.
+        titles: metric to title of its panel; the metric's name by default.
+    """
+    require(bool(curves), "curves", "hold at least one metric", curves)
+    columns = min(len(curves), 4)
+    rows = math.ceil(len(curves) / columns)
+    width = 9.2 / columns if columns > 2 else 4.2
+    figure = Figure(figsize=(width * columns, width * 0.8 * rows), layout="constrained")
+    for index, (metric, curve) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        colour = COLOURS["baseline"] if curve.verdict == "monotone" else COLOURS["real"]
+        ends = curve.intervals
+        axes.fill_between(curve.amounts, [e.low for e in ends], [e.high for e in ends], color=colour, alpha=0.22, lw=0)
+        axes.plot(curve.amounts, curve.means, color=colour, marker="o", markersize=3.5, linewidth=1.6)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _finish(axes, title=(titles or {}).get(metric, metric), xlabel=xlabel if index >= len(curves) - columns else "")
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    return _save(figure, path)
+
+
+def tracking_curves(tracks: Mapping[str, Track], path: Path, *, titles: Mapping[str, str] | None = None) -> Path:
+    """Coverage, fidelity and their gap along training: a column each, a row per distance, a line per run.
+
+    Args:
+        tracks: run to what `tracking.track_runs` found.
+        path: PNG file to write.
+        titles: distance to its name beside the row; its own by default.
+    """
+    require(any(track.points for track in tracks.values()), "tracks", "hold at least one checkpoint", list(tracks))
+    colours = arm_colours(list(tracks))
+    distances = list(next(iter(tracks.values())).base_line)
+    figure = Figure(figsize=(9.2, 2.7 * len(distances) + 0.35), layout="constrained")
+    for row, distance in enumerate(distances):
+        shared: Axes | None = None
+        for column, (quantity, title) in enumerate(TRACKED.items()):
+            is_gap = quantity == "gap"
+            axes = figure.add_subplot(len(distances), 3, 3 * row + column + 1, sharey=None if is_gap else shared)
+            shared = shared or axes
+            for run, track in tracks.items():
+                updates, values = zip(
+                    *((point.update, getattr(point, quantity)[distance]) for point in track.points), strict=True
+                )
+                axes.plot(updates, values, color=colours[run], marker="o", markersize=3.5, linewidth=1.7)
+            if is_gap:
+                axes.axhline(0, color=FAINT, linewidth=1.1, zorder=1)
+            else:
+                axes.axhline(next(iter(tracks.values())).base_line[distance], color=INK, linestyle="--", linewidth=1.1)
+                _log_scale(axes)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            _finish(axes, title=title, xlabel="updates" if row == len(distances) - 1 else "")
+            axes.set_ylabel((titles or {}).get(distance, distance) if column == 0 else "", fontsize=9, color=INK)
+    _legend(figure, colours, others={"train – test": {"color": INK, "linestyle": "--"}})
+    return _save(figure, path)
+
+
 def line_panels(
     panels: Mapping[str, Mapping[str, Mapping[float, float]]],
     path: Path,
@@ -205,6 +343,18 @@ def line_panels(
         _finish(axes, title=title, xlabel=xlabel)
     _legend(figure, colours, columns=4)
     return _save(figure, path)
+
+
+def _draw_intervals(
+    axes: Axes, results: Mapping[str, Any], metric: str, values: Mapping[str, float]
+) -> dict[str, float]:
+    """A whisker on each bar whose arm has an interval; returns the upper ends."""
+    found = {arm: results["arms"][arm].get("intervals", {}).get(metric) for arm in values}
+    found = {arm: interval for arm, interval in found.items() if interval}
+    for arm, interval in found.items():
+        below, above = values[arm] - interval["low"], interval["high"] - values[arm]
+        axes.errorbar(values[arm], arm, xerr=[[below], [above]], color=INK, capsize=3, linewidth=1.2)
+    return {arm: interval["high"] for arm, interval in found.items()}
 
 
 def _by_epoch(records: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
@@ -250,13 +400,17 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, colours: Mapping[str, str], columns: int | None = None) -> None:
-    """One legend for the whole figure, above it."""
+def _legend(
+    figure: Figure,
+    colours: Mapping[str, str],
+    columns: int | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """One legend for the whole figure, above it: a line per arm, then `others` with their own styles."""
     handles = [Line2D([], [], color=colour, linewidth=2.4, label=arm) for arm, colour in colours.items()]
+    handles += [Line2D([], [], label=label, **style) for label, style in (others or {}).items()]
     columns = columns or len(handles)
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=columns or len(handles), frameon=False, fontsize=10
-    )
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=10)
 
 
 def _save(figure: Figure, path: Path) -> Path:

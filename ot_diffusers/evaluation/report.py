@@ -10,6 +10,10 @@ The file's contents:
 
 It may name the metrics of its short tables (`"headline"`) and their cost columns (`"costs"`). An arm with
 `"bound": true` is what the others cannot beat, and never marked as the best.
+
+A comparison over several seeds adds `"seeds": [int, …]`; its values are then means, and each arm has
+`"intervals": {metric: {"low": value, "high": value}}`. `"summary"` (a sentence) and `"notes"` (several) stand with the
+table.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import require
@@ -46,6 +51,9 @@ class Metric:
 
 METRICS = {
     "frechet_distance": Metric("Fréchet", "lower", "Distance of the Gaussian fits in feature space (FID)."),
+    "frechet_distance_infinity": Metric(
+        "Fréchet∞", "lower", "The same extrapolated to infinitely many samples; about 0 for equal distributions."
+    ),
     "sinkhorn_distance": Metric("Sinkhorn", "lower", "Sinkhorn divergence on the unit sphere, blur 0.05."),
     "sinkhorn_distance_scaled": Metric("Sinkhorn, scaled", "lower", "The same with features at median distance 1."),
     "kernel_distance": Metric("Kernel", "lower", "Squared MMD with a cubic kernel (KID), unbiased."),
@@ -82,6 +90,7 @@ COSTS = {
     "seconds_per_1000": "s per 1,000",
     "parameters": "parameters",
     "training_seconds": "training s",
+    "updates": "updates",
 }
 """Keys of an arm that are costs, with their headings."""
 
@@ -107,13 +116,24 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], path: Path) -> Path:
+Rows = Sequence[Sequence[str]]
+"""A table as text: the header, then the lines, each with its name in front."""
+
+
+def write_report(
+    results: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    path: Path,
+    *,
+    tables: Mapping[str, Rows] = MappingProxyType({}),
+) -> Path:
     """Write one HTML file that needs nothing else: pictures and style are inside, no script and no network.
 
     Args:
         results: the contents of `results.json`, see the module.
         pictures: caption to PNG file, in the order shown.
         path: the HTML file.
+        tables: caption to further tables, shown between the results and the pictures.
 
     Raises:
         InputError: no arm, or a picture that does not exist.
@@ -125,6 +145,7 @@ def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], path:
     sections = [
         f"<header><h1>{title}</h1>{_subtitle(results)}</header>",
         _section("Results", _summary(results) + _arms_table(results) + _note(results)),
+        *(_section(caption, _rows_table(rows)) for caption, rows in tables.items()),
         *(_section(caption, _picture(caption, Path(picture))) for caption, picture in pictures.items()),
         _section("All metrics", _metrics_table(results)),
         _section("Arms", _arms_list(results)) if _has_descriptions(results) else "",
@@ -147,8 +168,14 @@ def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = N
     """
     header, rows, best = _cells(results, metrics)
     bold = [[f"**{cell}**" if (r, c) in best else cell for c, cell in enumerate(row)] for r, row in enumerate(rows)]
+    return markdown_rows([header, *bold])
+
+
+def markdown_rows(rows: Rows) -> str:
+    """A table as it stands, in Markdown."""
+    header, *lines = rows
     ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ruler, *bold])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ruler, *lines])
 
 
 def text_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
@@ -266,6 +293,7 @@ def _subtitle(results: Mapping[str, Any]) -> str:
     facts = [
         f"data set {results['dataset']}" if "dataset" in results else "",
         f"{results['num_samples']:,} samples per arm" if "num_samples" in results else "",
+        f"{len(results['seeds'])} seeds" if "seeds" in results else "",
         f"evaluated by {extractor['name']}" if "name" in extractor else "",
         f"{extractor['feature_dim']} features" if "feature_dim" in extractor else "",
         f"{100 * accuracy:.1f}% test accuracy" if accuracy is not None else "",
@@ -274,7 +302,9 @@ def _subtitle(results: Mapping[str, Any]) -> str:
 
 
 def _summary(results: Mapping[str, Any]) -> str:
-    """How the best arm compares with the first one, in one sentence of the file's own numbers."""
+    """How the best arm compares with the first one, in one sentence of the file's own numbers, or the file's own."""
+    if "summary" in results:
+        return f"<p class='lead'>{escape(results['summary'])}</p>"
     metric = "frechet_distance"
     arms = [arm for arm, entry in results["arms"].items() if not entry.get("bound")]
     values = [results["arms"][arm]["metrics"].get(metric) for arm in arms]
@@ -331,10 +361,23 @@ def _table(header: Sequence[str], lines: Sequence[str], kind: str = "") -> str:
 
 
 def _note(results: Mapping[str, Any]) -> str:
-    note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best arm. NFE: network calls per image."
+    note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best value. NFE: network calls per image."
     if results.get("floor", {}).get("metrics"):
         note += " “Real vs real” is what as many real images score: the floor that no model is expected to beat."
-    return f"<p class='note'>{note} One run is one draw: small differences need several seeds.</p>"
+    seeds = len(results.get("seeds", [0]))
+    note += (
+        f" Means over {seeds} seeds." if seeds > 1 else " One run is one draw: small differences need several seeds."
+    )
+    return "".join(f"<p class='note'>{escape(text)}</p>" for text in [note, *results.get("notes", [])])
+
+
+def _rows_table(rows: Rows) -> str:
+    header, *lines = rows
+    cells = [
+        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for name, *row in lines
+    ]
+    return _table(header, cells)
 
 
 def _picture(caption: str, path: Path) -> str:

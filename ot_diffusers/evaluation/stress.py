@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from .intervals import MeanInterval, mean_interval, paired_difference
+from .metrics import tensor_summary
 
 Damage = Callable[[Tensor, float, torch.Generator], Tensor]
 
@@ -35,12 +37,21 @@ class StressCurve:
         return tuple(statistics.fmean(values) for values in self.values)
 
     @property
+    def intervals(self) -> tuple[MeanInterval, ...]:
+        """95% interval of each mean over the repeats, at least two of them."""
+        return tuple(mean_interval(values) for values in self.values)
+
+    @property
     def verdict(self) -> Literal["monotone", "flat", "not monotone"]:
-        """Whether the means rise (or fall) at every step; `"flat"` where they are all equal."""
-        steps = [after - before for before, after in zip(self.means, self.means[1:], strict=False)]
-        if not any(steps):
+        """Whether the means rise, or fall, and never turn back; `"flat"` where no amount differs from the first.
+
+        An amount differs where the 95% interval of the difference over the repeats leaves out 0; a single repeat
+        differs by any difference.
+        """
+        if not any(_differ(self.values[0], values) for values in self.values[1:]):
             return "flat"
-        return "monotone" if all(s > 0 for s in steps) or all(s < 0 for s in steps) else "not monotone"
+        steps = [after - before for before, after in zip(self.means, self.means[1:], strict=False)]
+        return "monotone" if all(s >= 0 for s in steps) or all(s <= 0 for s in steps) else "not monotone"
 
 
 def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
@@ -64,17 +75,27 @@ def memorise(train_images: Tensor) -> Damage:
 
 
 def drop_classes(labels: Tensor) -> Damage:
-    """A damage that removes the images of the first `amount` classes, those left being repeated to keep N.
+    """A damage that removes the images of `amount` classes, those left being repeated to keep N.
+
+    Which classes go is drawn from the generator, so that a larger amount removes what a smaller one did and more.
 
     Args:
-        labels: [N], of the images that will be damaged.
+        labels: int [N] from 0 to K − 1, of the images that will be damaged; every class has an image.
+
+    Raises:
+        InputError: a class without images, which could be "dropped" without any damage.
     """
+    good = isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) > 0 and not labels.is_floating_point()
+    require(good, "labels", "be a tensor of integers [N]", tensor_summary(labels))
     classes = labels.unique()
+    empty = sorted(set(range(int(classes.max()) + 1)) - set(classes.tolist()))
+    require(not empty, "labels", "give every class at least one image", f"none of class {empty}")
 
     def damage(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
         require(len(labels) == len(images), "labels", f"label all {len(images)} images", len(labels))
         require(0 <= amount < len(classes), "amount", f"leave one of {len(classes)} classes", amount)
-        kept = torch.isin(labels, classes[int(amount) :]).nonzero()[:, 0]
+        order = torch.randperm(len(classes), generator=generator)
+        kept = torch.isin(labels, classes[order[int(amount) :]]).nonzero()[:, 0]
         missing = len(images) - len(kept)
         copies = kept[torch.randint(len(kept), (missing,), generator=generator)]
         return images[torch.cat([kept, copies])]
@@ -94,7 +115,8 @@ def stress_test(
     """Every metric of `measure` along `amounts` of a damage.
 
     Args:
-        images: real, uint8 [N, C, H, W], disjoint from the reference inside `measure`.
+        images: real, uint8 [N, C, H, W], disjoint from the reference inside `measure`; or their features [N, D], if
+            `damage` and `measure` take those.
         damage: one of this module's, or your own.
         amounts: ascending; the first should be 0.
         measure: images to metric values, such as `lambda x: evaluate_images(x, reference=…, extractor=…)`.
@@ -102,14 +124,19 @@ def stress_test(
         seed: decides the draws; repeat r is drawn from `seed + r` at every amount, so that the steps are paired.
     """
     require(len(amounts) >= 2 and list(amounts) == sorted(amounts), "amounts", "be two or more, ascending", amounts)
-    measured = [
-        [measure(damage(images, amount, torch.Generator().manual_seed(seed + repeat))) for repeat in range(repeats)]
-        for amount in amounts
-    ]
+    measured = []
+    for amount in amounts:
+        draws = [damage(images, amount, torch.Generator().manual_seed(seed + repeat)) for repeat in range(repeats)]
+        alike = all(torch.equal(draw, draws[0]) for draw in draws)  # undamaged: one measurement stands for all
+        measured.append([measure(draws[0])] * repeats if alike else [measure(draw) for draw in draws])
     return {
         metric: StressCurve(tuple(amounts), tuple(tuple(run[metric] for run in runs) for runs in measured))
         for metric in measured[0][0]
     }
+
+
+def _differ(first: Sequence[float], second: Sequence[float]) -> bool:
+    return first[0] != second[0] if len(first) == 1 else paired_difference(first, second).shown
 
 
 def _replace(images: Tensor, share: float, generator: torch.Generator, source: Tensor) -> Tensor:

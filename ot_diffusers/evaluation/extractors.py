@@ -1,0 +1,207 @@
+"""Networks that evaluate: this package's own, torch-fidelity's, and any vision backbone of transformers.
+
+Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `describe_images` asks for. Loading runs
+no code from a file: weights that torch-fidelity would unpickle are checked first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, require
+from ..features import load_feature_extractor
+from ..images import to_uint8, to_unit_range
+
+
+def load_evaluator(name_or_path: str) -> nn.Module:
+    """The evaluation network of that name, frozen and in evaluation mode.
+
+    Args:
+        name_or_path: one of
+
+            * a folder or Hub id of this package's feature networks, or a `train_features.py` run;
+            * a name that torch-fidelity knows, such as `inception-v3-compat` or `clip-vit-b-32`, or
+              `name=path/to/weights` for weights that lie on this machine;
+            * a folder or Hub id of a transformers vision backbone with its image processor, such as
+              `facebook/dinov2-base`.
+
+    Raises:
+        InputError: nothing there, or weights that cannot be fetched; the message says what to download.
+
+    Example:
+        >>> load_evaluator("inception-v3-compat=missing.pth")
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `evaluator` must name an existing weights file, got 'missing.pth'
+    """
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    name, _, weights = name_or_path.partition("=")
+    if name in FEATURE_EXTRACTORS_REGISTRY:
+        network: nn.Module = FidelityExtractor(name, weights or None)
+    elif _is_transformers(name_or_path):
+        network = BackboneExtractor(name_or_path)
+    else:
+        try:
+            network = load_feature_extractor(name_or_path)
+        except InputError as error:
+            names = ", ".join(sorted(set(FEATURE_EXTRACTORS_REGISTRY) - set(_run_downloaded_code())))
+            raise InputError(
+                f"`evaluator` must be a folder or Hub id of a feature network or vision backbone, or one of {names}, "
+                f"got {name_or_path!r}"
+            ) from error
+    return network.requires_grad_(False).eval()
+
+
+class FidelityExtractor(nn.Module):
+    """A feature extractor registered with torch-fidelity, on the features that its FID uses.
+
+    Images become uint8 again, grey ones RGB: the network sees what `torch_fidelity.calculate_metrics` would show it.
+
+    Args:
+        name: registered name.
+        weights: file with its weights; torch-fidelity downloads them by default.
+    """
+
+    def __init__(self, name: str, weights: str | None = None) -> None:
+        super().__init__()
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+        stand_in = _run_downloaded_code().get(name)
+        use = f"not be {name!r}, which runs code from the network; {stand_in!r} is the same one by transformers"
+        require(stand_in is None, "evaluator", use, name)
+        require(weights is None or Path(weights).is_file(), "evaluator", "name an existing weights file", weights)
+        kind = FEATURE_EXTRACTORS_REGISTRY[name]
+        url, file = _published_weights(kind, name)
+        try:
+            if url and not weights:
+                if not file.is_file():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    torch.hub.download_url_to_file(url, str(file), progress=False)
+                weights = str(file)
+        except OSError as error:  # URLError is one
+            raise InputError(
+                f"`evaluator` {name!r} has no weights here ({error}): download {url} to {file}, "
+                f"or say {name}=path/to/the/file"
+            ) from error
+        if weights:
+            _check_weights(kind, name, weights)
+        layer = kind.get_default_feature_layer_for_metric("fid")
+        try:
+            self.network = kind(name, [layer], feature_extractor_weights_path=weights)
+        except RuntimeError as error:  # keys or shapes that do not fit
+            raise InputError(f"`evaluator` must name the weights of {name!r}, got {weights!r}") from error
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 1 or 3, H, W] in [-1, 1]."""
+        return self.network(_three_channels(to_uint8(images)))[0].flatten(1)
+
+
+class BackboneExtractor(nn.Module):
+    """A transformers vision backbone: pooled features where it pools, else the mean over its last tokens or pixels.
+
+    Images are resized to the processor's size (bilinear, antialiased) and normalised by its mean and deviation.
+
+    Args:
+        name_or_path: folder or Hub id.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, name_or_path: str) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(name_or_path)
+            network = AutoModel.from_pretrained(name_or_path, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"`evaluator` must be a folder or Hub id with a vision backbone (safetensors) and its image processor, "
+                f"got {name_or_path!r}"
+            ) from error
+        self.network = getattr(network, "vision_model", network)  # of CLIP and its kin
+        self.size = _side_lengths(processor)
+        for name, values in (("mean", processor.image_mean), ("deviation", processor.image_std)):
+            # Buffers: the normalisation is part of what the fingerprint of the network covers.
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 1 or 3, H, W] in [-1, 1]."""
+        pixels = to_unit_range(_three_channels(images))
+        pixels = nn.functional.interpolate(pixels, size=self.size, mode="bilinear", antialias=True)
+        output = self.network(pixel_values=(pixels - self.mean) / self.deviation)
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            last = output.last_hidden_state
+            pooled = last.mean(dim=(2, 3)) if last.ndim == 4 else last.mean(dim=1)
+        return pooled.flatten(1)
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    channels = images.shape[1]
+    require(channels in (1, 3), "images", "have 1 or 3 channels", channels)
+    return images.expand(-1, 3, -1, -1)
+
+
+def _side_lengths(processor: Any) -> tuple[int, int]:
+    """Height and width that the network takes, from the crop if there is one: (height, width)."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = dict(crop or processor.size)
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"]), int(size["shortest_edge"])
+    return int(size["height"]), int(size["width"])
+
+
+def _is_transformers(name_or_path: str) -> bool:
+    """Whether a folder or Hub repository holds a transformers model: its `config.json` names a `model_type`."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name_or_path)
+    except (OSError, ValueError):
+        return False
+    return "model_type" in config
+
+
+def _run_downloaded_code() -> dict[str, str]:
+    """Extractors that torch-fidelity takes from `torch.hub`, with the same network on the Hub."""
+    sizes = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+    return {f"dinov2-vit-{letter}-14": f"facebook/dinov2-{size}" for letter, size in sizes.items()}
+
+
+def _published_weights(kind: Any, name: str) -> tuple[str | None, Path]:
+    """Address of an extractor's weights, where torch-fidelity publishes one, and the file that it keeps them in."""
+    module, folder = sys.modules[kind.__module__], Path(torch.hub.get_dir()) / "checkpoints"
+    url = getattr(module, "MODEL_URLS", {}).get(name)
+    if url:
+        return url, folder / f"{name}-{_published_hash(kind, name)}.pt"
+    url = getattr(module, "URL_INCEPTION_V3", None)
+    return url, folder / (url or "").rsplit("/", 1)[-1]
+
+
+def _published_hash(kind: Any, name: str) -> str | None:
+    metadata = getattr(sys.modules[kind.__module__], "MODEL_METADATA", {}).get(name)
+    return metadata["hash"] if isinstance(metadata, dict) else None
+
+
+def _check_weights(kind: Any, name: str, weights: str) -> None:
+    """Refuse a file that may do more than hold tensors: a published TorchScript archive is known by its sha256."""
+    expected = _published_hash(kind, name)
+    if expected:
+        with open(weights, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        require(found == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {found}")
+        return
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"`evaluator` must name a file that holds tensors only, got {weights!r}") from error

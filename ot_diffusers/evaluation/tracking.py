@@ -1,0 +1,253 @@
+"""Is a run still getting better, and does it start to copy? Distances to real images for every checkpoint of a run.
+
+    coverage  D(train, generated)      fidelity  D(test, generated)
+    base line D(train, test)           generalisation gap = fidelity − coverage
+
+All four take as many real images of either split as are generated, because every distance depends on that number. A gap
+that grows while coverage falls below the base line is a model that returns its training images.
+
+    runs = {"before": Path("runs/baseline"), "after": Path("runs/ot")}
+    tracks = track_runs(runs, Path("runs/tracking"), dataset="digits", evaluator="runs/evaluator")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import BaselineConfig, make_config
+from ..data import load_images
+from ..errors import require, require_same
+from ..features import check_trained_on, load_feature_extractor, load_reference_bank, weights_fingerprint
+from ..images import to_uint8
+from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
+from ..sampling import sample_images
+from ..training import make_noise_scheduler, make_unet, write_json
+from . import metrics
+from .evaluate import ImageSet, describe_images
+
+RECORD_NAME = "tracking.json"
+FEW_CHECKPOINTS = 3
+DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "frechet_distance": metrics.frechet_distance,
+    "sinkhorn_distance": metrics.sinkhorn_distance,
+}
+
+Distances = dict[str, float]
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One checkpoint, each value by the name of the distance.
+
+    Attributes:
+        update: updates done.
+        coverage: train – generated.
+        fidelity: test – generated.
+        weights: SHA-256 of the weights measured.
+    """
+
+    update: int
+    coverage: Distances
+    fidelity: Distances
+    weights: str
+
+    @property
+    def gap(self) -> Distances:
+        """Fidelity less coverage."""
+        return {name: self.fidelity[name] - self.coverage[name] for name in self.fidelity}
+
+
+@dataclass(frozen=True)
+class Track:
+    """A run along its training.
+
+    Attributes:
+        base_line: train – test.
+        points: in the order of training.
+    """
+
+    base_line: Distances
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """As many training as test images, described by the evaluator."""
+
+    train: ImageSet
+    test: ImageSet
+
+    @classmethod
+    def load(cls, dataset: str, extractor: Any, num_samples: int | None) -> RealImages:
+        """`num_samples` evenly spaced images of both splits; by default as many as the smaller one has."""
+        shape = extractor.config
+        splits = {
+            split: load_images(dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
+            for split in ("train", "test")
+        }
+        check_trained_on(extractor, splits["train"])
+        most = min(map(len, splits.values()))
+        count = num_samples or most
+        require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
+        described = {}
+        for split, images in splits.items():
+            rows = torch.linspace(0, len(images) - 1, count).round().long()
+            described[split] = describe_images(to_uint8(images.fetch(rows)), extractor)
+        return cls(**described)
+
+
+def track_runs(
+    runs: Mapping[str, Path],
+    output: Path,
+    *,
+    dataset: str,
+    evaluator: str,
+    num_samples: int | None = None,
+    features: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: Any = "cpu",
+    announce: Announce = print,
+) -> dict[str, Track]:
+    """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` into `output`.
+
+    What an earlier call measured stays, also where the checkpoint has been deleted since, so that a run can be tracked
+    while it trains.
+
+    Args:
+        runs: name to folder of a `train_baseline.py` or `train_ot.py` run.
+        output: folder for `tracking.json`, written after every checkpoint.
+        dataset: real images.
+        evaluator: run or Hub id of a feature network that no loss has seen.
+        num_samples: images generated, and real ones of either split; by default as many as the smaller split has.
+        features: run of `train_features.py`; guides every checkpoint by its network and bank.
+        call: arguments of the pipeline's call.
+        batch_size, seed: see `sample_images`.
+        device: where the images are made.
+        announce: takes the lines that tell how far it is.
+
+    Raises:
+        InputError: a folder that is no such run, or an `output` measured with other settings.
+    """
+    checkpoints = {name: find_checkpoints(run) for name, run in runs.items()}
+    extractor = load_feature_extractor(evaluator).to(device)
+    real = RealImages.load(dataset, extractor, num_samples)
+    settings = {
+        "dataset": dataset,
+        "evaluator": weights_fingerprint(extractor),
+        "num_samples": len(real.test),
+        "features": features,
+        "call": dict(call or {}),
+        "seed": seed,
+    }
+    file = output / RECORD_NAME
+    tracks = read_tracks(file, settings)
+    base_line = measure(real.train, real.test)
+    for name, folders in checkpoints.items():
+        if len(folders) < FEW_CHECKPOINTS:
+            announce(f"{name}: {len(folders)} checkpoints; a run with checkpoints_total_limit=1000 keeps them all")
+        points = {point.update: point for point in tracks[name].points} if name in tracks else {}
+        for folder in folders:
+            update, weights = int(folder.name.removeprefix("update-")), file_hash(folder / "ema.safetensors")
+            if update not in points or points[update].weights != weights:
+                pipeline = load_checkpoint(runs[name], folder, real.test, features).to(device)
+                images = sample_images(pipeline, len(real.test), batch_size=batch_size, seed=seed, **(call or {}))
+                found = describe_images(images, extractor)
+                points[update] = Point(update, measure(found, real.train), measure(found, real.test), weights)
+                announce(f"{name}, update {update}: {summary(points[update])}")
+            tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
+            write_tracks(file, settings, tracks)
+    return {name: tracks[name] for name in runs}
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first.
+
+    Raises:
+        InputError: no checkpoint with averaged weights there.
+    """
+    folders = sorted(run.glob("checkpoints/update-*/ema.safetensors"))
+    require((run / "run.json").is_file(), "run", "be the folder of a train_baseline.py or train_ot.py run", str(run))
+    require(bool(folders), "run", "hold checkpoints with averaged weights", str(run))
+    return [file.parent for file in folders]
+
+
+def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str | None) -> Any:
+    """The averaged weights of a checkpoint as a pipeline for images of the shape of `images`, guided if asked for."""
+    options = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    known = {field.name for field in dataclasses.fields(BaselineConfig)}
+    config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in known})
+    channels, height, width = images.images.shape[1:]
+    unet = make_unet(config, (channels, height, width)).eval()
+    averaged = load_file(checkpoint / "ema.safetensors")
+    with torch.no_grad():
+        for index, parameter in enumerate(unet.parameters()):
+            parameter.copy_(averaged[str(index)])
+    scheduler = DDIMScheduler.from_config(make_noise_scheduler(config).config)
+    pipeline = (
+        DDIMPipeline(unet, scheduler)
+        if features is None
+        else OTGuidedDDIMPipeline(unet, scheduler, load_feature_extractor(features), load_reference_bank(features))
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def measure(images: ImageSet, reference: ImageSet) -> Distances:
+    """Every distance between two sets."""
+    return {name: distance(images.features, reference.features) for name, distance in DISTANCES.items()}
+
+
+def summary(point: Point) -> str:
+    """The fidelity in a few words."""
+    return ", ".join(f"{name.replace('_', ' ')} to test images {value:.3g}" for name, value in point.fidelity.items())
+
+
+def read_tracks(file: Path, settings: Mapping[str, Any]) -> dict[str, Track]:
+    """What an earlier call with the same settings measured.
+
+    Raises:
+        InputError: other settings.
+    """
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text(encoding="utf-8"))
+    require_same(settings, record["settings"], "output")
+    return {
+        name: Track(track["base_line"], tuple(Point(**_without_gap(point)) for point in track["points"]))
+        for name, track in record["runs"].items()
+    }
+
+
+def write_tracks(file: Path, settings: Mapping[str, Any], tracks: Mapping[str, Track]) -> None:
+    """`tracking.json`, written aside and renamed."""
+    runs = {
+        name: {
+            "base_line": track.base_line,
+            "points": [dataclasses.asdict(point) | {"gap": point.gap} for point in track.points],
+        }
+        for name, track in tracks.items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"settings": dict(settings), "runs": runs})
+
+
+def file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _without_gap(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name != "gap"}

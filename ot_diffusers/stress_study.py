@@ -1,0 +1,272 @@
+"""Which metric sees what? Real images with noise, without classes, collapsed or copied, under every metric.
+
+    ot-diffusers stress --dataset digits --evaluator runs/digits/evaluator
+
+The damaged images are one half of the test split, the reference is the other, so that undamaged ones score what real
+images score. Two further figures are those of the source study: its transport distance and its Fréchet distance, both
+in L2-normalised features, between test images whose features get noise and training images, and between test images and
+a training pool without some classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .data import load_images
+from .errors import require, require_same
+from .evaluation import plots, report
+from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from .evaluation.metrics import frechet_distance, sinkhorn_distance
+from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
+from .features import check_trained_on, labels_of, load_feature_extractor, weights_fingerprint
+from .images import to_uint8
+from .training import write_json
+
+AMOUNTS: dict[str, tuple[float, ...]] = {
+    "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),
+    "missing classes": (0, 1, 3, 5, 7, 9),
+    "mode collapse": (0, 0.3, 0.6, 0.8, 0.9, 0.97),
+    "memorisation": (0, 0.25, 0.5, 0.75, 1),
+}
+AXES = {
+    "noise": "σ, share of the grey range",
+    "missing classes": "classes removed",
+    "mode collapse": "share of repeated images",
+    "memorisation": "share of training images",
+}
+SOURCE_AMOUNTS: dict[str, tuple[float, ...]] = {
+    "noise": (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1),
+    "missing classes": tuple(range(10)),
+}
+SOURCE_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
+SOURCE_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
+TRAIN_SHARE = 5  # training images for each damaged one
+
+Announce = Callable[[str], None]
+Curves = dict[str, StressCurve]
+
+
+@dataclass
+class Split:
+    """Real images and their labels, described by the evaluator."""
+
+    images: ImageSet
+    labels: Tensor
+
+    def rows(self, rows: slice) -> Split:
+        return Split(self.images.rows(rows), self.labels[rows])
+
+
+def run_stress_study(
+    dataset: str,
+    evaluator: str,
+    output: Path,
+    *,
+    num_samples: int = 1000,
+    repeats: int = 3,
+    seed: int = 0,
+    device: Any = "cpu",
+    announce: Announce = print,
+) -> dict[str, Any]:
+    """Run all tests; write `stress.json`, `stress.md` and a picture for each; returns the contents of `stress.json`.
+
+    Args:
+        dataset: real images with labels.
+        evaluator: run or Hub id of a feature network.
+        output: folder; tests that an earlier call with the same settings finished are kept.
+        num_samples: images damaged, and as many of the reference; at most half of the test split.
+        repeats: draws of each damage, at least 3: intervals from fewer say nothing.
+        seed: decides which images and all draws.
+        device: of the evaluator.
+        announce: takes the lines that tell how far it is.
+
+    Raises:
+        InputError: images without labels, or an `output` made with other settings.
+    """
+    require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
+    require(repeats >= 3, "repeats", "be at least 3", repeats)
+    extractor = load_feature_extractor(evaluator).to(device)
+    test, train = (load_split(dataset, split, extractor, num_samples, seed) for split in ("test", "train"))
+    count = min(num_samples, len(test.labels) // 2)
+    damaged, reference = test.rows(slice(count)), test.rows(slice(count, 2 * count))
+    settings = {
+        "dataset": dataset,
+        "evaluator": weights_fingerprint(extractor),
+        "num_samples": count,
+        "repeats": repeats,
+        "seed": seed,
+    }
+    file = output / "stress.json"
+    results = open_results(file, settings, extractor)
+
+    tests = {
+        "source figures": source_tests(damaged, train.rows(slice(count)), repeats, seed),
+        "curves": metric_tests(damaged, reference, train, extractor, repeats, seed),
+    }
+    for kind, curves_of in tests.items():
+        for name, curves in curves_of.items():
+            if name not in results[kind]:
+                found = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
+                results[kind] = {name: found[name] for name in curves_of if name in found}  # in one order
+                write_json(file, results)
+                announce(f"{kind}, {name}: done")
+    (output / "stress.md").write_text(markdown(results), encoding="utf-8")
+    draw(results, output)
+    announce(f"\n{markdown(results)}\nPictures: {output}")
+    return results
+
+
+# --- The tests --------------------------------------------------------------------------------------------------------
+
+
+def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int) -> Split:
+    """As many images of a split as the tests need, drawn by `seed`."""
+    shape = extractor.config
+    images = load_images(dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
+    if split == "train":
+        check_trained_on(extractor, images)
+    wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
+    return Split(describe_images(to_uint8(images.fetch(rows)), extractor), labels_of(images)[rows])
+
+
+def metric_tests(
+    damaged: Split, reference: Split, train: Split, extractor: Any, repeats: int, seed: int
+) -> dict[str, Callable[[], Curves]]:
+    """Every damage under every metric."""
+    damages: dict[str, Damage] = {
+        "noise": add_noise,
+        "missing classes": drop_classes(damaged.labels),
+        "mode collapse": collapse_modes,
+        "memorisation": memorise(train.images.images),
+    }
+
+    def measure(images: Tensor) -> Mapping[str, float]:
+        return evaluate_images(images, reference=reference.images, extractor=extractor, train=train.images, seed=seed)
+
+    def curves(name: str) -> Curves:
+        amounts = amounts_of(name, damaged)
+        return stress_test(damaged.images.images, damages[name], amounts, measure, repeats=repeats, seed=seed)
+
+    return {name: partial(curves, name) for name in damages}
+
+
+def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]] = AMOUNTS) -> tuple[float, ...]:
+    """The amounts of a test that leave a class, and two different images."""
+    classes, count = len(split.labels.unique()), len(split.labels)
+    if name == "missing classes":
+        return tuple(amount for amount in amounts[name] if amount < classes)
+    if name == "mode collapse":
+        return tuple(share for share in amounts[name] if count - round(share * count) >= 2)
+    return amounts[name]
+
+
+def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
+    """The source study's figures: noise on the test features, classes removed from the training pool."""
+    first, second = test.images.features, train.images.features
+
+    def noise() -> Curves:
+        return stress_test(
+            first, feature_noise, SOURCE_AMOUNTS["noise"], partial(source_distances, second), repeats=repeats, seed=seed
+        )
+
+    def missing_classes() -> Curves:
+        damage, amounts = drop_classes(train.labels), amounts_of("missing classes", train, SOURCE_AMOUNTS)
+        return stress_test(second, damage, amounts, partial(source_distances, first), repeats=repeats, seed=seed)
+
+    return {"noise": noise, "missing classes": missing_classes}
+
+
+def feature_noise(features: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise on features [N, D], `sigma` in units of their standard deviation over all entries."""
+    return features + sigma * features.std() * torch.randn(features.shape, generator=generator)
+
+
+def source_distances(reference_features: Tensor, features: Tensor) -> dict[str, float]:
+    """Sinkhorn (blur .05, scaling .9) and Fréchet distance of L2-normalised features."""
+    pair = normalize(features), normalize(reference_features)
+    return {"sinkhorn_distance": sinkhorn_distance(*pair), "frechet_distance": frechet_distance(*pair)}
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def open_results(file: Path, settings: Mapping[str, Any], extractor: Any) -> dict[str, Any]:
+    """What an earlier call with the same settings left, or the frame of new results.
+
+    Raises:
+        InputError: other settings.
+    """
+    if not file.is_file():
+        require(not file.parent.exists() or file.parent.is_dir(), "output", "be a folder", str(file.parent))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        name = {"name": type(extractor).__name__, "feature_dim": extractor.config.feature_dim}
+        frame = {"settings": dict(settings), "extractor": name, "source figures": {}, "curves": {}}
+        return frame | {"provenance": report.provenance()}
+    results = json.loads(file.read_text(encoding="utf-8"))
+    require_same(settings, results["settings"], "output")
+    return results
+
+
+def as_json(curve: StressCurve) -> dict[str, Any]:
+    return {"amounts": list(curve.amounts), "values": [list(v) for v in curve.values], "verdict": curve.verdict}
+
+
+def as_curve(values: Mapping[str, Any]) -> StressCurve:
+    return StressCurve(tuple(values["amounts"]), tuple(tuple(found) for found in values["values"]))
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The verdicts: metrics down, damages across, each with its first and last mean."""
+    settings, extractor, curves = results["settings"], results["extractor"], results["curves"]
+    lead = (
+        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others, in the "
+        f"{extractor['feature_dim']} features of a {extractor['name']}; {settings['repeats']} draws. A metric rises or "
+        "falls where its mean never turns back, and is flat where no amount differs from undamaged images; the numbers "
+        "are the means for undamaged images and for the largest amount."
+    )
+    metrics = [name for name in report.METRICS if any(name in found for found in curves.values())]
+    rows = [[report.METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
+    source = [
+        [title, *(cell(found[metric]) for found in results["source figures"].values())]
+        for metric, title in SOURCE_TITLES.items()
+    ]
+    tables = [["", *curves], *rows], [["", *results["source figures"]], *source]
+    title = f"# Stress tests: {settings['dataset']}"
+    heading = "## The source study's figures: L2-normalised features, test against training images"
+    return "\n\n".join([title, lead, report.markdown_rows(tables[0]), heading, report.markdown_rows(tables[1])]) + "\n"
+
+
+def cell(values: Mapping[str, Any] | None) -> str:
+    """A verdict with the ends of its curve."""
+    if values is None:
+        return "–"
+    curve = as_curve(values)
+    first, last = curve.means[0], curve.means[-1]
+    direction = "rises" if last > first else "falls"
+    verdict = direction if curve.verdict == "monotone" else curve.verdict
+    return f"{verdict}: {report.format_number(first)} → {report.format_number(last)}"
+
+
+def draw(results: Mapping[str, Any], output: Path) -> list[Path]:
+    """One picture for each test."""
+    titles = {name: metric.label for name, metric in report.METRICS.items()}
+    pictures = []
+    for kind, labels, axes, prefix in (
+        ("source figures", SOURCE_TITLES, SOURCE_AXES, "source_"),
+        ("curves", titles, AXES, ""),
+    ):
+        for name, found in results[kind].items():
+            curves = {metric: as_curve(values) for metric, values in found.items()}
+            file = output / f"{prefix}{name.replace(' ', '_')}.png"
+            pictures.append(plots.stress_curves(curves, file, xlabel=axes[name], titles=labels))
+    return pictures

@@ -1,0 +1,299 @@
+"""Comparisons: a planted difference is found, none is not; pieces are kept; every arm starts from the same noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+
+from ot_diffusers import ConvFeatureExtractor, cli
+from ot_diffusers.comparison import (
+    Arm,
+    Clock,
+    ComparisonConfig,
+    Study,
+    choose_arms,
+    equal_time_updates,
+    read_config,
+    run_comparison,
+)
+from ot_diffusers.data import load_images
+from ot_diffusers.errors import InputError
+from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict
+
+pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature network that tells the digits apart after a few seconds."""
+    torch.manual_seed(0)
+    images = load_images("digits", "train")
+    network = ConvFeatureExtractor(
+        sample_size=8, feature_dim=16, block_out_channels=(8, 16), data_fingerprint=images.fingerprint
+    ).requires_grad_(True)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(150):
+        rows = torch.randint(len(images), (64,))
+        loss = torch.nn.functional.cross_entropy(network.logits(images.fetch(rows)), images.labels[rows])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("evaluator")
+    network.requires_grad_(False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    """A denoiser of the digits after a few seconds of training."""
+    torch.manual_seed(0)
+    images = load_images("digits", "train")
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    optimizer, scheduler = torch.optim.Adam(unet.parameters(), 3e-3), DDPMScheduler()
+    for _ in range(150):
+        clean = images.fetch(torch.randint(len(images), (64,)))
+        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (64,))
+        predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        torch.nn.functional.mse_loss(predicted, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return unet.eval()
+
+
+def save_pipeline(unet: UNet2DModel, folder: Path) -> str:
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def jittered(unet: UNet2DModel, amount: float, seed: int) -> UNet2DModel:
+    """The network with noise of `amount` times each layer's spread on its weights: as if trained with another seed."""
+    other = UNet2DModel.from_config(unet.config).eval()
+    other.load_state_dict(unet.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weights in other.parameters():
+            if weights.ndim > 1:
+                weights += amount * weights.std() * torch.randn(weights.shape, generator=generator)
+    return other
+
+
+# How far the networks of an arm are off, and where their noise is drawn from: "same" has the law of "first".
+ARMS = {"first": (0.1, 0), "same": (0.1, 100), "worse": (0.4, 200)}
+
+
+@pytest.fixture(scope="module")
+def config(unet: UNet2DModel, evaluator: Path, tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
+    """Three arms with a network of their own for each of five seeds."""
+    folder = tmp_path_factory.mktemp("arms")
+    for name, (amount, start) in ARMS.items():
+        for seed in range(5):
+            save_pipeline(jittered(unet, amount, start + seed), folder / f"{name}-{seed}")
+    return ComparisonConfig(
+        output_dir=str(tmp_path_factory.mktemp("comparison") / "study"),
+        evaluator=str(evaluator),
+        arms={name: Arm(pipeline=f"{folder}/{name}-{{seed}}") for name in ARMS},
+        num_samples=48,
+        call={"num_inference_steps": 6},
+    )
+
+
+@pytest.fixture(scope="module")
+def results(config: ComparisonConfig) -> dict[str, Any]:
+    return run_comparison(config, announce=lambda line: None)
+
+
+def test_planted_difference_is_found_and_no_difference_is_not(results: dict[str, Any]) -> None:
+    planted, none = results["differences"]["worse"], results["differences"]["same"]
+    assert verdict("frechet_distance", planted["frechet_distance"]) == "worse"
+    assert planted["frechet_distance"]["low"] > 0
+    assert {verdict(metric, found) for metric, found in none.items()} == {NOT_SHOWN}
+    assert all(found["mean"] != 0 for found in none.values())  # other images, not the same ones
+    assert results["complete"] and results["seeds"] == [0, 1, 2, 3, 4]
+
+
+def test_report_says_what_the_numbers_say(results: dict[str, Any], config: ComparisonConfig) -> None:
+    folder = Path(config.output_dir)
+    table, page = (folder / "results.md").read_text("utf-8"), (folder / "report.html").read_text("utf-8")
+    for text in (table, page):
+        assert f"same: {NOT_SHOWN}" in text and "worse: worse" in text and "(primary)" in text
+    assert page.count("data:image/png;base64,") == 5
+    assert json.loads((folder / "results.json").read_text("utf-8"))["arms"] == results["arms"]
+    means = [np.mean(results["per_seed"]["worse"]["recall"]), results["arms"]["worse"]["metrics"]["recall"]]
+    assert means[0] == pytest.approx(means[1])
+
+
+def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -> None:
+    floor, arm = results["floor"]["metrics"], results["arms"]["first"]
+    assert floor["frechet_distance"] < arm["metrics"]["frechet_distance"]
+    assert arm["nfe"] == 6 and arm["parameters"] > 1000 and arm["seconds_per_1000"] > 0
+
+
+def test_stopped_and_resumed_is_the_uninterrupted_comparison(
+    results: dict[str, Any], config: ComparisonConfig, tmp_path: Path
+) -> None:
+    short = dataclasses.replace(config, seeds=2, output_dir=str(tmp_path / "study"))
+    assert run_comparison(short, max_seconds=1e-9, announce=lambda line: None) == {"complete": False, "seeds": []}
+    assert not (tmp_path / "study" / "results.json").exists()
+    one = run_comparison(dataclasses.replace(short, seeds=1), announce=lambda line: None)
+    assert one["differences"] == {} and one["arms"]["first"]["intervals"] == {}
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "seed-0").iterdir()}
+    two = run_comparison(short, announce=lambda line: None)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    for name, values in two["per_seed"].items():
+        assert values == {metric: found[:2] for metric, found in results["per_seed"][name].items()}
+
+
+def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
+    """One seed of a baseline, and of its network with fewer steps."""
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path / 'study'}\nevaluator: {evaluator}\nnum_samples: 24\n"
+        "call: {num_inference_steps: 2}\n"
+        "overrides: [max_train_steps=2, num_inference_steps=2, num_validation_samples=8]\narms:\n"
+        "  all steps: {train: baseline, preset: digits/baseline.yaml}\n"
+        '  one step: {pipeline: "{all steps}", call: {num_inference_steps: 1}}\n'
+    )
+    lines: list[str] = []
+    found = run_comparison(read_config(str(file), ["seeds=1"]), announce=lines.append)
+    assert lines[0].startswith("seed 0: train all steps")
+    assert [(entry["updates"], entry["nfe"]) for entry in found["arms"].values()] == [(2, 2), (2, 1)]
+    assert "Losses" in (tmp_path / "study" / "report.html").read_text("utf-8")
+
+
+def test_equal_compute_is_in_seconds(tmp_path: Path) -> None:
+    """The baseline makes 100 updates in 10 s and the OT model trains for 25 s: 250 updates."""
+    arms = {"baseline": Arm(train="baseline"), "ot": Arm(train="ot")}
+    arms["control"] = Arm(train="baseline", seconds_of="ot")
+    study = Study(ComparisonConfig(arms=arms), tmp_path, Clock(), lambda line: None)
+    for name, seconds in (("baseline", 10.0), ("ot", 25.0)):
+        study.run(name, 3).mkdir(parents=True)
+        record = {"updates": 100, "training_seconds": seconds}
+        (study.run(name, 3) / "results.json").write_text(json.dumps(record))
+    assert equal_time_updates(study, "control", 3) == 250
+
+
+def test_pipelines_on_the_command_line(
+    unet: UNet2DModel, evaluator: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipelines = [save_pipeline(unet, tmp_path / "a"), save_pipeline(jittered(unet, 0.1, 0), tmp_path / "b")]
+    options = ["--dataset", "digits", "--evaluator", str(evaluator), "--num-inference-steps", "2"]
+    command = ["compare", *pipelines, *options, "--seeds", "1", "num_samples=12", "--output", str(tmp_path / "study")]
+    assert cli.main([*command, "--max-seconds", "1e-9"]) == 3
+    assert "the same command goes on" in capfd.readouterr().out
+    assert cli.main(command) == 0
+    said = capfd.readouterr().out
+    assert "| b |" in said and "the seeds vary the starting noise only" in said
+
+    save_pipeline(jittered(unet, 0.1, 1), tmp_path / "b")  # other weights in the same place
+    assert cli.main(command) == 2
+    assert "`output_dir` must be a new folder" in capfd.readouterr().err
+
+
+BAD = {
+    "one arm": ({"a": Arm(pipeline="x/y")}, {}, "`arms` must be at least two"),
+    "later arm": ({"a": Arm(pipeline="{b}"), "b": Arm(train="baseline")}, {}, "trained arms before 'a'"),
+    "no feature network": ({"a": Arm(pipeline="x/y", features="{features}")}, {}, "features or seed, got 'features'"),
+    "nobody's seconds": ({"a": Arm(train="baseline", seconds_of="b")}, {}, "`seconds_of` must name a trained arm"),
+    "no pace": (
+        {"a": Arm(train="ot"), "b": Arm(train="baseline", seconds_of="a")},
+        {},
+        "`seconds_of` must have an earlier arm that trains as 'b' does",
+    ),
+    "unknown metric": ({}, {"primary_metric": "fid"}, "got 'fid'"),
+    "no seed": ({}, {"seeds": 0}, "`seeds` must be at least 1"),
+    "a path as a name": ({"../a": Arm(pipeline="x/y")}, {}, "got '../a'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
+    arms, values, message = BAD[case]
+    with pytest.raises(InputError) as caught:
+        run_comparison(ComparisonConfig(output_dir=str(tmp_path / "new"), arms=arms, **values))
+    assert message in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_nothing_is_written_before_all_is_there(config: ComparisonConfig, unet: UNet2DModel, tmp_path: Path) -> None:
+    arms = {name: Arm(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
+    for values, message in (
+        ({"evaluator": "./nowhere"}, "`feature_extractor` must be a folder"),
+        ({"dataset": "./nowhere"}, "`dataset` must be"),
+        ({"call": {"guidance_scale": 1}}, "`guidance_scale` must be left out for a DDIMPipeline"),
+        ({"arms": arms | {"c": Arm(pipeline="./nowhere")}}, "`pipeline` must be a folder"),
+    ):
+        changed = dataclasses.replace(config, **{"arms": arms, "output_dir": str(tmp_path / "new")} | values)
+        with pytest.raises(InputError, match=message):
+            run_comparison(changed)
+        assert not (tmp_path / "new").exists()
+
+
+def test_arms_that_cannot_be() -> None:
+    for values in ({}, {"pipeline": "x", "train": "ot"}, {"pipeline": "x", "seconds_of": "y"}, {"train": "paint"}):
+        with pytest.raises(InputError):
+            Arm(**values)
+    with pytest.raises(InputError, match="max_train_seconds"):
+        Arm(train="ot", overrides=("max_train_seconds=5",))
+
+
+def test_arms_are_chosen_by_name_or_folder(config: ComparisonConfig) -> None:
+    chosen = choose_arms(config, ["worse", "runs/other"])
+    assert list(chosen.arms) == ["worse", "other"] and chosen.arms["other"].pipeline == "runs/other"
+    assert list(choose_arms(config, ["a/run", "b/run"]).arms) == ["a-run", "b-run"]
+
+
+def test_preset_is_a_study_of_five_seeds_with_an_equal_compute_control() -> None:
+    config = read_config("digits/compare.yaml", [])
+    assert config.seeds == 5 and next(iter(config.arms)) == "baseline"
+    assert config.arms["equal compute"].seconds_of == "OT-trained"
+    assert config.arms["OT-guided"].pipeline == "{baseline}"
+
+
+class TestVerdicts:
+    METRICS = ("frechet_distance", "precision", "recall", "coverage", "density", "sinkhorn_distance")
+
+    def values(self, draws: np.ndarray) -> dict[str, dict[str, list[float]]]:
+        """[arms, metrics, seeds] as arm → metric → one value per seed."""
+        return {f"arm {i}": dict(zip(self.METRICS, found.tolist(), strict=True)) for i, found in enumerate(10 + draws)}
+
+    def test_errors_of_a_study_without_a_difference(self) -> None:
+        """400 studies of two arms alike, 5 seeds, 6 metrics: the primary one errs in 5% of them (20 ± 3 × 4.4), and one
+        or more of the five others in at most 5% by Holm's correction."""
+        primary = others = 0
+        for draws in np.random.default_rng(0).normal(size=(400, 2, 6, 5)):
+            (found,) = differences(self.values(draws), primary="frechet_distance", family=self.METRICS).values()
+            primary += found["frechet_distance"]["shown"]
+            others += any(found[metric]["shown"] for metric in self.METRICS[1:])
+        assert 7 <= primary <= 33 and others <= 33
+
+    def test_direction_is_that_of_the_metric(self) -> None:
+        draws = np.random.default_rng(0).normal(scale=0.01, size=(2, 6, 5))
+        draws[1] += 1
+        (found,) = differences(self.values(draws), primary="recall", family=self.METRICS).values()
+        said = {metric: verdict(metric, found[metric]) for metric in self.METRICS}
+        assert said == dict.fromkeys(self.METRICS, "better") | {
+            "frechet_distance": "worse",
+            "sinkhorn_distance": "worse",
+        }
+        assert verdict("effective_rank", found["recall"]) == "higher"
+
+    def test_two_seeds_show_nothing(self) -> None:
+        draws = np.zeros((2, 6, 2))
+        draws[1] += 1
+        (found,) = differences(self.values(draws), primary="recall", family=self.METRICS).values()
+        assert {verdict(metric, entry) for metric, entry in found.items()} == {NOT_SHOWN}
