@@ -10,8 +10,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
+from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
-from ot_diffusers.launch import SCRIPTS
+from ot_diffusers.launch import SCRIPTS, preset_path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +45,9 @@ def test_a_snippet_runs(snippet: str, demo_folder: Path, monkeypatch: pytest.Mon
     exec(compile(snippet, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "train" in line.split("#")[0]])
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if re.match(r"accelerate launch|ot-diffusers train ", line)]
+)
 def test_a_training_command_is_a_valid_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = command.split("#")[0].split()
@@ -56,3 +59,15 @@ def test_a_training_command_is_a_valid_configuration(command: str, monkeypatch: 
         assert words[:2] == ["ot-diffusers", "train"]
         config, arguments = SCRIPTS[words[2]][1], words[3:]
     load_config(config, arguments)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("ot-diffusers")])
+def test_a_command_is_one_that_the_parser_knows(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = command.split("#")[0].split()[1:]
+    if words == ["--help"]:
+        return
+    arguments, unknown = make_parser().parse_known_args(words)
+    assert all("=" in word for word in unknown)  # key=value, checked above or by the study itself
+    preset = getattr(arguments, "config", None)
+    assert preset is None or preset_path(preset).is_file()
