@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
 	@echo "make test   linters, types and tests"
 	@echo "make lint   linters and types only"
+	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
 	@echo "make clean  remove the environment and caches, keep runs/"
 
 demo: $(INSTALLED)
@@ -20,6 +21,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."

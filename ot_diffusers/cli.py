@@ -425,12 +425,10 @@ def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int
 
 def _describe(images: Any, evaluator: Any) -> Any:
     """All images of a split and their features."""
-    import torch
-
+    from .data import pixels_of
     from .evaluation.evaluate import describe_images
-    from .images import to_uint8
 
-    return describe_images(to_uint8(images.fetch(torch.arange(len(images)))), evaluator, cache=True)
+    return describe_images(pixels_of(images), evaluator, cache=True)
 
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import load_config, option
-from .data import load_images
+from .data import load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
@@ -39,9 +39,8 @@ from .experiment import Announce, claim_folder, read_json, run_side_by_side, sta
 from .features import check_trained_on, load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
-from .sampling import check_call_arguments, load_pipeline, network_calls, sample_images
+from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
 from .training import write_json
-from .truncation_study import all_pixels, best_device
 
 EVALUATOR_SEED = 1000
 NETWORKS = ("features", "evaluator")
@@ -247,7 +246,7 @@ class Study:
         images = load_images(self.config.dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
         if split == "train":
             check_trained_on(self.extractor, images)
-        return describe_images(all_pixels(images), self.extractor)
+        return describe_images(pixels_of(images), self.extractor)
 
     @cached_property
     def num_samples(self) -> int:

@@ -42,6 +42,7 @@ __all__ = [
     "ResidentImages",
     "StreamedImages",
     "load_images",
+    "pixels_of",
     "to_model_range",
     "to_uint8",
     "to_unit_range",
@@ -194,6 +195,12 @@ class StreamedImages:
             if isinstance(images, InputError):
                 raise images
             yield indices, to_model_range(images.to(self.device, non_blocking=True))
+
+
+def pixels_of(images: ResidentImages | StreamedImages, indices: Tensor | None = None) -> Tensor:
+    """Images as they are stored, uint8 [N, C, H, W] on the CPU, decoded in chunks; all of them by default."""
+    indices = torch.arange(len(images)) if indices is None else indices
+    return torch.cat([to_uint8(batch).cpu() for _, batch in images.stream(indices.split(DECODE_CHUNK))])
 
 
 def training_order(num_samples: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from .data import load_images
+from .data import load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
@@ -115,8 +113,8 @@ def run_demo(
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
         evaluator = load_feature_extractor(str(output / "evaluator"))
-        test = describe_images(split_pixels("test"), evaluator)
-        train_images = describe_images(split_pixels("train"), evaluator)
+        test = describe_images(pixels_of(load_images(DATASET, "test")), evaluator)
+        train_images = describe_images(pixels_of(load_images(DATASET, "train")), evaluator)
         described = {name: describe_images(sampled.images, evaluator) for name, sampled in samples.items()}
         metrics = {
             name: evaluate_images(found, reference=test, extractor=evaluator, train=train_images)
@@ -184,11 +182,6 @@ def sample_arm(arm: Arm, output: Path, num_samples: int, seed: int) -> Sampled:
     started = time.monotonic()
     images = sample_images(pipeline, num_samples, batch_size=arm.batch_size, seed=seed, **call)
     return Sampled(images, time.monotonic() - started, network_calls(pipeline))
-
-
-def split_pixels(split: str) -> Tensor:
-    """The digits of a split, uint8 [N, 1, 8, 8]."""
-    return load_images(DATASET, split).pixels  # type: ignore[union-attr]  # the digits are held decoded
 
 
 def collect(

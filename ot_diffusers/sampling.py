@@ -135,6 +135,11 @@ def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:
     require(steps is None or 1 <= steps <= length, "num_inference_steps", f"lie in 1 … {length}", steps)
 
 
+def best_device() -> str:
+    """`"cuda"` where there is a GPU, else `"cpu"`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def network_calls(pipeline: Any) -> int:
     """Calls of the denoiser, and of the prior where there is one, per image in the pipeline's last run."""
     return pipeline.nfe if isinstance(pipeline, TruncatedPriorPipeline) else len(pipeline.scheduler.timesteps)

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .data import load_images
+from .data import load_images, pixels_of
 from .errors import require, require_same
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
 from .evaluation.metrics import frechet_distance, sinkhorn_distance
 from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
 from .features import check_trained_on, labels_of, load_feature_extractor, weights_fingerprint
-from .images import to_uint8
 from .training import write_json
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
@@ -136,7 +135,7 @@ def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed:
         check_trained_on(extractor, images)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
-    return Split(describe_images(to_uint8(images.fetch(rows)), extractor), labels_of(images)[rows])
+    return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows])
 
 
 def metric_tests(

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import option
-from .data import ResidentImages, StreamedImages, load_images
+from .data import ResidentImages, StreamedImages, load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
@@ -37,7 +37,7 @@ from .images import to_uint8
 from .launch import training_command
 from .models.prior import GaussianPrior
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
-from .sampling import MAX_BATCH_SIZE, load_pipeline, sample_images
+from .sampling import MAX_BATCH_SIZE, best_device, load_pipeline, sample_images
 from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
 from .seeds import keyed_generator
 
@@ -181,7 +181,7 @@ def run_study(config: TruncationConfig, announce: Announce = print, *, overrides
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
         extractor = load_feature_extractor(study.evaluator).to(best_device())
-        test, training = (describe_images(all_pixels(images), extractor) for images in (data["test"], data["train"]))
+        test, training = (describe_images(pixels_of(images), extractor) for images in (data["test"], data["train"]))
         described = {name: describe_images(row.images, extractor) for name, row in rows.items()}
         metrics = {
             name: evaluate_images(found, reference=test, extractor=extractor, train=training, metrics=METRICS)
@@ -365,10 +365,6 @@ def make_prior(study: Study, name: str, truncation_timestep: int) -> Any:
     return GaussianPrior(truncation_timestep=truncation_timestep, sample_size=size, out_channels=channels)
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def sample_oracle(study: Study, pipeline: TruncatedPriorPipeline, steps: int) -> Tensor:
     """Images from real x_T' of evenly spaced training images, uint8 [N, C, H, W]."""
     made = []
@@ -383,11 +379,6 @@ def sample_oracle(study: Study, pipeline: TruncatedPriorPipeline, steps: int) ->
 def real_rows(study: Study) -> Tensor:
     """As many training images as a row has, evenly spaced."""
     return torch.linspace(0, len(study.train_images) - 1, study.num_samples).round().long()
-
-
-def all_pixels(images: Images) -> Tensor:
-    """A whole split, uint8 [N, C, H, W]."""
-    return torch.cat([to_uint8(batch) for _, batch in images.stream(torch.arange(len(images)).split(1000))]).cpu()
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -449,8 +440,20 @@ def collect(
         "curves": {
             name: {str(step): dict(values) for step, values in points.items()} for name, points in scored.items()
         },
+        "notes": unfinished(study),
         "provenance": report.provenance() | {"study": settings(study.config)},
     }
+
+
+def unfinished(study: Study) -> list[str]:
+    """A sentence for each prior that its time limit stopped."""
+    found = []
+    for name in study.priors:
+        run = read_json(study.output / run_name(name, study.config.truncation_timestep) / "results.json")
+        if not run["complete"]:
+            spent = f"{run['training_seconds']:.0f} s and {run['updates']} updates"
+            found.append(f"{LABELS[name]} was stopped after {spent}; its preset has more.")
+    return found
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -466,7 +469,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, points in results["curves"].items():
         values = (report.format_number(points.get(step, {}).get("frechet_distance")) for step in steps)
         curves.append(f"| {name} | {' | '.join(values)} |")
-    return "\n".join([lead, "", report.markdown_table(results), "", *(curves if steps else [])]).rstrip() + "\n"
+    notes = [f"* {note}" for note in results["notes"]]
+    blocks = [[lead], [report.markdown_table(results)], curves if steps else [], notes]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -500,7 +505,7 @@ def starts(study: Study, count: int = 36) -> dict[str, Tensor]:
     """x_T' of real images and of every prior, uint8, by name."""
     main = study.config.truncation_timestep
     shown = {}
-    labels = {"oracle": "real x_T'", "vanilla": VANILLA, **{name: LABELS[name] for name in study.priors}}
+    labels = {"oracle": "real", "vanilla": VANILLA, **{name: LABELS[name] for name in study.priors}}
     for name, label in labels.items():
         pipeline = make_pipeline(study, name, main)
         rows = real_rows(study)[:count]

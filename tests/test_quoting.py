@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.quoting import main, render_quotes
+from ot_diffusers.evaluation.differences import differences, summarise, summary
+from ot_diffusers.evaluation.quoting import main, quote, render_quotes
 from ot_diffusers.evaluation.report import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,21 @@ def test_a_changed_number_is_found(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"page\.md.*render it again"):
         main(["--check", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text() == typed
+
+
+def test_a_comparison_is_quoted_with_its_verdict_and_intervals() -> None:
+    values = {"a": {"frechet_distance": [1.0, 1.2, 1.1, 0.9]}, "b": {"frechet_distance": [0.5, 0.7, 0.6, 0.5]}}
+    results = {
+        "arms": {arm: summarise(found) for arm, found in values.items()},
+        "floor": summarise({"frechet_distance": [0.1, 0.1, 0.2, 0.2]}),
+        "differences": differences(values, primary="frechet_distance", family=()),
+        "primary_metric": "frechet_distance",
+        "seeds": [0, 1, 2, 3],
+    }
+    quoted = quote(results | {"summary": summary(results)})
+    # Means 1.05 and .575: −.475 is −45% of the first.
+    assert "b: better (−45.2%)" in quoted
+    assert "| a | 1.05 ± 0.21 |" in quoted and "| b | 0.575 ± 0.15 |" in quoted
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

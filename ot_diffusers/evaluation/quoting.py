@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, require
-from .report import markdown_table
+from .differences import interval_rows
+from .report import markdown_rows, markdown_table
 
 _BLOCK = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -34,9 +36,17 @@ def render_quotes(markdown: Path) -> str:
     def render(block: re.Match[str]) -> str:
         file = markdown.parent / block["path"]
         require(file.is_file(), "results", "name an existing file", block["path"])
-        return f"{block[1]}\n{markdown_table(json.loads(file.read_text(encoding='utf-8')))}\n\n{block[3]}"
+        return f"{block[1]}\n{quote(json.loads(file.read_text(encoding='utf-8')))}\n\n{block[3]}"
 
     return _BLOCK.sub(render, markdown.read_text(encoding="utf-8"))
+
+
+def quote(results: Mapping[str, Any]) -> str:
+    """The table of one run; of a comparison the verdict on its primary metric, and means with their intervals."""
+    if not results.get("differences"):
+        return markdown_table(results)
+    metrics = list(next(iter(results["differences"].values())))
+    return f"{results['summary']}\n\n{markdown_rows(interval_rows(results, metrics))}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -26,10 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import BaselineConfig, make_config
-from ..data import load_images
+from ..data import load_images, pixels_of
 from ..errors import require, require_same
 from ..features import check_trained_on, load_feature_extractor, load_reference_bank, weights_fingerprint
-from ..images import to_uint8
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet, write_json
@@ -104,7 +103,7 @@ class RealImages:
         described = {}
         for split, images in splits.items():
             rows = torch.linspace(0, len(images) - 1, count).round().long()
-            described[split] = describe_images(to_uint8(images.fetch(rows)), extractor)
+            described[split] = describe_images(pixels_of(images, rows), extractor)
         return cls(**described)
 
 

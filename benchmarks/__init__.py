@@ -1,0 +1,1 @@
+"""What optimal transport costs here, in ratios measured in one process: `python -m benchmarks`."""

@@ -1,0 +1,73 @@
+"""Measure every figure of the table, print it, and write it down.
+
+python -m benchmarks                     all of it, on a GPU if there is one
+python -m benchmarks --quick             small sizes: does everything run?
+python -m benchmarks --only solver       one part; the others keep their rows in the file
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ot_diffusers.evaluation.report import format_number, provenance
+
+from . import evaluation, package, sampling, solver, training
+from .timing import Row
+
+PARTS = {"solver": solver, "training": training, "sampling": sampling, "evaluation": evaluation, "package": package}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure")
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results.json"), help="file (%(default)s)")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file = Path(arguments.output)
+    earlier = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    same = earlier.get("quick") == arguments.quick and earlier.get("machine") == machine(device)
+    parts: dict[str, list[dict[str, Any]]] = earlier["parts"] if same else {}
+    for name in arguments.only or PARTS:
+        started = time.monotonic()
+        rows = PARTS[name].rows(arguments.quick, device)
+        sys.stdout.write(
+            f"\n{name}, {time.monotonic() - started:.0f} s\n" + "".join(f"  {line(row)}\n" for row in rows)
+        )
+        parts[name] = [dataclasses.asdict(row) | {"reached": row.reached} for row in rows]
+        results = {"quick": arguments.quick, "machine": machine(device), "parts": parts, "provenance": provenance()}
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(file)
+    return 0
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def line(row: Row) -> str:
+    """One row for a terminal: figure, range over the repeats, target, what it was made of."""
+    low, high = (format_number(value) for value in row.spread)
+    bound = "" if row.target is None else f", target {'≥' if row.at_least else '≤'} {row.target:g}"
+    mark = {True: " ✓", False: " ✗", None: ""}[row.reached]
+    parts = "; ".join(f"{name} {format_number(value)} s" for name, value in row.seconds.items())
+    return f"{row.name}: {format_number(row.value)}{row.unit} [{low}, {high}]{bound}{mark}" + (
+        f"  ({parts})" if parts else ""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The Sinkhorn loss against its peers, each at the setting where its gradient is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ot_diffusers.transport import median_distance, sinkhorn_divergence
+
+from .timing import Row, interleave, peak_memory_mib, ratio_row
+
+COSINE = 0.999
+SETTINGS = {"geomloss": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99), "POT": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}
+"""geomloss' `scaling` and POT's `stopThr`, the quickest first."""
+
+
+def rows(quick: bool, device: torch.device) -> list[Row]:
+    sizes = (64, 500, 64) if quick else (128, 2000, 128)
+    return [*against_peers(*sizes, device, 3 if quick else 7), *scaling(quick, device), *memory(quick)]
+
+
+def clouds(n: int, m: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two clouds half their width apart, at median distance 1, with the spectrum of features and not of white noise."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, dim + 1).rsqrt()
+    x, y = (torch.randn(size, dim, generator=generator) * spectrum for size in (n, m))
+    y = y + 0.5 * spectrum
+    scale = median_distance(y)
+    return (x / scale).to(device), (y / scale).to(device)
+
+
+def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) -> list[Row]:
+    """Forward and backward of the training loss; ours has no constant of the references."""
+    found = []
+    for blur in (0.3, 0.05):
+        x, y = clouds(n, m, dim, device)
+        exact = exact_gradient(x, y, blur)
+        candidates: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, x, y, blur)}
+        details: dict[str, object] = {"cosine of ours": cosine(ours(x, y, blur), exact)}
+        for name, make in (("geomloss", geomloss_gradient), ("POT", pot_gradient)):
+            setting = first_good_setting(name, make, x, y, blur, exact)
+            details[f"{name}"] = setting or ("not installed" if not installed(name) else f"no setting reaches {COSINE}")
+            if setting:
+                candidates[name] = partial(make, x, y, blur, setting)
+        seconds = interleave(candidates, repeats)
+        title = f"Sinkhorn loss {n}×{m}×{dim}, blur {blur} of the median distance"
+        for peer in candidates:
+            if peer != "ours":
+                target = 5.0 if peer == "geomloss" else None
+                row = ratio_row(
+                    f"{title}: {peer} / ours", seconds, peer, "ours", target=target, at_least=True, details=details
+                )
+                found.append(row)
+    return found
+
+
+def installed(peer: str) -> bool:
+    return importlib.util.find_spec({"geomloss": "geomloss", "POT": "ot"}[peer]) is not None
+
+
+def exact_gradient(x: Tensor, y: Tensor, blur: float, rounds: int = 2000) -> Tensor:
+    """∂S/∂x in float64 by plain log-domain Sinkhorn until the marginals are right to 1e-9, no code of the package."""
+    x, y = x.double().cpu(), y.double().cpu()
+
+    def field(u: Tensor, v: Tensor) -> Tensor:
+        cost, eps = torch.cdist(u, v).square() / 2, blur**2
+        f, g = torch.zeros(len(u)).double(), torch.zeros(len(v)).double()
+        for _ in range(rounds):
+            g = -eps * (torch.logsumexp((f[:, None] - cost) / eps, dim=0) - math.log(len(u)))
+            before, f = f, -eps * (torch.logsumexp((g - cost) / eps, dim=1) - math.log(len(v)))
+            if ((before - f) / eps).abs().max() < 1e-9:
+                break
+        plan = torch.exp((f[:, None] + g - cost) / eps) / len(v)
+        return (u - plan @ v / plan.sum(dim=1, keepdim=True)) / len(u)
+
+    return field(x, y) - field(x, x)
+
+
+def ours(x: Tensor, y: Tensor, blur: float) -> Tensor:
+    points = x.clone().requires_grad_()
+    sinkhorn_divergence(points, y, blur=blur, y_self_cost=0.0).backward()
+    assert points.grad is not None
+    return points.grad
+
+
+def geomloss_gradient(x: Tensor, y: Tensor, blur: float, setting: float) -> Tensor:
+    """`SamplesLoss` at a given scaling."""
+    from geomloss import SamplesLoss
+
+    points = x.clone().requires_grad_()
+    SamplesLoss("sinkhorn", p=2, blur=blur, scaling=setting, backend="tensorized")(points, y).backward()
+    assert points.grad is not None
+    return points.grad
+
+
+def pot_gradient(x: Tensor, y: Tensor, blur: float, setting: float) -> Tensor:
+    """POT's `empirical_sinkhorn_divergence` on half squared distances, at a given `stopThr`."""
+    import ot
+
+    points = x.clone().requires_grad_()
+    options = {"reg": 2 * blur**2, "stopThr": setting, "numIterMax": 5000, "warn": False}
+    loss = ot.bregman.empirical_sinkhorn_divergence(points, y, **options, method="sinkhorn_log")
+    (gradient,) = torch.autograd.grad(loss, points)
+    return gradient / 2
+
+
+def first_good_setting(
+    name: str,
+    make: Callable[[Tensor, Tensor, float, float], Tensor],
+    x: Tensor,
+    y: Tensor,
+    blur: float,
+    exact: Tensor,
+) -> float | None:
+    """The quickest setting with a gradient as right as ours has to be."""
+    for setting in SETTINGS[name]:
+        try:
+            if cosine(make(x, y, blur, setting), exact) >= COSINE:
+                return setting
+        except ImportError:
+            return None
+    return None
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.flatten().double().cpu(), b.flatten().cpu(), dim=0))
+
+
+def scaling(quick: bool, device: torch.device) -> list[Row]:
+    """Exponents of a power law in each size, fitted to medians."""
+    base = {"N": 32, "M": 500, "D": 32} if quick else {"N": 64, "M": 1000, "D": 64}
+    found = []
+    for name, factors in {"N": (1, 2, 4), "M": (1, 2, 4, 8), "D": (1, 4, 16)}.items():
+        candidates = {}
+        for factor in factors:
+            n, m, dim = (size * (factor if key == name else 1) for key, size in base.items())
+            x, y = clouds(n, m, dim, device)
+            candidates[str(base[name] * factor)] = partial(ours, x, y, 0.3)
+        medians = {key: sorted(values)[len(values) // 2] for key, values in interleave(candidates, 5).items()}
+        exponent = slope([math.log(int(key)) for key in medians], [math.log(value) for value in medians.values()])
+        found.append(
+            Row(f"exponent of the loss' time in {name}", exponent, (exponent, exponent), unit="", seconds=medians)
+        )
+    return found
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    """Of the least-squares line."""
+    centre_x, centre_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - centre_x) * (b - centre_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - centre_x) ** 2 for a in x)
+
+
+def memory(quick: bool) -> list[Row]:
+    """Growth of the peak memory by one loss and its gradient, 128 images of 128 features, on the CPU."""
+    found = []
+    for references in (2000,) if quick else (2000, 10_000, 60_000):
+        code = f"""
+import torch
+from ot_diffusers.transport import sinkhorn_divergence
+x, y = torch.randn(128, 128, requires_grad=True), torch.randn({references}, 128)
+sinkhorn_divergence(x[:4], y[:4], blur=3.0).backward()
+start()
+sinkhorn_divergence(x, y, blur=3.0, y_self_cost=0.0).backward()
+"""
+        mib = peak_memory_mib(code)
+        found.append(Row(f"peak memory of the OT term, {references:,} references", mib, (mib, mib), unit=" MiB"))
+    return found

@@ -1,0 +1,101 @@
+"""Interleaved timing: every repeat runs each candidate once, so that whatever else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: what is measured.
+        value: the figure, a median over repeats.
+        spread: its smallest and largest value over the repeats.
+        target: what it should be.
+        at_least: whether the target is a lower bound.
+        unit: behind the figure.
+        seconds: median of each candidate.
+        details: what else a reader needs.
+    """
+
+    name: str
+    value: float
+    spread: tuple[float, float]
+    target: float | None = None
+    at_least: bool = False
+    unit: str = "×"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median reaches the target; None without one."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every repeat, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, run in candidates.items():
+            synchronise()
+            started = time.perf_counter()
+            run()
+            synchronise()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio_row(
+    name: str, seconds: Mapping[str, Sequence[float]], numerator: str, denominator: str, **options: object
+) -> Row:
+    """numerator / denominator, repeat by repeat."""
+    ratios = [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
+    medians = {key: round(statistics.median(values), 5) for key, values in seconds.items()}
+    spread = (min(ratios), max(ratios))
+    return Row(name, statistics.median(ratios), spread, seconds=medians, **options)  # type: ignore[arg-type]
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fresh_process_seconds(command: Sequence[str], repeats: int) -> list[float]:
+    """Wall time of a command in processes of its own."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def peak_memory_mib(code: str) -> float:
+    """What the peak of a fresh process' resident memory rises by after `code` calls `start()`; Linux only."""
+    program = f"""
+import re
+def kilobytes(name):
+    return int(re.search(rf"{{name}}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+def start():
+    global before
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    before = kilobytes("VmRSS")
+{code}
+print(kilobytes("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 1024

@@ -1,0 +1,145 @@
+"""The training step with and without the transport term, and the step with and without its data loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from ot_diffusers import ConvFeatureExtractor
+from ot_diffusers.config import OTConfig
+from ot_diffusers.data import ResidentImages
+from ot_diffusers.images import to_unit_range
+from ot_diffusers.losses import denoising_loss, image_features
+from ot_diffusers.schedules import to_original_sample
+from ot_diffusers.training import (
+    DiffusionBatch,
+    diffusion_batches,
+    make_noise_scheduler,
+    make_optimizer,
+    make_unet,
+    plan,
+)
+from ot_diffusers.transport import median_distance
+from train.train_ot import ot_term
+
+from .timing import Row, interleave, ratio_row
+
+NUM_IMAGES = 10_000
+
+
+def rows(quick: bool, device: torch.device) -> list[Row]:
+    return [*step_rows(quick, device), loading_row(quick, device)]
+
+
+def configuration(quick: bool) -> OTConfig:
+    """The MNIST preset's UNet and batch; a small one for a quick look."""
+    if quick:
+        return OTConfig(
+            block_out_channels=(32, 32), attention_levels=(), train_batch_size=16, num_reference_samples=500
+        )
+    return OTConfig(block_out_channels=(64, 128, 256), train_batch_size=128, num_reference_samples=2000)
+
+
+def images_like_mnist(count: int = NUM_IMAGES) -> ResidentImages:
+    """Random pixels of MNIST's shape: the cost does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    return ResidentImages("random", "train", None, pixels)
+
+
+class Step:
+    """Model, optimizer and an endless supply of batches, as in train_ot.py."""
+
+    def __init__(self, config: OTConfig, device: torch.device) -> None:
+        self.config = config
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        torch.manual_seed(0)
+        self.images = images_like_mnist().to(device)
+        self.unet: UNet2DModel = make_unet(config, self.images.image_shape).to(device)
+        self.optimizer = make_optimizer(config, self.unet)
+        self.scheduler: DDPMScheduler = make_noise_scheduler(config)
+        self.network = ConvFeatureExtractor().to(device)
+        with torch.no_grad():
+            everything = self.images.fetch(torch.arange(len(self.images)))
+            self.features = image_features(self.network, everything, config.squash)
+        self.feature_scale = median_distance(self.features)
+        self.schedule = plan(config, self.accelerator, self.images)
+        self.batches = self.new_batches()
+
+    def new_batches(self) -> Iterator[DiffusionBatch]:
+        return diffusion_batches(self.images, self.scheduler, self.config, self.schedule, self.accelerator)
+
+    def run(self, term: Callable[..., Tensor] | None = None) -> None:
+        """One update on the next batch."""
+        batch = next(self.batches)
+        output = self.unet(batch.noisy, batch.timesteps).sample
+        loss = denoising_loss(output, batch.target)
+        if term is not None:
+            loss = loss + self.config.ot_weight * term(output, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def ours(self, output: Tensor, batch: DiffusionBatch) -> Tensor:
+        """The term of train_ot.py."""
+        common = (self.scheduler, self.network, self.features, self.feature_scale, self.config, self.accelerator)
+        return ot_term(output, batch, *common)
+
+    def source(self, output: Tensor, batch: DiffusionBatch) -> Tensor:
+        """The source study's term: references drawn through a Python set, seen by the network at every step, geomloss
+        on raw features at its default scaling."""
+        import random
+
+        from geomloss import SamplesLoss
+
+        left = list(set(range(len(self.images))) - set(batch.global_indices.tolist()))
+        rows = torch.tensor(random.sample(left, self.config.num_reference_samples))
+        with torch.no_grad():
+            references = self.network(to_unit_range(self.images.fetch(rows).tanh())).features
+        clean = to_original_sample(output, batch.noisy, batch.alpha, batch.sigma, "epsilon")
+        features = self.network(to_unit_range(clean.tanh())).features
+        return SamplesLoss("sinkhorn", p=2, blur=0.2)(features.float(), references.float())
+
+
+def step_rows(quick: bool, device: torch.device) -> list[Row]:
+    """One update each of: noise prediction alone, with our term, with the source study's."""
+    step = Step(configuration(quick), device)
+    candidates = {
+        "plain": step.run,
+        "with our term": lambda: step.run(step.ours),
+        "with the source's term": lambda: step.run(step.source),
+    }
+    seconds = interleave(candidates, 3 if quick or device.type == "cpu" else 20)
+    target = 1.05 if device.type == "cuda" else 1.15
+    return [
+        ratio_row("OT training step / plain step", seconds, "with our term", "plain", target=target),
+        ratio_row("the source's training step / plain step", seconds, "with the source's term", "plain"),
+    ]
+
+
+def loading_row(quick: bool, device: torch.device) -> Row:
+    """Updates on a stream of batches against updates on one batch that stays, with a small UNet: the harder case."""
+    small = OTConfig(block_out_channels=(32, 32), attention_levels=(), layers_per_block=1, train_batch_size=128)
+    step = Step(small, device)
+    resident = next(step.batches)
+
+    def updates(batches: Iterator[DiffusionBatch]) -> None:
+        for _ in range(1 if quick else 3):
+            batch = next(batches)
+            F.mse_loss(step.unet(batch.noisy, batch.timesteps).sample, batch.target).backward()
+            step.optimizer.step()
+            step.optimizer.zero_grad()
+
+    def repeated() -> Iterator[DiffusionBatch]:
+        while True:
+            yield resident
+
+    candidates = {"streamed": lambda: updates(step.batches), "one batch": lambda: updates(repeated())}
+    seconds = interleave(candidates, 3 if quick else 7)
+    return ratio_row("images/s streamed / on one batch", seconds, "one batch", "streamed", target=0.97, at_least=True)

@@ -1,0 +1,59 @@
+"""The benchmark's arithmetic and its yardstick; no test depends on time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import solver, timing
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_are_taken_repeat_by_repeat() -> None:
+    row = timing.ratio_row("r", {"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 4.0]}, "a", "b", target=2.0)
+    assert (row.value, row.spread, row.seconds) == (2.0, (1.0, 3.0), {"a": 4.0, "b": 3.0})
+    assert row.reached and not timing.ratio_row("r", {"a": [3.0], "b": [1.0]}, "a", "b", target=2.0).reached
+    assert timing.Row("r", 6.0, (6.0, 6.0), target=5.0, at_least=True).reached
+    assert timing.Row("r", 6.0, (6.0, 6.0)).reached is None
+
+
+def test_candidates_take_turns() -> None:
+    calls: list[str] = []
+    seconds = timing.interleave({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
+    assert calls == ["a", "b"] * 3  # the first round does not count
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize("blur", [0.3, 0.05])
+def test_the_yardstick_agrees_with_ours_and_with_converged_peers(blur: float) -> None:
+    """Plain Sinkhorn in float64 is the yardstick; ours solves the problem in float32, so 1 − cos is its rounding."""
+    x, y = solver.clouds(20, 40, 6, CPU)
+    exact = solver.exact_gradient(x, y, blur, rounds=20_000)
+    assert solver.cosine(solver.ours(x, y, blur), exact) > 1 - 1e-6
+    if blur == 0.3:  # at the other one geomloss stays below at any scaling
+        assert solver.cosine(solver.geomloss_gradient(x, y, blur, 0.99), exact) > 0.999
+
+
+def test_a_power_law_has_its_exponent() -> None:
+    assert solver.slope([0.0, 1.0, 2.0], [1.0, 2.5, 4.0]) == pytest.approx(1.5, rel=1e-12)
+
+
+def test_rows_are_written_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Part:
+        @staticmethod
+        def rows(quick: bool, device: torch.device) -> list[timing.Row]:
+            return [timing.Row("fixed", 2.0 if quick else 3.0, (1.0, 4.0), target=2.5)]
+
+    monkeypatch.setattr(command, "PARTS", {"one": Part, "two": Part})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--only", "one", "--output", str(tmp_path / "r.json")])
+    assert command.main() == 0
+    sys.argv[3] = "two"
+    assert command.main() == 0
+    written = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert {name: rows[0]["reached"] for name, rows in written["parts"].items()} == {"one": True, "two": True}
