@@ -74,7 +74,7 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]], output: Path) -> Non
     """
     # With every core busy, a second thread in a process only gets in the other process' way.
     threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands.items():

@@ -17,7 +17,8 @@ from ot_diffusers.launch import SCRIPTS, preset_path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [re.sub(r"^([A-Z_]+=\S+ )+", "", line) for block in BLOCKS for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
