@@ -346,7 +346,8 @@ def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from .sampling import save_images
 
     _, images = _sample(arguments, arguments.pipeline, arguments.num_images)
-    print(save_images(images, output))
+    if _is_main_process():
+        print(save_images(images, output))
     return 0
 
 
@@ -359,6 +360,8 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     require(requested is None or requested >= 2, "num_samples", "be at least 2", requested)
     _prepare_libraries()
     results = _evaluate(arguments)
+    if results is None:
+        return 0
     text = json.dumps(results, indent=2, ensure_ascii=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -371,8 +374,8 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The contents of `results.json` for one arm."""
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The contents of `results.json` for one arm; None in a process that helped to sample only."""
     from .data import load_images
     from .evaluation.evaluate import evaluate_images, real_floor
     from .evaluation.extractors import load_evaluator
@@ -390,6 +393,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     count = arguments.num_samples or min(len(test), limit)
     require(count <= limit, "num_samples", f"be at most {limit}, two fewer than the training images", count)
     images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
+    if not _is_main_process():
+        return None
 
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
     metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
@@ -452,12 +457,20 @@ def _call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return SEED_GUIDANCE | given
 
 
+def _is_main_process() -> bool:
+    """Whether this process reports, where accelerate has launched several."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
 def _device(name: str | None) -> Any:
-    """The named device, or the best one there is."""
+    """The named device, or accelerate's choice for this process."""
     import torch
+    from accelerate import PartialState
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return PartialState().device
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -93,13 +95,15 @@ def sample_images(
     """Generate images, each from its own generator.
 
     Image i starts from noise drawn from (`seed`, i) alone. Without guidance it is therefore the same image in any batch
-    (up to rounding in the network, whose kernels depend on the batch size). OT guidance couples the images of a batch:
+    (up to rounding in the network, whose kernels depend on the batch size), and on any number of processes that
+    accelerate has launched: each makes its share, and all get all images. OT guidance couples the images of a batch:
     there the batch is part of the result, and the larger it is, the better.
 
     Args:
         pipeline: one that `load_pipeline` returns; its own progress bar shows the steps.
         num_images: N.
-        batch_size: images generated at once, at most; N is cut into equal parts. Default: all, up to 1,000.
+        batch_size: images generated at once, at most; a process' share is cut into equal parts. Default: all, up to
+            1,000.
         seed: of the starting noise.
         call_arguments: passed on to the pipeline, such as `num_inference_steps` and `guidance_scale`.
 
@@ -114,12 +118,14 @@ def sample_images(
     require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
     require(seed >= 0, "seed", "be at least 0", seed)
     check_call_arguments(pipeline, call_arguments)
+    state = PartialState()
+    share = torch.arange(num_images).tensor_split(state.num_processes)[state.process_index]
     batches = []
-    for rows in torch.arange(num_images).tensor_split(math.ceil(num_images / batch_size)):
+    for rows in share.tensor_split(math.ceil(len(share) / batch_size)) if len(share) else ():
         generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
         pictures = pipeline(batch_size=len(rows), generator=generators, output_type="pil", **call_arguments).images
         batches.append(torch.stack([_to_tensor(picture) for picture in pictures]))
-    return torch.cat(batches)
+    return torch.cat(gather_object(batches))
 
 
 def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.launch import SCRIPTS, training_command
 from ot_diffusers.sampling import load_pipeline, read_images, sample_images, save_images
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -275,6 +277,19 @@ def test_train_passes_on_the_exit_status(tmp_path: Path, capfd: pytest.CaptureFi
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from")  # 32 images say little, which is not the point here
+def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) -> None:
+    sample = [str(pipeline), "--num-images", "5", "--num-inference-steps", "2", "--output"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml")]
+    command = [*launch, "-m", "ot_diffusers.cli", "sample", *sample, str(tmp_path / "two"), "--batch-size", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert cli.main(["sample", *sample, str(tmp_path / "one")]) == 0
+    images = [read_images(tmp_path / name, channels=1).int() for name in ("one", "two")]
+    assert images[0].shape == (5, 1, 8, 8)
+    # Another batch size rounds differently in the network, which may move a value across a boundary of uint8.
+    assert (images[0] - images[1]).abs().max() <= 1
+
+
 def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
     lines: list[str] = []
     short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "announce": lines.append}
