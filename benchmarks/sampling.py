@@ -18,6 +18,9 @@ from ot_diffusers.training import make_unet
 from .timing import Row, interleave, ratio_row
 from .training import images_like_mnist
 
+BATCH_SIZE = 4
+"""Of the long chains, on small UNets: what surrounds the network weighs most there."""
+
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
     return [*guidance_rows(quick, device), *pipeline_rows(quick, device), truncation_row(quick, device)]
@@ -61,7 +64,7 @@ def pipeline_rows(quick: bool, device: torch.device) -> list[Row]:
     def bare(steps: int) -> None:
         scheduler = DDIMScheduler()
         scheduler.set_timesteps(steps)
-        sample = torch.randn((16, 1, 28, 28), device=device)
+        sample = torch.randn((BATCH_SIZE, 1, 28, 28), device=device)
         for timestep in scheduler.timesteps:
             sample = scheduler.step(unet(sample, timestep).sample, timestep, sample).prev_sample
 
@@ -69,7 +72,7 @@ def pipeline_rows(quick: bool, device: torch.device) -> list[Row]:
     for steps in (10,) if quick else (10, 1000):
         candidates: dict[str, Callable[[], object]] = {
             "bare loop": partial(bare, steps),
-            "pipeline": partial(pipe, batch_size=16, num_inference_steps=steps, output_type="pt"),
+            "pipeline": partial(pipe, batch_size=BATCH_SIZE, num_inference_steps=steps, output_type="pt"),
         }
         seconds = interleave(candidates, 3 if steps > 10 else 7)
         found.append(ratio_row(f"pipeline / bare loop, {steps} steps", seconds, "pipeline", "bare loop", target=1.03))
@@ -86,7 +89,7 @@ def truncation_row(quick: bool, device: torch.device) -> Row:
     full = DDIMPipeline(unet, DDIMScheduler())
     for pipe in (short, full):
         pipe.set_progress_bar_config(disable=True)
-    batch_size, steps = (4, 100) if quick else (16, 1000)
+    batch_size, steps = BATCH_SIZE, 100 if quick else 1000
     candidates = {
         "T' = 10": lambda: short(batch_size=batch_size, output_type="pt"),
         f"{steps} steps": lambda: full(batch_size=batch_size, num_inference_steps=steps, output_type="np"),
