@@ -433,8 +433,8 @@ def collect(
             "feature_dim": extractor.config.feature_dim,
             **accuracy,
         },
-        "headline": HEADLINE,
-        "costs": COSTS,
+        "headline": list(HEADLINE),
+        "costs": list(COSTS),
         "arms": arms,
         "floor": {"metrics": dict(floor)},
         "curves": {
