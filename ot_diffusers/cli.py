@@ -245,6 +245,7 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     given["output_dir"] = arguments.output
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += [word for word in words if word not in names]
+    _stop_on_sigterm()
     _prepare_libraries()
     from .comparison import choose_arms, read_config, run_comparison
 
