@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .guidance import OTGuidance
     from .models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
+    from .models.guidance_field import GuidanceField
     from .models.reference_bank import ReferenceBank
     from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
     from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ConvFeatureExtractor": ".models.feature_extractor",
+    "GuidanceField": ".models.guidance_field",
     "OTGuidance": ".guidance",
     "OTGuidedDDIMPipeline": ".pipelines.pipeline_ot_guided_ddim",
     "ReferenceBank": ".models.reference_bank",
@@ -32,6 +34,7 @@ _MODULES = {
 
 __all__ = [
     "ConvFeatureExtractor",
+    "GuidanceField",
     "OTGuidance",
     "OTGuidedDDIMPipeline",
     "ReferenceBank",

@@ -8,6 +8,9 @@ batch and a bank of reference features:
 Adam divides the gradient by its own size, so a factor on the loss has no effect. `guidance_scale` therefore scales the
 step instead: each step moves a pixel by at most about `guidance_scale` · 0.02. At 0.5 that is the source study's
 learning rate of 0.01.
+
+The gradient comes from the batch itself, solved anew at every step, or from a `GuidanceField`, recorded once on a large
+batch, which moves every image on its own.
 """
 
 from __future__ import annotations
@@ -17,18 +20,20 @@ from torch import Tensor
 
 from .errors import require
 from .models.feature_extractor import FeatureExtractor
+from .models.guidance_field import Correction, GuidanceField
 from .models.reference_bank import ReferenceBank
-from .transport import Potentials, divergence_gradient
+from .transport import DivergencePotentials, divergence_gradient
 
 # Adam's learning rate at guidance_scale=1, in pixel units of [-1, 1].
 PIXELS_PER_STEP = 0.02
 
 
 class OTGuidance:
-    """Corrects x̂0 of a joint batch; one object serves a pipeline or a sampling loop of your own.
+    """Corrects x̂0; one object serves a pipeline or a sampling loop of your own.
 
-    The transport problem couples the batch: an image depends on its companions, and the larger the batch, the better
-    the guidance (a batch of one is pulled towards the mean of the data).
+    Without a guidance field the transport problem couples the batch: an image depends on its companions, and the larger
+    the batch, the better the guidance (a batch of one is pulled towards the mean of the data). With one, images are
+    moved one by one, at the timesteps of the field only.
 
     Args:
         feature_extractor: frozen network; neither its parameters nor their gradients are touched.
@@ -38,6 +43,8 @@ class OTGuidance:
         blur: length in normalised feature units (in raw ones with `normalize_features=False`).
         normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the source's
             form.
+        guidance_field: follow this field; the four arguments above have to be those it was recorded with.
+        history: a list that takes in every correction of a joint batch.
 
     Raises:
         InputError: parts that do not fit together, or values out of range.
@@ -61,30 +68,49 @@ class OTGuidance:
         num_correction_steps: int = 3,
         blur: float = 0.3,
         normalize_features: bool = True,
+        guidance_field: GuidanceField | None = None,
+        history: list[Correction] | None = None,
     ) -> None:
         require(guidance_scale >= 0, "guidance_scale", "be at least 0", guidance_scale)
         require(num_correction_steps >= 1, "num_correction_steps", "be at least 1", num_correction_steps)
         require(blur > 0, "blur", "be a positive length", blur)
         check_same_data(feature_extractor, reference_bank)
+        if guidance_field is not None:
+            check_recorded_for(
+                guidance_field,
+                reference_bank,
+                guidance_scale=guidance_scale,
+                num_correction_steps=num_correction_steps,
+                blur=blur,
+                normalize_features=normalize_features,
+            )
         self.feature_extractor = feature_extractor
+        self.guidance_field = guidance_field
+        self.history = history
         self.guidance_scale = guidance_scale
         self.num_correction_steps = num_correction_steps
         self.blur = blur
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
-        self._potentials: Potentials | None = None
+        self._potentials: DivergencePotentials | None = None
         self._references = reference_bank.features.detach().float() / self.feature_scale
 
-    def correct(self, pred_original_sample: Tensor) -> Tensor:
+    def correct(self, pred_original_sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The corrected batch.
 
         Args:
             pred_original_sample: x̂0, [B, C, H, W], nominally in [-1, 1].
+            timestep: of the denoising step, needed to follow or record a field; a step that the field does not have
+                returns the images as they are.
 
         Returns:
             [B, C, H, W] in [-1, 1], same dtype, without graph. Works inside `no_grad` and `inference_mode`, leaves the
             gradient mode alone.
         """
-        if self.guidance_scale == 0:
+        needed = self.guidance_field is not None or self.history is not None
+        require(timestep is not None or not needed, "timestep", "be given to follow or record a field", timestep)
+        step = int(timestep) if timestep is not None and needed else None
+        elsewhere = self.guidance_field is not None and step not in self.guidance_field.config.timesteps
+        if self.guidance_scale == 0 or elsewhere:
             return pred_original_sample
         device = pred_original_sample.device
         references = self._references.to(device)
@@ -95,20 +121,30 @@ class OTGuidance:
         ):
             images = pred_original_sample.detach().clone().float().requires_grad_()
             optimizer = torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP)
-            for _ in range(self.num_correction_steps):
+            for correction in range(self.num_correction_steps):
                 features = self.features(images)
-                field, self._potentials = divergence_gradient(
-                    features, references, blur=self.blur, initial=self._warm_start(len(features), device)
-                )
-                (images.grad,) = torch.autograd.grad(features, images, grad_outputs=field)
+                gradient = self._gradient(features.detach(), references, step, correction)
+                (images.grad,) = torch.autograd.grad(features, images, grad_outputs=gradient)
                 optimizer.step()
                 images.data.clamp_(-1, 1)
         return images.detach().to(pred_original_sample.dtype)
 
-    def _warm_start(self, batch_size: int, device: torch.device) -> Potentials | None:
+    def _gradient(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
+        """What Adam follows, [B, D]: of the divergence of the batch, or from the field."""
+        if self.guidance_field is not None:
+            assert step is not None
+            return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
+        initial = self._warm_start(len(features), features.device)
+        gradient, self._potentials = divergence_gradient(features, references, blur=self.blur, initial=initial)
+        if self.history is not None:
+            assert step is not None
+            self.history.append(Correction(step, features, self._potentials))
+        return gradient
+
+    def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
         known = self._potentials
-        return known if known is not None and known.f.shape == (batch_size,) and known.f.device == device else None
+        return known if known is not None and known.own.shape == (batch_size,) and known.own.device == device else None
 
     def features(self, images: Tensor) -> Tensor:
         """Features of images in [-1, 1] in the units of the transport problem, float32 [B, D]."""
@@ -131,3 +167,13 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
         f"come from the data of the feature network ({network.dataset})",
         bank.dataset,
     )
+
+
+def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float) -> None:
+    """Refuse a field of other references, or of another guidance than `arguments` say."""
+    config, bank = guidance_field.config, reference_bank.config
+    found = (config.num_references, config.feature_dim)
+    wanted = (bank.num_samples, bank.feature_dim)
+    require(found == wanted, "guidance_field", f"be recorded with references of shape {wanted}", found)
+    for name, value in arguments.items():
+        require(value == config[name], name, f"be {config[name]}, as the guidance field was recorded", value)

@@ -8,6 +8,7 @@ import torch
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
+from ot_diffusers.models.guidance_field import Correction, GuidanceField
 from ot_diffusers.models.reference_bank import ReferenceBank
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
@@ -167,3 +168,70 @@ def test_a_bank_of_another_network_is_refused(parts):
 def test_images_of_another_size_are_refused(parts):
     with pytest.raises(InputError, match=r"`images` must have shape \[B, 1, 8, 8\], got \(2, 3, 8, 8\)"):
         OTGuidance(*parts).correct(torch.zeros(2, 3, 8, 8))
+
+
+# --- a recorded field -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def field(parts) -> GuidanceField:
+    history: list[Correction] = []
+    OTGuidance(*parts, num_correction_steps=2, history=history).correct(_blurred(256), 500)
+    return GuidanceField.from_corrections(history, guidance_scale=1.0, blur=0.3)
+
+
+def test_a_member_of_the_bank_moves_as_it_did_in_the_batch(parts, field):
+    bank = _blurred(256)
+    together = OTGuidance(*parts, num_correction_steps=2).correct(bank)
+    alone = OTGuidance(*parts, num_correction_steps=2, guidance_field=field).correct(bank[:8], 500)
+    # Each is guided as a 257th member, beside its own copy.
+    moved, expected = (alone - bank[:8]).flatten(1), (together[:8] - bank[:8]).flatten(1)
+    assert torch.cosine_similarity(moved, expected).min() > 0.9
+
+
+def test_with_a_field_images_do_not_depend_on_their_companions(parts, field):
+    guidance = OTGuidance(*parts, num_correction_steps=2, guidance_field=field)
+    images = _blurred(24)
+    together = guidance.correct(images, 500)
+    for rows in (slice(0, 1), slice(5, 12)):
+        torch.testing.assert_close(guidance.correct(images[rows], 500), together[rows], rtol=0, atol=1e-5)
+
+
+def test_a_field_brings_new_images_nearer_to_the_references(parts, field):
+    images = _images(64, seed=5)
+    images = 0.5 * images + 0.5 * images.mean(0)
+    guidance = OTGuidance(*parts, num_correction_steps=2, guidance_field=field)
+    assert _divergence(parts, guidance.correct(images, 500)) < 0.95 * _divergence(parts, images)
+
+
+def test_a_field_leaves_steps_alone_that_it_was_not_recorded_at(parts, field):
+    images = _blurred(4)
+    assert OTGuidance(*parts, num_correction_steps=2, guidance_field=field).correct(images, 480) is images
+
+
+def test_a_field_comes_back_from_disk(field, tmp_path):
+    field.half().save_pretrained(tmp_path)
+    again = GuidanceField.from_pretrained(tmp_path)
+    assert tuple(again.config.timesteps) == (500,)
+    torch.testing.assert_close(again.features.float(), field.features.float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be 1.0, as the guidance field was recorded, got 0.5"),
+        ({"blur": 0.1}, "`blur` must be 0.3, as the guidance field was recorded, got 0.1"),
+    ],
+)
+def test_a_field_refuses_another_guidance(parts, field, options, message):
+    with pytest.raises(InputError, match=message.replace(".", r"\.")):
+        OTGuidance(*parts, guidance_field=field, **{"num_correction_steps": 2} | options)
+
+
+def test_a_field_wants_the_timestep_and_the_references_it_was_recorded_with(parts, field):
+    with pytest.raises(InputError, match="`timestep` must be given"):
+        OTGuidance(*parts, num_correction_steps=2, guidance_field=field).correct(_blurred(2))
+    network, bank = parts
+    other = ReferenceBank.from_features(bank.features[:50])
+    with pytest.raises(InputError, match="`guidance_field` must be recorded with references of shape"):
+        OTGuidance(network, other, num_correction_steps=2, guidance_field=field)

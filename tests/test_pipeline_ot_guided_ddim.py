@@ -116,8 +116,8 @@ def test_the_scheduler_uses_the_corrected_image(name, prediction_type, monkeypat
     scheduler = SCHEDULERS[name](prediction_type=prediction_type)
     corrected, used = [], []
 
-    def correct(self, images):
-        result = original_correct(self, images)
+    def correct(self, images, timestep):
+        result = original_correct(self, images, timestep)
         corrected.append(result)
         return result
 
@@ -194,7 +194,7 @@ def test_the_source_studys_preset_runs():
 def test_the_interval_of_guided_steps(options, expected, monkeypatch):
     pipe, steps, guided = _pipeline(), [], []
     original = OTGuidance.correct
-    monkeypatch.setattr(OTGuidance, "correct", lambda self, images: guided.append(len(steps)) or original(self, images))
+    monkeypatch.setattr(OTGuidance, "correct", lambda *arguments: guided.append(len(steps)) or original(*arguments))
     _images(
         pipe,
         num_inference_steps=25,
@@ -368,3 +368,64 @@ def test_guidance_needs_its_parts():
 def test_schedulers_of_another_scaling_are_refused(scheduler, scale):
     with pytest.raises(InputError, match=f"`scheduler` must be variance-preserving .* got '{scheduler.__name__}'"):
         _images(_pipeline(scheduler()), guidance_scale=scale)
+
+
+# --- a guidance field -----------------------------------------------------------------------------------------------
+
+
+def _with_field(steps: int = 5, **options) -> OTGuidedDDIMPipeline:
+    pipe = _pipeline()
+    pipe.record_guidance_field(32, _seeded(9)[0], num_inference_steps=steps, **options)
+    return pipe
+
+
+def test_with_a_field_an_image_is_the_same_in_any_batch():
+    pipe = _with_field()
+    together = _images(pipe, generator=_seeded(1, 2, 3, 4))
+    alone = np.concatenate([_images(pipe, batch_size=1, generator=_seeded(seed)) for seed in (1, 2, 3, 4)])
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-4)
+    plain = _images(pipe, generator=_seeded(1, 2, 3, 4), guidance_scale=0)
+    assert np.abs(together - plain).max() > 0.01
+
+
+def test_a_field_guides_the_recorded_steps():
+    pipe = _with_field(num_guidance_steps=2, guidance_start_step=1, num_correction_steps=1)
+    assert pipe.guidance_field.config.timesteps == (600, 400)
+    assert pipe.guidance_field.features.shape == (2, 1, 32, 24)
+
+
+def test_a_field_is_saved_with_its_pipeline(tmp_path):
+    pipe = _with_field()
+    pipe.save_pretrained(tmp_path)
+    again = OTGuidedDDIMPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(_images(again), _images(pipe))
+
+
+def test_the_joint_batch_is_there_beside_the_field():
+    pipe = _with_field()
+    np.testing.assert_array_equal(_images(pipe, joint_batch=True), _images(_pipeline()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_inference_steps": 7},
+            "`num_inference_steps` must make the chain that the guidance field was recorded on",
+        ),
+        ({"blur": 0.5}, "`blur` must be 0.3, as the guidance field was recorded, got 0.5"),
+    ],
+)
+def test_a_field_refuses_another_chain(options, message):
+    with pytest.raises(InputError, match=message):
+        _images(_with_field(), **options)
+
+
+def test_a_field_has_to_be_recorded_first():
+    with pytest.raises(InputError, match="`joint_batch` must be true without a guidance field"):
+        _images(_pipeline(), joint_batch=False)
+    with pytest.raises(InputError, match="`num_samples` must be at least 16, got 3"):
+        _pipeline().record_guidance_field(3)
+    with pytest.raises(InputError, match="`guidance_scale` must guide at least one step, got 0"):
+        _pipeline().record_guidance_field(16, num_inference_steps=2, guidance_scale=0)

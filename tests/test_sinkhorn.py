@@ -18,6 +18,7 @@ from torch import Tensor
 from ot_diffusers.errors import InputError
 from ot_diffusers.transport import (
     divergence_gradient,
+    divergence_gradient_at,
     self_potential,
     self_transport_cost,
     sinkhorn,
@@ -277,6 +278,30 @@ def test_divergence_gradient_is_the_gradient_of_the_divergence():
     again, warm = divergence_gradient(x + 0.01, y, blur=0.4, initial=potentials)
     torch.testing.assert_close(again, _value_and_gradient(x + 0.01, y, blur=0.4)[1], rtol=1e-3, atol=1e-5)
     assert warm.iterations < potentials.iterations
+
+
+def test_the_gradient_extends_to_points_that_were_not_there():
+    x, y = _cloud(400, 2), _cloud(300, 2, seed=1, shift=1.0)
+    field, potentials = divergence_gradient(x, y, blur=0.4)
+    arguments = (potentials.cross.g, potentials.own)
+    found = divergence_gradient_at(x, x, y, *arguments, blur=0.4)
+    # Each joins 400 points beside its own copy, which matters most where it has few other neighbours.
+    assert (found - 400 * field).abs().mean() < 0.01
+    torch.testing.assert_close(found, 400 * field, rtol=0, atol=0.1)
+    joined = torch.cat([x, _cloud(1, 2, seed=9)])
+    expected = 401 * divergence_gradient(joined, y, blur=0.4)[0][-1:]
+    torch.testing.assert_close(
+        divergence_gradient_at(joined[-1:], x, y, *arguments, blur=0.4), expected, rtol=0, atol=0.02
+    )
+
+
+def test_a_point_far_from_its_cloud_keeps_its_own_mass():
+    x, y = _cloud(50, 2), _cloud(60, 2, seed=1)
+    _, potentials = divergence_gradient(x, y, blur=0.1)
+    far = torch.full((1, 2), 40.0, dtype=torch.float64)
+    found = divergence_gradient_at(far, x, y, potentials.cross.g, potentials.own, blur=0.1)
+    nearest = y[(y - far).square().sum(1).argmin()]
+    assert (found - (far - nearest)).abs().max() < 1.5  # T_xx is the point itself, T_xy lies in y
 
 
 # --- the options of the divergence ----------------------------------------------------------------------------------

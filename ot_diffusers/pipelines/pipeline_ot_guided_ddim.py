@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import require
 from ..guidance import OTGuidance, check_same_data
 from ..models.feature_extractor import FeatureExtractor
+from ..models.guidance_field import Correction, GuidanceField
 from ..models.reference_bank import ReferenceBank
 from ..schedules import alpha_sigma, from_original_sample, to_original_sample
 from .call import extra_step_arguments, finish_images, initial_shape, preserves_variance
@@ -32,6 +33,8 @@ SEED_GUIDANCE: dict[str, Any] = {
 # Share of the chain that stays unguided at its end by default, so that the model itself cleans up what guidance left in
 # the pixels.
 CLEAN_SHARE = 0.08
+# The guidance of a call that does not say otherwise, and has no guidance field that does.
+DEFAULTS: dict[str, Any] = {"num_correction_steps": 3, "blur": 0.3, "normalize_features": True}
 # Below this joint batch the transport problem says little about the distribution.
 SMALL_BATCH = 16
 
@@ -49,6 +52,8 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         scheduler: DDIM, DDPM, DPM-Solver++, UniPC or another variance-preserving scheduler; it is kept as it is.
         feature_extractor: frozen feature network, optional.
         reference_bank: features of real images by that network, optional.
+        guidance_field: the field that `record_guidance_field` makes, optional. With it images are guided one by one:
+            the same image in any batch, down to a batch of one.
 
     Reference: DDIM [Song2021]; the guidance is described in `ot_diffusers.guidance`.
 
@@ -64,8 +69,8 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["feature_extractor", "reference_bank"]
-    _exclude_from_cpu_offload = ["feature_extractor", "reference_bank"]
+    _optional_components = ["feature_extractor", "reference_bank", "guidance_field"]
+    _exclude_from_cpu_offload = ["feature_extractor", "reference_bank", "guidance_field"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -74,13 +79,19 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         feature_extractor: FeatureExtractor | None = None,
         reference_bank: ReferenceBank | None = None,
+        guidance_field: GuidanceField | None = None,
     ) -> None:
         super().__init__()
         if feature_extractor is not None and reference_bank is not None:
             check_same_data(feature_extractor, reference_bank)
         self.register_modules(
-            unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, reference_bank=reference_bank
+            unet=unet,
+            scheduler=scheduler,
+            feature_extractor=feature_extractor,
+            reference_bank=reference_bank,
+            guidance_field=guidance_field,
         )
+        self._history: list[Correction] | None = None
         self._guidance_scale = 0.0
         self._num_timesteps = 0
 
@@ -104,9 +115,10 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         num_guidance_steps: int | None = None,
         guidance_start_step: int = 0,
-        num_correction_steps: int = 3,
-        blur: float = 0.3,
-        normalize_features: bool = True,
+        num_correction_steps: int | None = None,
+        blur: float | None = None,
+        normalize_features: bool | None = None,
+        joint_batch: bool | None = None,
         use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -116,7 +128,8 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         """Generate images.
 
         Args:
-            batch_size: number of images; they are guided as one joint batch, so that more is better.
+            batch_size: number of images. Without a guidance field they are guided as one joint batch, so that more is
+                better.
             num_inference_steps: denoising steps.
             generator: one generator, or a list with one per image.
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
@@ -124,11 +137,14 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
                 · `guidance_scale`. 0 is plain sampling; the default is 1 where the pipeline has the parts for it, else
                 0.
             num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step` but the last
-                8%.
+                8%. A guidance field guides those of them that it was recorded at.
             guidance_start_step: first guided step, counted from the start of the chain.
-            num_correction_steps: Adam steps per guided step.
-            blur: blur of the Sinkhorn divergence, in units of the features' median distance.
+            num_correction_steps: Adam steps per guided step; 3 by default.
+            blur: blur of the Sinkhorn divergence, in units of the features' median distance; .3 by default.
             normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
+            joint_batch: guide the batch by its own transport problem (`True`) or each image by the guidance field
+                (`False`), which is the default where there is one. The field brings its own guidance: arguments that
+                ask for another are refused.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]), `"pt"` ([B, C, H, W] in [0, 1]), or `"latent"` for
                 what the last step left.
@@ -160,15 +176,17 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
             f"be among {self._callback_tensor_inputs}",
             callback_inputs,
         )
-        guidance = self._prepare_guidance(guidance_scale, num_correction_steps, blur, normalize_features)
+        follows_field = self.guidance_field is not None and not joint_batch
+        require(follows_field or joint_batch is not False, "joint_batch", "be true without a guidance field", False)
+        asked = {"num_correction_steps": num_correction_steps, "blur": blur, "normalize_features": normalize_features}
+        guidance = self._prepare_guidance(follows_field, guidance_scale, asked)
         require(guidance_start_step >= 0, "guidance_start_step", "be at least 0", guidance_start_step)
         if num_guidance_steps is None:
-            num_guidance_steps = max(
-                0, num_inference_steps - max(1, round(CLEAN_SHARE * num_inference_steps)) - guidance_start_step
-            )
+            clean = 0 if follows_field else max(1, round(CLEAN_SHARE * num_inference_steps))
+            num_guidance_steps = max(0, num_inference_steps - clean - guidance_start_step)
         require(num_guidance_steps >= 0, "num_guidance_steps", "be at least 0", num_guidance_steps)
         guided_steps = range(guidance_start_step, guidance_start_step + num_guidance_steps) if guidance else range(0)
-        if guidance and batch_size < SMALL_BATCH:
+        if guidance and not follows_field and batch_size < SMALL_BATCH:
             logger.warning(
                 f"OT guidance couples the batch; `batch_size` {batch_size} is too small to show it the distribution."
             )
@@ -178,6 +196,8 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        if guidance and follows_field:
+            self.guidance_field.check_timesteps(self.scheduler.timesteps.int().tolist())
         step_arguments = extra_step_arguments(
             self.scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
         )
@@ -197,12 +217,62 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def record_guidance_field(
+        self, num_samples: int = 1000, generator: torch.Generator | None = None, **call_arguments: Any
+    ) -> GuidanceField:
+        """Guide a joint batch and keep the field that moved it, as this pipeline's `guidance_field`.
+
+        Args:
+            num_samples: images of the batch; the field is as good as the batch is large.
+            generator: of its noise, another one than that of the samples to come.
+            call_arguments: those of the call; later calls have to make the same chain.
+
+        Returns:
+            The field; it is saved with the pipeline.
+
+        Raises:
+            InputError: see the call; a batch too small to show the distribution.
+
+        Example:
+            >>> from diffusers import DDIMScheduler, UNet2DModel
+            >>> from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
+            >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(32,), **blocks)
+            >>> network = ConvFeatureExtractor(sample_size=8, feature_dim=32)
+            >>> bank = ReferenceBank.from_features(network.extract(torch.rand(64, 1, 8, 8) * 2 - 1))
+            >>> pipe = OTGuidedDDIMPipeline(unet, DDIMScheduler(), network, bank)
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> field = pipe.record_guidance_field(32, num_inference_steps=4)
+            >>> field.config.timesteps
+            (750, 500, 250)
+            >>> len(pipe(batch_size=1, num_inference_steps=4).images)  # guided alone
+            1
+        """
+        require(num_samples >= SMALL_BATCH, "num_samples", f"be at least {SMALL_BATCH}", num_samples)
+        arguments = call_arguments | {"output_type": "latent", "joint_batch": True}
+        self._history = []
+        try:
+            self(batch_size=num_samples, generator=generator, **arguments)
+            guidance = {name: call_arguments.get(name, value) for name, value in DEFAULTS.items()}
+            require(len(self._history) > 0, "guidance_scale", "guide at least one step", self._guidance_scale)
+            field = GuidanceField.from_corrections(
+                self._history,
+                guidance_scale=self._guidance_scale,
+                blur=guidance["blur"],
+                normalize_features=guidance["normalize_features"],
+            )
+        finally:
+            self._history = None
+        self.register_modules(guidance_field=field.to(self._execution_device))
+        return field
+
     def _prepare_guidance(
-        self, guidance_scale: float | None, num_correction_steps: int, blur: float, normalize_features: bool
+        self, follows_field: bool, guidance_scale: float | None, asked: dict[str, Any]
     ) -> OTGuidance | None:
         """The correction that the arguments ask for, None for plain sampling."""
         complete = self.feature_extractor is not None and self.reference_bank is not None
-        scale = guidance_scale if guidance_scale is not None else float(complete)
+        default = self.guidance_field.config.guidance_scale if follows_field else 1.0
+        scale = guidance_scale if guidance_scale is not None else default if complete else 0.0
         require(scale >= 0, "guidance_scale", "be at least 0", scale)
         self._guidance_scale = scale
         if scale == 0:
@@ -210,13 +280,14 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         require(
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
         )
+        recorded = {name: self.guidance_field.config[name] for name in DEFAULTS} if follows_field else DEFAULTS
         return OTGuidance(
             self.feature_extractor,
             self.reference_bank,
             guidance_scale=scale,
-            num_correction_steps=num_correction_steps,
-            blur=blur,
-            normalize_features=normalize_features,
+            guidance_field=self.guidance_field if follows_field else None,
+            history=self._history,
+            **recorded | {name: value for name, value in asked.items() if value is not None},
         )
 
     def _guided_output(
@@ -230,5 +301,5 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
             -1, 1
         )
         guidance.guidance_scale = self._guidance_scale
-        corrected = guidance.correct(pred_original_sample)
+        corrected = guidance.correct(pred_original_sample, timestep)
         return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)

@@ -1,12 +1,20 @@
 """Optimal transport between point clouds, in torch alone. One convention: C(x, y) = ½‖x − y‖², eps = blur²."""
 
-from .divergence import divergence_gradient, self_transport_cost, sinkhorn_divergence
+from .divergence import (
+    DivergencePotentials,
+    divergence_gradient,
+    divergence_gradient_at,
+    self_transport_cost,
+    sinkhorn_divergence,
+)
 from .multiscale import divergence_value, has_stored_solver
 from .sinkhorn import Potentials, median_distance, self_potential, sinkhorn_potentials
 
 __all__ = [
+    "DivergencePotentials",
     "Potentials",
     "divergence_gradient",
+    "divergence_gradient_at",
     "divergence_value",
     "has_stored_solver",
     "median_distance",

@@ -11,6 +11,8 @@ so a loss costs one solve per term, holds no graph of the iterations, and is exa
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .sinkhorn import (
     centred,
     check_clouds,
     full_precision,
+    half_squared_distances,
     normalised_weights,
     solve,
     solve_self,
@@ -94,14 +97,32 @@ def sinkhorn_divergence(
         return value - _half_self_term(x, a, x_pair, blur, scaling, reach) - y_self_cost / 2
 
 
+@dataclass(frozen=True)
+class DivergencePotentials:
+    """What determines the gradient of S(x, y) anywhere.
+
+    Attributes:
+        cross: the potentials of OT(x, y).
+        own: [N], the potential of OT(x, x).
+    """
+
+    cross: Potentials
+    own: Tensor
+
+    @property
+    def iterations(self) -> int:
+        """Passes over the plan of OT(x, y)."""
+        return self.cross.iterations
+
+
 @torch.no_grad()
 def divergence_gradient(
-    x: Tensor, y: Tensor, *, blur: float, scaling: float = 0.7, initial: Potentials | None = None
-) -> tuple[Tensor, Potentials]:
+    x: Tensor, y: Tensor, *, blur: float, scaling: float = 0.7, initial: DivergencePotentials | None = None
+) -> tuple[Tensor, DivergencePotentials]:
     """∂S/∂x_i = a_i (T_xx(x_i) − T_xy(x_i)), the direction in which each point leaves its own cloud for the other.
 
     For loops that follow the field of a slowly moving cloud: the potentials of one call are the start of the next,
-    which then takes a few passes over the plan instead of a dozen.
+    which then takes a few passes over the plan instead of a few dozen.
 
     Args:
         x: [N, D] points.
@@ -125,10 +146,51 @@ def divergence_gradient(
         x, y, eps = x.to(dtype), y.to(dtype), blur**2
         a, b = normalised_weights(None, x, "x"), normalised_weights(None, y, "y")
         cost, self_cost = Cost(*centred(x, y)), Cost(*centred(x, x))
-        potentials = solve(cost, a, b, blur, scaling, reach=None, initial=initial)
-        f = solve_self(self_cost, a, blur, reach=None)
-        field = _displacement(cost, a, b, potentials.f, potentials.g, eps, None)
-        return field - _displacement(self_cost, a, a, f, f, eps, None), potentials
+        cross = solve(cost, a, b, blur, scaling, reach=None, initial=initial.cross if initial else None)
+        own = solve_self(self_cost, a, blur, reach=None)
+        field = _displacement(cost, a, b, cross.f, cross.g, eps, None)
+        return field - _displacement(self_cost, a, a, own, own, eps, None), DivergencePotentials(cross, own)
+
+
+@torch.no_grad()
+def divergence_gradient_at(
+    points: Tensor, x: Tensor, y: Tensor, reference_potential: Tensor, own_potential: Tensor, *, blur: float
+) -> Tensor:
+    """The direction N ∂S/∂x_i that a further point of the cloud x would have, for each of `points` alone.
+
+    Potentials of a solved problem S(x, y) extend to any place: with them T_xy needs one softmax over y and no solve. In
+    T_xx the point meets itself, too. Its own potential f solves e^(−f/eps) = Σ_j e^((f_j − C_j)/eps)/N + e^(f/eps)/N, a
+    quadratic equation in e^(f/eps), so that it keeps as much of its own mass as a point of x does.
+
+    Args:
+        points: [B, D].
+        x: [N, D], the cloud the points join.
+        y: [M, D], the cloud they move to.
+        reference_potential: [M], `potentials.cross.g` of `divergence_gradient(x, y)`.
+        own_potential: [N], `potentials.own`.
+        blur: that of the solved problem.
+
+    Returns:
+        [B, D]; row i depends on point i alone.
+
+    Example:
+        >>> x, y = torch.randn(200, 3), torch.randn(300, 3) + 1
+        >>> field, potentials = divergence_gradient(x, y, blur=0.5)
+        >>> again = divergence_gradient_at(x[:5], x, y, potentials.cross.g, potentials.own, blur=0.5)
+        >>> bool((again - 200 * field[:5]).abs().max() < 0.1)
+        True
+    """
+    check_clouds(points, y, blur=blur, names=("points", "y"))
+    check_clouds(points, x, blur=blur, names=("points", "x"))
+    eps, log_size, mean = blur**2, math.log(len(x)), y.mean(0)
+    points, x, y = points - mean, x - mean, y - mean
+    with full_precision(points):
+        towards = torch.softmax((reference_potential - half_squared_distances(points, y)) / eps, dim=1) @ y
+        scores = (own_potential - half_squared_distances(points, x)) / eps
+        log_others = torch.logsumexp(scores, dim=1) - log_size
+        root = torch.logaddexp(2 * log_others, log_others.new_tensor(math.log(4) - log_size)) / 2
+        kept = torch.exp(2 * (math.log(2) - torch.logaddexp(log_others, root)) - log_size)[:, None]
+        return kept * points + (1 - kept) * (torch.softmax(scores, dim=1) @ x) - towards
 
 
 def self_transport_cost(
