@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
+from torch import Tensor
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline
 from ot_diffusers.config import BaselineConfig
@@ -23,7 +24,7 @@ BATCH_SIZE = 4
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
-    return [*guidance_rows(quick, device), *pipeline_rows(quick, device), truncation_row(quick, device)]
+    return [*guidance_rows(quick, device), *precision_rows(quick, device), *chain_rows(quick, device)]
 
 
 def unet_of(widths: tuple[int, ...], device: torch.device, **options: object) -> UNet2DModel:
@@ -33,32 +34,94 @@ def unet_of(widths: tuple[int, ...], device: torch.device, **options: object) ->
 
 
 def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
-    """A joint batch of 64 (1,000 on a GPU) with the MNIST preset's UNet and 2,000 references; fewer steps on the CPU,
-    where the share of guided ones is the same."""
+    """Joint guidance and a guidance field with the MNIST preset's UNet and 2,000 references; a smaller batch and fewer
+    steps on the CPU, where the share of guided ones is the same."""
     unet = unet_of((32, 32), device, attention_levels=()) if quick else unet_of((64, 128, 256), device)
     network = ConvFeatureExtractor().to(device)
     features = network.extract(images_like_mnist(2000).to(device).fetch(torch.arange(2000)))
     bank = ReferenceBank.from_features(features, feature_scale=float(torch.pdist(features[:500]).median())).to(device)
     guided = OTGuidedDDIMPipeline(unet, DDIMScheduler(), network, bank)
-    plain = DDIMPipeline(unet, DDIMScheduler())
     fast = device.type == "cuda"
     call: dict[str, Any] = {
-        "batch_size": 1000 if fast else 16 if quick else 64,
-        "num_inference_steps": 50 if fast else 12,
+        "batch_size": 500 if fast else 16 if quick else 64,
+        "num_inference_steps": 50 if fast else 6,
+        "output_type": "pt",
     }
-    for pipe in (guided, plain):
+    guided.set_progress_bar_config(disable=True)
+    guided.record_guidance_field(500 if fast else 64, num_inference_steps=call["num_inference_steps"])
+    candidates: dict[str, Callable[[], object]] = {
+        "plain": lambda: guided(guidance_scale=0, **call),
+        "joint batch": lambda: guided(joint_batch=True, **call),
+        "guidance field": lambda: guided(**call),
+    }
+    seconds = interleave(candidates, 2)
+    title = f"{call['batch_size']} images, {call['num_inference_steps']} steps"
+    return [
+        ratio_row(f"OT-guided DDIM, {name} / plain DDIM, {title}", seconds, name, "plain", target=1.1)
+        for name in ("joint batch", "guidance field")
+    ]
+
+
+def precision_rows(quick: bool, device: torch.device) -> list[Row]:
+    """On a GPU: the MNIST preset's UNet in bfloat16, channels last, compiled; with what it changes in the images."""
+    if device.type != "cuda" or quick:
+        return []
+    variants: dict[str, tuple[OTGuidedDDIMPipeline, Callable[[], Tensor]]] = {}
+    for name, dtype, layout in (
+        ("float32", torch.float32, torch.contiguous_format),
+        ("bfloat16", torch.bfloat16, torch.contiguous_format),
+        ("bfloat16, channels last", torch.bfloat16, torch.channels_last),
+        ("float16, channels last", torch.float16, torch.channels_last),
+    ):
+        unet = unet_of((64, 128, 256), device).to(dtype=dtype, memory_format=layout)
+        pipe = OTGuidedDDIMPipeline(unet, DDIMScheduler())
         pipe.set_progress_bar_config(disable=True)
-    candidates = {"plain": lambda: plain(**call), "guided": lambda: guided(**call)}
-    seconds = interleave(candidates, 3)
-    name = f"OT-guided DDIM / plain DDIM, {call['batch_size']} images, {call['num_inference_steps']} steps"
-    return [ratio_row(name, seconds, "guided", "plain", target=1.1)]
+        variants[name] = pipe, partial(sample, pipe, device)
+    seconds = interleave({name: run for name, (_, run) in variants.items()}, 3)
+    exact = variants["float32"][1]().float()
+    return [
+        ratio_row(
+            f"DDIM-20 in float32 / in {name}",
+            seconds,
+            "float32",
+            name,
+            details={"mean difference of a pixel in [0, 1]": float((run().float() - exact).abs().mean())},
+        )
+        for name, (_, run) in variants.items()
+        if name != "float32"
+    ]
 
 
-def pipeline_rows(quick: bool, device: torch.device) -> list[Row]:
-    """Our pipeline without guidance against a loop of UNet and scheduler calls only."""
+@torch.no_grad()
+def sample(pipe: OTGuidedDDIMPipeline, device: torch.device) -> Tensor:
+    """500 images in 20 steps, always from the same noise."""
+    generator = torch.Generator(device).manual_seed(0)
+    options = {"num_inference_steps": 20, "output_type": "pt", "return_dict": False}
+    (images,) = pipe(batch_size=500, generator=generator, **options)  # type: ignore[arg-type]
+    assert isinstance(images, Tensor)
+    return images
+
+
+def chain_rows(quick: bool, device: torch.device) -> list[Row]:
+    """Our pipeline without guidance against a loop of UNet and scheduler calls only, and ten steps from a prior against
+    the whole chain; with a small UNet, on one thread of a CPU, where what surrounds the network weighs most."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _chain_rows(100 if quick else 1000, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _chain_rows(length: int, device: torch.device) -> list[Row]:
     unet = unet_of((32, 32), device, attention_levels=(), layers_per_block=1)
     pipe = OTGuidedDDIMPipeline(unet, DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    prior = PriorGenerator(
+        truncation_timestep=10, sample_size=28, out_channels=1, latent_dim=256, block_out_channels=(256, 128, 64)
+    )
+    short = TruncatedPriorPipeline(prior.to(device), unet, truncated_scheduler(DDIMScheduler(), 10))
+    for pipeline in (pipe, short):
+        pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
     def bare(steps: int) -> None:
@@ -68,32 +131,25 @@ def pipeline_rows(quick: bool, device: torch.device) -> list[Row]:
         for timestep in scheduler.timesteps:
             sample = scheduler.step(unet(sample, timestep).sample, timestep, sample).prev_sample
 
-    found = []
-    for steps in (10,) if quick else (10, 1000):
-        candidates: dict[str, Callable[[], object]] = {
-            "bare loop": partial(bare, steps),
-            "pipeline": partial(pipe, batch_size=BATCH_SIZE, num_inference_steps=steps, output_type="pt"),
-        }
-        seconds = interleave(candidates, 3 if steps > 10 else 7)
-        found.append(ratio_row(f"pipeline / bare loop, {steps} steps", seconds, "pipeline", "bare loop", target=1.03))
-    return found
+    def whole(steps: int) -> object:
+        return pipe(batch_size=BATCH_SIZE, num_inference_steps=steps, output_type="pt")
 
-
-def truncation_row(quick: bool, device: torch.device) -> Row:
-    """Ten steps from a learned prior against the thousand of the full chain."""
-    unet = unet_of((32, 32), device, attention_levels=(), layers_per_block=1)
-    prior = PriorGenerator(
-        truncation_timestep=10, sample_size=28, out_channels=1, latent_dim=256, block_out_channels=(256, 128, 64)
-    )
-    short = TruncatedPriorPipeline(prior.to(device), unet, truncated_scheduler(DDIMScheduler(), 10))
-    full = DDIMPipeline(unet, DDIMScheduler())
-    for pipe in (short, full):
-        pipe.set_progress_bar_config(disable=True)
-    batch_size, steps = BATCH_SIZE, 100 if quick else 1000
-    candidates = {
-        "T' = 10": lambda: short(batch_size=batch_size, output_type="pt"),
-        f"{steps} steps": lambda: full(batch_size=batch_size, num_inference_steps=steps, output_type="np"),
+    brief = interleave({"bare loop": partial(bare, 10), "pipeline": partial(whole, 10)}, 15)
+    candidates: dict[str, Callable[[], object]] = {
+        "bare loop": partial(bare, length),
+        "pipeline": partial(whole, length),
+        "T' = 10": lambda: short(batch_size=BATCH_SIZE, output_type="pt"),
     }
-    seconds = interleave(candidates, 3)
-    name = f"full chain of {steps} steps / truncated at T' = 10"
-    return ratio_row(name, seconds, f"{steps} steps", "T' = 10", target=steps / 1000 * 90, at_least=True)
+    long = interleave(candidates, 3)
+    return [
+        ratio_row("pipeline / bare loop, 10 steps", brief, "pipeline", "bare loop", target=1.03),
+        ratio_row(f"pipeline / bare loop, {length} steps", long, "pipeline", "bare loop", target=1.03),
+        ratio_row(
+            f"full chain of {length} steps / truncated at T' = 10",
+            long,
+            "pipeline",
+            "T' = 10",
+            target=length / 1000 * 90,
+            at_least=True,
+        ),
+    ]

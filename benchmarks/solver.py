@@ -10,18 +10,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ot_diffusers.errors import InputError
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 from .timing import Row, interleave, peak_memory_mib, ratio_row
 
 COSINE = 0.999
-SETTINGS = {"geomloss": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99), "POT": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}
-"""geomloss' `scaling` and POT's `stopThr`, the quickest first."""
+SCALINGS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+SETTINGS = {"geomloss": SCALINGS, "flash-sinkhorn": SCALINGS, "POT": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}
+"""geomloss' and flash-sinkhorn's `scaling` and POT's `stopThr`, the quickest first."""
+TARGETS = {"cpu": {"geomloss": 5.0}, "cuda": {"flash-sinkhorn": 1.0}}
+MODULES = {"geomloss": "geomloss", "flash-sinkhorn": "flash_sinkhorn", "POT": "ot"}
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
     sizes = (64, 500, 64) if quick else (128, 2000, 128)
-    return [*against_peers(*sizes, device, 3 if quick else 7), *scaling(quick, device), *memory(quick)]
+    found = against_peers(*sizes, device, 3 if quick else 7)
+    if device.type == "cuda":
+        found += [*against_peers(2000, 2000, 128, device, 7), *large_clouds(4000 if quick else 60_000, device)]
+        return [*found, *scaling(quick, device)]
+    return [*found, *scaling(quick, device), *memory(quick)]
 
 
 def clouds(n: int, m: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -42,7 +50,10 @@ def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) 
         exact = exact_gradient(x, y, blur)
         candidates: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, x, y, blur)}
         details: dict[str, object] = {"cosine of ours": cosine(ours(x, y, blur), exact)}
-        for name, make in (("geomloss", geomloss_gradient), ("POT", pot_gradient)):
+        peers = {"geomloss": geomloss_gradient, "POT": pot_gradient}
+        if device.type == "cuda":
+            peers = {"geomloss": geomloss_gradient, "flash-sinkhorn": flash_gradient}  # POT's choice is slower by far
+        for name, make in peers.items():
             setting = first_good_setting(name, make, x, y, blur, exact)
             details[f"{name}"] = setting or ("not installed" if not installed(name) else f"no setting reaches {COSINE}")
             if setting:
@@ -51,7 +62,7 @@ def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) 
         title = f"Sinkhorn loss {n}×{m}×{dim}, blur {blur} of the median distance"
         for peer in candidates:
             if peer != "ours":
-                target = 5.0 if peer == "geomloss" else None
+                target = TARGETS[device.type].get(peer)
                 row = ratio_row(
                     f"{title}: {peer} / ours", seconds, peer, "ours", target=target, at_least=True, details=details
                 )
@@ -60,16 +71,16 @@ def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) 
 
 
 def installed(peer: str) -> bool:
-    return importlib.util.find_spec({"geomloss": "geomloss", "POT": "ot"}[peer]) is not None
+    return importlib.util.find_spec(MODULES[peer]) is not None
 
 
 def exact_gradient(x: Tensor, y: Tensor, blur: float, rounds: int = 2000) -> Tensor:
     """∂S/∂x in float64 by plain log-domain Sinkhorn until the marginals are right to 1e-9, no code of the package."""
-    x, y = x.double().cpu(), y.double().cpu()
+    x, y = x.double(), y.double()
 
     def field(u: Tensor, v: Tensor) -> Tensor:
         cost, eps = torch.cdist(u, v).square() / 2, blur**2
-        f, g = torch.zeros(len(u)).double(), torch.zeros(len(v)).double()
+        f, g = u.new_zeros(len(u)), v.new_zeros(len(v))
         for _ in range(rounds):
             g = -eps * (torch.logsumexp((f[:, None] - cost) / eps, dim=0) - math.log(len(u)))
             before, f = f, -eps * (torch.logsumexp((g - cost) / eps, dim=1) - math.log(len(v)))
@@ -98,6 +109,14 @@ def geomloss_gradient(x: Tensor, y: Tensor, blur: float, setting: float) -> Tens
     return points.grad
 
 
+def flash_gradient(x: Tensor, y: Tensor, blur: float, setting: float) -> Tensor:
+    """flash-sinkhorn through our `backend`, at a given scaling."""
+    points = x.clone().requires_grad_()
+    sinkhorn_divergence(points, y, blur=blur, scaling=setting, backend="flash-sinkhorn").backward()
+    assert points.grad is not None
+    return points.grad
+
+
 def pot_gradient(x: Tensor, y: Tensor, blur: float, setting: float) -> Tensor:
     """POT's `empirical_sinkhorn_divergence` on half squared distances, at a given `stopThr`."""
     import ot
@@ -122,9 +141,38 @@ def first_good_setting(
         try:
             if cosine(make(x, y, blur, setting), exact) >= COSINE:
                 return setting
-        except ImportError:
+        except (ImportError, InputError):
             return None
     return None
+
+
+def large_clouds(size: int, device: torch.device) -> list[Row]:
+    """Loss and gradient of clouds whose plan is never held, with the growth of the GPU's memory."""
+    blur, (x, y) = 0.3, clouds(size, size, 128, device)
+    candidates: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, x, y, blur)}
+    found, peaks = [], {}
+    if installed("flash-sinkhorn"):
+        candidates["flash-sinkhorn"] = partial(flash_gradient, x, y, blur, 0.5)
+    gradients = {}
+    for name, run in candidates.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients[name] = run()
+        peaks[f"MiB of {name}"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
+    if "flash-sinkhorn" in candidates:
+        details = peaks | {"cosine of the two": cosine(gradients["ours"], gradients["flash-sinkhorn"].double().cpu())}
+        row = ratio_row(
+            f"Sinkhorn loss {size:,}×{size:,}×128, blur {blur}: flash-sinkhorn / ours",
+            interleave(candidates, 3),
+            "flash-sinkhorn",
+            "ours",
+            target=0.8,
+            at_least=True,
+            details=details,
+        )
+        found.append(row)
+    mib = float(peaks["MiB of ours"])
+    return [*found, Row(f"peak memory of the OT term, {size:,} points and references", mib, (mib, mib), unit=" MiB")]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -55,7 +55,7 @@ def ot_loss(
         blur: length in the units of the features.
         scaling: ratio of successive blurs in the solver.
         sample_weights: [B], positive; uniform if None.
-        backend: see `sinkhorn_divergence`; geomloss includes the constant.
+        backend: see `sinkhorn_divergence`; all but the native one include the constant.
 
     Returns:
         0-d tensor. The constant ½ OT(reference, reference) is left out by the native backend: it has no gradient.
@@ -67,7 +67,7 @@ def ot_loss(
         tensor([-0.2500, -0.2500])
     """
     require(len(reference_features) >= 2, "reference_features", "hold at least 2 rows", tuple(reference_features.shape))
-    y_self_cost = None if backend == "geomloss" else 0.0
+    y_self_cost = 0.0 if backend == "native" else None
     if sample_weights is None:
         return sinkhorn_divergence(
             features, reference_features, blur=blur, scaling=scaling, y_self_cost=y_self_cost, backend=backend

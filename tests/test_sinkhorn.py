@@ -570,7 +570,11 @@ def test_finite_symmetric_and_not_negative(n, m, dim, blur, scale, seed):
         ({"y_weights": torch.full((5,), torch.nan)}, "`y_weights` must be positive"),
         ({"y_weights": torch.ones(5)}, "`y_weights` must sum to 1"),
         ({"x_pair": torch.zeros(4, 2)}, "`x_pair` must have 3 coordinates like `x`"),
-        ({"backend": "pot"}, "`backend` must be 'native' or 'geomloss'"),
+        ({"backend": "pot"}, "`backend` must be one of native, geomloss, flash-sinkhorn, got 'pot'"),
+        (
+            {"backend": "flash-sinkhorn"},
+            "`backend` must be native or geomloss for points that are not on a CUDA device",
+        ),
         ({"backend": "geomloss", "x_pair": torch.zeros(4, 3)}, "`x_pair` must be None with backend='geomloss'"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import InputError, require
 from .sinkhorn import (
     Cost,
     Potentials,
@@ -30,6 +30,8 @@ from .sinkhorn import (
     solve,
     solve_self,
 )
+
+BACKENDS = ("native", "geomloss", "flash-sinkhorn")
 
 
 @torch.compiler.disable
@@ -64,8 +66,9 @@ def sinkhorn_divergence(
         x_pair: [K, D], an independent second sample of x's law, for the self-term OT(x, x_pair) instead of OT(x, x). If
             it carries no gradient, x receives the whole gradient of the self-term, as in the same-batch form.
         y_self_cost: OT(y, y) where it is known (`self_transport_cost`), or 0 to leave it out: it shifts the value only.
-        backend: `"native"`, or `"geomloss"` to reproduce results obtained with `SamplesLoss("sinkhorn", p=2)`; its
-            gradient is unconverged at the usual `scaling`.
+        backend: `"native"`; `"geomloss"` to reproduce results obtained with `SamplesLoss("sinkhorn", p=2)`, whose
+            gradient is unconverged at the usual `scaling`; or `"flash-sinkhorn"`, that library's CUDA kernels with the
+            same schedule, for clouds of tens of thousands of points on a GPU.
 
     Returns:
         0-d tensor, float32 or float64.
@@ -81,9 +84,15 @@ def sinkhorn_divergence(
         >>> round(loss.item(), 4)
         9.0
     """
-    if backend == "geomloss":
-        return _geomloss_divergence(x, y, blur, scaling, debias, reach, x_weights, y_weights, x_pair, y_self_cost)
-    require(backend == "native", "backend", "be 'native' or 'geomloss'", backend)
+    require(backend in BACKENDS, "backend", f"be one of {', '.join(BACKENDS)}", backend)
+    if backend != "native":
+        require(x_pair is None, "x_pair", f"be None with backend={backend!r}", "a tensor")
+        require(y_self_cost is None, "y_self_cost", f"be None with backend={backend!r}", y_self_cost)
+        check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
+        a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
+        library = _geomloss if backend == "geomloss" else _flash_sinkhorn
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # both leave it on
+            return library(a.float(), x.float(), b.float(), y.float(), blur, scaling, debias, reach)
     check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with full_precision(x):
@@ -289,25 +298,29 @@ def _dual_value(potentials: Potentials, a: Tensor, b: Tensor, eps: float, reach:
     return rho * (2 - x_mass - y_mass) + eps * (1 - (x_mass + y_mass) / 2)
 
 
-def _geomloss_divergence(
-    x: Tensor,
-    y: Tensor,
-    blur: float,
-    scaling: float,
-    debias: bool,
-    reach: float | None,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    x_pair: Tensor | None,
-    y_self_cost: Tensor | float | None,
+def _geomloss(
+    a: Tensor, x: Tensor, b: Tensor, y: Tensor, blur: float, scaling: float, debias: bool, reach: float | None
 ) -> Tensor:
-    """The same quantity by geomloss, which computes the reference self-term at every call and switches gradients on."""
-    require(x_pair is None, "x_pair", "be None with backend='geomloss'", "a tensor")
-    require(y_self_cost is None, "y_self_cost", "be None with backend='geomloss'", y_self_cost)
-    check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
+    """The same quantity by geomloss, which computes the reference self-term at every call."""
     from geomloss import SamplesLoss
 
-    a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
     loss = SamplesLoss("sinkhorn", p=2, blur=blur, scaling=scaling, reach=reach, debias=debias, backend="tensorized")
-    with torch.set_grad_enabled(torch.is_grad_enabled()):
-        return loss(a.float(), x.float(), b.float(), y.float())
+    return loss(a, x, b, y)
+
+
+def _flash_sinkhorn(
+    a: Tensor, x: Tensor, b: Tensor, y: Tensor, blur: float, scaling: float, debias: bool, reach: float | None
+) -> Tensor:
+    """The same quantity by flash-sinkhorn, in float32 products and our cost ½‖x − y‖².
+
+    Raises:
+        InputError: not on a GPU, or the library is not installed.
+    """
+    require(x.is_cuda, "backend", "be native or geomloss for points that are not on a CUDA device", "flash-sinkhorn")
+    try:
+        from flash_sinkhorn import SamplesLoss
+    except ImportError as error:
+        raise InputError("`backend` flash-sinkhorn must be installed: pip install flash-sinkhorn") from error
+    options = {"half_cost": True, "allow_tf32": False}
+    loss = SamplesLoss("sinkhorn", blur=blur, scaling=scaling, reach=reach, debias=debias, **options)
+    return loss(a, x, b, y)
