@@ -18,7 +18,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,16 +34,18 @@ from .errors import require
 from .evaluation import plots, report
 from .evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from .evaluation.failures import worst_samples
+from .evaluation.page import Rows, provenance
 from .experiment import Announce, claim_folder, read_json, run_side_by_side, stage, write_results
-from .features import check_trained_on, load_feature_extractor, weights_fingerprint
+from .features import load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
 from .training import write_json
 
 EVALUATOR_SEED = 1000
-NETWORKS = ("features", "evaluator")
+NETWORKS: dict[str, Callable[[str], Any]] = {"features": load_feature_extractor, "evaluator": load_evaluator}
 RESERVED = (*NETWORKS, "seed", "logs")
 NUM_FAILURES = 12
 
@@ -83,7 +85,9 @@ class ComparisonConfig:
 
     output_dir: str = option("runs/comparison", "folder of the comparison")
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    evaluator: str = option("digits/evaluator.yaml", "network no loss sees: a run, a Hub id, or a preset to train once")
+    evaluator: str = option(
+        "digits/evaluator.yaml", "network no loss sees: of `ot-diffusers evaluate`, or a preset to train once"
+    )
     features: str | None = option(None, "network for losses and guidance: a run, a Hub id, or a preset to train once")
     arms: dict[str, Arm] = field(default_factory=dict, metadata={"help": "name to arm; the first is compared with"})
     seeds: int = option(5, "how many: 0, 1, 2, …")
@@ -231,7 +235,7 @@ class Study:
 
     @cached_property
     def extractor(self) -> Any:
-        return load_feature_extractor(self.network("evaluator")).to(best_device())
+        return load_evaluator(self.network("evaluator")).to(best_device())
 
     @cached_property
     def train_images(self) -> ImageSet:
@@ -242,11 +246,8 @@ class Study:
         return self.real_images("test")
 
     def real_images(self, split: str) -> ImageSet:
-        shape = self.extractor.config
-        images = load_images(self.config.dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
-        if split == "train":
-            check_trained_on(self.extractor, images)
-        return describe_images(pixels_of(images), self.extractor)
+        images = load_real_images(self.config.dataset, split, self.extractor)
+        return describe_images(pixels_of(images), self.extractor, cache=True)
 
     @cached_property
     def num_samples(self) -> int:
@@ -306,10 +307,10 @@ def settings(config: ComparisonConfig) -> dict[str, Any]:
     """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     contents = {name: content_hash(Path(arm.pipeline)) for name, arm in config.arms.items() if arm.pipeline}
-    for name in NETWORKS:
+    for name, load in NETWORKS.items():
         path = getattr(config, name)
         if path is not None and not preset_path(path).is_file():
-            contents[name] = weights_fingerprint(load_feature_extractor(path))
+            contents[name] = weights_fingerprint(load(path))
     return {name: values[name] for name in values if name not in ("output_dir", "seeds")} | {"contents": contents}
 
 
@@ -350,8 +351,8 @@ def train_networks(study: Study) -> None:
         if preset is not None and preset_path(preset).is_file():
             train_run(study, study.output, name, "features", preset, [f"seed={seed}", *config.overrides])
     if config.features is not None:
-        networks = [load_feature_extractor(study.network(name)) for name in NETWORKS]
-        independent = weights_fingerprint(networks[0]) != weights_fingerprint(networks[1])
+        features, evaluator = (weights_fingerprint(load(study.network(name))) for name, load in NETWORKS.items())
+        independent = features != evaluator
         require(independent, "evaluator", "be another network than `features`, which losses see", config.evaluator)
 
 
@@ -492,7 +493,6 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         | {"description": describe_arm(arm)}
         for name, arm in config.arms.items()
     }
-    extractor = study.extractor
     paired = len(seeds) >= 2
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
     results = {
@@ -502,7 +502,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "num_test_images": len(study.test_images),
         "seeds": list(seeds),
         "complete": len(seeds) == config.seeds,
-        "extractor": {"name": f"a {type(extractor).__name__}", "feature_dim": extractor.config.feature_dim},
+        "extractor": evaluator_facts(study.extractor, study.test_images.features.shape[1]),
         "primary_metric": config.primary_metric,
         "headline": tested,
         "costs": ["nfe", "seconds_per_1000"],
@@ -511,7 +511,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "differences": differences(values, primary=config.primary_metric, family=tested) if paired else {},
         "notes": notes(config, len(seeds)),
         "per_seed": {name: dict(found) for name, found in values.items()} | {"real vs real": floor},
-        "provenance": report.provenance() | {"comparison": settings(config)},
+        "provenance": provenance() | {"comparison": settings(config)},
     }
     return results | ({"summary": summary(results)} if results["differences"] else {})
 
@@ -555,7 +555,7 @@ def notes(config: ComparisonConfig, num_seeds: int) -> list[str]:
     return found
 
 
-def tables(results: Mapping[str, Any]) -> dict[str, report.Rows]:
+def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
     """Caption to table, for the report and the Markdown file."""
     tested = next(iter(results["differences"].values()), dict.fromkeys(report.HEADLINE))
     first = next(iter(results["arms"]))

@@ -19,6 +19,7 @@ from .data import load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .evaluation.page import provenance
 from .experiment import Announce, Sampled, claim_folder, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .launch import training_command
@@ -216,7 +217,7 @@ def collect(
         },
         "arms": arms,
         "floor": {"metrics": floor},
-        "provenance": report.provenance()
+        "provenance": provenance()
         | {
             "seed": seed,
             "evaluator's seed": evaluator["seed"],

@@ -31,6 +31,7 @@ from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
 from .evaluation.metrics import frechet_distance
+from .evaluation.page import provenance
 from .experiment import Announce, Sampled, claim_folder, is_complete, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .images import to_uint8
@@ -441,7 +442,7 @@ def collect(
             name: {str(step): dict(values) for step, values in points.items()} for name, points in scored.items()
         },
         "notes": unfinished(study),
-        "provenance": report.provenance() | {"study": settings(study.config)},
+        "provenance": provenance() | {"study": settings(study.config)},
     }
 
 
