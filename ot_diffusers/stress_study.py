@@ -259,12 +259,9 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file: Path) -> Path:
     """One self-contained page: the verdicts, steady ones marked, then the curves behind them."""
-    settings, extractor, tables = (
-        results["settings"],
-        results["extractor"],
-        (verdict_rows(results), source_rows(results)),
-    )
-    verdicts, source = (rows_table(rows, best=steady(rows)) for rows in tables)
+    settings, extractor = results["settings"], results["extractor"]
+    tables = verdict_rows(results), source_rows(results)
+    verdicts, source = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
     sections = {"Verdicts": verdicts + paragraphs([READING, *blind_spots(results)]), SOURCE_HEADING: source}
     sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
     sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
@@ -279,6 +276,16 @@ def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file:
 
 def title_of(results: Mapping[str, Any]) -> str:
     return f"Stress tests: {results['settings']['dataset']}"
+
+
+def unbroken(rows: Rows) -> Rows:
+    """The cells with no line break but after the verdict."""
+
+    def join(text: str) -> str:
+        verdict, colon, numbers = (part.replace(" ", "\N{NO-BREAK SPACE}") for part in text.partition(": "))
+        return f"{verdict}: {numbers}" if colon else verdict
+
+    return [rows[0], *([name, *map(join, cells)] for name, *cells in rows[1:])]
 
 
 def steady(rows: Rows) -> set[tuple[int, int]]:
@@ -297,7 +304,7 @@ def blind_spots(results: Mapping[str, Any]) -> list[str]:
         name: [report.METRICS[metric].label for metric in report.METRICS if is_flat(found.get(metric))]
         for name, found in results["curves"].items()
     }
-    return [f"Blind to {name}: {', '.join(metrics)}." for name, metrics in flat.items() if metrics]
+    return [f"Blind to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics]
 
 
 def is_flat(values: Mapping[str, Any] | None) -> bool:
@@ -310,9 +317,7 @@ def cell(values: Mapping[str, Any] | None) -> str:
         return "–"
     curve = as_curve(values)
     first, last = curve.means[0], curve.means[-1]
-    direction = "rises" if last > first else "falls"
-    verdict = direction if curve.verdict == "monotone" else curve.verdict
-    return f"{verdict}: {report.format_number(first)} → {report.format_number(last)}"
+    return f"{curve.trend}: {report.format_number(first)} → {report.format_number(last)}"
 
 
 def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:

@@ -57,7 +57,10 @@ def paragraphs(texts: Sequence[str], kind: str = "note") -> str:
 
 
 def rows_table(rows: Rows, *, best: Collection[tuple[int, int]] = (), kind: str = "") -> str:
-    """A table as it stands, the cells at `best` (line and column from 0, without header and names) marked."""
+    """A table as it stands, the cells at `best` (line and column from 0, without header and names) marked.
+
+    `kind="wide-names"` lets the names break, `kind="sentences"` the cells.
+    """
     header, *lines = rows
     found = []
     for r, (name, *row) in enumerate(lines):
@@ -182,6 +185,7 @@ thead th { color: var(--soft); font-weight: 500; font-size: 0.85rem; vertical-al
 tbody th { font-weight: 500; }
 tbody tr:last-child > * { border-bottom: 0; }
 .wide-names tbody th { white-space: normal; min-width: 9.5rem; padding-right: 8px; }
+.sentences td { white-space: normal; }
 small { display: block; color: var(--soft); font-weight: 400; font-size: 0.8rem; line-height: 1.35; }
 .best { color: var(--best); font-weight: 700; }
 .floor, tr.floor th { color: var(--soft); font-weight: 400; }
