@@ -378,12 +378,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from .evaluation.evaluate import evaluate_images, real_floor
     from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
     from .evaluation.page import provenance
+    from .experiment import sample_count
 
     evaluator = load_evaluator(arguments.evaluator).to(_device(arguments.device))
     train, test = (load_real_images(arguments.dataset, split, evaluator) for split in ("train", "test"))
-    limit = len(train) - 2
-    count = arguments.num_samples or min(len(test), limit)
-    require(count <= limit, "num_samples", f"be at most {limit}, two fewer than the training images", count)
+    count = sample_count(arguments.num_samples, len(train), len(test))
     images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
     if not _is_main_process():
         return None

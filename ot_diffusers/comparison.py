@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import statistics
@@ -24,8 +23,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import load_config, option
@@ -37,14 +34,26 @@ from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, rea
 from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from .evaluation.failures import worst_samples
 from .evaluation.page import Rows, provenance
-from .experiment import Announce, claim_folder, read_json, run_side_by_side, stage, write_results
+from .experiment import (
+    EVALUATOR_SEED,
+    Announce,
+    Sampled,
+    as_json,
+    check_independent,
+    claim_folder,
+    read_json,
+    run_side_by_side,
+    sample_count,
+    sampled_once,
+    stage,
+    write_results,
+)
 from .features import load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
 from .training import write_json
 
-EVALUATOR_SEED = 1000
 NETWORKS: dict[str, Callable[[str], Any]] = {"features": load_feature_extractor, "evaluator": load_evaluator}
 RESERVED = (*NETWORKS, "seed", "logs")
 NUM_FAILURES = 12
@@ -251,10 +260,7 @@ class Study:
 
     @cached_property
     def num_samples(self) -> int:
-        most = len(self.train_images) - 2
-        count = self.config.num_samples or min(len(self.test_images), most)
-        require(count <= most, "num_samples", f"be at most {most}, two fewer than the training images", count)
-        return count
+        return sample_count(self.config.num_samples, len(self.train_images), len(self.test_images))
 
 
 def run_comparison(
@@ -305,13 +311,12 @@ def settings(config: ComparisonConfig) -> dict[str, Any]:
     Raises:
         InputError: a network that is not there.
     """
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
     contents = {name: content_hash(Path(arm.pipeline)) for name, arm in config.arms.items() if arm.pipeline}
     for name, load in NETWORKS.items():
         path = getattr(config, name)
         if path is not None and not preset_path(path).is_file():
             contents[name] = weights_fingerprint(load(path))
-    return {name: values[name] for name in values if name not in ("output_dir", "seeds")} | {"contents": contents}
+    return as_json(config, "output_dir", "seeds") | {"contents": contents}
 
 
 def check_arms(config: ComparisonConfig) -> None:
@@ -351,9 +356,7 @@ def train_networks(study: Study) -> None:
         if preset is not None and preset_path(preset).is_file():
             train_run(study, study.output, name, "features", preset, [f"seed={seed}", *config.overrides])
     if config.features is not None:
-        features, evaluator = (weights_fingerprint(load(study.network(name))) for name, load in NETWORKS.items())
-        independent = features != evaluator
-        require(independent, "evaluator", "be another network than `features`, which losses see", config.evaluator)
+        check_independent(study.extractor, load_feature_extractor(study.network("features")))
 
 
 def run_seed(study: Study, seed: int) -> None:
@@ -411,31 +414,18 @@ def is_trained(run: Path) -> bool:
     return (run / "results.json").is_file() and bool(read_json(run / "results.json")["complete"])
 
 
-@dataclass
-class Samples:
-    """Images of an arm, uint8 [N, C, H, W], and what they cost: the keys of `report.COSTS` that are known."""
-
-    images: Tensor
-    cost: dict[str, float]
-
-
-def sampled(study: Study, name: str, seed: int) -> Samples:
+def sampled(study: Study, name: str, seed: int) -> Sampled:
     """The arm's images from the seed's starting noise, from disk if they are there."""
-    file = study.folder(seed) / f"{name}.safetensors"
-    if file.is_file():
-        with safe_open(file, framework="pt") as stored:
-            return Samples(stored.get_tensor("images"), json.loads(stored.metadata()["cost"]))
-    study.clock.check()
-    with stage(f"seed {seed}: sample {name}", study.announce):
-        found = sample_arm(study, name, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({"images": found.images.contiguous()}, partial, metadata={"cost": json.dumps(found.cost)})
-    partial.replace(file)
-    return found
+
+    def sample() -> Sampled:
+        study.clock.check()
+        with stage(f"seed {seed}: sample {name}", study.announce):
+            return sample_arm(study, name, seed)
+
+    return sampled_once(study.folder(seed) / f"{name}.safetensors", sample)
 
 
-def sample_arm(study: Study, name: str, seed: int) -> Samples:
+def sample_arm(study: Study, name: str, seed: int) -> Sampled:
     """Image i of every arm starts from the noise that (`seed`, i) gives."""
     arm = study.config.arms[name]
     source = study.resolve(arm.pipeline, seed) if arm.pipeline else str(study.run(name, seed))
@@ -447,17 +437,13 @@ def sample_arm(study: Study, name: str, seed: int) -> Samples:
     started = time.monotonic()
     images = sample_images(pipeline, study.num_samples, batch_size=arm.batch_size, seed=seed, **call)
     seconds = time.monotonic() - started
-    cost = {
-        "nfe": network_calls(pipeline),
-        "seconds": seconds,
-        "seconds_per_1000": 1000 * seconds / len(images),
-        "parameters": sum(p.numel() for part in ("prior", "unet") for p in parameters_of(pipeline, part)),
-    }
+    parts = [parameters_of(pipeline, part) for part in ("prior", "unet")]
+    others = {"parameters": sum(parameter.numel() for part in parts for parameter in part)}
     record = Path(source) / "results.json"
     if record.is_file():
         run = read_json(record)
-        cost |= {key: run[key] for key in ("training_seconds", "updates") if key in run}
-    return Samples(images, cost)
+        others |= {key: run[key] for key in ("training_seconds", "updates") if key in run}
+    return Sampled(images, seconds, network_calls(pipeline), others)
 
 
 def parameters_of(pipeline: Any, part: str) -> list[Tensor]:

@@ -197,12 +197,7 @@ def collect(
     runs = {name: read_json(output / name / "results.json") for name in training_runs(output, seed, overrides)}
     configs = {f"{name} run": read_json(output / name / "run.json")["config"] for name in runs}
     arms = {
-        name: {
-            "metrics": metrics[name],
-            "nfe": sampled.nfe,
-            "seconds": round(sampled.seconds, 2),
-            "description": ARMS[name].description,
-        }
+        name: {"metrics": metrics[name], **sampled.cost, "description": ARMS[name].description}
         for name, sampled in samples.items()
     }
     evaluator = configs["evaluator run"]
