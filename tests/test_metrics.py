@@ -232,6 +232,19 @@ class TestSinkhornDistance:
         # float32 log-sum-exp over equal terms.
         assert metrics.sinkhorn_distance(x, y, normalize="none", blur=1.0) == pytest.approx(12.5, rel=1e-4)
 
+    def test_two_points_of_unequal_mass(self) -> None:
+        """One dimension, rows normalised to ±1 with p = 19/40 and q = 18/40 at +1: at eps = .0025 and a cost of 2 no
+        mass moves in vain, so the plan is diag(q, 1 − p) and p − q across, and S = 2(p − q) + eps (KL(P | p ⊗ q) −
+        (H(p) + H(q))/2)."""
+        x, y = (torch.tensor([[3.0]] * n + [[-0.1]] * (40 - n)) for n in (19, 18))
+        p, q, eps = 19 / 40, 18 / 40, 0.05**2
+        mass = np.array([q, p - q, 1 - p])
+        divergence = (mass * np.log(mass / np.array([p * q, p * (1 - q), (1 - p) * (1 - q)]))).sum()
+        entropies = [-r * math.log(r) - (1 - r) * math.log(1 - r) for r in (p, q)]
+        expected = 2 * (p - q) + eps * (divergence - sum(entropies) / 2)
+        # Float32 sums of terms near 1.
+        assert metrics.sinkhorn_distance(x, y) == pytest.approx(expected, abs=1e-6)
+
     def test_median_scaling_ignores_units(self) -> None:
         x, y = gaussian(40, seed=1), gaussian(50, seed=2)
         values = [metrics.sinkhorn_distance(unit * x, unit * y, blur=0.3, normalize="median") for unit in (1, 70)]
