@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ot_diffusers.evaluation.report import format_number, provenance
+from ot_diffusers.evaluation.page import provenance
+from ot_diffusers.evaluation.report import format_number
 
 from . import evaluation, package, sampling, solver, training
 from .timing import Row

@@ -24,6 +24,8 @@ from .launch import SCRIPTS, training_command
 SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
 """Options that are passed on to the pipeline's call where they are given."""
 
+EVALUATOR_HELP = "network that no loss has seen: folder, Hub id, or a name such as inception-v3-compat"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -111,11 +113,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="metrics of a pipeline or of an image folder", allow_abbrev=False)
     evaluate.add_argument("images", help="folder or Hub id of a saved pipeline, or a folder of images")
     evaluate.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
-    evaluate.add_argument(
-        "--evaluator",
-        required=True,
-        help="network that no loss has seen: folder, Hub id, or a name such as inception-v3-compat",
-    )
+    evaluate.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
     evaluate.add_argument("--num-samples", type=int, help="how many images; default: as many as there are test images")
     evaluate.add_argument("--output", metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
@@ -134,7 +132,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("arms", nargs="*", metavar="ARM", help="saved pipelines, or names of arms in the YAML file")
     compare.add_argument("--config", metavar="FILE", help="YAML file of arms, or a preset such as digits/compare.yaml")
     compare.add_argument("--dataset", help="real images: digits, mnist, cifar10, a Hub id or a folder")
-    compare.add_argument("--evaluator", help="feature network that no loss has seen: folder or Hub id, or a preset")
+    compare.add_argument("--evaluator", help=f"{EVALUATOR_HELP}; or a preset to train once")
     compare.add_argument("--seeds", help="how many seeds (5)")
     compare.add_argument("--num-samples", help="images of each arm and seed; default: as many as there are test images")
     compare.add_argument("--num-inference-steps", type=int, help="denoising steps; default: each pipeline's own")
@@ -147,9 +145,11 @@ def _add_track(commands: Any) -> None:
     track = commands.add_parser("track", help="distances to real images along training runs", allow_abbrev=False)
     track.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folder of a train_baseline.py or train_ot.py run")
     track.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
-    track.add_argument("--evaluator", required=True, help="feature network that no loss has seen: folder or Hub id")
+    track.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
     track.add_argument("--num-samples", type=int, help="images of each checkpoint; default: as the smaller real split")
-    track.add_argument("--output", default="runs/tracking", help="folder for tracking.json and .png (%(default)s)")
+    track.add_argument(
+        "--output", default="runs/tracking", help="folder for report.html and tracking.json (%(default)s)"
+    )
     _add_sampling_options(track)
     track.set_defaults(command=run_track)
 
@@ -157,11 +157,11 @@ def _add_track(commands: Any) -> None:
 def _add_stress(commands: Any) -> None:
     stress = commands.add_parser("stress", help="do the metrics see what they should?", allow_abbrev=False)
     stress.add_argument("--dataset", required=True, help="real images with labels: digits, mnist, cifar10, a Hub id, …")
-    stress.add_argument("--evaluator", required=True, help="feature network: folder or Hub id")
+    stress.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
     stress.add_argument("--num-samples", type=int, default=1000, help="images damaged, at most (%(default)s)")
     stress.add_argument("--repeats", type=int, default=3, help="draws of each damage, for intervals (%(default)s)")
     stress.add_argument(
-        "--output", default="runs/stress", help="folder for stress.json, stress.md, pictures (%(default)s)"
+        "--output", default="runs/stress", help="folder for report.html, stress.json, pictures (%(default)s)"
     )
     stress.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     stress.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
@@ -255,14 +255,12 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 
 def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """Every checkpoint of the runs, and one picture of all."""
+    """Every checkpoint of the runs, in one report."""
     _prepare_libraries()
-    from .evaluation.plots import tracking_curves
-    from .evaluation.report import METRICS
-    from .evaluation.tracking import DISTANCES, track_runs
+    from .evaluation.tracking import track_runs
 
     output = Path(arguments.output)
-    tracks = track_runs(
+    track_runs(
         _named_folders(arguments.runs),
         output,
         dataset=arguments.dataset,
@@ -274,7 +272,7 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         seed=arguments.seed,
         device=_device(arguments.device),
     )
-    print(tracking_curves(tracks, output / "tracking.png", titles={name: METRICS[name].label for name in DISTANCES}))
+    print(output / "report.html")
     return 0
 
 
@@ -377,22 +375,14 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The contents of `results.json` for one arm; None in a process that helped to sample only."""
-    from .data import load_images
     from .evaluation.evaluate import evaluate_images, real_floor
-    from .evaluation.extractors import load_evaluator
-    from .evaluation.report import provenance
-    from .features import check_trained_on
-    from .models.feature_extractor import FeatureExtractor
+    from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+    from .evaluation.page import provenance
+    from .experiment import sample_count
 
     evaluator = load_evaluator(arguments.evaluator).to(_device(arguments.device))
-    own = evaluator.config if isinstance(evaluator, FeatureExtractor) else None
-    shape = {"image_size": own.sample_size, "channels": own.in_channels} if own else {}  # the others resize themselves
-    train, test = (load_images(arguments.dataset, split, **shape) for split in ("train", "test"))
-    if isinstance(evaluator, FeatureExtractor):
-        check_trained_on(evaluator, train)
-    limit = len(train) - 2
-    count = arguments.num_samples or min(len(test), limit)
-    require(count <= limit, "num_samples", f"be at most {limit}, two fewer than the training images", count)
+    train, test = (load_real_images(arguments.dataset, split, evaluator) for split in ("train", "test"))
+    count = sample_count(arguments.num_samples, len(train), len(test))
     images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
     if not _is_main_process():
         return None
@@ -404,10 +394,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "title": f"{arguments.images} against {arguments.dataset}",
         "dataset": arguments.dataset,
         "num_samples": len(images),
-        "extractor": {
-            "name": type(evaluator).__name__ if own else arguments.evaluator,
-            "feature_dim": reference.features.shape[1],
-        },
+        "extractor": evaluator_facts(evaluator, reference.features.shape[1]),
         "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "sampling": _call_arguments(arguments)},

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import load_config, option
@@ -34,16 +31,30 @@ from .errors import require
 from .evaluation import plots, report
 from .evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from .evaluation.failures import worst_samples
-from .experiment import Announce, claim_folder, read_json, run_side_by_side, stage, write_results
-from .features import check_trained_on, load_feature_extractor, weights_fingerprint
+from .evaluation.page import Rows, provenance
+from .experiment import (
+    EVALUATOR_SEED,
+    Announce,
+    Sampled,
+    as_json,
+    check_independent,
+    claim_folder,
+    read_json,
+    run_side_by_side,
+    sample_count,
+    sampled_once,
+    stage,
+    write_results,
+)
+from .features import load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
 from .training import write_json
 
-EVALUATOR_SEED = 1000
-NETWORKS = ("features", "evaluator")
+NETWORKS: dict[str, Callable[[str], Any]] = {"features": load_feature_extractor, "evaluator": load_evaluator}
 RESERVED = (*NETWORKS, "seed", "logs")
 NUM_FAILURES = 12
 
@@ -83,7 +94,9 @@ class ComparisonConfig:
 
     output_dir: str = option("runs/comparison", "folder of the comparison")
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    evaluator: str = option("digits/evaluator.yaml", "network no loss sees: a run, a Hub id, or a preset to train once")
+    evaluator: str = option(
+        "digits/evaluator.yaml", "network no loss sees: of `ot-diffusers evaluate`, or a preset to train once"
+    )
     features: str | None = option(None, "network for losses and guidance: a run, a Hub id, or a preset to train once")
     arms: dict[str, Arm] = field(default_factory=dict, metadata={"help": "name to arm; the first is compared with"})
     seeds: int = option(5, "how many: 0, 1, 2, …")
@@ -231,7 +244,7 @@ class Study:
 
     @cached_property
     def extractor(self) -> Any:
-        return load_feature_extractor(self.network("evaluator")).to(best_device())
+        return load_evaluator(self.network("evaluator")).to(best_device())
 
     @cached_property
     def train_images(self) -> ImageSet:
@@ -242,18 +255,12 @@ class Study:
         return self.real_images("test")
 
     def real_images(self, split: str) -> ImageSet:
-        shape = self.extractor.config
-        images = load_images(self.config.dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
-        if split == "train":
-            check_trained_on(self.extractor, images)
-        return describe_images(pixels_of(images), self.extractor)
+        images = load_real_images(self.config.dataset, split, self.extractor)
+        return describe_images(pixels_of(images), self.extractor, cache=True)
 
     @cached_property
     def num_samples(self) -> int:
-        most = len(self.train_images) - 2
-        count = self.config.num_samples or min(len(self.test_images), most)
-        require(count <= most, "num_samples", f"be at most {most}, two fewer than the training images", count)
-        return count
+        return sample_count(self.config.num_samples, len(self.train_images), len(self.test_images))
 
 
 def run_comparison(
@@ -304,13 +311,12 @@ def settings(config: ComparisonConfig) -> dict[str, Any]:
     Raises:
         InputError: a network that is not there.
     """
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
     contents = {name: content_hash(Path(arm.pipeline)) for name, arm in config.arms.items() if arm.pipeline}
-    for name in NETWORKS:
+    for name, load in NETWORKS.items():
         path = getattr(config, name)
         if path is not None and not preset_path(path).is_file():
-            contents[name] = weights_fingerprint(load_feature_extractor(path))
-    return {name: values[name] for name in values if name not in ("output_dir", "seeds")} | {"contents": contents}
+            contents[name] = weights_fingerprint(load(path))
+    return as_json(config, "output_dir", "seeds") | {"contents": contents}
 
 
 def check_arms(config: ComparisonConfig) -> None:
@@ -350,9 +356,7 @@ def train_networks(study: Study) -> None:
         if preset is not None and preset_path(preset).is_file():
             train_run(study, study.output, name, "features", preset, [f"seed={seed}", *config.overrides])
     if config.features is not None:
-        networks = [load_feature_extractor(study.network(name)) for name in NETWORKS]
-        independent = weights_fingerprint(networks[0]) != weights_fingerprint(networks[1])
-        require(independent, "evaluator", "be another network than `features`, which losses see", config.evaluator)
+        check_independent(study.extractor, load_feature_extractor(study.network("features")))
 
 
 def run_seed(study: Study, seed: int) -> None:
@@ -410,31 +414,18 @@ def is_trained(run: Path) -> bool:
     return (run / "results.json").is_file() and bool(read_json(run / "results.json")["complete"])
 
 
-@dataclass
-class Samples:
-    """Images of an arm, uint8 [N, C, H, W], and what they cost: the keys of `report.COSTS` that are known."""
-
-    images: Tensor
-    cost: dict[str, float]
-
-
-def sampled(study: Study, name: str, seed: int) -> Samples:
+def sampled(study: Study, name: str, seed: int) -> Sampled:
     """The arm's images from the seed's starting noise, from disk if they are there."""
-    file = study.folder(seed) / f"{name}.safetensors"
-    if file.is_file():
-        with safe_open(file, framework="pt") as stored:
-            return Samples(stored.get_tensor("images"), json.loads(stored.metadata()["cost"]))
-    study.clock.check()
-    with stage(f"seed {seed}: sample {name}", study.announce):
-        found = sample_arm(study, name, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({"images": found.images.contiguous()}, partial, metadata={"cost": json.dumps(found.cost)})
-    partial.replace(file)
-    return found
+
+    def sample() -> Sampled:
+        study.clock.check()
+        with stage(f"seed {seed}: sample {name}", study.announce):
+            return sample_arm(study, name, seed)
+
+    return sampled_once(study.folder(seed) / f"{name}.safetensors", sample)
 
 
-def sample_arm(study: Study, name: str, seed: int) -> Samples:
+def sample_arm(study: Study, name: str, seed: int) -> Sampled:
     """Image i of every arm starts from the noise that (`seed`, i) gives."""
     arm = study.config.arms[name]
     source = study.resolve(arm.pipeline, seed) if arm.pipeline else str(study.run(name, seed))
@@ -446,17 +437,13 @@ def sample_arm(study: Study, name: str, seed: int) -> Samples:
     started = time.monotonic()
     images = sample_images(pipeline, study.num_samples, batch_size=arm.batch_size, seed=seed, **call)
     seconds = time.monotonic() - started
-    cost = {
-        "nfe": network_calls(pipeline),
-        "seconds": seconds,
-        "seconds_per_1000": 1000 * seconds / len(images),
-        "parameters": sum(p.numel() for part in ("prior", "unet") for p in parameters_of(pipeline, part)),
-    }
+    parts = [parameters_of(pipeline, part) for part in ("prior", "unet")]
+    others = {"parameters": sum(parameter.numel() for part in parts for parameter in part)}
     record = Path(source) / "results.json"
     if record.is_file():
         run = read_json(record)
-        cost |= {key: run[key] for key in ("training_seconds", "updates") if key in run}
-    return Samples(images, cost)
+        others |= {key: run[key] for key in ("training_seconds", "updates") if key in run}
+    return Sampled(images, seconds, network_calls(pipeline), others)
 
 
 def parameters_of(pipeline: Any, part: str) -> list[Tensor]:
@@ -492,7 +479,6 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         | {"description": describe_arm(arm)}
         for name, arm in config.arms.items()
     }
-    extractor = study.extractor
     paired = len(seeds) >= 2
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
     results = {
@@ -502,7 +488,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "num_test_images": len(study.test_images),
         "seeds": list(seeds),
         "complete": len(seeds) == config.seeds,
-        "extractor": {"name": f"a {type(extractor).__name__}", "feature_dim": extractor.config.feature_dim},
+        "extractor": evaluator_facts(study.extractor, study.test_images.features.shape[1]),
         "primary_metric": config.primary_metric,
         "headline": tested,
         "costs": ["nfe", "seconds_per_1000"],
@@ -511,7 +497,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "differences": differences(values, primary=config.primary_metric, family=tested) if paired else {},
         "notes": notes(config, len(seeds)),
         "per_seed": {name: dict(found) for name, found in values.items()} | {"real vs real": floor},
-        "provenance": report.provenance() | {"comparison": settings(config)},
+        "provenance": provenance() | {"comparison": settings(config)},
     }
     return results | ({"summary": summary(results)} if results["differences"] else {})
 
@@ -555,7 +541,7 @@ def notes(config: ComparisonConfig, num_seeds: int) -> list[str]:
     return found
 
 
-def tables(results: Mapping[str, Any]) -> dict[str, report.Rows]:
+def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
     """Caption to table, for the report and the Markdown file."""
     tested = next(iter(results["differences"].values()), dict.fromkeys(report.HEADLINE))
     first = next(iter(results["arms"]))

@@ -117,17 +117,30 @@ class FeaturesConfig(TrainingConfig):
     architecture: str = option("conv", "conv (the source's network) or residual (the independent evaluator)")
     block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
     layers_per_block: int = option(1, "residual: blocks of each stage")
+    norm_type: str = option("group_norm", "residual: group_norm, or batch_norm (over a process' batch)")
     feature_dim: int = option(128, "width of the penultimate layer")
+    optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum; neither decays biases and norms")
+    sgd_momentum: float = option(0.9, "sgd: Nesterov's momentum")
+    sgd_weight_decay: float = option(5e-4, "sgd: weight decay, as a gradient")
+    label_smoothing: float = option(0.0, "share of each label spread over all classes")
     num_train_epochs: int = option(10, "passes over the training data")
     learning_rate: float = option(1e-3, "peak learning rate")
-    lr_scheduler: str = option("cosine", "diffusers' names")
+    lr_scheduler: str = option("cosine", "diffusers' names; with lr_warmup_steps, cosine and linear are one cycle")
     num_reference_samples: int = option(2000, "rows of the reference bank, from the training split")
     random_flip: bool = option(False, "flip half of the images left to right")
     crop_padding: int = option(0, "move images by up to this many pixels, borders mirrored")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.architecture in ("conv", "residual"), "architecture", "be conv or residual", self.architecture)
+        for name, choices in (
+            ("architecture", ("conv", "residual")),
+            ("norm_type", ("group_norm", "batch_norm")),
+            ("optimizer", ("adamw", "sgd")),
+        ):
+            require(getattr(self, name) in choices, name, f"be {' or '.join(choices)}", getattr(self, name))
+        require(0 < self.sgd_momentum < 1, "sgd_momentum", "lie strictly between 0 and 1", self.sgd_momentum)
+        require(self.sgd_weight_decay >= 0, "sgd_weight_decay", "not be negative", self.sgd_weight_decay)
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "lie in [0, 1)", self.label_smoothing)
         require(
             self.architecture != "conv" or len(self.block_out_channels) == 2,
             "block_out_channels",

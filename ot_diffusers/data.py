@@ -141,7 +141,7 @@ class ResidentImages:
 
     def fetch(self, indices: Tensor) -> Tensor:
         """Images `indices` (int64 [B]) as float32 [B, C, H, W] in [-1, 1], on the device of the images."""
-        return to_model_range(self.pixels[indices.to(self.pixels.device)])
+        return to_model_range(self.pixels[indices.to(self.pixels.device, non_blocking=True)])
 
     def stream(self, batches: Iterable[Tensor], num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices [B], images [B, C, H, W]) for each index batch, in order. No decoding, so workers are not used."""

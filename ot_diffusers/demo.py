@@ -19,6 +19,7 @@ from .data import load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .evaluation.page import provenance
 from .experiment import Announce, Sampled, claim_folder, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .launch import training_command
@@ -196,12 +197,7 @@ def collect(
     runs = {name: read_json(output / name / "results.json") for name in training_runs(output, seed, overrides)}
     configs = {f"{name} run": read_json(output / name / "run.json")["config"] for name in runs}
     arms = {
-        name: {
-            "metrics": metrics[name],
-            "nfe": sampled.nfe,
-            "seconds": round(sampled.seconds, 2),
-            "description": ARMS[name].description,
-        }
+        name: {"metrics": metrics[name], **sampled.cost, "description": ARMS[name].description}
         for name, sampled in samples.items()
     }
     evaluator = configs["evaluator run"]
@@ -216,7 +212,7 @@ def collect(
         },
         "arms": arms,
         "floor": {"metrics": floor},
-        "provenance": report.provenance()
+        "provenance": provenance()
         | {
             "seed": seed,
             "evaluator's seed": evaluator["seed"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,26 +10,86 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from .errors import require
+from .features import weights_fingerprint
 
 LOG_LINES = 12
 
 Announce = Callable[[str], None]
 
 
+EVALUATOR_SEED = 1000
+"""Added to a study's seed for the network that no loss sees."""
+
+
 @dataclass
 class Sampled:
-    """Images of an arm, uint8 [N, C, H, W], and what they cost."""
+    """Images of an arm and what they cost.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        seconds: that sampling them took.
+        nfe: network calls for each.
+        others: further keys of `report.COSTS`.
+    """
 
     images: Tensor
     seconds: float
     nfe: int
+    others: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """By the keys of `report.COSTS`."""
+        per_1000 = round(1000 * self.seconds / len(self.images), 3)
+        return {"nfe": self.nfe, "seconds": round(self.seconds, 2), "seconds_per_1000": per_1000, **self.others}
+
+
+def sampled_once(file: Path, sample: Callable[[], Sampled]) -> Sampled:
+    """What an earlier call left in a safetensors file, or what `sample` makes, left there whole."""
+    if not file.is_file():
+        found = sample()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        cost = {"seconds": found.seconds, "nfe": found.nfe, **found.others}
+        save_file({"images": found.images.contiguous()}, partial, metadata={"cost": json.dumps(cost)})
+        partial.replace(file)
+        return found
+    with safe_open(file, framework="pt") as stored:
+        cost = json.loads(stored.metadata()["cost"])
+        return Sampled(stored.get_tensor("images"), cost.pop("seconds"), cost.pop("nfe"), cost)
+
+
+def sample_count(requested: int | None, num_train: int, num_test: int) -> int:
+    """Images of each arm: as many as asked for, or as there are test images.
+
+    Raises:
+        InputError: more than the training images can be held against, see `real_floor`.
+    """
+    most = num_train - 2
+    count = requested or min(num_test, most)
+    require(count <= most, "num_samples", f"be at most {most}, two fewer than the training images", count)
+    return count
+
+
+def check_independent(evaluator: nn.Module, features: nn.Module) -> None:
+    """Refuse an evaluator that is the network losses and guidance see."""
+    independent = weights_fingerprint(evaluator) != weights_fingerprint(features)
+    require(independent, "evaluator", "be another network than the one that losses see", type(evaluator).__name__)
+
+
+def as_json(config: Any, *without: str) -> dict[str, Any]:
+    """A configuration as it reads back from JSON, without some of its options."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in values.items() if name not in without}
 
 
 def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "output") -> None:

@@ -72,7 +72,9 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
     labels = labels_of(images)
     channels, height, width = images.image_shape
     require(height == width, "image_size", "be given for images that are not square", images.image_shape)
-    own: dict[str, Any] = {} if config.architecture == "conv" else {"layers_per_block": config.layers_per_block}
+    own: dict[str, Any] = {}
+    if config.architecture == "residual":
+        own = {"layers_per_block": config.layers_per_block, "norm_type": config.norm_type}
     network = {"conv": ConvFeatureExtractor, "residual": ResidualFeatureExtractor}[config.architecture]
     return network(
         sample_size=height,
@@ -86,17 +88,33 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
     )
 
 
+def make_feature_optimizer(config: FeaturesConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum; only matrices and kernels decay, not biases and norms."""
+    decay = config.sgd_weight_decay if config.optimizer == "sgd" else config.adam_weight_decay
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.sgd_momentum, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
+
+
 @torch.no_grad()
 def classification_accuracy(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, batch_size: int = 500
 ) -> float:
-    """Share of images that the network classifies as their label says, in [0, 1]."""
+    """Share of images that the network, in evaluation mode, classifies as their label says, in [0, 1]."""
     chunks = torch.arange(len(images)).split(batch_size)
     labels = labels_of(images)
+    training = network.training
+    network.eval()
     hits = sum(
         int((network.logits(batch.to(network.device)).argmax(1).cpu() == labels[rows]).sum())
         for rows, batch in images.stream(chunks)
     )
+    network.train(training)
     return hits / len(images)
 
 

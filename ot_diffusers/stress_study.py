@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .data import load_images, pixels_of
+from .data import pixels_of
 from .errors import require, require_same
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from .evaluation.metrics import frechet_distance, sinkhorn_distance
+from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
-from .features import check_trained_on, labels_of, load_feature_extractor, weights_fingerprint
+from .features import labels_of, weights_fingerprint
 from .training import write_json
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
@@ -48,6 +50,11 @@ SOURCE_AMOUNTS: dict[str, tuple[float, ...]] = {
 }
 SOURCE_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
 SOURCE_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
+SOURCE_HEADING = "The source study's figures: L2-normalised features, test against training images"
+READING = (
+    "A metric rises or falls where its mean never turns back, and is flat where no amount differs from undamaged "
+    "images; the numbers are the means for undamaged images and for the largest amount."
+)
 TRAIN_SHARE = 5  # training images for each damaged one
 
 Announce = Callable[[str], None]
@@ -76,11 +83,11 @@ def run_stress_study(
     device: Any = "cpu",
     announce: Announce = print,
 ) -> dict[str, Any]:
-    """Run all tests; write `stress.json`, `stress.md` and a picture for each; returns the contents of `stress.json`.
+    """Run all tests; write `stress.json`, `stress.md`, `report.html` and pictures; returns what `stress.json` holds.
 
     Args:
         dataset: real images with labels.
-        evaluator: run or Hub id of a feature network.
+        evaluator: of `load_evaluator`.
         output: folder; tests that an earlier call with the same settings finished are kept.
         num_samples: images damaged, and as many of the reference; at most half of the test split.
         repeats: draws of each damage, at least 3: intervals from fewer say nothing.
@@ -93,10 +100,14 @@ def run_stress_study(
     """
     require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
     require(repeats >= 3, "repeats", "be at least 3", repeats)
-    extractor = load_feature_extractor(evaluator).to(device)
+    extractor = load_evaluator(evaluator).to(device)
     test, train = (load_split(dataset, split, extractor, num_samples, seed) for split in ("test", "train"))
     count = min(num_samples, len(test.labels) // 2)
     damaged, reference = test.rows(slice(count)), test.rows(slice(count, 2 * count))
+    pool = train.rows(slice(count))
+    for drawn in (damaged, pool):
+        empty = sorted(set(train.labels.tolist()) - set(drawn.labels.tolist()))
+        require(not empty, "num_samples", f"be enough to draw every class, also {empty}", count)
     settings = {
         "dataset": dataset,
         "evaluator": weights_fingerprint(extractor),
@@ -105,10 +116,10 @@ def run_stress_study(
         "seed": seed,
     }
     file = output / "stress.json"
-    results = open_results(file, settings, extractor)
+    results = open_results(file, settings, evaluator_facts(extractor, test.images.features.shape[1]))
 
     tests = {
-        "source figures": source_tests(damaged, train.rows(slice(count)), repeats, seed),
+        "source figures": source_tests(damaged, pool, repeats, seed),
         "curves": metric_tests(damaged, reference, train, extractor, repeats, seed),
     }
     for kind, curves_of in tests.items():
@@ -119,8 +130,8 @@ def run_stress_study(
                 write_json(file, results)
                 announce(f"{kind}, {name}: done")
     (output / "stress.md").write_text(markdown(results), encoding="utf-8")
-    draw(results, output)
-    announce(f"\n{markdown(results)}\nPictures: {output}")
+    write_report(results, draw(results, output), output / "report.html")
+    announce(f"\n{markdown(results)}\nPictures and numbers: {output / 'report.html'}")
     return results
 
 
@@ -129,10 +140,7 @@ def run_stress_study(
 
 def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int) -> Split:
     """As many images of a split as the tests need, drawn by `seed`."""
-    shape = extractor.config
-    images = load_images(dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
-    if split == "train":
-        check_trained_on(extractor, images)
+    images = load_real_images(dataset, split, extractor)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
     return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows])
@@ -199,7 +207,7 @@ def source_distances(reference_features: Tensor, features: Tensor) -> dict[str, 
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def open_results(file: Path, settings: Mapping[str, Any], extractor: Any) -> dict[str, Any]:
+def open_results(file: Path, settings: Mapping[str, Any], extractor: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier call with the same settings left, or the frame of new results.
 
     Raises:
@@ -208,9 +216,8 @@ def open_results(file: Path, settings: Mapping[str, Any], extractor: Any) -> dic
     if not file.is_file():
         require(not file.parent.exists() or file.parent.is_dir(), "output", "be a folder", str(file.parent))
         file.parent.mkdir(parents=True, exist_ok=True)
-        name = {"name": type(extractor).__name__, "feature_dim": extractor.config.feature_dim}
-        frame = {"settings": dict(settings), "extractor": name, "source figures": {}, "curves": {}}
-        return frame | {"provenance": report.provenance()}
+        frame = {"settings": dict(settings), "extractor": dict(extractor), "source figures": {}, "curves": {}}
+        return frame | {"provenance": provenance()}
     results = json.loads(file.read_text(encoding="utf-8"))
     require_same(settings, results["settings"], "output")
     return results
@@ -224,25 +231,84 @@ def as_curve(values: Mapping[str, Any]) -> StressCurve:
     return StressCurve(tuple(values["amounts"]), tuple(tuple(found) for found in values["values"]))
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The verdicts: metrics down, damages across, each with its first and last mean."""
-    settings, extractor, curves = results["settings"], results["extractor"], results["curves"]
-    lead = (
-        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others, in the "
-        f"{extractor['feature_dim']} features of a {extractor['name']}; {settings['repeats']} draws. A metric rises or "
-        "falls where its mean never turns back, and is flat where no amount differs from undamaged images; the numbers "
-        "are the means for undamaged images and for the largest amount."
-    )
+def verdict_rows(results: Mapping[str, Any]) -> Rows:
+    """Metrics down, damages across."""
+    curves = results["curves"]
     metrics = [name for name in report.METRICS if any(name in found for found in curves.values())]
     rows = [[report.METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
-    source = [
-        [title, *(cell(found[metric]) for found in results["source figures"].values())]
-        for metric, title in SOURCE_TITLES.items()
+    return [["", *curves], *rows]
+
+
+def source_rows(results: Mapping[str, Any]) -> Rows:
+    """The source study's two distances down, its damages across."""
+    figures = results["source figures"]
+    rows = [[title, *(cell(found[metric]) for found in figures.values())] for metric, title in SOURCE_TITLES.items()]
+    return [["", *figures], *rows]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The verdicts: metrics down, damages across, each with its first and last mean."""
+    settings, extractor = results["settings"], results["extractor"]
+    lead = (
+        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others, in the "
+        f"{extractor['feature_dim']} features of {extractor['name']}; {settings['repeats']} draws. {READING}"
+    )
+    verdicts, source = (report.markdown_rows(rows) for rows in (verdict_rows(results), source_rows(results)))
+    return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {SOURCE_HEADING}", source]) + "\n"
+
+
+def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file: Path) -> Path:
+    """One self-contained page: the verdicts, steady ones marked, then the curves behind them."""
+    settings, extractor = results["settings"], results["extractor"]
+    tables = verdict_rows(results), source_rows(results)
+    verdicts, source = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
+    sections = {"Verdicts": verdicts + paragraphs([READING, *blind_spots(results)]), SOURCE_HEADING: source}
+    sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
+    sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
+    facts = [
+        f"{settings['num_samples']:,} damaged test images against as many others",
+        f"{settings['repeats']} draws",
+        f"evaluated by {extractor['name']}",
+        f"{extractor['feature_dim']} features",
     ]
-    tables = [["", *curves], *rows], [["", *results["source figures"]], *source]
-    title = f"# Stress tests: {settings['dataset']}"
-    heading = "## The source study's figures: L2-normalised features, test against training images"
-    return "\n\n".join([title, lead, report.markdown_rows(tables[0]), heading, report.markdown_rows(tables[1])]) + "\n"
+    return write_page(file, title_of(results), sections, facts=facts)
+
+
+def title_of(results: Mapping[str, Any]) -> str:
+    return f"Stress tests: {results['settings']['dataset']}"
+
+
+def unbroken(rows: Rows) -> Rows:
+    """The cells with no line break but after the verdict."""
+
+    def join(text: str) -> str:
+        verdict, colon, numbers = (part.replace(" ", "\N{NO-BREAK SPACE}") for part in text.partition(": "))
+        return f"{verdict}: {numbers}" if colon else verdict
+
+    return [rows[0], *([name, *map(join, cells)] for name, *cells in rows[1:])]
+
+
+def steady(rows: Rows) -> set[tuple[int, int]]:
+    """(line, column) of the cells that rise or fall without turning back."""
+    return {
+        (r, c)
+        for r, (_, *cells) in enumerate(rows[1:])
+        for c, text in enumerate(cells)
+        if text.startswith(("rises", "falls"))
+    }
+
+
+def blind_spots(results: Mapping[str, Any]) -> list[str]:
+    """For each damage, the metrics that do not move at all."""
+    flat = {
+        name: [report.METRICS[metric].label for metric in report.METRICS if is_flat(found.get(metric))]
+        for name, found in results["curves"].items()
+    }
+    return [f"Blind to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics]
+
+
+def is_flat(values: Mapping[str, Any] | None) -> bool:
+    return values is not None and as_curve(values).verdict == "flat"
 
 
 def cell(values: Mapping[str, Any] | None) -> str:
@@ -251,15 +317,13 @@ def cell(values: Mapping[str, Any] | None) -> str:
         return "–"
     curve = as_curve(values)
     first, last = curve.means[0], curve.means[-1]
-    direction = "rises" if last > first else "falls"
-    verdict = direction if curve.verdict == "monotone" else curve.verdict
-    return f"{verdict}: {report.format_number(first)} → {report.format_number(last)}"
+    return f"{curve.trend}: {report.format_number(first)} → {report.format_number(last)}"
 
 
-def draw(results: Mapping[str, Any], output: Path) -> list[Path]:
-    """One picture for each test."""
+def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:
+    """One picture for each test, caption to file."""
     titles = {name: metric.label for name, metric in report.METRICS.items()}
-    pictures = []
+    pictures = {}
     for kind, labels, axes, prefix in (
         ("source figures", SOURCE_TITLES, SOURCE_AXES, "source_"),
         ("curves", titles, AXES, ""),
@@ -267,5 +331,6 @@ def draw(results: Mapping[str, Any], output: Path) -> list[Path]:
         for name, found in results[kind].items():
             curves = {metric: as_curve(values) for metric, values in found.items()}
             file = output / f"{prefix}{name.replace(' ', '_')}.png"
-            pictures.append(plots.stress_curves(curves, file, xlabel=axes[name], titles=labels))
+            caption = f"The source study's figure: {name}" if prefix else f"Every metric under {name}"
+            pictures[caption] = plots.stress_curves(curves, file, xlabel=axes[name], titles=labels)
     return pictures

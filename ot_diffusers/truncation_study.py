@@ -11,8 +11,6 @@ each T'. Started again, the command keeps what is complete.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +19,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import option
@@ -31,7 +27,22 @@ from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
 from .evaluation.metrics import frechet_distance
-from .experiment import Announce, Sampled, claim_folder, is_complete, read_json, stage, train, write_results
+from .evaluation.page import provenance
+from .experiment import (
+    EVALUATOR_SEED,
+    Announce,
+    Sampled,
+    as_json,
+    check_independent,
+    claim_folder,
+    is_complete,
+    read_json,
+    sample_count,
+    sampled_once,
+    stage,
+    train,
+    write_results,
+)
 from .features import load_feature_extractor
 from .images import to_uint8
 from .launch import training_command
@@ -44,7 +55,6 @@ from .seeds import keyed_generator
 HEADLINE = ("frechet_distance", "recall_distance", "precision_distance", "precision", "recall")
 METRICS = (*HEADLINE, "coverage", "nearest_distance_ratio", "patch_sliced_wasserstein")
 COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
-EVALUATOR_SEED = 1000
 LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
 LEARNED = ("gan", "ot", "vae")
 """In the order of training: on the CPU the first two side by side, so that their seconds are comparable."""
@@ -124,10 +134,7 @@ class Study:
     num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
-        limit = min(len(self.test_images), len(self.train_images) - 2)
-        self.num_samples = self.config.num_samples or limit
-        most = len(self.train_images) - 2
-        require(self.num_samples <= most, "num_samples", f"be at most {most}", self.num_samples)
+        self.num_samples = sample_count(self.config.num_samples, len(self.train_images), len(self.test_images))
 
     @property
     def priors(self) -> tuple[str, ...]:
@@ -161,10 +168,11 @@ def run_study(config: TruncationConfig, announce: Announce = print, *, overrides
         RuntimeError: a training script that failed, with the end of its log.
     """
     output = Path(config.output_dir)
-    claim_folder(output / "study.json", settings(config), "output_dir")
     started = time.monotonic()
     data = {split: load_images(config.dataset, split) for split in ("train", "test")}
     study = Study(config, output, data["train"], data["test"], announce, overrides)
+    check_parts(study)
+    claim_folder(output / "study.json", as_json(config, "output_dir"), "output_dir")
 
     # Train.
     train_networks(study)
@@ -208,28 +216,44 @@ def run_study(config: TruncationConfig, announce: Announce = print, *, overrides
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def settings(config: TruncationConfig) -> dict[str, Any]:
-    """The configuration as it reads back from JSON, without its folder."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in values.items() if name != "output_dir"}
+def check_parts(study: Study) -> None:
+    """Refuse networks that do not exist and presets that cannot be trained, before anything is written."""
+    config = study.config
+    if config.denoiser is not None:
+        load_pipeline(config.denoiser)
+    for path in (config.feature_extractor, config.evaluator):
+        if path is not None:
+            load_feature_extractor(path)
+    network_runs(study)
+    prior_runs(study, config.truncation_timestep, study.priors)
 
 
 def train_networks(study: Study) -> None:
-    """The denoiser, the feature network and the evaluator, where the configuration names none."""
-    config = study.config
-    common = [f"dataset={config.dataset}", "report_to=none", *study.overrides]
-    runs = {}
-    if config.denoiser is None:
-        own = [*common, f"seed={config.seed}", f"output_dir={study.denoiser}"]
-        runs["baseline"] = training_command("baseline", own, config=f"{config.presets}/baseline.yaml")
-    if config.feature_extractor is None:
-        own = [*common, f"seed={config.seed}", f"output_dir={study.feature_extractor}"]
-        runs["features"] = training_command("features", own, config=f"{config.presets}/features.yaml")
-    if config.evaluator is None:
-        own = [*common, f"seed={EVALUATOR_SEED + config.seed}", f"output_dir={study.evaluator}"]
-        runs["evaluator"] = training_command("features", own, config=f"{config.presets}/evaluator.yaml")
+    """The denoiser, the feature network and the evaluator, where the configuration names none.
+
+    Raises:
+        InputError: one network for losses and evaluation.
+    """
+    runs = network_runs(study)
     if runs:
         train(runs, study.output, "train the denoiser, the feature network and the evaluator", study.announce)
+    check_independent(load_feature_extractor(study.evaluator), load_feature_extractor(study.feature_extractor))
+
+
+def network_runs(study: Study) -> dict[str, list[str]]:
+    """Folder of each network's run to the command that trains it."""
+    config = study.config
+    runs = {}
+    for name, script, given, seed in (
+        ("baseline", "baseline", config.denoiser, config.seed),
+        ("features", "features", config.feature_extractor, config.seed),
+        ("evaluator", "features", config.evaluator, EVALUATOR_SEED + config.seed),
+    ):
+        if given is None:
+            own = [f"dataset={config.dataset}", "report_to=none", *study.overrides]
+            own += [f"seed={seed}", f"output_dir={study.output / name}"]
+            runs[name] = training_command(script, own, config=f"{config.presets}/{name}.yaml")
+    return runs
 
 
 def train_priors(study: Study) -> None:
@@ -319,26 +343,19 @@ def reaches(study: Study, name: str, truncation_timestep: int) -> bool:
 def sampled(study: Study, name: str, truncation_timestep: int, steps: int) -> Sampled:
     """Images by one prior, from disk if they are there."""
     file = study.output / "samples" / f"{name}_{truncation_timestep}_{steps}.safetensors"
-    if file.is_file():
-        with safe_open(file, framework="pt") as stored:
-            cost = json.loads(stored.metadata()["cost"])
-            return Sampled(stored.get_tensor("images"), cost["seconds"], cost["nfe"])
+    return sampled_once(file, lambda: sample_prior(study, name, truncation_timestep, steps))
+
+
+def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int) -> Sampled:
+    """Image i of every row starts from the noise that (`seed`, i) gives."""
     pipeline = make_pipeline(study, name, truncation_timestep)
     pipeline(batch_size=2, num_inference_steps=1, output_type="pt")  # first calls are slow
     started = time.monotonic()
     if name == "oracle":
-        images, nfe = sample_oracle(study, pipeline, steps), steps
-    else:
-        call: dict[str, Any] = {"batch_size": study.config.batch_size, "seed": study.config.seed}
-        images = sample_images(pipeline, study.num_samples, num_inference_steps=steps, **call)
-        nfe = pipeline.nfe
-    found = Sampled(images, time.monotonic() - started, nfe)
-    file.parent.mkdir(exist_ok=True)
-    cost = json.dumps({"seconds": found.seconds, "nfe": nfe})
-    partial = file.with_suffix(".partial")
-    save_file({"images": images.contiguous()}, partial, metadata={"cost": cost})
-    partial.replace(file)
-    return found
+        return Sampled(sample_oracle(study, pipeline, steps), time.monotonic() - started, steps)
+    call: dict[str, Any] = {"batch_size": study.config.batch_size, "seed": study.config.seed}
+    images = sample_images(pipeline, study.num_samples, num_inference_steps=steps, **call)
+    return Sampled(images, time.monotonic() - started, pipeline.nfe)
 
 
 def make_pipeline(study: Study, name: str, truncation_timestep: int) -> TruncatedPriorPipeline:
@@ -389,7 +406,7 @@ def score(row: Sampled, test: ImageSet, extractor: Any) -> dict[str, float]:
     found = describe_images(row.images, extractor).features
     return {
         "frechet_distance": frechet_distance(found, test.features),
-        "seconds_per_1000": round(1000 * row.seconds / len(row.images), 3),
+        "seconds_per_1000": row.cost["seconds_per_1000"],
         "nfe": row.nfe,
     }
 
@@ -407,9 +424,7 @@ def collect(
     arms = {
         name: {
             "metrics": metrics[name],
-            "nfe": row.nfe,
-            "seconds": round(row.seconds, 2),
-            "seconds_per_1000": round(1000 * row.seconds / len(row.images), 3),
+            **row.cost,
             "description": DESCRIPTIONS.get(name, "N(0, I) and the whole chain, by DDIM."),
             "bound": name == ORACLE,
         }
@@ -441,7 +456,7 @@ def collect(
             name: {str(step): dict(values) for step, values in points.items()} for name, points in scored.items()
         },
         "notes": unfinished(study),
-        "provenance": report.provenance() | {"study": settings(study.config)},
+        "provenance": provenance() | {"study": as_json(study.config, "output_dir")},
     }
 
 

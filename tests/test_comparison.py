@@ -232,7 +232,7 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
 def test_nothing_is_written_before_all_is_there(config: ComparisonConfig, unet: UNet2DModel, tmp_path: Path) -> None:
     arms = {name: Arm(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
     for values, message in (
-        ({"evaluator": "./nowhere"}, "`feature_extractor` must be a folder"),
+        ({"evaluator": "./nowhere"}, "`evaluator` must be a folder"),
         ({"dataset": "./nowhere"}, "`dataset` must be"),
         ({"call": {"guidance_scale": 1}}, "`guidance_scale` must be left out for a DDIMPipeline"),
         ({"arms": arms | {"c": Arm(pipeline="./nowhere")}}, "`pipeline` must be a folder"),

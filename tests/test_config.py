@@ -70,7 +70,7 @@ def test_presets_that_are_compared_differ_in_the_method_only(data: str) -> None:
                 assert getattr(ot, field.name) == getattr(baseline, field.name), (preset.name, field.name)
 
 
-@pytest.mark.parametrize("data", ["digits", "mnist"])
+@pytest.mark.parametrize("data", ["digits", "mnist", "cifar10"])
 def test_evaluator_is_independent_of_the_feature_network(data: str) -> None:
     features, evaluator = (
         load_config(FeaturesConfig, ["--config", str(CONFIGS / data / f"{name}.yaml")])
@@ -228,6 +228,9 @@ def test_what_is_wrong_is_one_line(argument: str, expected: str, tmp_path: Path,
             "`block_out_channels` must be multiples of 8, got (12,)",
         ),
         ({"feature_dim": 0}, "`feature_dim` must be at least 1, got 0"),
+        ({"optimizer": "adam"}, "`optimizer` must be adamw or sgd, got 'adam'"),
+        ({"norm_type": "layer_norm"}, "`norm_type` must be group_norm or batch_norm, got 'layer_norm'"),
+        ({"label_smoothing": 1.0}, "`label_smoothing` must lie in [0, 1), got 1.0"),
         ({1: 2}, "unknown configuration key 1; known keys: "),
     ],
 )

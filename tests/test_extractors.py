@@ -15,12 +15,15 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from ot_diffusers.comparison import Clock, ComparisonConfig, Study, settings
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images
-from ot_diffusers.evaluation.extractors import load_evaluator
+from ot_diffusers.evaluation.extractors import evaluator_facts, load_evaluator
+from ot_diffusers.evaluation.tracking import RealImages
 from ot_diffusers.features import weights_fingerprint
 from ot_diffusers.images import to_model_range
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
+from ot_diffusers.stress_study import load_split
 
 SIDE = 16
 
@@ -200,6 +203,20 @@ class TestBackbones:
         # float32; the processor resizes in steps of 1/255, which the layer norms of tiny random networks amplify.
         assert torch.allclose(found, expected.flatten(1), atol=1e-4 if side == SIDE else 0.08)
         assert found.std(dim=0).max() > 0.005
+
+    @pytest.mark.parametrize(("side", "folder"), [(SIDE, "vit")], indirect=True)
+    def test_every_command_takes_them(self, folder: Path, tmp_path: Path) -> None:
+        """`evaluate`, `compare`, `track` and `stress` open evaluators and real images alike: unresized, under the
+        backbone's name."""
+        network = load_evaluator(str(folder))
+        real = RealImages.load("digits", network, 8)
+        assert real.train.images.shape == (8, 1, 8, 8) and real.test.features.shape == (8, 16)
+        config = ComparisonConfig(output_dir=str(tmp_path / "comparison"), evaluator=str(folder))
+        study = Study(config, Path(config.output_dir), Clock(), print)
+        assert study.test_images.extractor == settings(config)["contents"]["evaluator"] == real.test.extractor
+        split = load_split("digits", "test", network, 8, seed=0)
+        assert split.images.extractor == real.test.extractor and split.images.logits is None
+        assert evaluator_facts(network, 16) == {"name": folder.name, "feature_dim": 16}
 
     def test_the_normalisation_is_part_of_the_fingerprint(self, folder: Path) -> None:
         network = load_evaluator(str(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ot_diffusers.config import FeaturesConfig
+from ot_diffusers.config import FeaturesConfig, load_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.features import (
@@ -27,9 +29,11 @@ from ot_diffusers.features import (
     load_feature_extractor,
     load_reference_bank,
     make_feature_extractor,
+    make_feature_optimizer,
     make_reference_bank,
     weights_fingerprint,
 )
+from ot_diffusers.images import random_crop_and_flip
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, FeatureExtractor
 from ot_diffusers.transport import median_distance
 
@@ -127,6 +131,60 @@ def test_bank_of_the_script_is_the_training_set_in_its_own_unit(trained: Path, i
     # Batched float32 products on both sides: only the order of sums may differ.
     torch.testing.assert_close(bank.features, features, rtol=1e-4, atol=1e-5)
     assert torch.pdist(bank.references()).median().item() == pytest.approx(1, rel=1e-5)
+
+
+# --- The recipe of the CIFAR-10 evaluator -----------------------------------------------------------------------------
+
+
+def test_sgd_is_nesterovs_and_decays_no_bias(network: FeatureExtractor) -> None:
+    """v ← μ v + g, w ← w − η (g + μ v), with g = ∂L/∂w + decay · w for kernels and matrices alone; here ∂L/∂w = 1."""
+    config = FeaturesConfig(optimizer="sgd", learning_rate=0.1, sgd_momentum=0.8, sgd_weight_decay=0.5)
+    optimizer = make_feature_optimizer(config, network.requires_grad_(True))
+    parameters = list(network.parameters())
+    expected = [parameter.detach().clone() for parameter in parameters]
+    velocity = [torch.zeros_like(parameter) for parameter in parameters]
+    for _ in range(3):
+        for row, weight in enumerate(expected):
+            gradient = 1 + (0.5 if weight.dim() > 1 else 0) * weight
+            velocity[row] = 0.8 * velocity[row] + gradient
+            expected[row] = weight - 0.1 * (gradient + 0.8 * velocity[row])
+        optimizer.zero_grad()
+        sum(parameter.sum() for parameter in parameters).backward()
+        optimizer.step()
+    assert len(parameters) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for parameter, value in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_its_recipe_learns_and_goes_on_where_it_was_interrupted(cache: Path, tmp_path: Path) -> None:
+    """Momentum, the place in the cycle and the running statistics are part of a checkpoint."""
+    main = runpy.run_path(str(ROOT / "train" / "train_features.py"))["main"]
+
+    def train(name: str, updates: int) -> dict[str, Tensor]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        overrides = [f"output_dir={tmp_path / name}", f"max_train_steps={updates}", "dataset=digits", "report_to=none"]
+        overrides += ["block_out_channels=8,16", "layers_per_block=1", "train_batch_size=64", "crop_padding=1"]
+        overrides += ["random_flip=false", "lr_scheduler=constant_with_warmup", "lr_warmup_steps=4", "seed=0"]
+        preset = ["--config", str(ROOT / "configs" / "cifar10" / "evaluator.yaml")]
+        main(load_config(FeaturesConfig, preset + overrides))
+        return load_file(tmp_path / name / "checkpoints" / f"update-{updates:08d}" / "model.safetensors")
+
+    whole = train("whole", 40)
+    train("parts", 15)
+    parts = train("parts", 40)
+    assert whole.keys() == parts.keys() and any("running_mean" in name for name in whole)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    # Ten classes: a tenth by chance; this seed reaches .75, and .5 leaves room for other builds.
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["test_accuracy"] > 0.5
+
+
+def test_batches_leave_the_augmentation_with_channels_last() -> None:
+    """The layout of half-precision convolutions on a GPU; they take it over from their input."""
+    images, draws = torch.rand(4, 3, 8, 8), torch.rand(4, 3)
+    for padding in (0, 2):
+        batch = random_crop_and_flip(images, padding=padding, flip=True, draws=draws)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- The bank ---------------------------------------------------------------------------------------------------------

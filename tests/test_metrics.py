@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -231,6 +232,19 @@ class TestSinkhornDistance:
         # float32 log-sum-exp over equal terms.
         assert metrics.sinkhorn_distance(x, y, normalize="none", blur=1.0) == pytest.approx(12.5, rel=1e-4)
 
+    def test_two_points_of_unequal_mass(self) -> None:
+        """One dimension, rows normalised to ±1 with p = 19/40 and q = 18/40 at +1: at eps = .0025 and a cost of 2 no
+        mass moves in vain, so the plan is diag(q, 1 − p) and p − q across, and S = 2(p − q) + eps (KL(P | p ⊗ q) −
+        (H(p) + H(q))/2)."""
+        x, y = (torch.tensor([[3.0]] * n + [[-0.1]] * (40 - n)) for n in (19, 18))
+        p, q, eps = 19 / 40, 18 / 40, 0.05**2
+        mass = np.array([q, p - q, 1 - p])
+        divergence = (mass * np.log(mass / np.array([p * q, p * (1 - q), (1 - p) * (1 - q)]))).sum()
+        entropies = [-r * math.log(r) - (1 - r) * math.log(1 - r) for r in (p, q)]
+        expected = 2 * (p - q) + eps * (divergence - sum(entropies) / 2)
+        # Float32 sums of terms near 1.
+        assert metrics.sinkhorn_distance(x, y) == pytest.approx(expected, abs=1e-6)
+
     def test_median_scaling_ignores_units(self) -> None:
         x, y = gaussian(40, seed=1), gaussian(50, seed=2)
         values = [metrics.sinkhorn_distance(unit * x, unit * y, blur=0.3, normalize="median") for unit in (1, 70)]
@@ -296,8 +310,26 @@ class TestCounts:
 
 class TestBadInput:
     def test_class_histogram_without_classes(self) -> None:
-        with pytest.raises(InputError, match=r"`logits` must score at least one class, got \(4, 0\)"):
+        with pytest.raises(InputError, match=r"`logits` must have at least 1 column, got \(4, 0\)"):
             metrics.class_histogram_distance(torch.zeros(4, 0), torch.zeros(5, 0))
+
+    def test_class_histogram_names_classes_that_the_reference_lacks(self, recwarn: pytest.WarningsRecorder) -> None:
+        """A sample in such a class counts, ½ (|1/4| + |1/4|), but missing ones cannot; an empty class of the samples is
+        what the metric is for."""
+        samples, real = torch.eye(4)[[0, 1, 1, 2]], torch.eye(4)[[0, 0, 1, 1]]
+        with pytest.warns(UserWarning, match="a reference without images of class 2, 3: it cannot tell"):
+            assert metrics.class_histogram_distance(samples, real) == 0.25
+        metrics.class_histogram_distance(samples, torch.eye(4))
+        assert not recwarn
+
+    def test_extrapolation_from_singular_covariances_warns(self) -> None:
+        """The smallest of the sizes is half of 18 rows, fewer than 10 dimensions; of 20 rows it is 10."""
+        x, y = torch.randn(20, 10, generator=torch.Generator().manual_seed(0)), torch.eye(20, 10)
+        with pytest.warns(UserWarning, match="Fréchet distance from 9 samples in 10 dimensions"):
+            metrics.frechet_distance_infinity(x[:18], y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            metrics.frechet_distance_infinity(x, y)
 
     @pytest.mark.parametrize("metric", FEATURE_METRICS)
     def test_one_line_names_the_argument(self, metric: Callable[[Tensor, Tensor], object]) -> None:
@@ -458,6 +490,14 @@ class TestEvaluateImages:
         images = random_images(10)
         with pytest.raises(InputError, match="`images` must not be constant, got 0"):
             evaluate_images(torch.zeros_like(images), reference=images, extractor=network)
+        with pytest.raises(InputError, match="`images` must hold more than copies of one image, got 10"):
+            evaluate_images(images[:1].expand(10, -1, -1, -1), reference=images, extractor=network)
+        with pytest.raises(InputError, match=r"`reference` must reach beyond 1 in 0 … 255 \(floats in \[0, 1\] need"):
+            evaluate_images(images, reference=(images / 255).round().to(torch.uint8), extractor=network)
+        with pytest.warns(UserWarning, match="2 of 10 `images` are blank"):
+            images = images.clone()
+            images[3:5] = 77
+            describe_images(images, network)
         with pytest.raises(InputError, match="`num_samples` must be from 2 to 8"):
             real_floor(images, images, 9, extractor=network)
 

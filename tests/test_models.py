@@ -36,6 +36,20 @@ def test_a_saved_network_comes_back_the_same_and_frozen(network_class, tmp_path)
     assert loaded.config.data_fingerprint == "abc"
 
 
+def test_batch_statistics_are_frozen_and_saved(tmp_path):
+    """Once trained, an image has the same features in any company."""
+    network = ResidualFeatureExtractor(**SMALL, norm_type="batch_norm")
+    network.train()(_images(32))
+    network.eval().save_pretrained(tmp_path)
+    loaded = ResidualFeatureExtractor.from_pretrained(tmp_path)
+    alone, together = loaded(_images()[:1]).features, loaded(_images()).features[:1]
+    # Other kernels for other batch sizes: float32 rounding.
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone, network(_images()[:1]).features, rtol=1e-5, atol=1e-6)
+    untrained = ResidualFeatureExtractor(**SMALL, norm_type="batch_norm")
+    assert not torch.equal(loaded.backbone[1].norm1.running_mean, untrained.backbone[1].norm1.running_mean)
+
+
 @pytest.mark.parametrize("network_class", NETWORKS)
 def test_a_new_network_is_frozen_and_can_be_thawed(network_class):
     network = network_class(**SMALL)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation import plots, report, stress
+from ot_diffusers.evaluation import page, plots, report, stress
 from ot_diffusers.evaluation.differences import difference_rows, interval_rows, summary
 from ot_diffusers.evaluation.evaluate import ImageSet
 from ot_diffusers.evaluation.failures import worst_samples
@@ -147,7 +147,7 @@ class TestReport:
     def test_provenance_is_json_without_host_or_paths(self) -> None:
         import platform
 
-        found = json.dumps(report.provenance())
+        found = json.dumps(page.provenance())
         assert {"commit", "python", "platform", "packages"} == set(json.loads(found))
         assert platform.node() not in found and str(Path.home()) not in found and str(Path.cwd()) not in found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,14 @@ def test_tables_and_pictures(results: dict[str, Any], output: Path) -> None:
     assert "| Fréchet | rises: " in table and "| Sinkhorn OT distance | rises: " in table
     assert json.loads((output / "stress.json").read_text("utf-8")) == results
     assert len(list(output.glob("*.png"))) == 6
+    report = (output / "report.html").read_text("utf-8")
+    for file in output.glob("*.png"):
+        picture = base64.b64encode(file.read_bytes()).decode()
+        assert picture in report
+        report = report.replace(picture, "")
+    assert "//" not in report and "Blind to memorisation: " in report
+    # Steady verdicts are marked, the others are not.
+    assert re.findall(r"<td class=best>(\w+)", report) == re.findall(r"<td(?: class=best)?>(rises|falls)", report)
 
 
 def test_second_call_keeps_what_is_there(results: dict[str, Any], evaluator: str, output: Path) -> None:
@@ -75,6 +85,9 @@ def test_command_line_refuses_what_cannot_be_tested(evaluator: str, tmp_path: Pa
     for option, message in (("--repeats", "`repeats` must be at least 3"), ("--num-samples", "`num_samples` must be")):
         assert cli.main([*command, option, "1"]) == 2
         assert message in capfd.readouterr().err
+    # A class without images could be "removed" without any damage.
+    assert cli.main([*command, "--num-samples", "5"]) == 2
+    assert "`num_samples` must be enough to draw every class, also [" in capfd.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

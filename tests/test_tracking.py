@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import shutil
@@ -18,6 +19,7 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import plots
 from ot_diffusers.evaluation.evaluate import describe_images
 from ot_diffusers.evaluation.metrics import frechet_distance
+from ot_diffusers.evaluation.report import format_number
 from ot_diffusers.evaluation.tracking import RealImages, Track, load_checkpoint, track_runs
 from ot_diffusers.features import load_feature_extractor
 from ot_diffusers.sampling import load_pipeline, sample_images
@@ -114,9 +116,14 @@ def test_command_line_draws_several_runs_in_one_picture(run: Path, evaluator: st
     options = ["--dataset", "digits", "--evaluator", evaluator, "--num-samples", "20", "--num-inference-steps", "2"]
     output = tmp_path / "tracking"
     assert cli.main(["track", f"before={run}", f"after={run}", *options, "--output", str(output)]) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == str(output / "tracking.png")
+    assert capfd.readouterr().out.splitlines()[-1] == str(output / "report.html")
+    report = (output / "report.html").read_text("utf-8")
+    picture = base64.b64encode((output / "tracking.png").read_bytes()).decode()
+    assert picture in report and "Along training: before · after" in report and "//" not in report.replace(picture, "")
     record = json.loads((output / "tracking.json").read_text())
     assert record["runs"]["before"] == record["runs"]["after"]
+    gap = record["runs"]["before"]["points"][-1]["gap"]["frechet_distance"]
+    assert report.count(f"<td>{format_number(gap)}</td>") == 2  # one line for each run
     assert set(record["runs"]["before"]["points"][0]) == {"update", "coverage", "fidelity", "weights", "gap"}
     assert Image.open(output / "tracking.png").size[0] > 1000
     with pytest.raises(InputError, match="`tracks` must hold at least one checkpoint"):

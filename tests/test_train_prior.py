@@ -1,4 +1,4 @@
-"""Training priors by the real script, and the study over them: what they leave, and what must not change the result."""
+"""Training priors by the real script: what a run leaves, and what must not change the result."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
-from ot_diffusers.demo import claim_folder
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.feature_extractor import ResidualFeatureExtractor
-from ot_diffusers.truncation_study import LABELS, TruncationConfig, run_name, run_study, settings
+from ot_diffusers.truncation_study import TruncationConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,45 +242,3 @@ def test_a_denoiser_that_does_not_fit_is_refused(denoiser: Path, tmp_path: Path)
     (short / "run.json").write_text(json.dumps({"config": {"max_timestep": 5}}))
     with pytest.raises(InputError, match="`truncation_timestep` must be at most 5"):
         train(tmp_path / "run", short)
-
-
-def test_the_study_completes_a_folder_and_keeps_what_is_there(denoiser: Path, tmp_path: Path) -> None:
-    evaluator = ResidualFeatureExtractor(sample_size=8, in_channels=1, block_out_channels=(8, 16), feature_dim=8)
-    evaluator.save_pretrained(tmp_path / "evaluator")
-    output = tmp_path / "study"
-    config = TruncationConfig(
-        output_dir=str(output),
-        denoiser=str(denoiser),
-        evaluator=str(tmp_path / "evaluator"),
-        feature_extractor=str(tmp_path / "evaluator"),
-        timesteps=(10, 200),
-        num_samples=40,
-        full_steps=(4,),
-        curve_steps=2,
-    )
-    claim_folder(output / "study.json", settings(config), "output_dir")
-    for name in LABELS:
-        prior = {"prior": name.removesuffix("_classes"), "class_wise": name.endswith("classes")}
-        train(output / run_name(name, 10), denoiser, **prior)
-    lines: list[str] = []
-    found = run_study(config, lines.append)
-
-    assert [*found["arms"]] == ["vanilla, truncated", "vanilla, full in 4", *LABELS.values(), "oracle"]
-    assert {name: arm["nfe"] for name, arm in found["arms"].items()} == {
-        "vanilla, truncated": 10,
-        "vanilla, full in 4": 4,
-        **dict.fromkeys(LABELS.values(), 11),
-        "oracle": 10,
-    }
-    assert found == json.loads((output / "results.json").read_text())
-    assert "8 features of an independent ResidualFeatureExtractor, 40 generated" in (output / "results.md").read_text()
-    assert {*found["curves"]["Gaussian"]} == {"10", "200"}
-    for picture in ("samples", "starts", "features", "curves"):
-        assert (output / f"{picture}.png").is_file()
-
-    before = {path: path.stat().st_mtime_ns for path in (output / "samples").iterdir()}
-    again = run_study(config, lines.append)
-    assert again["arms"] == found["arms"]
-    assert before == {path: path.stat().st_mtime_ns for path in (output / "samples").iterdir()}
-    with pytest.raises(InputError, match="output_dir"):
-        claim_folder(output / "study.json", settings(TruncationConfig(output_dir=str(output), seed=1)), "output_dir")

@@ -37,7 +37,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     ResidualFeatureExtractor(sample_size=8, block_out_channels=(8,), feature_dim=8).save_pretrained(folder / "judge")
     arguments = ["truncation", "--config", "digits/truncation.yaml", f"output_dir={folder / 'study'}"]
     arguments += [f"denoiser={folder / 'denoiser'}", f"feature_extractor={folder / 'features'}"]
-    arguments += [f"evaluator={folder / 'judge'}", f"num_samples={SAMPLES}", "max_train_steps=2", "priors=gaussian,ot"]
+    arguments += [
+        f"evaluator={folder / 'judge'}",
+        f"num_samples={SAMPLES}",
+        "max_train_steps=2",
+        "priors=gaussian,gaussian_classes,ot",
+    ]
     arguments += ["truncation_timestep=4", "timesteps=4,20", "full_steps=3"]
     assert main(arguments) == 0
     return folder / "study", arguments
@@ -47,7 +52,9 @@ def test_every_row_has_its_costs_and_metrics(study: tuple[Path, list[str]]) -> N
     results = json.loads((study[0] / "results.json").read_text("utf-8"))
     calls = {name: arm["nfe"] for name, arm in results["arms"].items()}
     # One call of the prior where there is one, four of the denoiser; the full chain has the steps it was asked for.
-    assert calls == {"vanilla, truncated": 4, "vanilla, full in 3": 3, "Gaussian": 5, "OT": 5, "oracle": 4}
+    priors = {"Gaussian": 5, "Gaussian, class-wise": 5, "OT": 5}
+    assert calls == {"vanilla, truncated": 4, "vanilla, full in 3": 3} | priors | {"oracle": 4}
+    assert list(calls) == ["vanilla, truncated", "vanilla, full in 3", *priors, "oracle"]
     assert set(results["floor"]["metrics"]) == set(results["arms"]["OT"]["metrics"])
     assert results["arms"]["OT"]["updates"] == 2
     assert results["arms"]["OT"]["parameters"] == 99_809  # the generator's, printed by every learned prior
@@ -55,7 +62,7 @@ def test_every_row_has_its_costs_and_metrics(study: tuple[Path, list[str]]) -> N
 
 def test_priors_of_the_table_start_the_chain_at_any_step(study: tuple[Path, list[str]]) -> None:
     curves = json.loads((study[0] / "results.json").read_text("utf-8"))["curves"]
-    assert set(curves) == {"vanilla, truncated", "Gaussian", "OT", "oracle"}
+    assert set(curves) == {"vanilla, truncated", "Gaussian", "Gaussian, class-wise", "OT", "oracle"}
     assert all(list(points) == ["4", "20"] for points in curves.values())
     # Ten steps of the curves, or as many as there are.
     assert [point["nfe"] for point in curves["OT"].values()] == [5, 11]
@@ -68,6 +75,7 @@ def test_table_and_report_show_the_same_numbers(study: tuple[Path, list[str]]) -
     assert value in next(line for line in table.splitlines() if line.startswith("| OT |"))
     assert value in page and page.count("data:image/png") == 4
     assert f"{SAMPLES} generated against 540 test images of digits" in table
+    assert "8 features of an independent ResidualFeatureExtractor" in table
 
 
 def test_a_second_call_keeps_what_is_there(study: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +86,31 @@ def test_a_second_call_keeps_what_is_there(study: tuple[Path, list[str]], capsys
     assert "train prior_ot_4: done before" in capsys.readouterr().out
     assert main([*study[1], "seed=1"]) == 2
     assert "`output_dir`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("denoiser=./nowhere", "`pipeline` must be a folder"),
+        ("evaluator=./nowhere", "`feature_extractor` must be a folder"),
+        ("presets=nowhere", "`--config` must be an existing YAML file"),
+        ("num_samples=1151", "`num_samples` must be at most 1150, two fewer than the training images"),
+    ],
+)
+def test_nothing_is_written_before_all_is_there(
+    option: str, message: str, study: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*study[1], f"output_dir={tmp_path / 'new'}", option]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_evaluator_is_not_the_network_that_losses_see(
+    study: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = next(word for word in study[1] if word.startswith("feature_extractor=")).partition("=")[2]
+    assert main([*study[1], f"output_dir={tmp_path / 'new'}", f"evaluator={features}"]) == 2
+    assert "`evaluator` must be another network than the one that losses see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

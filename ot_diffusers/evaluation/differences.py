@@ -15,7 +15,8 @@ from typing import Any
 
 from ..errors import require
 from .intervals import PairedDifference, holm, mean_interval, paired_difference
-from .report import METRICS, Rows, format_number
+from .page import Rows
+from .report import METRICS, format_number
 
 SIGNIFICANCE = 0.05
 MIN_SEEDS = 3

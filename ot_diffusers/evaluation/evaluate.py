@@ -9,6 +9,7 @@ floor = real_floor(reference, train, len(samples), extractor=evaluator)
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -286,8 +287,13 @@ def _check_images(images: Tensor, name: str) -> None:
     hint = _conversion_hint(images) if isinstance(images, Tensor) and images.is_floating_point() else ""
     require(good, name, f"be a uint8 tensor [N, C, H, W]{hint}", feature_metrics.tensor_summary(images))
     require(len(images) >= 2, name, "hold at least 2 images", len(images))
-    first = images[0, 0, 0, 0]
-    require(bool((images != first).any()), name, "not be constant", int(first))
+    first, highest = int(images[0, 0, 0, 0]), int(images.max())
+    require(bool((images != first).any()), name, "not be constant", first)
+    require(bool((images != images[:1]).any()), name, "hold more than copies of one image", len(images))
+    require(highest > 1, name, "reach beyond 1 in 0 … 255 (floats in [0, 1] need 255 * images)", highest)
+    blank = int((images == images[:, :1, :1, :1]).flatten(1).all(dim=1).sum())
+    if blank:
+        warnings.warn(f"{blank} of {len(images)} `{name}` are blank: one value everywhere.", stacklevel=4)
 
 
 def _conversion_hint(images: Tensor) -> str:

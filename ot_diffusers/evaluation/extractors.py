@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data import ResidentImages, StreamedImages, load_images
 from ..errors import InputError, require
-from ..features import load_feature_extractor
+from ..features import check_trained_on, load_feature_extractor
 from ..images import to_uint8, to_unit_range
+from ..models.feature_extractor import FeatureExtractor
 
 
 def load_evaluator(name_or_path: str) -> nn.Module:
@@ -60,6 +62,28 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
+def load_real_images(dataset: str, split: str, evaluator: nn.Module) -> ResidentImages | StreamedImages:
+    """A split as the evaluator takes it: in the size and colours of an own network; the others resize by themselves.
+
+    Raises:
+        InputError: an own network that was trained on another data set.
+    """
+    if not isinstance(evaluator, FeatureExtractor):
+        return load_images(dataset, split)
+    shape = {"image_size": evaluator.config.sample_size, "channels": evaluator.config.in_channels}
+    images = load_images(dataset, split, **shape)
+    if split == "train":
+        check_trained_on(evaluator, images)
+    return images
+
+
+def evaluator_facts(evaluator: nn.Module, feature_dim: int) -> dict[str, Any]:
+    """What `results.json` says of the evaluator: `{"name": …, "feature_dim": …}`."""
+    own = isinstance(evaluator, FeatureExtractor)
+    name = f"a {type(evaluator).__name__}" if own else evaluator.name
+    return {"name": name, "feature_dim": feature_dim}
+
+
 class FidelityExtractor(nn.Module):
     """A feature extractor registered with torch-fidelity, on the features that its FID uses.
 
@@ -72,6 +96,7 @@ class FidelityExtractor(nn.Module):
 
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
+        self.name = name
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
         stand_in = _run_downloaded_code().get(name)
@@ -118,6 +143,7 @@ class BackboneExtractor(nn.Module):
 
     def __init__(self, name_or_path: str) -> None:
         super().__init__()
+        self.name = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
         from transformers import AutoImageProcessor, AutoModel
 
         try:

@@ -62,13 +62,7 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
     Reference: [Heusel2017].
     """
     features, reference_features = _checked_pair(features, reference_features)
-    rows, dimension = min(len(features), len(reference_features)), features.shape[1]
-    if rows < dimension:
-        warnings.warn(
-            f"Fréchet distance from {rows} samples in {dimension} dimensions: the covariance is singular and the value "
-            f"biased upwards; compare it only with values of the same sample count.",
-            stacklevel=2,
-        )
+    _warn_of_bias(min(len(features), len(reference_features)), features.shape[1])
     return _frechet(_gaussian_fit(features), _gaussian_fit(reference_features))
 
 
@@ -84,7 +78,7 @@ def frechet_distance_infinity(
 
     Args:
         features: [N, D], N ≥ 4.
-        reference_features: [M, D], M ≥ 4.
+        reference_features: [M, D], M ≥ 4. A warning names the bias where either set has fewer than 2D rows.
         num_sizes: points of the line, at least 2.
         seed: decides the draws; sets of equal size are drawn alike, so that a set and itself score 0.
 
@@ -95,6 +89,7 @@ def frechet_distance_infinity(
     require(largest >= 4, "features", "have at least 4 rows in either set", largest)
     require(num_sizes >= 2, "num_sizes", "be at least 2", num_sizes)
     smallest = min(largest // 2, max(largest // 10, 2 * dimension))
+    _warn_of_bias(smallest, dimension)
     sizes = torch.linspace(smallest, largest, num_sizes).round().long().tolist()
     distances = []
     for step, size in enumerate(sizes):
@@ -306,13 +301,18 @@ def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
 
     Args:
         logits: a classifier's scores of generated images, [N, classes].
-        reference_logits: its scores of real images, [M, classes].
+        reference_logits: its scores of real images, [M, classes]. A warning names the classes that none of them is in.
     """
     logits, reference_logits = _checked_pair(logits, reference_logits, "logits", "reference_logits")
-    require(logits.shape[1] > 0, "logits", "score at least one class", tuple(logits.shape))
-    shares = [
-        torch.bincount(x.argmax(dim=1), minlength=x.shape[1]).double() / len(x) for x in (logits, reference_logits)
-    ]
+    counts = [torch.bincount(x.argmax(dim=1), minlength=x.shape[1]) for x in (logits, reference_logits)]
+    empty = (counts[1] == 0).nonzero().flatten().tolist()
+    if empty:
+        warnings.warn(
+            f"Class histogram against a reference without images of class {', '.join(map(str, empty))}: it cannot tell "
+            f"whether those are missing among the samples.",
+            stacklevel=2,
+        )
+    shares = [count.double() / count.sum() for count in counts]
     return 0.5 * (shares[0] - shares[1]).abs().sum().item()
 
 
@@ -348,10 +348,21 @@ def _checked(features: Tensor, name: str) -> Tensor:
     matrix = isinstance(features, Tensor) and features.ndim == 2 and features.is_floating_point()
     require(matrix, name, "be a float tensor [N, D]", tensor_summary(features))
     require(len(features) >= 2, name, "have at least 2 rows", len(features))
+    require(features.shape[1] >= 1, name, "have at least 1 column", tuple(features.shape))
     features = features.detach().float().cpu()
     bad = int((~features.isfinite()).any(dim=1).sum())
     require(bad == 0, name, "have no row with NaN or infinity", bad)
     return features
+
+
+def _warn_of_bias(rows: int, dimension: int) -> None:
+    """Name the bias of a Gaussian fit to fewer rows than dimensions, at the caller of the metric."""
+    if rows < dimension:
+        warnings.warn(
+            f"Fréchet distance from {rows} samples in {dimension} dimensions: the covariance is singular and the value "
+            f"biased upwards; compare it only with values of the same sample count.",
+            stacklevel=3,
+        )
 
 
 def _check_neighbors(num_neighbors: int, *sets: Tensor) -> None:

@@ -255,6 +255,8 @@ def stress_curves(
 ) -> Path:
     """Metrics against the amount of a damage, a panel each, with 95% intervals; grey where the curve is not monotone.
 
+    Each panel's title tells the trend of its curve.
+
     Args:
         curves: metric to curve.
         path: PNG file to write.
@@ -262,20 +264,22 @@ def stress_curves(
         titles: metric to title of its panel; the metric's name by default.
     """
     require(bool(curves), "curves", "hold at least one metric", curves)
-    columns = min(len(curves), 4)
+    columns = min(len(curves), 3)
     rows = math.ceil(len(curves) / columns)
     width = 9.2 / columns if columns > 2 else 4.2
-    figure = Figure(figsize=(width * columns, width * 0.8 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, (0.66 if rows > 1 else 0.75) * width * rows), layout="constrained")
+    steps = [1, 2, 2.5, 5, 10]  # of the ticks
     for index, (metric, curve) in enumerate(curves.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         colour = COLOURS["baseline"] if curve.verdict == "monotone" else COLOURS["real"]
         ends = curve.intervals
         axes.fill_between(curve.amounts, [e.low for e in ends], [e.high for e in ends], color=colour, alpha=0.22, lw=0)
         axes.plot(curve.amounts, curve.means, color=colour, marker="o", markersize=3.5, linewidth=1.6)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        _finish(axes, title=(titles or {}).get(metric, metric), xlabel=xlabel if index >= len(curves) - columns else "")
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=steps))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=steps))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        title = f"{(titles or {}).get(metric, metric)}: {curve.trend}"
+        _finish(axes, title=title, xlabel=xlabel if index >= len(curves) - columns else "")
     return _save(figure, path)
 
 
@@ -307,7 +311,7 @@ def tracking_curves(tracks: Mapping[str, Track], path: Path, *, titles: Mapping[
             else:
                 axes.axhline(next(iter(tracks.values())).base_line[distance], color=INK, linestyle="--", linewidth=1.1)
                 _log_scale(axes)
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
             _finish(axes, title=title, xlabel="updates" if row == len(distances) - 1 else "")
             axes.set_ylabel((titles or {}).get(distance, distance) if column == 0 else "", fontsize=9, color=INK)
     _legend(figure, colours, others={"train – test": {"color": INK, "linestyle": "--"}})

@@ -18,19 +18,15 @@ table.
 
 from __future__ import annotations
 
-import base64
-import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import require
+from .page import Rows, definitions, paragraphs, picture, provenance_list, rows_table, table, write_page
 from .plots import arm_colours
 
 
@@ -94,31 +90,6 @@ COSTS = {
 }
 """Keys of an arm that are costs, with their headings."""
 
-PACKAGES = (
-    "ot-diffusers",
-    "torch",
-    "diffusers",
-    "accelerate",
-    "datasets",
-    "torch-fidelity",
-    "numpy",
-    "scipy",
-)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, platform and commit of this process; neither host name nor paths."""
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-    }
-
-
-Rows = Sequence[Sequence[str]]
-"""A table as text: the header, then the lines, each with its name in front."""
-
 
 def write_report(
     results: Mapping[str, Any],
@@ -139,24 +110,14 @@ def write_report(
         InputError: no arm, or a picture that does not exist.
     """
     _check(results)
-    for picture in pictures.values():
-        require(Path(picture).is_file(), "pictures", "be existing files", str(picture))
-    title = escape(results.get("title", "Results"))
-    sections = [
-        f"<header><h1>{title}</h1>{_subtitle(results)}</header>",
-        _section("Results", _summary(results) + _arms_table(results) + _note(results)),
-        *(_section(caption, _rows_table(rows)) for caption, rows in tables.items()),
-        *(_section(caption, _picture(caption, Path(picture))) for caption, picture in pictures.items()),
-        _section("All metrics", _metrics_table(results)),
-        _section("Arms", _arms_list(results)) if _has_descriptions(results) else "",
-        _section("Provenance", _provenance_list(results)),
-    ]
-    body = "\n".join(section for section in sections if section)
-    page = _PAGE.replace("{{title}}", title).replace("{{style}}", _STYLE).replace("{{body}}", body)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    sections = {"Results": _summary(results) + _arms_table(results) + paragraphs(_notes(results))}
+    sections |= {caption: rows_table(rows) for caption, rows in tables.items()}
+    sections |= {caption: picture(caption, Path(file)) for caption, file in pictures.items()}
+    sections["All metrics"] = _metrics_table(results)
+    if _has_descriptions(results):
+        sections["Arms"] = _arms_list(results)
+    sections["Provenance"] = provenance_list(results.get("provenance", {}))
+    return write_page(Path(path), results.get("title", "Results"), sections, facts=_facts(results))
 
 
 def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
@@ -260,34 +221,10 @@ def _arrow(metric: str) -> str:
     return {"lower": "↓", "higher": "↑", "floor": "≈"}[better]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package runs from, with `+` for uncommitted changes; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        # An installed copy can lie inside someone else's checkout (a virtual environment in it, say).
-        subprocess.run([*git, "ls-files", "--error-unmatch", "report.py"], check=True, capture_output=True)
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if changed else "")
-
-
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
-
-
-def _subtitle(results: Mapping[str, Any]) -> str:
+def _facts(results: Mapping[str, Any]) -> list[str]:
     extractor = results.get("extractor", {})
     accuracy = extractor.get("test_accuracy")
     facts = [
@@ -298,7 +235,7 @@ def _subtitle(results: Mapping[str, Any]) -> str:
         f"{extractor['feature_dim']} features" if "feature_dim" in extractor else "",
         f"{100 * accuracy:.1f}% test accuracy" if accuracy is not None else "",
     ]
-    return f"<p class='facts'>{' · '.join(escape(fact) for fact in facts if fact)}</p>"
+    return [fact for fact in facts if fact]
 
 
 def _summary(results: Mapping[str, Any]) -> str:
@@ -331,7 +268,7 @@ def _arms_table(results: Mapping[str, Any]) -> str:
         )
         dot = f"<i class='dot' style='background:{colours[row[0]]}'></i>" if row[0] in colours else ""
         lines.append(f"<tr{'' if dot else ' class=floor'}><th scope='row'>{dot}{escape(row[0])}</th>{cells}</tr>")
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _metrics_table(results: Mapping[str, Any]) -> str:
@@ -349,18 +286,10 @@ def _metrics_table(results: Mapping[str, Any]) -> str:
         meaning = f"<small>{escape(METRICS[name].meaning)}</small>" if name in METRICS else ""
         heading = f"<th scope='row'>{escape(_label(name))}&nbsp;{_arrow(name)}{meaning}</th>"
         lines.append(f"<tr>{heading}{cells}<td class='floor'>{format_number(floor.get(name))}</td></tr>")
-    return _table(["", *arms, "real vs real"], lines, kind="wide-names")
+    return table(["", *arms, "real vs real"], lines, kind="wide-names")
 
 
-def _table(header: Sequence[str], lines: Sequence[str], kind: str = "") -> str:
-    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
-    rows = "\n".join(lines)
-    return (
-        f"<div class='scroll'><table class='{kind}'><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _note(results: Mapping[str, Any]) -> str:
+def _notes(results: Mapping[str, Any]) -> list[str]:
     note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best value. NFE: network calls per image."
     if results.get("floor", {}).get("metrics"):
         note += " “Real vs real” is what as many real images score: the floor that no model is expected to beat."
@@ -368,21 +297,7 @@ def _note(results: Mapping[str, Any]) -> str:
     note += (
         f" Means over {seeds} seeds." if seeds > 1 else " One run is one draw: small differences need several seeds."
     )
-    return "".join(f"<p class='note'>{escape(text)}</p>" for text in [note, *results.get("notes", [])])
-
-
-def _rows_table(rows: Rows) -> str:
-    header, *lines = rows
-    cells = [
-        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for name, *row in lines
-    ]
-    return _table(header, cells)
-
-
-def _picture(caption: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f"<figure><img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}'></figure>"
+    return [note, *results.get("notes", [])]
 
 
 def _has_descriptions(results: Mapping[str, Any]) -> bool:
@@ -390,89 +305,4 @@ def _has_descriptions(results: Mapping[str, Any]) -> bool:
 
 
 def _arms_list(results: Mapping[str, Any]) -> str:
-    return _definitions({arm: entry.get("description", "") for arm, entry in results["arms"].items()})
-
-
-def _provenance_list(results: Mapping[str, Any]) -> str:
-    found = dict(results.get("provenance", {}))
-    packages = found.pop("packages", None)
-    config = {name: value for name, value in found.items() if isinstance(value, Mapping)}
-    plain = {
-        name: "not in a checkout" if value is None else value for name, value in found.items() if name not in config
-    }
-    if packages:
-        plain["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())
-    details = "".join(
-        f"<details><summary>{escape(name)}</summary>"
-        f"<pre>{escape(json.dumps(value, indent=2, default=str))}</pre></details>"
-        for name, value in config.items()
-    )
-    return _definitions(plain) + details
-
-
-def _definitions(entries: Mapping[str, Any]) -> str:
-    items = "\n".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in entries.items())
-    return f"<dl>{items}</dl>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{title}}</title>
-<style>{{style}}</style>
-</head>
-<body>
-<main>
-{{body}}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --ground: #f7f8fa; --card: #fff; --ink: #1f2937; --soft: #5b6675; --line: #e3e6ea; --best: #0b7a5b; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14181d; --card: #1c2229; --ink: #e5e9ee; --soft: #9aa5b3; --line: #303843; --best: #4fd1a5; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 64px; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 6px; letter-spacing: -0.01em; }
-h2 { font-size: 1.05rem; margin: 0 0 14px; }
-.facts { color: var(--soft); margin: 0 0 28px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; }
-section { margin: 0 0 18px; }
-.lead { margin: 0 0 14px; }
-.note { color: var(--soft); font-size: 0.85rem; margin: 12px 0 0; }
-.scroll { overflow-x: auto; margin: 0 -22px; padding: 0 22px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 0 8px 18px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--card); }
-thead th { color: var(--soft); font-weight: 500; font-size: 0.85rem; vertical-align: bottom; }
-tbody th { font-weight: 500; }
-tbody tr:last-child > * { border-bottom: 0; }
-.wide-names tbody th { white-space: normal; min-width: 9.5rem; padding-right: 8px; }
-small { display: block; color: var(--soft); font-weight: 400; font-size: 0.8rem; line-height: 1.35; }
-.best { color: var(--best); font-weight: 700; }
-.floor, tr.floor th { color: var(--soft); font-weight: 400; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
-figure { margin: 0; background: #fff; border-radius: 6px; padding: 6px; overflow-x: auto; }
-img { display: block; width: 100%; height: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; margin: 0; font-size: 0.9rem; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-details { margin-top: 10px; font-size: 0.9rem; }
-summary { cursor: pointer; color: var(--soft); }
-pre { overflow-x: auto; font-size: 0.8rem; }
-@media (max-width: 600px) {
-  main { padding: 24px 12px 40px; }
-  section { padding: 16px; }
-  img { min-width: 640px; }
-  .scroll { margin: 0 -16px; padding: 0 16px; }
-  dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: 10px; }
-}
-"""
+    return definitions({arm: entry.get("description", "") for arm, entry in results["arms"].items()})

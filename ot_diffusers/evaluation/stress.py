@@ -53,6 +53,13 @@ class StressCurve:
         steps = [after - before for before, after in zip(self.means, self.means[1:], strict=False)]
         return "monotone" if all(s >= 0 for s in steps) or all(s <= 0 for s in steps) else "not monotone"
 
+    @property
+    def trend(self) -> Literal["rises", "falls", "flat", "not monotone"]:
+        """The verdict, with the direction of a monotone curve."""
+        if self.verdict != "monotone":
+            return self.verdict
+        return "rises" if self.means[-1] > self.means[0] else "falls"
+
 
 def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     """Gaussian noise of standard deviation `sigma`, as a share of the range 0 … 255, clamped and rounded."""

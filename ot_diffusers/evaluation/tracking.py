@@ -26,14 +26,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import BaselineConfig, make_config
-from ..data import load_images, pixels_of
+from ..data import pixels_of
 from ..errors import require, require_same
-from ..features import check_trained_on, load_feature_extractor, load_reference_bank, weights_fingerprint
+from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet, write_json
-from . import metrics
+from . import metrics, plots
 from .evaluate import ImageSet, describe_images
+from .extractors import evaluator_facts, load_evaluator, load_real_images
+from .page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from .report import METRICS, format_number
 
 RECORD_NAME = "tracking.json"
 FEW_CHECKPOINTS = 3
@@ -91,12 +94,7 @@ class RealImages:
     @classmethod
     def load(cls, dataset: str, extractor: Any, num_samples: int | None) -> RealImages:
         """`num_samples` evenly spaced images of both splits; by default as many as the smaller one has."""
-        shape = extractor.config
-        splits = {
-            split: load_images(dataset, split, image_size=shape.sample_size, channels=shape.in_channels)
-            for split in ("train", "test")
-        }
-        check_trained_on(extractor, splits["train"])
+        splits = {split: load_real_images(dataset, split, extractor) for split in ("train", "test")}
         most = min(map(len, splits.values()))
         count = num_samples or most
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
@@ -121,16 +119,16 @@ def track_runs(
     device: Any = "cpu",
     announce: Announce = print,
 ) -> dict[str, Track]:
-    """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` into `output`.
+    """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` and a report.
 
     What an earlier call measured stays, also where the checkpoint has been deleted since, so that a run can be tracked
     while it trains.
 
     Args:
         runs: name to folder of a `train_baseline.py` or `train_ot.py` run.
-        output: folder for `tracking.json`, written after every checkpoint.
+        output: folder for `tracking.json`, written after every checkpoint, `tracking.png` and `report.html`.
         dataset: real images.
-        evaluator: run or Hub id of a feature network that no loss has seen.
+        evaluator: of `load_evaluator`, a network that no loss has seen.
         num_samples: images generated, and real ones of either split; by default as many as the smaller split has.
         features: run of `train_features.py`; guides every checkpoint by its network and bank.
         call: arguments of the pipeline's call.
@@ -142,7 +140,7 @@ def track_runs(
         InputError: a folder that is no such run, or an `output` measured with other settings.
     """
     checkpoints = {name: find_checkpoints(run) for name, run in runs.items()}
-    extractor = load_feature_extractor(evaluator).to(device)
+    extractor = load_evaluator(evaluator).to(device)
     real = RealImages.load(dataset, extractor, num_samples)
     settings = {
         "dataset": dataset,
@@ -169,7 +167,9 @@ def track_runs(
                 announce(f"{name}, update {update}: {summary(points[update])}")
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
             write_tracks(file, settings, tracks)
-    return {name: tracks[name] for name in runs}
+    tracks = {name: tracks[name] for name in runs}
+    write_report(tracks, output, settings, evaluator_facts(extractor, real.test.features.shape[1]))
+    return tracks
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -242,6 +242,44 @@ def write_tracks(file: Path, settings: Mapping[str, Any], tracks: Mapping[str, T
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"settings": dict(settings), "runs": runs})
+
+
+def write_report(
+    tracks: Mapping[str, Track], output: Path, settings: Mapping[str, Any], extractor: Mapping[str, Any]
+) -> Path:
+    """The curves of all runs as `tracking.png`, and `report.html` with that picture and a table for each distance."""
+    titles = {name: METRICS[name].label for name in DISTANCES}
+    curves = plots.tracking_curves(tracks, output / "tracking.png", titles=titles)
+    caption = "Distances along training; dashed, real training images against real test images"
+    sections = {caption: picture(caption, curves)}
+    sections |= {f"{titles[name]} distance": rows_table(stand_rows(tracks, name)) for name in DISTANCES}
+    notes = [
+        "Fidelity is the distance to test images, coverage that to training images, and the gap the former less the "
+        "latter. All take as many real images of either split as are generated.",
+        "A gap that grows while coverage falls below the base line is a model that returns its training images.",
+    ]
+    sections["How to read it"] = paragraphs(notes)
+    sections["Provenance"] = provenance_list(provenance() | {"settings": settings})
+    facts = [
+        f"data set {settings['dataset']}",
+        f"{settings['num_samples']:,} images per checkpoint and split",
+        f"evaluated by {extractor['name']}",
+        f"{extractor['feature_dim']} features",
+    ]
+    return write_page(output / "report.html", f"Along training: {' · '.join(tracks)}", sections, facts=facts)
+
+
+def stand_rows(tracks: Mapping[str, Track], distance: str) -> Rows:
+    """Where every run stands: its best checkpoint by fidelity, its last one, and the base line below."""
+    header = ["", "best fidelity", "at update", "last fidelity", "at update", "coverage", "gap"]
+    rows = []
+    for name, track in tracks.items():
+        best, last = min(track.points, key=lambda point: point.fidelity[distance]), track.points[-1]
+        numbers = [best.fidelity[distance], best.update, last.fidelity[distance], last.update]
+        numbers += [last.coverage[distance], last.gap[distance]]
+        rows.append([name, *map(format_number, numbers)])
+    base_line = format_number(next(iter(tracks.values())).base_line[distance])
+    return [header, *rows, ["train – test", base_line, "–", base_line, "–", base_line, "–"]]
 
 
 def file_hash(file: Path) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..errors import require
 from ..images import to_unit_range
 
+NORM_TYPES = ("group_norm", "batch_norm")
+
 
 @dataclass
 class FeatureExtractorOutput(BaseOutput):
@@ -114,7 +116,7 @@ class ConvFeatureExtractor(FeatureExtractor):
 
 
 class ResidualFeatureExtractor(FeatureExtractor):
-    """A residual network with group normalisation: the independent evaluator, which no loss and no guidance ever sees.
+    """A residual network: the independent evaluator, which no loss and no guidance ever sees.
 
     Each stage after the first halves the resolution; features are the averaged last activations, projected to
     `feature_dim`.
@@ -122,6 +124,7 @@ class ResidualFeatureExtractor(FeatureExtractor):
     Args: as for `ConvFeatureExtractor`, with
         block_out_channels: channels of each stage, multiples of 8.
         layers_per_block: residual blocks in each stage.
+        norm_type: `group_norm` (8 groups), or `batch_norm`, which learns faster in large batches.
 
     Example:
         >>> import torch
@@ -141,17 +144,20 @@ class ResidualFeatureExtractor(FeatureExtractor):
         feature_dim: int = 128,
         dataset: str | None = None,
         data_fingerprint: str | None = None,
+        norm_type: str = "group_norm",
     ) -> None:
         super().__init__()
+        require(norm_type in NORM_TYPES, "norm_type", f"be one of {', '.join(NORM_TYPES)}", norm_type)
         stages: list[nn.Module] = [nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)]
         width = block_out_channels[0]
         for stage, channels in enumerate(block_out_channels):
             for layer in range(layers_per_block):
-                stages.append(ResidualBlock(width, channels, stride=2 if stage > 0 and layer == 0 else 1))
+                stride = 2 if stage > 0 and layer == 0 else 1
+                stages.append(ResidualBlock(width, channels, stride=stride, norm_type=norm_type))
                 width = channels
         self.backbone = nn.Sequential(
             *stages,
-            nn.GroupNorm(8, width),
+            _make_norm(norm_type, width),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
@@ -165,11 +171,11 @@ class ResidualFeatureExtractor(FeatureExtractor):
 class ResidualBlock(nn.Module):
     """Pre-activation residual block, [B, in_channels, H, W] → [B, out_channels, H/stride, W/stride]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_type: str = "group_norm") -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.norm1 = _make_norm(norm_type, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.norm2 = _make_norm(norm_type, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = stride == 1 and in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride=stride)
@@ -178,3 +184,7 @@ class ResidualBlock(nn.Module):
         residual = self.conv1(F.silu(self.norm1(hidden)))
         residual = self.conv2(F.silu(self.norm2(residual)))
         return self.shortcut(hidden) + residual
+
+
+def _make_norm(norm_type: str, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if norm_type == "batch_norm" else nn.GroupNorm(8, channels)
