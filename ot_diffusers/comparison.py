@@ -50,8 +50,9 @@ from .experiment import (
 )
 from .features import load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
-from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
+from .pipelines.pipeline_ot_guided_ddim import SMALL_BATCH, OTGuidedDDIMPipeline
 from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
+from .seeds import keyed_generator
 from .training import write_json
 
 NETWORKS: dict[str, Callable[[str], Any]] = {"features": load_feature_extractor, "evaluator": load_evaluator}
@@ -74,6 +75,7 @@ class Arm:
     seconds_of: str | None = option(None, "train for as long as that arm: equal compute")
     features: str | None = option(None, "run of train_features.py that guides the pipeline")
     call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the pipeline's call"})
+    field_samples: int | None = option(None, "guide images one by one, by a field recorded on this many other samples")
     batch_size: int | None = option(None, "images at once, at most; none for all")
     description: str = option("", "a sentence for the report")
 
@@ -82,6 +84,10 @@ class Arm:
         require(one, "arms", "have either a pipeline or a script to train", (self.pipeline, self.train))
         known = self.train is None or self.train in SCRIPTS
         require(known, "train", f"be one of {', '.join(SCRIPTS)}", self.train)
+        enough = self.field_samples is None or self.field_samples >= SMALL_BATCH
+        require(enough, "field_samples", f"be at least {SMALL_BATCH}", self.field_samples)
+        guided = self.field_samples is None or self.features is not None
+        require(guided, "field_samples", "come with the features that guide", self.field_samples)
         trained_only = self.train is not None or not (self.preset or self.overrides or self.seconds_of)
         require(trained_only, "arms", "have preset, overrides and seconds_of only with train", self.pipeline)
         timed = [text for text in self.overrides if text.startswith("max_train_seconds")]
@@ -434,11 +440,16 @@ def sample_arm(study: Study, name: str, seed: int) -> Sampled:
     call = study.config.call | arm.call
     unguided = {"guidance_scale": 0} if isinstance(pipeline, OTGuidedDDIMPipeline) else {}
     sample_images(pipeline, 2, seed=seed, **call | unguided)  # first calls are slow
+    others: dict[str, float] = {}
+    if arm.field_samples is not None:
+        started = time.monotonic()
+        pipeline.record_guidance_field(arm.field_samples, keyed_generator("cpu", seed, "guidance field"), **call)
+        others["field_seconds"] = time.monotonic() - started
     started = time.monotonic()
     images = sample_images(pipeline, study.num_samples, batch_size=arm.batch_size, seed=seed, **call)
     seconds = time.monotonic() - started
     parts = [parameters_of(pipeline, part) for part in ("prior", "unet")]
-    others = {"parameters": sum(parameter.numel() for part in parts for parameter in part)}
+    others["parameters"] = sum(parameter.numel() for part in parts for parameter in part)
     record = Path(source) / "results.json"
     if record.is_file():
         run = read_json(record)
