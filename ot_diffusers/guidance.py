@@ -120,7 +120,7 @@ class OTGuidance:
             torch.autocast(device_type=device.type, enabled=False),
         ):
             images = pred_original_sample.detach().clone().float().requires_grad_()
-            optimizer = torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP)
+            optimizer = torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP, fused=images.is_cuda)
             for correction in range(self.num_correction_steps):
                 features = self.features(images)
                 gradient = self._gradient(features.detach(), references, step, correction)

@@ -196,8 +196,9 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        timesteps = self.scheduler.timesteps.int().tolist()  # one wait for the device here, none at the steps
         if guidance and follows_field:
-            self.guidance_field.check_timesteps(self.scheduler.timesteps.int().tolist())
+            self.guidance_field.check_timesteps(timesteps)
         step_arguments = extra_step_arguments(
             self.scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
         )
@@ -206,7 +207,7 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_output = self.unet(latents, timestep).sample
             if guidance and self._guidance_scale > 0 and step in guided_steps:
-                model_output = self._guided_output(guidance, model_output, latents, timestep, step)
+                model_output = self._guided_output(guidance, model_output, latents, timestep, step, timesteps[step])
             latents = self.scheduler.step(model_output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
@@ -291,9 +292,12 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
         )
 
     def _guided_output(
-        self, guidance: OTGuidance, model_output: Tensor, latents: Tensor, timestep: Tensor, step: int
+        self, guidance: OTGuidance, model_output: Tensor, latents: Tensor, timestep: Tensor, step: int, at: int
     ) -> Tensor:
-        """The model output that stands for the corrected x̂0, in the scheduler's prediction type."""
+        """The model output that stands for the corrected x̂0, in the scheduler's prediction type.
+
+        `at` is the timestep on the host.
+        """
         prediction_type = self.scheduler.config.prediction_type
         alpha, sigma = alpha_sigma(self.scheduler, timestep, step_index=step)
         sample = latents.float()
@@ -301,5 +305,5 @@ class OTGuidedDDIMPipeline(DiffusionPipeline):
             -1, 1
         )
         guidance.guidance_scale = self._guidance_scale
-        corrected = guidance.correct(pred_original_sample, timestep)
+        corrected = guidance.correct(pred_original_sample, at)
         return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)

@@ -248,7 +248,7 @@ def solve_self(
     for step in range(1, max_iterations + 1):
         update = best(f)
         f, change = (f + update) / 2, update - f
-        if step % 5 == 0 and change.abs().max() < tolerance * eps:
+        if step % PASSES_PER_PLAN == 0 and change.abs().max() < tolerance * eps:
             break
     return best(f)
 
