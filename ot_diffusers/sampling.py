@@ -157,8 +157,7 @@ def network_calls(pipeline: Any) -> int:
 def save_images(images: Tensor, folder: str | Path) -> Path:
     """Write uint8 images [N, C, H, W] as `00000.png`, `00001.png`, … and `grid.png`; returns the grid's path.
 
-    Pictures that an earlier call left in the folder are removed. The grid is near-square, shows the first 400 images at
-    most, and enlarges small ones without smoothing.
+    Pictures that an earlier call left in the folder are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,12 +165,17 @@ def save_images(images: Tensor, folder: str | Path) -> Path:
         earlier.unlink()
     for index, image in enumerate(images):
         _to_picture(image).save(folder / f"{index:05d}.png")
+    return save_grid(images, folder / GRID_NAME)
+
+
+def save_grid(images: Tensor, file: Path) -> Path:
+    """Write the first 400 of uint8 images [N, C, H, W] as one near-square picture, small ones enlarged without
+    smoothing."""
     shown = images[:GRID_IMAGES]
     enlargement = max(1, GRID_TILE // max(images.shape[2:]))
     large = shown.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
-    grid = make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255)
-    _to_picture(grid).save(folder / GRID_NAME)
-    return folder / GRID_NAME
+    _to_picture(make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255)).save(file)
+    return file
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:

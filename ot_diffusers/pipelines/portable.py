@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ..errors import require
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.prior import GaussianPrior, PriorGenerator
@@ -35,6 +36,9 @@ PARTS = (
 
 # diffusers asks the module that a part is loaded from, which is this one, for the base class of models as well.
 __all__ = ["PARTS", "ModelMixin", "PortablePipeline", "register", *(part.__name__ for part in PARTS)]
+
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
+"""What `save_pretrained(push_to_hub=True)` passes on."""
 
 CODE_NAME = "pipeline.py"
 CODE = '''"""For `DiffusionPipeline.from_pretrained(…, custom_pipeline="pipeline", trust_remote_code=True)`."""
@@ -63,9 +67,62 @@ class PortablePipeline(DiffusionPipeline):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_NAME).write_text(CODE.format(name=type(self).__name__), encoding="utf-8")
+        push = kwargs.pop("push_to_hub", False)
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         for part in folder.glob("*/config.json"):
             part.write_text(_without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
+        if push:
+            options.setdefault("repo_id", folder.name)
+            self.push_to_hub(variant=kwargs.get("variant"), **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        results: str | Path | None = None,
+        arm: str | None = None,
+    ) -> str:
+        """Push weights and a model card as one commit; returns the commit's address.
+
+        Args:
+            repo_id: `user/name`; it is created where it does not exist.
+            commit_message: first line of the commit's message.
+            private: create it private. An existing public repository is refused.
+            token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
+            create_pr: open a pull request in place of a commit.
+            safe_serialization: must be True: weights are stored as safetensors.
+            variant: such as `"fp16"`, for the names of the weights' files.
+            revision: branch to commit to, created where it does not exist.
+            results: `results.json` of an evaluation, comparison or demo, for the card.
+            arm: the arm of `results` that is this pipeline; needed where there are several.
+
+        Raises:
+            InputError: no token, no permission, no network; the repository is then as it was.
+        """
+        # What a push needs is above this layer, and not needed to sample.
+        from ..hub import push_pipeline
+
+        require(safe_serialization, "safe_serialization", "be True", safe_serialization)
+        return push_pipeline(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+            variant=variant,
+            revision=revision,
+            results=results,
+            arm=arm,
+        )
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
