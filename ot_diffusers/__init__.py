@@ -13,6 +13,7 @@ from .registration import register_pipelines
 
 if TYPE_CHECKING:
     from .guidance import OTGuidance
+    from .models.backbone_extractor import BackboneFeatureExtractor
     from .models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
     from .models.guidance_field import GuidanceField
     from .models.prior import GaussianPrior, PriorGenerator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "BackboneFeatureExtractor": ".models.backbone_extractor",
     "ConvFeatureExtractor": ".models.feature_extractor",
     "GaussianPrior": ".models.prior",
     "GuidanceField": ".models.guidance_field",
@@ -39,6 +41,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BackboneFeatureExtractor",
     "ConvFeatureExtractor",
     "GaussianPrior",
     "GuidanceField",

@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 
 from .errors import InputError, require
 from .features import load_feature_extractor, load_reference_bank
+from .models.backbone_extractor import BackboneFeatureExtractor
 from .models.feature_extractor import FeatureExtractor
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
@@ -80,6 +81,8 @@ def pipeline_class_name(path: str) -> str:
 
 
 def _check_fits(network: FeatureExtractor, unet: Any) -> None:
+    if isinstance(network, BackboneFeatureExtractor):
+        return  # takes images of any size
     wanted = (unet.config.in_channels, unet.config.sample_size)
     config: Any = network.config
     found = (config.in_channels, config.sample_size)

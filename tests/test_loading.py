@@ -51,6 +51,7 @@ GUIDED = {
     "scheduler": "DDIMScheduler",
     "feature_extractor": "ConvFeatureExtractor",
     "reference_bank": "ReferenceBank",
+    "guidance_field": "NoneType",
 }
 TRUNCATED = {"prior": "PriorGenerator", "unet": "UNet2DModel", "scheduler": "DDIMScheduler"}
 
@@ -302,6 +303,15 @@ def test_a_folder_saved_with_modules_still_loads(folder: Path, tmp_path: Path) -
     index["reference_bank"][0] = "ot_diffusers.models.reference_bank"
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert isinstance(OTGuidedDDIMPipeline.from_pretrained(tmp_path).reference_bank, ReferenceBank)
+
+
+def test_a_recorded_guidance_field_is_saved_with_its_pipeline(tmp_path: Path) -> None:
+    pipeline = make_guided()
+    pipeline.set_progress_bar_config(disable=True)
+    field = pipeline.record_guidance_field(16, num_inference_steps=3)
+    pipeline.save_pretrained(tmp_path)
+    loaded = OTGuidedDDIMPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.guidance_field.features, field.features)
 
 
 def test_a_subfolder_is_read_from_the_subfolder(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..errors import require
+from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.prior import GaussianPrior, PriorGenerator
@@ -25,6 +26,7 @@ from ..models.reference_bank import ReferenceBank
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 PARTS = (
+    BackboneFeatureExtractor,
     ConvFeatureExtractor,
     GaussianPrior,
     GuidanceField,
