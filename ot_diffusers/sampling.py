@@ -172,13 +172,22 @@ def save_images(images: Tensor, folder: str | Path) -> Path:
 
 
 def save_grid(images: Tensor, file: Path) -> Path:
-    """Write the first 400 of uint8 images [N, C, H, W] as one near-square picture, small ones enlarged without
-    smoothing."""
+    """Write `image_grid` of uint8 images [N, C, H, W]; returns the file."""
+    image_grid(images).save(file)
+    return file
+
+
+def image_grid(images: Tensor) -> PIL.Image.Image:
+    """The first 400 of uint8 images [N, C, H, W] as one near-square picture, small ones enlarged without smoothing.
+
+    Example:
+        >>> image_grid(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)).size
+        (152, 152)
+    """
     shown = images[:GRID_IMAGES]
     enlargement = max(1, GRID_TILE // max(images.shape[2:]))
     large = shown.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
-    _to_picture(make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255)).save(file)
-    return file
+    return _to_picture(make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255))
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:
