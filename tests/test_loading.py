@@ -324,6 +324,8 @@ def test_a_subfolder_is_read_from_the_subfolder(tmp_path: Path) -> None:
 def test_a_model_alone_reads_a_pickle_only_if_told_to(tmp_path: Path) -> None:
     prior = GaussianPrior(truncation_timestep=10, sample_size=2, out_channels=1)
     prior.save_pretrained(tmp_path, safe_serialization=False)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()  # what was written all the same
+    torch.save(prior.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError):
         GaussianPrior.from_pretrained(tmp_path)
     assert GaussianPrior.from_pretrained(tmp_path, use_safetensors=False).config.truncation_timestep == 10

@@ -16,7 +16,6 @@ from typing import Any, Self, TypeVar
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
-from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
@@ -63,15 +62,17 @@ class PortablePipeline(DiffusionPipeline):
             kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
         """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for interpreters that have not imported the
-        package."""
+        package; weights are safetensors, whatever `safe_serialization` says."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_NAME).write_text(CODE.format(name=type(self).__name__), encoding="utf-8")
         push = kwargs.pop("push_to_hub", False)
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         for part in folder.glob("*/config.json"):
             part.write_text(_without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
         if push:
@@ -100,7 +101,7 @@ class PortablePipeline(DiffusionPipeline):
             private: create it private. An existing public repository is refused.
             token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
             create_pr: open a pull request in place of a commit.
-            safe_serialization: must be True: weights are stored as safetensors.
+            safe_serialization: as diffusers has it, without effect: weights are safetensors.
             variant: such as `"fp16"`, for the names of the weights' files.
             revision: branch to commit to, created where it does not exist.
             results: `results.json` of an evaluation, comparison or demo, for the card.
@@ -112,7 +113,6 @@ class PortablePipeline(DiffusionPipeline):
         # What a push needs is above this layer, and not needed to sample.
         from ..hub import push_pipeline
 
-        require(safe_serialization, "safe_serialization", "be True", safe_serialization)
         return push_pipeline(
             self,
             repo_id,
