@@ -109,6 +109,7 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
     sample.add_argument("--num-images", type=int, default=64, help="how many (%(default)s)")
     sample.add_argument("--output", default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
+    sample.add_argument("--json", action="store_true", help="print folder, number, time and network calls as JSON")
     _add_sampling_options(sample)
     _add_overwrite(sample)
     sample.set_defaults(command=run_sample)
@@ -402,11 +403,15 @@ def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     allowed = empty or (arguments.overwrite and output.is_dir())
     require(allowed, "output", "be a new or empty folder without --overwrite", arguments.output)
     _prepare_libraries()
-    from .sampling import save_images
+    from .sampling import network_calls, save_images
 
-    _, images = _sample(arguments, arguments.pipeline, arguments.num_images)
+    started = time.monotonic()
+    pipeline, images = _sample(arguments, arguments.pipeline, arguments.num_images)
+    seconds = round(time.monotonic() - started, 2)
     if _is_main_process():
-        print(save_images(images, output))
+        grid = save_images(images, output)
+        cost = {"num_images": len(images), "nfe": network_calls(pipeline), "seconds": seconds}
+        print(json.dumps({"output": str(output), "grid": str(grid), **cost}, indent=2) if arguments.json else grid)
     return 0
 
 

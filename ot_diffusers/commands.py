@@ -41,8 +41,9 @@ def push(arguments: argparse.Namespace) -> list[str]:
 
 
 def is_repository(folder: Path) -> bool:
-    """Whether the folder is what goes to the Hub already: a pipeline with its card."""
-    return (folder / "README.md").is_file() and (folder / "model_index.json").is_file()
+    """Whether the folder is what goes to the Hub already: a pipeline with its card, and not a run in its own folder."""
+    has_card = (folder / "README.md").is_file() and (folder / "model_index.json").is_file()
+    return has_card and not (folder / "run.json").is_file()
 
 
 def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from .cards import KINDS, MARK, CardFacts, Records, render_card
@@ -250,11 +250,11 @@ def push_pipeline(
 
 
 def repository_files(folder: str | Path) -> dict[str, int]:
-    """Path in the repository to size in bytes of everything in a folder, hidden files apart."""
+    """Path in the repository to size in bytes of everything in a folder, hidden files and folders apart."""
     folder = Path(folder)
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    inside = {file.relative_to(folder): file.stat().st_size for file in files}
-    return {path.as_posix(): size for path, size in inside.items() if not path.name.startswith(".")}
+    paths = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    return {path.as_posix(): (folder / path).stat().st_size for path in shown}
 
 
 def push_folder(
@@ -341,7 +341,6 @@ def _contents(folder: Path, path: str, repo_id: str) -> Path | bytes:
 def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether the repository's card was written by someone else."""
     try:
-        disable_progress_bars()
         file = api.hf_hub_download(repo_id, "README.md", revision=revision)
     except (HfHubHTTPError, OSError):
         return False

@@ -286,6 +286,14 @@ def test_info_tells_what_a_pipeline_is_made_of(run: Path, capfd: pytest.CaptureF
     assert "ConvFeatureExtractor" in capfd.readouterr().out
 
 
+def test_sample_answers_a_script(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("--num-images", 3, "--num-inference-steps", 2, "--guidance-scale", 0, "--output", tmp_path / "new")
+    assert command("sample", run, *options, "--json") == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert answer["num_images"] == 3 and answer["nfe"] == 2
+    assert Path(answer["grid"]).is_file() and Path(answer["output"]) == tmp_path / "new"
+
+
 def test_report_writes_the_page_again(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert command("report", run.parent, "--output", page) == 0
@@ -339,6 +347,13 @@ def test_the_comparison_that_evaluates_them_is_a_valid_configuration() -> None:
 def test_a_folder_without_a_pipeline_is_not_pushed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`folder` must hold a saved pipeline"):
         push_folder(tmp_path, "writer/model")
+
+
+def test_what_is_hidden_does_not_go(tmp_path: Path) -> None:
+    for file in ("a/b.txt", ".git/config", "a/.cache/token", ".DS_Store"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("x")
+    assert repository_files(tmp_path) == {"a/b.txt": 1}
 
 
 def test_a_stock_pipeline_has_a_card_of_its_kind(tmp_path: Path) -> None:
