@@ -250,7 +250,7 @@ def _training(facts: CardFacts) -> str:
     lines = [f"Data: {known.title if known else facts.dataset or 'not recorded'}."]
     lines += [_procedure(part, run, results) for part, (run, results) in facts.runs.items()]
     if facts.weights_dtype != "float32":
-        lines.append(f"The weights were rounded to {facts.weights_dtype} after training.")
+        lines.append(f"The weights are stored in {facts.weights_dtype}, rounded after training and evaluation.")
     sizes = ", ".join(f"{name} {number:,}" for name, number in facts.parameters.items())
     return "\n\n".join([" ".join(lines), f"Parameters: {sizes}. The configuration of each run is in `training/`."])
 
