@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ def card(arguments: argparse.Namespace) -> list[str]:
 
 def push(arguments: argparse.Namespace) -> list[str]:
     """A run, or a folder that `card` wrote, to the Hub; the lines to print."""
+    from huggingface_hub.utils import disable_progress_bars
+
     from .hub import check_repo_id, export_run, push_folder, repository_files
 
     check_repo_id(arguments.repo)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.run)
         if not is_repository(folder):
