@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
 	@echo "make test   linters, types and tests"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
+	@echo "make docs   the documentation as a site, into build/site"
 	@echo "make clean  remove the environment and caches, keep runs/"
 
 demo: $(INSTALLED)
@@ -24,6 +25,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks
+
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[docs]"
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
+	@echo "Open build/site/index.html"
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."
