@@ -273,7 +273,7 @@ def _evaluation(facts: CardFacts) -> str:
         return "None yet; `ot-diffusers evaluate` makes one."
     results = facts.results
     seeds = len(results.get("seeds", [0]))
-    drawn = f"means over {seeds} sets of starting noise, ± half of the 95% interval" if seeds > 1 else "one seed"
+    drawn = f"means over {seeds} seeds, ± half of the 95% interval" if seeds > 1 else "one seed"
     return (
         f"This model is the row **{facts.arm}**: {results['num_samples']:,} images against the test images, {drawn}, "
         f"in features of {results['extractor']['name']}, which neither training nor sampling saw. *Real vs real* is "
