@@ -28,7 +28,8 @@ from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_c
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.losses import disjoint_reference_indices
-from ot_diffusers.training import Schedule, diffusion_batches, draw_noise, index_batches, keyed_generator, make_unet
+from ot_diffusers.seeds import keyed_generator
+from ot_diffusers.training import Schedule, diffusion_batches, draw_noise, index_batches, make_unet
 
 ROOT = Path(__file__).parent.parent
 CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
