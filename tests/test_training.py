@@ -179,7 +179,7 @@ def process(index: int, count: int) -> Any:
 def test_processes_and_micro_batches_share_out_one_global_batch() -> None:
     images = ResidentImages("noise", "train", None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8))
     config = BaselineConfig(train_batch_size=3, gradient_accumulation_steps=2)
-    schedule = Schedule(global_batch_size=12, updates_per_epoch=4, num_updates=9)
+    schedule = Schedule(global_batch_size=12, forward_batch_size=6, updates_per_epoch=4, num_updates=9)
     seen = [list(index_batches(images, config, schedule, process(index, 2), start=0)) for index in range(2)]
     for update in range(schedule.num_updates):
         batches = [batch for batches in seen for batch in batches if batch[0] == update]
@@ -197,7 +197,7 @@ def test_processes_and_micro_batches_share_out_one_global_batch() -> None:
 def test_every_forward_pass_has_its_own_dropout() -> None:
     images = ResidentImages("noise", "train", None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8))
     config = BaselineConfig(train_batch_size=3, gradient_accumulation_steps=2)
-    schedule = Schedule(global_batch_size=12, updates_per_epoch=4, num_updates=5)
+    schedule = Schedule(global_batch_size=12, forward_batch_size=6, updates_per_epoch=4, num_updates=5)
     seeds = [
         torch.initial_seed()
         for index in range(2)
@@ -306,10 +306,10 @@ def test_rotation_and_a_second_continuation(tmp_path: Path) -> None:
     run = train("baseline", tmp_path / "run", max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=3)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["update-00000003", "update-00000004", "update-00000005"]
-    # From an earlier checkpoint, what came after it is done again and replaced.
+    # From an earlier checkpoint, what came after it is done again.
     checkpoint = str(run / "checkpoints" / "update-00000003")
     train("baseline", run, max_train_steps=4, checkpoints_total_limit=3, resume_from_checkpoint=checkpoint)
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    names = sorted(path.name for path in (run / "checkpoints").glob("update-*"))
     assert names == ["update-00000003", "update-00000004"]
     assert [line["step"] for line in metrics(run)] == [4]
 

@@ -21,9 +21,11 @@ Images = ResidentImages | StreamedImages
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is: updates per epoch and in all, and the images in one update over all processes."""
+    """How long a run is: updates per epoch and in all, and the images that all processes see together, in one update
+    and in one forward pass."""
 
     global_batch_size: int
+    forward_batch_size: int
     updates_per_epoch: int
     num_updates: int
 
@@ -46,10 +48,13 @@ def plan(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Sc
     Raises:
         InputError: a global batch larger than the data set.
     """
-    size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    forward = config.train_batch_size * accelerator.num_processes
+    size = forward * config.gradient_accumulation_steps
     require(size <= len(images), "train_batch_size", f"give a global batch of at most {len(images)} images", size)
     updates_per_epoch = len(images) // size
-    return Schedule(size, updates_per_epoch, config.max_train_steps or config.num_train_epochs * updates_per_epoch)
+    return Schedule(
+        size, forward, updates_per_epoch, config.max_train_steps or config.num_train_epochs * updates_per_epoch
+    )
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +20,18 @@ from ..config import TrainingConfig
 from ..data import load_images
 from ..errors import InputError, require
 from .batches import Images
+from .files import delete_partial, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+CLAIM_SECONDS = 60.0
+_CLAIMED: dict[Path, IO[str]] = {}
 
 # Options that may change when a run goes on; any other difference makes it another run.
 RESUMABLE = {
@@ -30,6 +44,10 @@ RESUMABLE = {
     "num_workers",
     "report_to",
     "output_dir",
+    "max_skipped_updates",
+    # Together with the number of processes, see `check_batch`.
+    "train_batch_size",
+    "gradient_accumulation_steps",
 }
 
 
@@ -48,10 +66,12 @@ def check_output_dir(config: TrainingConfig) -> None:
             config.resume_from_checkpoint,
         )
     folder = Path(config.output_dir)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return
     require(folder.is_dir(), "output_dir", "be a folder", config.output_dir)
     record = folder / "run.json"
+    if not record.is_file() and all(path.name.endswith((".partial", LOCK)) for path in folder.iterdir()):
+        return
     require(record.is_file(), "output_dir", "be empty or hold a run of this script", config.output_dir)
     require(
         config.resume_from_checkpoint is not None,
@@ -59,7 +79,7 @@ def check_output_dir(config: TrainingConfig) -> None:
         "be empty with resume_from_checkpoint=none",
         config.output_dir,
     )
-    earlier, now = json.loads(record.read_text(encoding="utf-8"))["config"], _as_json(config)
+    earlier, now = _read_record(folder)["config"], _as_json(config)
     for name in sorted((earlier.keys() | now.keys()) - RESUMABLE):
         if earlier.get(name) != now.get(name):
             raise InputError(
@@ -95,19 +115,25 @@ def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -
     """Create the folder, write `run.json`, start the trackers; the last place where a run can be refused.
 
     Raises:
-        InputError: the folder holds a run on other images.
+        InputError: the folder holds a run on other images or with another batch, or is in use.
     """
     folder = Path(config.output_dir)
-    before = _read_json(folder / "run.json").get("data", {}).get("fingerprint", images.fingerprint)
+    batch = batch_sizes(config, accelerator.num_processes)
+    earlier = _read_record(folder)
+    before = earlier.get("data", {}).get("fingerprint", images.fingerprint)
     require(before == images.fingerprint, "dataset", "hold the images that the run began with", config.dataset)
+    check_batch(config, batch, earlier.get("batch", batch), accelerator.num_processes)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+        delete_partial(folder)
         record = {
             "script": type(config).__doc__,
             "config": _as_json(config),
             "data": {"name": images.name, "fingerprint": images.fingerprint, "num_samples": len(images)},
             "num_processes": accelerator.num_processes,
+            "batch": batch,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         write_json(folder / "run.json", record)
@@ -116,21 +142,82 @@ def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -
     accelerator.init_trackers("ot_diffusers", config={key: value for key, value in flat.items() if value is not None})
 
 
+def batch_sizes(config: TrainingConfig, num_processes: int) -> dict[str, int]:
+    """Images that all processes see together: in one update, and in one forward pass."""
+    forward = config.train_batch_size * num_processes
+    return {"update": forward * config.gradient_accumulation_steps, "forward": forward}
+
+
+def check_batch(config: TrainingConfig, batch: dict[str, int], earlier: dict[str, int], num_processes: int) -> None:
+    """Refuse to go on with a batch of another size: it belongs to the run, whatever the number of processes.
+
+    An update has the same images on any number of processes. Where a loss compares distributions, a forward pass has
+    to have them as well.
+
+    Raises:
+        InputError: with the value to give.
+    """
+    part, name, kind = "update", "train_batch_size × gradient_accumulation_steps", "an update"
+    if config.compares_distributions:
+        part, name, kind = "forward", "train_batch_size", "a forward pass"
+    began = f"as the run began with {earlier[part]} images in {kind}"
+    wanted, remainder = divmod(earlier[part], num_processes)
+    require(remainder == 0, "num_processes", f"be a divisor of {earlier[part]}, {began}", num_processes)
+    given = batch[part] // num_processes
+    require(given == wanted, name, f"be {wanted} on {num_processes} processes, {began}", given)
+    steps = config.gradient_accumulation_steps
+    wanted = earlier["update"] // earlier["forward"]
+    same = batch["update"] == earlier["update"]
+    require(same, "gradient_accumulation_steps", f"be {wanted}, as when the run began", steps)
+
+
+def claim(folder: Path) -> None:
+    """Keep other processes out of the folder for as long as this one lives, where the file system can.
+
+    An earlier process of the run may be about to end; it is waited for, but not for long.
+
+    Raises:
+        InputError: the folder is in use.
+    """
+    folder = folder.resolve()
+    if fcntl is None or folder in _CLAIMED:
+        return
+    file = (folder / LOCK).open("a")
+    until = time.monotonic() + CLAIM_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            require(time.monotonic() < until, "output_dir", "not be in use by another process", str(folder))
+            time.sleep(0.2)
+            continue
+        except OSError:
+            logger.warning("%s cannot be locked: take care that one process uses it at a time", folder)
+        _CLAIMED[folder] = file
+        return
+
+
 def _as_json(config: TrainingConfig) -> dict[str, Any]:
     """The configuration as it reads back from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Its content; empty where there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _read_record(folder: Path) -> dict[str, Any]:
+    """`run.json` of the folder; empty where there is none.
 
-
-def write_json(file: Path, content: Any) -> None:
-    """Write aside, then rename, so that a reader never meets half a file."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    Raises:
+        InputError: it is not what a script has written.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"`output_dir` must hold a readable run.json, got {str(file)!r}") from error
+    known = isinstance(record, dict) and isinstance(record.get("config"), dict)
+    require(known, "output_dir", "hold a run of this script", str(folder))
+    return record
 
 
 def load_split(config: TrainingConfig, split: str, accelerator: Accelerator) -> Images:

@@ -1,12 +1,44 @@
-"""One loss over several processes."""
+"""Several processes as one: a loss over all of their rows, and a decision to stop that all of them share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
+
+CONTINUE, OUT_OF_TIME, SIGNALLED = range(3)
+
+
+class Agreement:
+    """The greatest of what the processes propose, known to all of them at the same update.
+
+    The proposals travel on the CPU beside the next update and are read after it, so that no device is waited for.
+    A single process agrees with itself at once.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._travelling: tuple[Any, Tensor] | None = None
+
+    def on(self, proposal: int) -> int:
+        """The agreement on the last call's proposals; on this one's where there is one process only."""
+        if self._group is None:
+            return proposal
+        agreed = CONTINUE
+        if self._travelling is not None:
+            work, value = self._travelling
+            work.wait()
+            agreed = int(value)
+        value = torch.tensor(proposal)
+        greatest = torch.distributed.ReduceOp.MAX
+        self._travelling = (
+            torch.distributed.all_reduce(value, greatest, group=self._group, async_op=True),
+            value,
+        )
+        return agreed
 
 
 class _GatherRows(torch.autograd.Function):
