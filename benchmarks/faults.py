@@ -127,7 +127,9 @@ def kill_one_of_two(job: Job, folder: Path, chance: random.Random) -> bool:
 def terminate(job: Job, folder: Path, chance: random.Random) -> bool:
     """SIGTERM: exit status 0 with all that was done."""
     process = job.start(folder)
-    wait(process, chance.uniform(job.first_seconds, job.seconds))
+    while not list(folder.glob("checkpoints/update-*")) and process.poll() is None:
+        time.sleep(0.01)
+    wait(process, chance.uniform(0, job.seconds - job.first_seconds))
     process.send_signal(signal.SIGTERM)
     return leaves(process, status=0) and job.finish(folder)
 
@@ -164,6 +166,8 @@ def flipped_bit(job: Job, folder: Path, chance: random.Random) -> bool:
 
 def corrupt_images(job: Job, folder: Path, chance: random.Random) -> bool:
     """A picture of the data set is damaged: refused in one line, and nothing is written; mended, the run goes."""
+    baseline = command([sys.executable, "train/train_baseline.py"], COMMON | UNET | {"max_train_steps": 2})
+    job = dataclasses.replace(job, command=baseline)
     data = folder.with_name(f"{folder.name}-data")
     write_pictures(data)
     damaged = chance.choice(sorted(data.glob("train/*.png")))
@@ -171,7 +175,7 @@ def corrupt_images(job: Job, folder: Path, chance: random.Random) -> bool:
     damaged.write_bytes(content[: chance.randrange(40, len(content) - 12)])
     refused = leaves(job.start(folder, f"dataset={data}"), status=2, lines=1) and not folder.exists()
     damaged.write_bytes(content)
-    return refused and leaves(job.start(folder, f"dataset={data}", "max_train_steps=2"), status=0)
+    return refused and leaves(job.start(folder, f"dataset={data}"), status=0)
 
 
 FAULTS: dict[str, tuple[Callable[[Job, Path, random.Random], bool], int]] = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .config import BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, load_config
@@ -81,10 +82,19 @@ def run_command(command: Sequence[str]) -> int:
     and leaves with status 0."""
     # In a group of its own, so that Ctrl-C reaches it once, from here.
     process = subprocess.Popen(command, process_group=0, env=os.environ | {"OT_DIFFUSERS_LAUNCHED": "1"})
+    passed_on: set[int] = set()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.add(number)
+        process.send_signal(number)
+
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        return process.wait()
+        status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    # A signal ends a process that still imports its libraries: there was nothing to save.
+    stopped = any(status in (-number, 128 + number) for number in passed_on)
+    return 0 if stopped else status
