@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench faults clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
 	@echo "make test   linters, types and tests"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
+	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
 	@echo "make clean  remove the environment and caches, keep runs/"
 
 demo: $(INSTALLED)
@@ -24,6 +25,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks
+
+faults: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.faults --output docs/faults.json
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from ot_diffusers.data import load_images, pixels_of
-from ot_diffusers.evaluation.report import provenance
+from ot_diffusers.evaluation.page import provenance
 from ot_diffusers.training.files import write_json
 
 COMMON = {"dataset": "digits", "report_to": "none", "checkpointing_steps": 4, "train_batch_size": 32}
@@ -316,7 +316,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of the trials")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (%(default)s)")
-    parser.add_argument("--output", default="benchmarks/faults.json", help="file (%(default)s)")
+    parser.add_argument("--output", default="docs/faults.json", help="file (%(default)s)")
     arguments = parser.parse_args()
     counts = {title: [0, 0] for title in FAULTS}
     with tempfile.TemporaryDirectory(prefix="ot_diffusers_faults_") as name, ThreadPoolExecutor(2) as pool:

@@ -428,7 +428,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     require(file.is_file(), "--config", "be an existing YAML file", path)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"`--config` must be valid YAML, got {path!r}: {' '.join(str(error).split())}") from error
     require(isinstance(values, dict), "--config", "hold `key: value` lines", path)
     return values

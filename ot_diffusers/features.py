@@ -37,8 +37,16 @@ def load_feature_extractor(path: str) -> FeatureExtractor:
         ) from error
     for network in (ConvFeatureExtractor, ResidualFeatureExtractor):
         if network.__name__ == class_name:
-            return network.from_pretrained(folder, use_safetensors=True)
+            return _load_network(network, folder)
     raise InputError(f"`feature_extractor` must be a Conv- or ResidualFeatureExtractor, got {class_name!r} in {path!r}")
+
+
+def _load_network(kind: Any, folder: str) -> FeatureExtractor:
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"`feature_extractor` must be complete, got {folder!r} ({reason})") from error
 
 
 def load_reference_bank(path: str) -> ReferenceBank:

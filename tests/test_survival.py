@@ -138,7 +138,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(whole: Path, tmp_path: Pa
     parts = copy_until(whole, 3, tmp_path / "run")
     checkpoint = parts / "checkpoints" / "update-00000002"
     flip(checkpoint / "optimizer.safetensors", 0)
-    with pytest.raises(InputError, match=r"`resume_from_checkpoint` must be as it was written \(optimizer"):
+    with pytest.raises(InputError, match=r"`resume_from_checkpoint` must be .* as it was written \(optimizer"):
         train("baseline", parts, **SEVEN, resume_from_checkpoint=str(checkpoint))
     assert len(list((parts / "checkpoints").iterdir())) == 3
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import TrainingConfig
-from ..errors import TrainingError, require
+from ..errors import TrainingError
 from .averages import Averages
 from .batches import Schedule
 from .files import damage, delete, delete_partial, save_tensors, write_json, written_aside
@@ -232,9 +232,6 @@ def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerato
 
     What must not be taken for a continuation is kept, under another name: damaged checkpoints as `damaged-N`, and with
     an earlier checkpoint named, the later ones in `replaced-1`, `replaced-2`, …
-
-    Raises:
-        InputError: the checkpoint that the configuration names is damaged.
     """
     if config.resume_from_checkpoint is None:
         return
@@ -268,8 +265,6 @@ def _last_good(config: TrainingConfig) -> Path | None:
 def _named(config: TrainingConfig) -> Path:
     """The checkpoint that the configuration names; those of the run that it replaces are put aside."""
     named = Path(str(config.resume_from_checkpoint))
-    problem = damage(named)
-    require(problem is None, "resume_from_checkpoint", f"be as it was written ({problem})", str(named))
     update = json.loads((named / "state.json").read_text(encoding="utf-8"))["update"]
     own = [folder for folder in checkpoints(config) if folder.resolve() != named.resolve()]
     _put_aside([folder for folder in own if int(folder.name.removeprefix("update-")) >= update], config)

@@ -14,13 +14,13 @@ from typing import IO, Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from ..config import TrainingConfig
 from ..data import load_images
 from ..errors import InputError, require
 from .batches import Images
-from .files import delete_partial, write_json
+from .files import damage, delete_partial, write_json
 
 try:
     import fcntl
@@ -28,6 +28,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Averages of weights and checkpoints are of whole models, which are small beside the memory of a GPU."""
 
 LOCK = ".lock"
 CLAIM_SECONDS = 60.0
@@ -58,17 +61,14 @@ def check_output_dir(config: TrainingConfig) -> None:
         InputError: naming the option that differs from the run in the folder.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
-        complete = (Path(config.resume_from_checkpoint) / "state.json").is_file()
-        require(
-            complete,
-            "resume_from_checkpoint",
-            "be latest, none or a checkpoint's folder",
-            config.resume_from_checkpoint,
-        )
+        problem = damage(Path(config.resume_from_checkpoint))
+        requirement = f"be latest, none or a checkpoint's folder as it was written ({problem})"
+        require(problem is None, "resume_from_checkpoint", requirement, config.resume_from_checkpoint)
     folder = Path(config.output_dir)
-    if not folder.exists():
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(existing.is_dir(), "output_dir", "be a folder", config.output_dir)
+    if existing != folder:
         return
-    require(folder.is_dir(), "output_dir", "be a folder", config.output_dir)
     record = folder / "run.json"
     if not record.is_file() and all(path.name.endswith((".partial", LOCK)) for path in folder.iterdir()):
         return
@@ -92,7 +92,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """An accelerator for the configuration, with the random seed set alike on every process.
 
     Raises:
-        InputError: a tracker that is not installed.
+        InputError: a tracker that is not installed, or processes that each hold a part of the model only.
     """
     tracker = None if config.report_to == "none" else config.report_to
     installed = [str(name) for name in get_available_trackers()]
@@ -107,6 +107,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=tracker,
         project_dir=str(Path(config.output_dir) / "logs") if tracker else None,
     )
+    whole = accelerator.distributed_type not in SHARDED
+    require(whole, "distributed_type", "leave the whole model to every process", accelerator.distributed_type.value)
     set_seed(config.seed)
     return accelerator
 
