@@ -48,15 +48,18 @@ request = StopRequest()
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """In the block, SIGTERM and SIGINT ask the training loop to stop."""
+    """In the block, SIGTERM and SIGINT ask the training loop to stop. After it they are passed over: what is left of a
+    command whose work is done should not make it fail. An exception leaves the handlers as they were."""
     request.__init__()  # type: ignore[misc]
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request.note) for number in numbers}
     try:
         yield
-    finally:
+    except BaseException:
         for number, handler in before.items():
             signal.signal(number, handler)
+        raise
+    request.heeded = True
 
 
 def end_with_launcher() -> None:

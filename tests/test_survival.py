@@ -396,6 +396,14 @@ def test_before_training_a_signal_ends_a_process_at_once(monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_command_that_is_done_stays_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["train_baseline.py"])
+    run_script(lambda config: None, BaselineConfig, "")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_interrupt_that_insists_interrupts() -> None:
     request = StopRequest()
     request.heeded = True
