@@ -99,8 +99,8 @@ class Averages:
 
 @torch.no_grad()
 def effective_rank(rows: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of the centred rows [N, D]: in how many directions they
-    spread, from 1 (all on a line) to min(N − 1, D); 0-d float32.
+    """exp of the entropy of the covariance's normalised eigenvalues, of rows [N, …]: in how many directions they
+    spread, from 1 (all on a line) to min(N − 1, D); 0-d float32. The metric of that name, on any device and any rows.
 
     Of more than 256 rows, the first 256 are looked at. Rows that are all one point have rank 1.
 
@@ -112,6 +112,6 @@ def effective_rank(rows: Tensor) -> Tensor:
         (1.0, 3.0)
     """
     rows = rows[:MAX_RANK_ROWS].flatten(1).float().nan_to_num()
-    lengths = torch.linalg.svdvals(rows - rows.mean(0))
-    shares = lengths / lengths.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    spectrum = torch.linalg.svdvals(rows - rows.mean(0)).square()
+    shares = spectrum / spectrum.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return torch.special.entr(shares).sum().exp()
