@@ -190,6 +190,7 @@ FAULTS: dict[str, tuple[Callable[[Job, Path, random.Random], bool], int]] = {
     "corrupt image": (corrupt_images, 3),
 }
 """Title to fault and number of trials."""
+NAMES = {fault.__name__: title for title, (fault, _) in FAULTS.items()}
 
 
 # --- Parts of a trial -------------------------------------------------------------------------------------------------
@@ -315,25 +316,32 @@ def trials(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of the trials")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="some faults; the others keep their rows in the file")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (%(default)s)")
     parser.add_argument("--output", default="docs/faults.json", help="file (%(default)s)")
     arguments = parser.parse_args()
-    counts = {title: [0, 0] for title in FAULTS}
+    wanted = [NAMES[name] for name in arguments.only or NAMES]
+    counts = {title: [0, 0] for title in wanted}
     with tempfile.TemporaryDirectory(prefix="ot_diffusers_faults_") as name, ThreadPoolExecutor(2) as pool:
         os.environ["OT_DIFFUSERS_CACHE"] = f"{name}/cache"
         jobs, two = make_jobs(Path(name))
         waiting = [
             (title, pool.submit(trial))
             for title, trial in trials(jobs, two, Path(name), 4 if arguments.quick else 1, arguments.seed)
+            if title in wanted
         ]
         for title, outcome in waiting:
             counts[title][0 if outcome.result() else 1] += 1
             survived, lost = counts[title]
             sys.stdout.write(f"{title}: {survived} survived, {lost} lost\n")
             sys.stdout.flush()
-    rows = [[title, str(survived + lost), str(survived), str(lost)] for title, (survived, lost) in counts.items()]
+    file = Path(arguments.output)
+    earlier = json.loads(file.read_text(encoding="utf-8"))["table"]["rows"] if arguments.only and file.is_file() else []
+    found = {row[0]: row for row in earlier}
+    found |= {title: [title, str(sum(both)), *map(str, both)] for title, both in counts.items()}
+    rows = [found[title] for title in FAULTS if title in found]
     table = {"header": ["fault", "trials", "survived", "lost"], "rows": rows}
-    write_json(Path(arguments.output), {"table": table, "seed": arguments.seed, "provenance": provenance()})
+    write_json(file, {"table": table, "seed": arguments.seed, "provenance": provenance()})
     return int(any(lost for _, lost in counts.values()))
 
 

@@ -59,7 +59,8 @@ def stop_on_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         raise
-    request.heeded = True
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)  # a handler of Python's would be taken away before the process is gone
 
 
 def end_with_launcher() -> None:
