@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint bench faults clean
+.PHONY: help demo test lint bench faults docs clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
@@ -10,6 +10,7 @@ help:
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
+	@echo "make docs   the documentation as a site, into build/site"
 	@echo "make clean  remove the environment and caches, keep runs/"
 
 demo: $(INSTALLED)
@@ -28,6 +29,11 @@ bench: $(INSTALLED)
 
 faults: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.faults --output docs/faults.json
+
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[docs]"
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
+	@echo "Open build/site/index.html"
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."

@@ -1,6 +1,7 @@
 """Optimal transport in the training loss, in the sampler and at the starting point of diffusion models.
 
-The names below are loaded on first use, so that `import ot_diffusers` costs nothing.
+The names below are loaded on first use, so that `import ot_diffusers` costs nothing. Once both are imported,
+`diffusers.DiffusionPipeline` loads the pipelines of this package too.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_pipelines
+
 if TYPE_CHECKING:
     from .guidance import OTGuidance
+    from .models.backbone_extractor import BackboneFeatureExtractor
     from .models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
     from .models.guidance_field import GuidanceField
+    from .models.prior import GaussianPrior, PriorGenerator
     from .models.reference_bank import ReferenceBank
     from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
     from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
@@ -21,10 +26,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "BackboneFeatureExtractor": ".models.backbone_extractor",
     "ConvFeatureExtractor": ".models.feature_extractor",
+    "GaussianPrior": ".models.prior",
     "GuidanceField": ".models.guidance_field",
     "OTGuidance": ".guidance",
     "OTGuidedDDIMPipeline": ".pipelines.pipeline_ot_guided_ddim",
+    "PriorGenerator": ".models.prior",
     "ReferenceBank": ".models.reference_bank",
     "ResidualFeatureExtractor": ".models.feature_extractor",
     "TruncatedPriorPipeline": ".pipelines.pipeline_truncated_prior",
@@ -33,10 +41,13 @@ _MODULES = {
 }
 
 __all__ = [
+    "BackboneFeatureExtractor",
     "ConvFeatureExtractor",
+    "GaussianPrior",
     "GuidanceField",
     "OTGuidance",
     "OTGuidedDDIMPipeline",
+    "PriorGenerator",
     "ReferenceBank",
     "ResidualFeatureExtractor",
     "TruncatedPriorPipeline",
@@ -56,3 +67,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_pipelines()

@@ -1,4 +1,4 @@
-"""The command line: `ot-diffusers demo | train | sample | evaluate | compare | track | stress | truncation | …`.
+"""The command line: `ot-diffusers demo | train | sample | evaluate | compare | report | push | info | …`.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once. Bad input is one line on stderr and
 exit status 2.
@@ -68,6 +68,11 @@ def make_parser() -> Parser:
     _add_stress(commands)
     _add_truncation(commands)
     _add_truncated_set(commands)
+    _add_report(commands)
+    _add_card(commands)
+    _add_push(commands)
+    _add_info(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -103,6 +108,7 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
     sample.add_argument("--num-images", type=int, default=64, help="how many (%(default)s)")
     sample.add_argument("--output", default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
+    sample.add_argument("--json", action="store_true", help="print folder, number, time and network calls as JSON")
     _add_sampling_options(sample)
     _add_overwrite(sample)
     sample.set_defaults(command=run_sample)
@@ -190,6 +196,61 @@ def _add_truncated_set(commands: Any) -> None:
     export.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     export.add_argument("--output", required=True, help="new folder")
     export.set_defaults(command=run_truncated_set)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="results.json as a table and an HTML file", allow_abbrev=False)
+    report.add_argument("results", help="results.json, or the folder of a demo, study or comparison that holds it")
+    report.add_argument("--output", metavar="FILE", help="HTML file; default: report.html beside the results")
+    report.add_argument("--json", action="store_true", help="print the results and write nothing")
+    report.set_defaults(command=run_report)
+
+
+def _add_card(commands: Any) -> None:
+    card = commands.add_parser("card", help="write a run as the folder that goes to the Hub", allow_abbrev=False)
+    card.add_argument("run", help="folder of a training run, or any saved pipeline")
+    card.add_argument("--output", required=True, help="new folder")
+    card.add_argument("--repo", metavar="USER/NAME", help="where it will be loaded from; default: the folder's name")
+    _add_card_options(card)
+    card.set_defaults(command=run_card)
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser("push", help="push a run and its card to the Hub in one commit", allow_abbrev=False)
+    push.add_argument("run", help="folder of a training run, a saved pipeline, or a folder that `card` wrote")
+    push.add_argument("--repo", metavar="USER/NAME", required=True, help="repository, created where there is none")
+    push.add_argument("--private", action="store_true", help="create it private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to; default: main")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--dry-run", action="store_true", help="list what would go, without a connection")
+    push.add_argument("--json", action="store_true", help="print JSON in place of the list")
+    _add_card_options(push)
+    push.set_defaults(command=run_push)
+
+
+def _add_card_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("card")
+    options.add_argument("--features", help="run of train_features.py that guides the pipeline")
+    options.add_argument("--results", metavar="FILE", help="results.json of an evaluation, comparison or demo")
+    options.add_argument("--arm", help="the arm of the results that is this pipeline")
+    options.add_argument("--dtype", default="float32", help="of the stored weights: float32 or float16 (%(default)s)")
+    options.add_argument("--num-images", type=int, default=64, help="pictures on the card, 0 for none (%(default)s)")
+    options.add_argument("--num-inference-steps", type=int, help="their denoising steps; default: the pipeline's own")
+
+
+def _add_info(commands: Any) -> None:
+    info = commands.add_parser("info", help="what a saved pipeline is made of", allow_abbrev=False)
+    info.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(command=run_info)
+
+
+def _add_completion(commands: Any) -> None:
+    completion = commands.add_parser(
+        "completion", help="print a script that completes commands and options", allow_abbrev=False
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"), help='load it by: eval "$(… completion bash)"')
+    completion.set_defaults(command=run_completion)
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -341,11 +402,15 @@ def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     allowed = empty or (arguments.overwrite and output.is_dir())
     require(allowed, "output", "be a new or empty folder without --overwrite", arguments.output)
     _prepare_libraries()
-    from .sampling import save_images
+    from .sampling import network_calls, save_images
 
-    _, images = _sample(arguments, arguments.pipeline, arguments.num_images)
+    started = time.monotonic()
+    pipeline, images = _sample(arguments, arguments.pipeline, arguments.num_images)
+    seconds = round(time.monotonic() - started, 2)
     if _is_main_process():
-        print(save_images(images, output))
+        grid = save_images(images, output)
+        cost = {"num_images": len(images), "nfe": network_calls(pipeline), "seconds": seconds}
+        print(json.dumps({"output": str(output), "grid": str(grid), **cost}, indent=2) if arguments.json else grid)
     return 0
 
 
@@ -432,6 +497,51 @@ def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tu
     call = _call_arguments(arguments)
     images = sample_images(loaded, num_images, batch_size=arguments.batch_size, seed=arguments.seed, **call)
     return loaded, images
+
+
+def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Results as a table and an HTML file."""
+    _prepare_libraries()
+    from .commands import report
+
+    return _print(report(arguments))
+
+
+def run_card(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """A run as a folder for the Hub."""
+    _prepare_libraries()
+    from .commands import card
+
+    return _print(card(arguments))
+
+
+def run_push(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """A run to the Hub."""
+    _prepare_libraries()
+    from .commands import push
+
+    return _print(push(arguments))
+
+
+def run_info(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """The parts of a pipeline."""
+    _prepare_libraries()
+    from .commands import info
+
+    return _print(info(arguments))
+
+
+def run_completion(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """A shell's completion script."""
+    from .commands import completion
+
+    return _print(completion(make_parser(), arguments.shell))
+
+
+def _print(lines: Sequence[str]) -> int:
+    for line in lines:
+        print(line)
+    return 0
 
 
 def _call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from .config import FeaturesConfig
 from .data import ResidentImages, StreamedImages
 from .errors import InputError, require
 from .losses import image_features
+from .models.backbone_extractor import BackboneFeatureExtractor
 from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
 from .models.reference_bank import ReferenceBank
 from .transport import median_distance
 
 
 def load_feature_extractor(path: str) -> FeatureExtractor:
-    """The feature network of a `train_features.py` run, or one saved by itself in a folder or under a Hub id.
+    """The feature network of a `train_features.py` run, or one saved by itself in a folder or under a Hub id: this
+    package's, or a vision backbone of transformers.
 
     Raises:
         InputError: no feature network there.
@@ -30,15 +32,18 @@ def load_feature_extractor(path: str) -> FeatureExtractor:
     inside = Path(path) / "feature_extractor"
     folder = str(inside) if inside.is_dir() else path
     try:
-        class_name = FeatureExtractor.load_config(folder).get("_class_name")
+        config = FeatureExtractor.load_config(folder)
     except (OSError, ValueError) as error:
         raise InputError(
             f"`feature_extractor` must be a folder or Hub id of a feature network, got {path!r}"
         ) from error
-    for network in (ConvFeatureExtractor, ResidualFeatureExtractor):
-        if network.__name__ == class_name:
+    if "model_type" in config:  # transformers' own
+        return BackboneFeatureExtractor.from_transformers(folder)
+    for network in (BackboneFeatureExtractor, ConvFeatureExtractor, ResidualFeatureExtractor):
+        if network.__name__ == config.get("_class_name"):
             return _load_network(network, folder)
-    raise InputError(f"`feature_extractor` must be a Conv- or ResidualFeatureExtractor, got {class_name!r} in {path!r}")
+    found = f"{config.get('_class_name')!r} in {path!r}"
+    raise InputError(f"`feature_extractor` must be a feature network of this package or a vision backbone, got {found}")
 
 
 def _load_network(kind: Any, folder: str) -> FeatureExtractor:
@@ -190,6 +195,8 @@ def weights_fingerprint(network: nn.Module) -> str:
 
 def check_trained_on(network: FeatureExtractor, images: ResidentImages | StreamedImages) -> None:
     """Refuse a feature network that does not fit the images, or was trained on another data set."""
+    if isinstance(network, BackboneFeatureExtractor):
+        return  # takes images of any size, and was trained on neither
     config = network.config
     size = (config.in_channels, config.sample_size, config.sample_size)
     require(size == images.image_shape, "feature_extractor", f"take images of shape {images.image_shape}", size)

@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 
 from .errors import InputError, require
 from .features import load_feature_extractor, load_reference_bank
+from .models.backbone_extractor import BackboneFeatureExtractor
 from .models.feature_extractor import FeatureExtractor
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
@@ -80,6 +81,8 @@ def pipeline_class_name(path: str) -> str:
 
 
 def _check_fits(network: FeatureExtractor, unet: Any) -> None:
+    if isinstance(network, BackboneFeatureExtractor):
+        return  # takes images of any size
     wanted = (unet.config.in_channels, unet.config.sample_size)
     config: Any = network.config
     found = (config.in_channels, config.sample_size)
@@ -157,8 +160,7 @@ def network_calls(pipeline: Any) -> int:
 def save_images(images: Tensor, folder: str | Path) -> Path:
     """Write uint8 images [N, C, H, W] as `00000.png`, `00001.png`, … and `grid.png`; returns the grid's path.
 
-    Pictures that an earlier call left in the folder are removed. The grid is near-square, shows the first 400 images at
-    most, and enlarges small ones without smoothing.
+    Pictures that an earlier call left in the folder are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,12 +168,26 @@ def save_images(images: Tensor, folder: str | Path) -> Path:
         earlier.unlink()
     for index, image in enumerate(images):
         _to_picture(image).save(folder / f"{index:05d}.png")
+    return save_grid(images, folder / GRID_NAME)
+
+
+def save_grid(images: Tensor, file: Path) -> Path:
+    """Write `image_grid` of uint8 images [N, C, H, W]; returns the file."""
+    image_grid(images).save(file)
+    return file
+
+
+def image_grid(images: Tensor) -> PIL.Image.Image:
+    """The first 400 of uint8 images [N, C, H, W] as one near-square picture, small ones enlarged without smoothing.
+
+    Example:
+        >>> image_grid(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)).size
+        (152, 152)
+    """
     shown = images[:GRID_IMAGES]
     enlargement = max(1, GRID_TILE // max(images.shape[2:]))
     large = shown.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
-    grid = make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255)
-    _to_picture(grid).save(folder / GRID_NAME)
-    return folder / GRID_NAME
+    return _to_picture(make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255))
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
 
-from ot_diffusers import ConvFeatureExtractor, cli
+from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
 from ot_diffusers.comparison import (
     Arm,
     Clock,
@@ -176,6 +177,28 @@ def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
     assert "Losses" in (tmp_path / "study" / "report.html").read_text("utf-8")
 
 
+def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, tmp_path: Path) -> None:
+    images = load_images("digits", "train")
+    network = ConvFeatureExtractor(sample_size=8, feature_dim=8, block_out_channels=(4, 8))
+    bank = ReferenceBank.from_features(network.extract(images.fetch(torch.arange(200))))
+    for part, name in ((network, "feature_extractor"), (bank, "reference_bank")):
+        part.save_pretrained(tmp_path / "features" / name)
+    pipeline, features = save_pipeline(unet, tmp_path / "plain"), str(tmp_path / "features")
+    arms = {
+        "plain": Arm(pipeline=pipeline),
+        "field": Arm(pipeline=pipeline, features=features, field_samples=16, batch_size=12),
+        "the same": Arm(pipeline=pipeline, features=features, field_samples=16, batch_size=8),
+    }
+    call = {"num_inference_steps": 3}
+    values = {"evaluator": str(evaluator), "seeds": 1, "num_samples": 24, "call": call}
+    run_comparison(
+        ComparisonConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), announce=lambda line: None
+    )
+    images = {name: load_file(tmp_path / "study" / "seed-0" / f"{name}.safetensors")["images"].int() for name in arms}
+    assert (images["field"] - images["the same"]).abs().max() <= 1  # any batch
+    assert (images["field"] - images["plain"]).abs().max() > 5
+
+
 def test_equal_compute_is_in_seconds(tmp_path: Path) -> None:
     """The baseline makes 100 updates in 10 s and the OT model trains for 25 s: 250 updates."""
     arms = {"baseline": Arm(train="baseline"), "ot": Arm(train="ot")}
@@ -249,6 +272,10 @@ def test_arms_that_cannot_be() -> None:
             Arm(**values)
     with pytest.raises(InputError, match="max_train_seconds"):
         Arm(train="ot", overrides=("max_train_seconds=5",))
+    with pytest.raises(InputError, match="`field_samples` must come with the features that guide, got 100"):
+        Arm(pipeline="x", field_samples=100)
+    with pytest.raises(InputError, match="`field_samples` must be at least 16, got 2"):
+        Arm(pipeline="x", features="y", field_samples=2)
 
 
 def test_arms_are_chosen_by_name_or_folder(config: ComparisonConfig) -> None:

@@ -293,7 +293,9 @@ def test_folder_without_a_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`feature_extractor` must be a folder or Hub id of a feature network"):
         load_feature_extractor(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(InputError, match="must be a Conv- or ResidualFeatureExtractor, got 'UNet2DModel'"):
+    with pytest.raises(
+        InputError, match="must be a feature network of this package or a vision backbone, got 'UNet2DModel'"
+    ):
         load_feature_extractor(str(tmp_path))
     with pytest.raises(InputError, match="`features` must hold a network and its `reference_bank`"):
         load_reference_bank(str(tmp_path))

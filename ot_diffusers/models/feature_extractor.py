@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..errors import require
 from ..images import to_unit_range
+from .portable import PortableModel
 
 NORM_TYPES = ("group_norm", "batch_norm")
 
@@ -29,7 +29,7 @@ class FeatureExtractorOutput(BaseOutput):
     logits: Tensor
 
 
-class FeatureExtractor(ModelMixin, ConfigMixin):
+class FeatureExtractor(PortableModel, ConfigMixin):
     """What both networks share: images in [0, 1] go in, features and class logits come out, parameters are frozen.
 
     Freezing happens in `__init__`, so it also holds after `from_pretrained`; a training script thaws with

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import require
 from ..transport import DivergencePotentials, divergence_gradient_at
+from .portable import PortableModel
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Correction:
     potentials: DivergencePotentials
 
 
-class GuidanceField(ModelMixin, ConfigMixin):
+class GuidanceField(PortableModel, ConfigMixin):
     """Features and dual potentials of a bank of samples at every step of their guided chain.
 
     A joint batch guides itself: its images repel each other and are drawn to the references. The potentials of a large

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..errors import require
+from .portable import PortableModel
 
 PRIOR_PREDICTION_TYPES = ("sample", "noisy_sample")
 
@@ -115,7 +116,7 @@ class PriorMixin:
         require(valid, "latents", f"have shape [B, {self.latent_dim}]", tuple(latents.shape))
 
 
-class PriorGenerator(PriorMixin, ModelMixin, ConfigMixin):
+class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
     """DCGAN-style generator: a linear layer to a small map, transposed convolutions that double it, a last convolution.
 
     All learned priors (VAE decoder, GAN, OT) share it. Clean images leave through tanh; x_T' is unbounded and leaves
@@ -176,7 +177,7 @@ class PriorGenerator(PriorMixin, ModelMixin, ConfigMixin):
         return PriorOutput(sample=images) if return_dict else (images,)
 
 
-class GaussianPrior(PriorMixin, ModelMixin, ConfigMixin):
+class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
     """Closed-form prior: the Gaussian with the mean and covariance of the data, or one such Gaussian for each class.
 
         x0 = μ_k + Fᵀ_k z + s_k ε',   x_T' = α x0 + σ ε

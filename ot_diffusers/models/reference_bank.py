@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..errors import require
+from .portable import PortableModel
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ReferenceBankOutput(BaseOutput):
     features: Tensor
 
 
-class ReferenceBank(ModelMixin, ConfigMixin):
+class ReferenceBank(PortableModel, ConfigMixin):
     """A fixed cloud of reference features and the length that makes it unit-sized.
 
     The features are a parameter without gradient rather than a buffer, so that device placement and offloading treat

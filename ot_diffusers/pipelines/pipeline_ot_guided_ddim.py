@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..models.guidance_field import Correction, GuidanceField
 from ..models.reference_bank import ReferenceBank
 from ..schedules import alpha_sigma, from_original_sample, to_original_sample
 from .call import extra_step_arguments, finish_images, initial_shape, preserves_variance
+from .portable import PortablePipeline, register
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +40,8 @@ DEFAULTS: dict[str, Any] = {"num_correction_steps": 3, "blur": 0.3, "normalize_f
 SMALL_BATCH = 16
 
 
-class OTGuidedDDIMPipeline(DiffusionPipeline):
+@register
+class OTGuidedDDIMPipeline(PortablePipeline):
     """Unconditional image generation with optimal-transport guidance.
 
     At a guided step the scheduler's own x̂0 is formed from the model output, corrected (`OTGuidance`), and turned back

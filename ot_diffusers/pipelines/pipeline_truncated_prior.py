@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -17,11 +17,13 @@ from ..errors import require
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..schedules import alpha_sigma
 from .call import OUTPUT_TYPES, extra_step_arguments, finish_images
+from .portable import PortablePipeline, register
 
 logger = logging.get_logger(__name__)
 
 
-class TruncatedPriorPipeline(DiffusionPipeline):
+@register
+class TruncatedPriorPipeline(PortablePipeline):
     """Truncated diffusion: the prior makes x_T', the denoiser walks the T' steps from there to x_0.
 
     With the prior N(0, I) and T' = T it is diffusers' own pipeline, bit for bit. Components are left as they were:

@@ -1,0 +1,137 @@
+"""What `ot-diffusers card`, `push`, `info`, `report` and `completion` do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, require
+
+MEGABYTE = 1e6
+
+
+def card(arguments: argparse.Namespace) -> list[str]:
+    """A run as the folder that goes to the Hub; the lines to print."""
+    from .hub import export_run, repository_files
+
+    folder = export_run(arguments.run, arguments.output, **_export_options(arguments))
+    return _listing(repository_files(folder), str(folder))
+
+
+def push(arguments: argparse.Namespace) -> list[str]:
+    """A run, or a folder that `card` wrote, to the Hub; the lines to print."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from .hub import check_repo_id, export_run, push_folder, repository_files
+
+    check_repo_id(arguments.repo)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(arguments.run)
+        if not is_repository(folder):
+            folder = export_run(folder, Path(scratch) / folder.resolve().name, **_export_options(arguments))
+        files = repository_files(folder)
+        url = None
+        if not arguments.dry_run:
+            options = {"private": arguments.private or None, "revision": arguments.revision}
+            url = push_folder(folder, arguments.repo, commit_message=arguments.message, **options)
+    if arguments.json:
+        return [_json({"repo": arguments.repo, "pushed": url is not None, "url": url, "files": files})]
+    return _listing(files, f"{arguments.repo}, nothing was pushed" if url is None else url)
+
+
+def is_repository(folder: Path) -> bool:
+    """Whether the folder is what goes to the Hub already: a pipeline with its card, and not a run in its own folder."""
+    has_card = (folder / "README.md").is_file() and (folder / "model_index.json").is_file()
+    return has_card and not (folder / "run.json").is_file()
+
+
+def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("features", "results", "arm", "dtype", "num_images", "num_inference_steps")
+    return {"repo_id": arguments.repo} | {name: getattr(arguments, name) for name in names}
+
+
+def _listing(files: dict[str, int], where: str) -> list[str]:
+    lines = [f"{size / MEGABYTE:9.3f} MB  {name}" for name, size in files.items()]
+    return [*lines, f"{sum(files.values()) / MEGABYTE:9.3f} MB in {len(files)} files: {where}"]
+
+
+def info(arguments: argparse.Namespace) -> list[str]:
+    """What a saved pipeline is made of; the lines to print."""
+    facts = describe_pipeline(arguments.pipeline)
+    if arguments.json:
+        return [_json(facts)]
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value is not None]
+    width = max(len(name) for name, _ in rows)
+    return [line for name, value in rows for line in _rows(name.ljust(width), value)]
+
+
+def describe_pipeline(path: str) -> dict[str, Any]:
+    """Class, parts, scheduler, images and origin of a saved pipeline.
+
+    Raises:
+        InputError: no pipeline there.
+    """
+    from .hub import parameters, scheduler_facts
+    from .sampling import load_pipeline
+
+    pipeline = load_pipeline(path)
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    parts = {name: part for name, part in pipeline.components.items() if part is not None}
+    references = parts["reference_bank"].config if "reference_bank" in parts else None
+    return {
+        "pipeline": type(pipeline).__name__,
+        "parts": {name: type(part).__name__ for name, part in parts.items()},
+        "parameters": parameters(pipeline),
+        "image_shape": [pipeline.unet.config.in_channels, height, width],
+        **scheduler_facts(pipeline),
+        "num_references": references.num_samples if references else None,
+        "dataset": references.dataset if references else None,
+    }
+
+
+def _rows(name: str, value: Any) -> list[str]:
+    """One line, or one for each entry of a mapping."""
+    if not isinstance(value, dict):
+        return [f"{name}  {'×'.join(map(str, value)) if isinstance(value, list) else value}"]
+    width = max(len(key) for key in value)
+    shown = [f"{key.ljust(width)}  {entry:,}" if isinstance(entry, int) else f"{key.ljust(width)}  {entry}"
+             for key, entry in value.items()]  # fmt: skip
+    return [f"{name if index == 0 else ' ' * len(name)}  {line}" for index, line in enumerate(shown)]
+
+
+def report(arguments: argparse.Namespace) -> list[str]:
+    """`results.json` as a table and as one HTML file with the pictures beside it; the lines to print."""
+    from .comparison import tables
+    from .evaluation.report import text_table, write_report
+    from .hub import read_results
+
+    path = Path(arguments.results)
+    file = path / "results.json" if path.is_dir() else path
+    results = read_results(file)
+    if arguments.json:
+        return [_json(results)]
+    output = Path(arguments.output) if arguments.output else file.with_name("report.html")
+    require(not output.is_dir(), "output", "be a file", str(output))
+    pictures = {picture.stem.replace("_", " ").capitalize(): picture for picture in sorted(file.parent.glob("*.png"))}
+    further = tables(results) if results.get("differences") else {}
+    return [text_table(results), str(write_report(results, pictures, output, tables=further))]
+
+
+def completion(parser: argparse.ArgumentParser, shell: str) -> list[str]:
+    """The script that completes commands and options in a shell."""
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError("`completion` needs shtab: pip install shtab") from error
+    return [shtab.complete(parser, shell)]
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)

@@ -1,0 +1,115 @@
+"""A vision backbone of transformers as the feature network of losses and guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ..errors import InputError, require
+from .feature_extractor import FeatureExtractor, FeatureExtractorOutput
+
+
+class BackboneFeatureExtractor(FeatureExtractor):
+    """DINOv2, CLIP, ViT, ConvNeXt, …: pooled features where the backbone pools, else the mean over its last tokens.
+
+    Images of any size, grey or RGB, are resized (bilinear, antialiased) and normalised as the backbone's processor
+    says. `from_transformers` makes one; saved with a pipeline, it is safetensors and JSON like the other parts, and
+    loads without the original repository.
+
+    Args:
+        backbone: configuration of the backbone as transformers writes it, `model_type` among it.
+        image_size: height and width that the backbone takes, in pixels.
+        image_mean, image_std: of the channels of images in [0, 1].
+        feature_dim: width of the features.
+        dataset, data_fingerprint: None: a general backbone fits any data.
+
+    Example:
+        >>> from transformers import ViTConfig
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+        >>> network = BackboneFeatureExtractor(backbone=config.to_dict(), image_size=(16, 16), feature_dim=16)
+        >>> network.extract(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 16])
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        backbone: dict[str, Any],
+        image_size: tuple[int, int] = (224, 224),
+        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        feature_dim: int = 384,
+        dataset: str | None = None,
+        data_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        self.network = AutoModel.from_config(AutoConfig.for_model(**backbone))
+        self._freeze()
+
+    @classmethod
+    def from_transformers(cls, name_or_path: str, **options: Any) -> BackboneFeatureExtractor:
+        """The backbone in a folder or under a Hub id, with its weights.
+
+        Args:
+            name_or_path: such as `facebook/dinov2-small` or `openai/clip-vit-base-patch32`.
+            options: for both of transformers' `from_pretrained`, such as `revision` and `local_files_only`.
+
+        Raises:
+            InputError: no vision backbone with safetensors and an image processor there.
+        """
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(name_or_path, **options)
+            network = AutoModel.from_pretrained(name_or_path, use_safetensors=True, **options)
+        except (OSError, ValueError) as error:
+            requirement = "be a folder or Hub id with a vision backbone (safetensors) and its image processor"
+            raise InputError(f"`backbone` must {requirement}, got {name_or_path!r}") from error
+        network = getattr(network, "vision_model", network)  # of CLIP and its kin
+        size = _side_lengths(processor)
+        wrapped = cls(
+            backbone=network.config.to_dict(),
+            image_size=size,
+            image_mean=tuple(processor.image_mean),
+            image_std=tuple(processor.image_std),
+            feature_dim=int(_pooled(network.eval(), torch.zeros(1, 3, *size)).shape[1]),
+        )
+        wrapped.network.load_state_dict(network.state_dict())
+        return wrapped
+
+    def forward(self, images: Tensor, return_dict: bool = True) -> FeatureExtractorOutput | tuple[Tensor, Tensor]:
+        """Features [B, feature_dim] of `images`, [B, 1 or 3, H, W] in [0, 1]; there are no class logits."""
+        channels = images.shape[1]
+        require(channels in (1, 3), "images", "have 1 or 3 channels", channels)
+        pixels = images.expand(-1, 3, -1, -1)
+        pixels = F.interpolate(pixels, size=tuple(self.config.image_size), mode="bilinear", antialias=True)
+        mean, std = (pixels.new_tensor(self.config[name]).view(1, -1, 1, 1) for name in ("image_mean", "image_std"))
+        features = _pooled(self.network, (pixels - mean) / std)
+        logits = features.new_empty(len(features), 0)
+        return FeatureExtractorOutput(features, logits) if return_dict else (features, logits)
+
+
+def _pooled(network: Any, pixels: Tensor) -> Tensor:
+    """Features [B, D] of normalised images [B, 3, H, W]."""
+    output = network(pixel_values=pixels)
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        last = output.last_hidden_state
+        pooled = last.mean(dim=(2, 3)) if last.ndim == 4 else last.mean(dim=1)
+    return pooled.flatten(1)
+
+
+def _side_lengths(processor: Any) -> tuple[int, int]:
+    """Height and width that the backbone takes: those of the crop if its processor crops."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = dict(crop or processor.size)
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"]), int(size["shortest_edge"])
+    return int(size["height"]), int(size["width"])

@@ -1,0 +1,173 @@
+"""What both pipelines add to saving and loading: repositories that open with diffusers alone, and never by a pickle.
+
+In `model_index.json`, a part whose class is this package's stands without a library, as `[null, "ReferenceBank"]`.
+diffusers takes that for an absent part, so that a guided repository is a plain `DDIMPipeline` for people who do not
+have the package (a repository with a library that it does not know, it refuses whole). The pipelines here know the
+class.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin
+
+from ..models.backbone_extractor import BackboneFeatureExtractor
+from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
+from ..models.guidance_field import GuidanceField
+from ..models.prior import GaussianPrior, PriorGenerator
+from ..models.reference_bank import ReferenceBank
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+PARTS = (
+    BackboneFeatureExtractor,
+    ConvFeatureExtractor,
+    GaussianPrior,
+    GuidanceField,
+    PriorGenerator,
+    ReferenceBank,
+    ResidualFeatureExtractor,
+)
+"""Parts that a repository may name."""
+
+# diffusers asks the module that a part is loaded from, which is this one, for the base class of models as well.
+__all__ = ["PARTS", "ModelMixin", "PortablePipeline", "register", *(part.__name__ for part in PARTS)]
+
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
+"""What `save_pretrained(push_to_hub=True)` passes on."""
+
+CODE_NAME = "pipeline.py"
+CODE = '''"""For `DiffusionPipeline.from_pretrained(…, custom_pipeline="pipeline", trust_remote_code=True)`."""
+
+from ot_diffusers import {name} as Pipeline  # pip install ot-diffusers
+
+__all__ = ["Pipeline"]
+'''
+# One name for all: diffusers runs the code of all local folders in one module, and wants one pipeline there.
+
+
+class PortablePipeline(DiffusionPipeline):
+    """A `DiffusionPipeline` whose folder is the same bytes wherever it was loaded from."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id; weights are read as safetensors unless
+        `use_safetensors=False` asks for others."""
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for interpreters that have not imported the
+        package; weights are safetensors, whatever `safe_serialization` says."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CODE_NAME).write_text(CODE.format(name=type(self).__name__), encoding="utf-8")
+        push = kwargs.pop("push_to_hub", False)
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        for part in folder.glob("*/config.json"):
+            part.write_text(_without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
+        if push:
+            options.setdefault("repo_id", folder.name)
+            self.push_to_hub(variant=kwargs.get("variant"), **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        results: str | Path | None = None,
+        arm: str | None = None,
+    ) -> str:
+        """Push weights and a model card as one commit; returns the commit's address.
+
+        Args:
+            repo_id: `user/name`; it is created where it does not exist.
+            commit_message: first line of the commit's message.
+            private: create it private. An existing public repository is refused.
+            token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
+            create_pr: open a pull request in place of a commit.
+            safe_serialization: as diffusers has it, without effect: weights are safetensors.
+            variant: such as `"fp16"`, for the names of the weights' files.
+            revision: branch to commit to, created where it does not exist.
+            results: `results.json` of an evaluation, comparison or demo, for the card.
+            arm: the arm of `results` that is this pipeline; needed where there are several.
+
+        Raises:
+            InputError: no token, no permission, no network; the repository is then as it was.
+        """
+        # What a push needs is above this layer, and not needed to sample.
+        from ..hub import push_pipeline
+
+        return push_pipeline(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+            variant=variant,
+            revision=revision,
+            results=results,
+            arm=arm,
+        )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As diffusers', with the module of each part of this package."""
+        located = {name: _located(entry) for name, entry in config_dict.items()}
+        return super().extract_init_dict(located, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The contents of `model_index.json`."""
+        config = json.loads(_without_origin(super().to_json_string()))
+        return _to_json({name: _unlocated(entry) for name, entry in config.items()})
+
+
+def register(kind: type[Pipeline]) -> type[Pipeline]:
+    """Class decorator: an attribute of `diffusers`, where `DiffusionPipeline.from_pretrained` looks for the class."""
+    setattr(diffusers, kind.__name__, kind)
+    return kind
+
+
+def _located(entry: Any) -> Any:
+    """`[None, class]` as `[this module, class]`, where it is one of ours."""
+    return [__name__, entry[1]] if _names_part(entry) else entry
+
+
+def _unlocated(entry: Any) -> Any:
+    """`[module, class]` as `[None, class]`, where it is one of ours."""
+    return [None, entry[1]] if _names_part(entry) else entry
+
+
+def _names_part(entry: Any) -> bool:
+    """Whether an entry of `model_index.json` is a part of this package, with its module or without."""
+    if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
+        return False
+    library, name = entry
+    ours = library is None or str(library).split(".")[0] == __name__.split(".")[0]
+    return ours and name in {part.__name__ for part in PARTS}
+
+
+def _without_origin(config: str) -> str:
+    """A JSON configuration without the place it was loaded from, which means nothing elsewhere."""
+    return _to_json({name: value for name, value in json.loads(config).items() if name != "_name_or_path"})
+
+
+def _to_json(config: dict[str, Any]) -> str:
+    """As diffusers writes configurations."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,113 @@
+"""The documentation: its Python runs as it stands, page by page, and its commands are ones that the parser knows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from diffusers import DDIMPipeline, DDIMScheduler
+from loopback_hub import LoopbackHub
+from test_hub import hub  # noqa: F401  # the fixture
+from test_loading import make_truncated, make_unet
+
+from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
+from ot_diffusers.cli import make_parser
+from ot_diffusers.config import load_config
+from ot_diffusers.data import load_images
+from ot_diffusers.evaluation.quoting import main as quote
+from ot_diffusers.launch import SCRIPTS, preset_path, training_command
+from ot_diffusers.sampling import save_images
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}
+PAGES["../model_cards/README.md"] = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+            for line in block.splitlines()]  # fmt: skip
+
+
+def snippets(page: str) -> str:
+    """All Python of a page, which reads as one program."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small untrained models and pictures where the pages find trained ones, and those of the Hub."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("docs")
+    origin = {"dataset": "digits", "data_fingerprint": load_images("digits", "train").fingerprint}
+    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(4, 8), feature_dim=16, **origin)
+    bank = ReferenceBank.from_features(network.extract(torch.rand(50, 1, 8, 8) * 2 - 1), feature_scale=0.1, **origin)
+    guided = OTGuidedDDIMPipeline(make_unet(), DDIMScheduler(), network, bank)
+    for place in ("runs/demo/ot", "ot-diffusers/digits-ot-guided", "model_cards/digits-ot-guided"):
+        guided.save_pretrained(folder / place)
+    DDIMPipeline(guided.unet, guided.scheduler).save_pretrained(folder / "runs/demo/baseline")
+    network.save_pretrained(folder / "runs/demo/evaluator")
+    make_truncated().save_pretrained(folder / "ot-diffusers/digits-truncated-prior")
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    transformers.Dinov2Model(transformers.Dinov2Config(**small)).save_pretrained(folder / "facebook/dinov2-small")
+    sides = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    transformers.BitImageProcessor(**sides).save_pretrained(folder / "facebook/dinov2-small")
+
+    for name in ("cats", "dogs"):
+        save_images(torch.randint(0, 256, (12, 3, 40, 48), dtype=torch.uint8), folder / "path/to/images" / name)
+        (folder / "path/to/images" / name / "grid.png").unlink()
+    return folder
+
+
+@pytest.fixture
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In that folder, with the modules that a page defines forgotten afterwards."""
+    monkeypatch.chdir(folder)
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        if "diffusers_modules" in name:
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if snippets(text)])
+def test_the_snippets_of_a_page_run(page: str, hub: LoopbackHub) -> None:  # noqa: F811
+    exec(compile(snippets(PAGES[page]), page, "exec"), {"__name__": "__main__"})
+    if "publish" in page:
+        assert hub.repositories["user/name"].messages == ["First version"]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if re.match(r"accelerate launch .*train/", line)])
+def test_a_launch_of_a_script_is_a_valid_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    script = next(index for index, word in enumerate(words) if word.startswith("train/"))
+    configs = {f"train/{file}": config for file, config in SCRIPTS.values()}
+    load_config(configs[words[script]], words[script + 1 :])
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("ot-diffusers")])
+def test_a_command_is_one_that_the_parser_knows(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments, unknown = make_parser().parse_known_args(shlex.split(command)[1:])
+    assert all("=" in word for word in unknown)
+    config = getattr(arguments, "config", None)
+    if arguments.name == "train":
+        training_command(arguments.script, unknown, config=config)
+    assert config is None or preset_path(config).is_file()
+
+
+def test_pages_link_to_what_exists() -> None:
+    for name, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (DOCS / name).parent.joinpath(link).is_file(), f"{name} links to {link}"
+
+
+def test_the_overview_quotes_its_results_as_they_are() -> None:
+    assert "<!-- results: " in PAGES["index.md"]
+    assert quote(["--check", str(DOCS / "index.md")]) == 0
