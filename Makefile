@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench faults docs clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
 	@echo "make test   linters, types and tests"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
+	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
 	@echo "make docs   the documentation as a site, into build/site"
 	@echo "make clean  remove the environment and caches, keep runs/"
 
@@ -25,6 +26,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks
+
+faults: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.faults --output docs/faults.json
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[docs]"

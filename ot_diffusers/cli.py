@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 
 from .config import describe
 from .errors import InputError, require
-from .launch import SCRIPTS, training_command
+from .launch import SCRIPTS, run_command, training_command
 
 SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
 """Options that are passed on to the pipeline's call where they are given."""
@@ -293,7 +292,7 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         num_processes=arguments.num_processes,
         accelerate_config=arguments.accelerate_config,
     )
-    return subprocess.call(command)
+    return run_command(command)
 
 
 def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -21,12 +24,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import InputError, require
+from .errors import InputError, TrainingError, require, surroundings
+from .signals import end_with_launcher, stop_on_signals
 
 C = TypeVar("C")
 
 # diffusers' names of what needs no further options.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SILENCE_SECONDS = 10.0
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
@@ -61,6 +66,7 @@ class TrainingConfig:
     adam_beta2: float = option(0.999, "Adam's β2")
     adam_weight_decay: float = option(0.0, "decoupled weight decay; 0 is plain Adam")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
+    max_skipped_updates: int = option(0, "leave out so many updates at most whose gradient is not finite; 0 stops")
     mixed_precision: str = option("no", "no, fp16 or bf16")
     report_to: str = option("tensorboard", "tracker by accelerate's name: tensorboard, wandb, …; none for none")
     logging_steps: int = option(20, "updates between records")
@@ -79,7 +85,7 @@ class TrainingConfig:
             "checkpoints_total_limit",
         ):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        for name in ("seed", "num_workers", "lr_warmup_steps", "adam_weight_decay"):
+        for name in ("seed", "num_workers", "lr_warmup_steps", "adam_weight_decay", "max_skipped_updates"):
             require(getattr(self, name) >= 0, name, "not be negative", getattr(self, name))
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
@@ -107,6 +113,11 @@ class TrainingConfig:
             self.mixed_precision,
         )
         require(self.channels in (None, 1, 3), "channels", "be 1, 3 or none", self.channels)
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether a loss depends on all images of a forward pass together, and not on each by itself."""
+        return False
 
 
 @dataclass
@@ -253,6 +264,10 @@ class OTConfig(BaselineConfig):
         require(self.squash in ("clamp", "tanh"), "squash", "be clamp or tanh", self.squash)
         require(self.ot_backend in ("native", "geomloss"), "ot_backend", "be native or geomloss", self.ot_backend)
 
+    @property
+    def compares_distributions(self) -> bool:
+        return self.ot_weight > 0
+
 
 TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")
 
@@ -281,9 +296,7 @@ class PriorConfig(TrainingConfig):
     r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
     ot_objective: str = option("sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
     feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
-    num_reference_samples: int | None = option(
-        None, "ot: images per process on both sides of sinkhorn's field; none is train_batch_size"
-    )
+    num_reference_samples: int | None = option(None, "ot: images on both sides of sinkhorn's field; none is the batch")
     num_projections: int = option(256, "ot: random directions of each sliced term")
     patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches")
     blur: float = option(0.3, "ot: blur of the Sinkhorn divergence; features have median distance 1")
@@ -315,6 +328,10 @@ class PriorConfig(TrainingConfig):
         require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
         require(self.blur > 0, "blur", "be a positive length", self.blur)
         require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
+
+    @property
+    def compares_distributions(self) -> bool:
+        return self.prior in ("vae", "ot")
 
 
 def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
@@ -371,16 +388,39 @@ def describe(config_class: type) -> str:
 
 
 def run_script(main: Callable[[C], None], config_class: type[C], launch_line: str) -> None:
-    """Run `main` with the configuration from the command line; bad input is one line on stderr and exit status 2."""
+    """Run `main` with the configuration from the command line, so that it ends well, or with one line on stderr.
+
+    The exit status is 0 also after SIGTERM or SIGINT, which end the run with a checkpoint; 2 for bad input; 1 where the
+    run broke, or its surroundings did: disk, memory, another process.
+    """
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         sys.stdout.write(f"{launch_line}\n\noptions, as key=value:\n{describe(config_class)}\n")
         return
+    end_with_launcher()
     try:
-        main(load_config(config_class, arguments))
+        with stop_on_signals():
+            main(load_config(config_class, arguments))
+        return
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        line, status = str(error), 2
+    except TrainingError as error:
+        line, status = str(error), 1
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    except Exception as error:
+        reason = surroundings(error)
+        if reason is None:
+            raise
+        line, status = f"{reason}; the same command goes on from the last checkpoint", 1
+    # The exception is gone, and with it the loop's progress bar: the line stands alone.
+    if int(os.environ.get("RANK", 0)) > 0:
+        # The launcher ends the other processes when one has left. One that is still there has more to say than the
+        # first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SILENCE_SECONDS)
+    sys.stderr.write(f"error: {line}\n")
+    sys.exit(status)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -388,7 +428,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     require(file.is_file(), "--config", "be an existing YAML file", path)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"`--config` must be valid YAML, got {path!r}: {' '.join(str(error).split())}") from error
     require(isinstance(values, dict), "--config", "hold `key: value` lines", path)
     return values

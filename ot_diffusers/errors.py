@@ -1,13 +1,21 @@
-"""The one way this package refuses bad input: a single line with the argument, the requirement and the value."""
+"""How this package refuses and fails: a single line. Bad input names the argument, the requirement and the value."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Mapping
 
 
 class InputError(ValueError):
     """Bad input from the user. Commands print the line and exit with status 2; libraries can catch it as
     `ValueError`."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, such as one whose loss is no number any more. Scripts print the line and exit with
+    status 1."""
 
 
 def require(condition: bool, argument: str, requirement: str, value: object) -> None:
@@ -36,3 +44,45 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
     differing = [name for name, value in settings.items() if earlier.get(name) != value]
     wanted, found = ({name: values.get(name) for name in differing} for values in (settings, earlier))
     require(not differing, argument, f"be a new folder, or one made with {wanted}", found)
+
+
+# What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
+_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "connection refused",
+    "ncclremoteerror",
+)
+
+
+def surroundings(error: BaseException) -> str | None:
+    """One line for a failure that is not the program's: disk, memory, another process. None for anything else.
+
+    Example:
+        >>> surroundings(OSError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints"))
+        "cannot write 'runs/a/checkpoints': No space left on device"
+        >>> surroundings(KeyError("a")) is None
+        True
+    """
+    text = " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else _number_in(text)
+    if number in _DISK:
+        place = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
+        return f"cannot write{place}: {os.strerror(number)}"
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
+        return (
+            "out of memory: lower train_batch_size and raise gradient_accumulation_steps by the same factor, "
+            "or lower num_reference_samples or block_out_channels"
+        )
+    if isinstance(error, RuntimeError) and any(words in text.lower() for words in _PEER):
+        return "another process of this run has ended"
+    return None
+
+
+def _number_in(text: str) -> int:
+    """The number that safetensors gives for an error of the operating system, 0 where there is none."""
+    found = re.search(r"os error (\d+)", text)
+    return int(found[1]) if found else 0

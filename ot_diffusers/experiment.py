@@ -154,8 +154,8 @@ def is_complete(run: Path) -> bool:
     """Whether the folder holds a finished run: one that made all its updates, or used up the time it was given."""
     if not (run / "results.json").is_file():
         return False
-    timed = read_json(run / "run.json")["config"]["max_train_seconds"] is not None
-    return timed or bool(read_json(run / "results.json")["complete"])
+    results = read_json(run / "results.json")
+    return bool(results["complete"]) or results.get("stopped_by") == "max_train_seconds"
 
 
 def end_of_log(file: Path) -> str:

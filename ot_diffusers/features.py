@@ -41,9 +41,17 @@ def load_feature_extractor(path: str) -> FeatureExtractor:
         return BackboneFeatureExtractor.from_transformers(folder)
     for network in (BackboneFeatureExtractor, ConvFeatureExtractor, ResidualFeatureExtractor):
         if network.__name__ == config.get("_class_name"):
-            return network.from_pretrained(folder, use_safetensors=True)
+            return _load_network(network, folder)
     found = f"{config.get('_class_name')!r} in {path!r}"
     raise InputError(f"`feature_extractor` must be a feature network of this package or a vision backbone, got {found}")
+
+
+def _load_network(kind: Any, folder: str) -> FeatureExtractor:
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"`feature_extractor` must be complete, got {folder!r} ({reason})") from error
 
 
 def load_reference_bank(path: str) -> ReferenceBank:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .config import BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, load_config
@@ -47,7 +51,7 @@ def training_command(
     num_processes: int = 1,
     accelerate_config: str | None = None,
 ) -> list[str]:
-    """The command line that trains: this Python for one process, accelerate's launcher for several.
+    """The command line that trains: this Python for one process, `ot_diffusers.workers` for several.
 
     Args:
         name: a key of `SCRIPTS`.
@@ -63,13 +67,34 @@ def training_command(
     arguments = (["--config", str(preset_path(config))] if config else []) + list(overrides)
     load_config(SCRIPTS[name][1], arguments)
     script = [str(script_path(name)), *arguments]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if accelerate_config is not None:
         require(Path(accelerate_config).is_file(), "accelerate_config", "be an existing file", accelerate_config)
         count = ["--num_processes", str(num_processes)] if num_processes > 1 else []
-        return [*launcher, "--config_file", accelerate_config, *count, *script]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
+        return [*launcher, *count, *script]
     if num_processes > 1:
-        # `multi_gpu` is accelerate's name for its process group, on the CPU too.
-        settings = {"num_processes": num_processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
-        return [*launcher, "--multi_gpu", *(f"--{name}={value}" for name, value in settings.items()), *script]
+        return [sys.executable, "-m", "ot_diffusers.workers", str(num_processes), *script]
     return [sys.executable, *script]
+
+
+def run_command(command: Sequence[str]) -> int:
+    """Run a training command to its end and return its exit status. SIGTERM and SIGINT are passed on to it: it saves
+    and leaves with status 0."""
+    # In a group of its own, so that Ctrl-C reaches it once, from here.
+    process = subprocess.Popen(command, process_group=0, env=os.environ | {"OT_DIFFUSERS_LAUNCHED": "1"})
+    passed_on: set[int] = set()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.add(number)
+        process.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # A signal ends a process that still imports its libraries: there was nothing to save.
+    stopped = any(status in (-number, 128 + number) for number in passed_on)
+    return 0 if stopped else status

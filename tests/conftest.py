@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,16 @@ os.environ["MPLBACKEND"] = "Agg"
 # No time limit per example, as a busy machine is not an error; the same examples in every run.
 settings.register_profile("ot_diffusers", deadline=None, derandomize=True)
 settings.load_profile("ot_diffusers")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Commands that are run in this process leave their handlers behind when they are done."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

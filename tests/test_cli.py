@@ -257,7 +257,10 @@ def test_training_commands_are_those_of_the_readme() -> None:
     assert Path(script).name == SCRIPTS["ot"][0] and Path(script).is_file()
     assert arguments[0] == "--config" and Path(arguments[1]).is_file() and arguments[2:] == ["max_train_steps=5"]
     several = training_command("ot", num_processes=2)
-    assert several[1:3] == ["-m", "accelerate.commands.launch"] and "--num_processes=2" in several
+    assert several[1:4] == ["-m", "ot_diffusers.workers", "2"] and Path(several[4]).is_file()
+    machine = str(ROOT / "configs" / "accelerate" / "multi_gpu.yaml")
+    launched = training_command("ot", num_processes=2, accelerate_config=machine)
+    assert launched[1:7] == ["-m", "accelerate.commands.launch", "--config_file", machine, "--num_processes", "2"]
 
 
 def test_two_processes_are_one_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -27,8 +28,21 @@ from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config, run_script
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.losses import disjoint_reference_indices
-from ot_diffusers.training import Schedule, diffusion_batches, draw_noise, index_batches, keyed_generator, make_unet
+from ot_diffusers.seeds import keyed_generator
+from ot_diffusers.training import (
+    Schedule,
+    diffusion_batches,
+    draw_noise,
+    index_batches,
+    load_split,
+    make_accelerator,
+    make_noise_scheduler,
+    make_unet,
+    plan,
+)
+from ot_diffusers.transport import median_distance
 
 ROOT = Path(__file__).parent.parent
 CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
@@ -58,14 +72,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@functools.cache
 def main_of(script: str) -> Callable[[Any], None]:
-    """`main` of train/train_SCRIPT.py, which is no package."""
+    return script_of(script).main
+
+
+@functools.cache
+def script_of(script: str) -> Any:
+    """train/train_SCRIPT.py, which is no package."""
     spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / "train" / f"train_{script}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 def train(script: str, folder: Path, **values: Any) -> Path:
@@ -178,7 +196,7 @@ def process(index: int, count: int) -> Any:
 def test_processes_and_micro_batches_share_out_one_global_batch() -> None:
     images = ResidentImages("noise", "train", None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8))
     config = BaselineConfig(train_batch_size=3, gradient_accumulation_steps=2)
-    schedule = Schedule(global_batch_size=12, updates_per_epoch=4, num_updates=9)
+    schedule = Schedule(global_batch_size=12, forward_batch_size=6, updates_per_epoch=4, num_updates=9)
     seen = [list(index_batches(images, config, schedule, process(index, 2), start=0)) for index in range(2)]
     for update in range(schedule.num_updates):
         batches = [batch for batches in seen for batch in batches if batch[0] == update]
@@ -196,7 +214,7 @@ def test_processes_and_micro_batches_share_out_one_global_batch() -> None:
 def test_every_forward_pass_has_its_own_dropout() -> None:
     images = ResidentImages("noise", "train", None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8))
     config = BaselineConfig(train_batch_size=3, gradient_accumulation_steps=2)
-    schedule = Schedule(global_batch_size=12, updates_per_epoch=4, num_updates=5)
+    schedule = Schedule(global_batch_size=12, forward_batch_size=6, updates_per_epoch=4, num_updates=5)
     seeds = [
         torch.initial_seed()
         for index in range(2)
@@ -222,6 +240,41 @@ def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
     moved = torch.cat([(ends[0][name] - ends[1][name]).flatten().abs() for name in ends[0]])
     assert moved.mean() < 1e-5
     assert metrics(many)[-1]["loss"] == pytest.approx(metrics(one)[-1]["loss"], rel=1e-4)
+
+
+def test_accumulation_averages_several_transport_problems(features: Path, tmp_path: Path) -> None:
+    """The term of an update is the mean over its forward passes, each a problem of its own against the same references;
+    to the rounding of float32."""
+    values: dict[str, Any] = {"feature_extractor": str(features), "ot_weight": 1.0, "max_train_steps": 1}
+    run = train("ot", tmp_path / "many", **values, train_batch_size=8, gradient_accumulation_steps=3)
+    one = train("ot", tmp_path / "one", **values, train_batch_size=24)
+    config = make_config(OTConfig, TINY["ot"] | values | {"train_batch_size": 8, "gradient_accumulation_steps": 3})
+    accelerator = make_accelerator(config)  # seeds the initial weights
+    images = load_split(config, "train", accelerator)
+    network, scheduler = load_feature_extractor(str(features)), make_noise_scheduler(config)
+    unet = make_unet(config, images.image_shape)
+    known = cached_features(network, images)
+    schedule = plan(config, accelerator, images)
+    batches = list(itertools.islice(diffusion_batches(images, scheduler, config, schedule, accelerator), 3))
+    ot_term = script_of("ot").ot_term
+    with torch.no_grad():
+        terms = [
+            ot_term(
+                unet(batch.noisy, batch.timesteps).sample,
+                batch,
+                scheduler,
+                network,
+                known,
+                median_distance(known),
+                config,
+                accelerator,
+            )
+            for batch in batches
+        ]
+    assert metrics(run)[0]["ot"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    # Smaller problems are further from the references. The denoising loss does not know the difference.
+    assert metrics(run)[0]["ot"] > 1.01 * metrics(one)[0]["ot"]
+    assert metrics(run)[0]["mse"] == pytest.approx(metrics(one)[0]["mse"], rel=1e-5)
 
 
 def test_zero_weight_trains_the_baseline_bit_for_bit(features: Path, tmp_path: Path) -> None:
@@ -305,10 +358,10 @@ def test_rotation_and_a_second_continuation(tmp_path: Path) -> None:
     run = train("baseline", tmp_path / "run", max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=3)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["update-00000003", "update-00000004", "update-00000005"]
-    # From an earlier checkpoint, what came after it is done again and replaced.
+    # From an earlier checkpoint, what came after it is done again.
     checkpoint = str(run / "checkpoints" / "update-00000003")
     train("baseline", run, max_train_steps=4, checkpoints_total_limit=3, resume_from_checkpoint=checkpoint)
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    names = sorted(path.name for path in (run / "checkpoints").glob("update-*"))
     assert names == ["update-00000003", "update-00000004"]
     assert [line["step"] for line in metrics(run)] == [4]
 

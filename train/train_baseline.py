@@ -67,7 +67,7 @@ def main(config: BaselineConfig) -> None:
                 save_sample_grid(state, scheduler, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
-        if accelerator.sync_gradients and record.out_of_time():
+        if accelerator.sync_gradients and record.should_stop():
             break
 
     # Save.

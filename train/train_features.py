@@ -85,7 +85,7 @@ def main(config: FeaturesConfig) -> None:
             record.end_epoch(validation_accuracy=validation)
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
-        if accelerator.sync_gradients and record.out_of_time():
+        if accelerator.sync_gradients and record.should_stop():
             break
 
     # Save.

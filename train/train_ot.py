@@ -63,6 +63,8 @@ def main(config: OTConfig) -> None:
     left = len(images) - schedule.global_batch_size
     require(left > 0, "train_batch_size", f"leave references in a data set of {len(images)}", config.train_batch_size)
     training_features = cached_features(feature_extractor, images, squash=config.squash)
+    finite = bool(training_features.isfinite().all())
+    require(finite, "feature_extractor", "give finite features of the training images", config.feature_extractor)
     feature_scale = median_distance(training_features) if config.normalize_features else 1.0
 
     # Optimizer; resume.
@@ -86,6 +88,7 @@ def main(config: OTConfig) -> None:
                     feature_scale,
                     config,
                     accelerator,
+                    record,
                 )
                 terms["ot"] = config.ot_weight * transport
             loss = sum(terms.values(), start=batch.noisy.new_zeros(()))
@@ -99,7 +102,7 @@ def main(config: OTConfig) -> None:
                 save_sample_grid(state, scheduler, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
-        if accelerator.sync_gradients and record.out_of_time():
+        if accelerator.sync_gradients and record.should_stop():
             break
 
     # Save.
@@ -127,6 +130,7 @@ def ot_term(
     feature_scale: float,
     config: OTConfig,
     accelerator: Accelerator,
+    record: Record | None = None,
 ) -> Tensor:
     """S(features of x̂0, features of references), one problem over all processes."""
     # 1. The clean images that the model's output stands for, and their features.
@@ -143,6 +147,9 @@ def ot_term(
             len(training_features), batch.global_indices, config.num_reference_samples, generator
         )
     ]
+
+    if record is not None:
+        record.compare_spread(features, references)
 
     # 3. The divergence, in which an image counts as much as its noise level leaves of it.
     weights = min_snr_weight(batch.alpha, batch.sigma) if config.snr_weighting else None

@@ -42,7 +42,10 @@ def render_quotes(markdown: Path) -> str:
 
 
 def quote(results: Mapping[str, Any]) -> str:
-    """The table of one run; of a comparison the verdict on its primary metric, and means with their intervals."""
+    """The table of one run; of a comparison the verdict on its primary metric, and means with their intervals; what a
+    command has already made a table of, as it stands."""
+    if "table" in results:
+        return markdown_rows([results["table"]["header"], *results["table"]["rows"]])
     if not results.get("differences"):
         return markdown_table(results)
     metrics = list(next(iter(results["differences"].values())))

@@ -238,6 +238,8 @@ def solve_self(
     """`self_potential` on prepared costs and weights, unchecked."""
     eps, log_a, factor = blur**2, a.log(), damping(blur**2, reach)
     stored = torch.exp(log_a - cost.matrix / eps) if cost.is_dense else None  # |f| ≤ ½ eps log N: it never overflows
+    if stored is not None:  # where eps is below the rounding of the costs, a point can seem to be far from itself
+        stored.diagonal().clamp_(min=torch.finfo(stored.dtype).tiny)
 
     def best(f: Tensor) -> Tensor:
         if stored is None:
@@ -596,5 +598,5 @@ def median_distance(features: Tensor, max_points: int = 2000) -> float:
     require(len(features) >= 2, "features", "hold at least two rows", tuple(features.shape))
     rows = features[:: math.ceil(len(features) / max_points)].float()
     median = torch.pdist(rows).median().item()
-    require(median > 0, "features", "differ from one another", f"median distance {median}")
+    require(0 < median < math.inf, "features", "differ from one another and be finite", f"median distance {median}")
     return median

@@ -51,6 +51,7 @@ def sliced_wasserstein(
     """
     for name, cloud in (("x", x), ("y", y)):
         require(cloud.ndim == 2 and len(cloud) > 0, name, "have shape [N, D] with N ≥ 1", tuple(cloud.shape))
+        require(cloud.is_cuda or bool(cloud.isfinite().all()), name, "be finite", "NaN or Inf")
     require(x.shape[1] == y.shape[1], "y", f"have the width of x, {x.shape[1]}", y.shape[1])
     x, y = _full_precision(x), _full_precision(y)
     if projections is None:

@@ -1,0 +1,78 @@
+"""What the training scripts share: the run's folder, the order of the data and the noise, checkpoints, records, sample
+grids.
+
+Randomness is a function of (seed, update) alone. One update sees one *global* batch of G = processes × accumulation ×
+`train_batch_size` images, with one draw of noise and timesteps for all G; a process takes its rows of it. So the number
+of processes and of accumulation steps changes who computes what, not what is computed, and a resumed run needs no state
+of any generator.
+"""
+
+from .batches import (
+    DiffusionBatch,
+    Images,
+    Schedule,
+    diffusion_batches,
+    draw_noise,
+    image_batches,
+    index_batches,
+    noised_batch,
+    plan,
+)
+from .checkpoints import (
+    TrainingState,
+    checkpoints,
+    resume,
+    save_checkpoint,
+)
+from .folder import (
+    check_output_dir,
+    load_split,
+    make_accelerator,
+    open_run,
+    write_json,
+)
+from .models import (
+    make_noise_scheduler,
+    make_optimizer,
+    make_unet,
+)
+from .processes import (
+    gather_rows,
+)
+from .records import (
+    Record,
+    averaged_weights,
+    save_results,
+    save_sample_grid,
+    validation_loss,
+)
+
+__all__ = [
+    "DiffusionBatch",
+    "Images",
+    "Record",
+    "Schedule",
+    "TrainingState",
+    "averaged_weights",
+    "check_output_dir",
+    "checkpoints",
+    "diffusion_batches",
+    "draw_noise",
+    "gather_rows",
+    "image_batches",
+    "index_batches",
+    "load_split",
+    "make_accelerator",
+    "make_noise_scheduler",
+    "make_optimizer",
+    "make_unet",
+    "noised_batch",
+    "open_run",
+    "plan",
+    "resume",
+    "save_checkpoint",
+    "save_results",
+    "save_sample_grid",
+    "validation_loss",
+    "write_json",
+]

@@ -1,0 +1,117 @@
+"""Means of losses, and the guard over them: no value is waited for before it is written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..errors import TrainingError
+
+MAX_RANK_ROWS = 256
+
+
+@dataclass
+class Averages:
+    """Means over the updates since the last record, and over the epoch so far, across all processes.
+
+    Values stay on the device until a mean is asked for: at records, epochs and checkpoints. There, every value has to
+    be finite. A run that breaks therefore makes at most `logging_steps` updates in vain, and a step never waits to
+    find out. No checkpoint is written without the look, so the last one is good.
+
+    Attributes:
+        recent: (update, value) of each name since the last record, 0-d tensors.
+        epoch: (sum, count) of each name up to the last record, over the epoch.
+    """
+
+    recent: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    epoch: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, update: int, values: Mapping[str, Tensor]) -> None:
+        """Values of one forward pass for the update with this number, from 1."""
+        for name, value in values.items():
+            self.recent.setdefault(name, []).append((update, value.detach()))
+
+    def forget(self, update: int) -> None:
+        """Drop the values of an update that was not made."""
+        kept = {name: [entry for entry in entries if entry[0] != update] for name, entries in self.recent.items()}
+        self.recent = {name: entries for name, entries in kept.items() if entries}
+
+    def record(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last record, which now belong to the epoch's.
+
+        Raises:
+            TrainingError: a value that is no number, by its name and the update.
+        """
+        means = self._means(accelerator)
+        self.epoch, self.recent = self._sums(means), {}
+        return means
+
+    def epoch_so_far(self, accelerator: Accelerator) -> dict[str, tuple[float, int]]:
+        """(sum, count) of each name over the epoch, for a checkpoint in the middle of it.
+
+        Raises:
+            TrainingError: as `record`.
+        """
+        return self._sums(self._means(accelerator))
+
+    def end_epoch(self) -> dict[str, float]:
+        """Means over the epoch up to the last record; the next epoch begins."""
+        means = {name: total / count for name, (total, count) in self.epoch.items()}
+        self.epoch = {}
+        return means
+
+    def _means(self, accelerator: Accelerator) -> dict[str, float]:
+        if not self.recent:
+            return {}
+        values = {name: torch.stack([value for _, value in entries]) for name, entries in self.recent.items()}
+        local = torch.stack([entries.float().mean() for entries in values.values()])
+        means = dict(zip(values, accelerator.reduce(local, "mean").tolist(), strict=True))
+        broken = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if broken:
+            raise TrainingError(self._verdict({name: values[name] for name in broken}, accelerator))
+        return means
+
+    def _sums(self, means: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+        sums = dict(self.epoch)
+        for name, mean in means.items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + mean * len(self.recent[name]), count + len(self.recent[name]))
+        return sums
+
+    def _verdict(self, broken: Mapping[str, Tensor], accelerator: Accelerator) -> str:
+        """What broke first, on any process; the loss is named only where none of its terms is."""
+        firsts = {}
+        for name, values in broken.items():
+            updates = torch.tensor([update for update, _ in self.recent[name]], device=values.device)
+            local = torch.where(values.isfinite(), updates.max() + 1, updates).min()
+            firsts[name] = int(accelerator.gather(local.view(1)).min())
+        name = min(firsts, key=lambda name: (firsts[name], name == "loss"))
+        return (
+            f"`{name}` is not finite in update {firsts[name]}; the last checkpoint is from before, and the same "
+            "command would come to the same: lower learning_rate or max_grad_norm, or allow max_skipped_updates"
+        )
+
+
+@torch.no_grad()
+def effective_rank(rows: Tensor) -> Tensor:
+    """exp of the entropy of the covariance's normalised eigenvalues, of rows [N, …]: in how many directions they
+    spread, from 1 (all on a line) to min(N − 1, D); 0-d float32. The metric of that name, on any device and any rows.
+
+    Of more than 256 rows, the first 256 are looked at. Rows that are all one point have rank 1.
+
+    Reference: [Roy2007].
+
+    Example:
+        >>> line = torch.arange(5.0)[:, None] * torch.ones(1, 3)
+        >>> round(effective_rank(line).item(), 3), round(effective_rank(torch.eye(4)).item(), 3)
+        (1.0, 3.0)
+    """
+    rows = rows[:MAX_RANK_ROWS].flatten(1).float().nan_to_num()
+    spectrum = torch.linalg.svdvals(rows - rows.mean(0)).square()
+    shares = spectrum / spectrum.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.special.entr(shares).sum().exp()

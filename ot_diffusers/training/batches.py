@@ -1,0 +1,148 @@
+"""The order of the data and the noise: functions of (seed, update) alone, shared out over processes and passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ..config import BaselineConfig, TrainingConfig
+from ..data import ResidentImages, StreamedImages, training_order
+from ..errors import require
+from ..schedules import alpha_sigma, training_target
+from ..seeds import key, keyed_generator
+
+Images = ResidentImages | StreamedImages
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is: updates per epoch and in all, and the images that all processes see together, in one update
+    and in one forward pass."""
+
+    global_batch_size: int
+    forward_batch_size: int
+    updates_per_epoch: int
+    num_updates: int
+
+    def epoch(self, update: int) -> int:
+        """Completed epochs after `update` updates."""
+        return update // self.updates_per_epoch
+
+    def ends_epoch(self, update: int) -> bool:
+        """Whether `update` updates complete an epoch, or the run."""
+        return update % self.updates_per_epoch == 0 or update == self.num_updates
+
+    def wants_checkpoint(self, update: int, config: TrainingConfig) -> bool:
+        """Whether to save on the way; the end of the run saves in any case."""
+        return update < self.num_updates and update % (config.checkpointing_steps or self.updates_per_epoch) == 0
+
+
+def plan(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Schedule:
+    """The length of the run.
+
+    Raises:
+        InputError: a global batch larger than the data set.
+    """
+    forward = config.train_batch_size * accelerator.num_processes
+    size = forward * config.gradient_accumulation_steps
+    require(size <= len(images), "train_batch_size", f"give a global batch of at most {len(images)} images", size)
+    updates_per_epoch = len(images) // size
+    return Schedule(
+        size, forward, updates_per_epoch, config.max_train_steps or config.num_train_epochs * updates_per_epoch
+    )
+
+
+@dataclass(frozen=True)
+class DiffusionBatch:
+    """A process' rows of a global batch, noised.
+
+    Attributes:
+        indices: [B] rows of the data set.
+        global_indices: [G] rows that any process sees in this update.
+        noisy: x_t, [B, C, H, W].
+        timesteps: [B].
+        target: what the model should predict, [B, C, H, W].
+        alpha, sigma: [B], noise level.
+        update: number of the update, from 0.
+    """
+
+    indices: Tensor
+    global_indices: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    update: int
+
+
+def index_batches(
+    images: Images, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, start: int
+) -> Iterator[tuple[int, Tensor, slice]]:
+    """(update, global indices [G], this process' rows of them) for each forward pass from update `start` on."""
+    size = config.train_batch_size
+    order = training_order(len(images), schedule.global_batch_size, seed=config.seed, start=start)
+    for update, global_indices in zip(range(start, schedule.num_updates), order, strict=False):
+        for micro in range(config.gradient_accumulation_steps):
+            first = (micro * accelerator.num_processes + accelerator.process_index) * size
+            yield update, global_indices, slice(first, first + size)
+
+
+def image_batches(
+    images: Images, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, start: int
+) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
+    """As `index_batches`, with the images, [B, C, H, W] in [-1, 1] on the training device."""
+    wanted = index_batches(images, config, schedule, accelerator, start)
+    rows = (indices[part] for _, indices, part in index_batches(images, config, schedule, accelerator, start))
+    for (update, indices, part), (_, clean) in zip(wanted, images.stream(rows, config.num_workers), strict=True):
+        yield update, indices, part, clean.to(accelerator.device, non_blocking=True)
+
+
+def diffusion_batches(
+    images: Images,
+    scheduler: DDPMScheduler,
+    config: BaselineConfig,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    start: int = 0,
+) -> Iterator[DiffusionBatch]:
+    """Noised batches from update `start` on, the same for any split of the global batch over processes and
+    accumulation."""
+    for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
+        generator = keyed_generator(accelerator.device, config.seed, "noise", update)
+        noise, timesteps = draw_noise(len(indices), clean.shape[1:], config, generator)
+        torch.manual_seed(key(config.seed, "dropout", update, part.start))
+        yield noised_batch(clean, noise[part], timesteps[part], scheduler, indices, indices[part], update)
+
+
+def noised_batch(
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    scheduler: DDPMScheduler,
+    global_indices: Tensor,
+    indices: Tensor,
+    update: int,
+) -> DiffusionBatch:
+    """x_t = α_t x0 + σ_t ε and the target of the scheduler's prediction type."""
+    alpha, sigma = alpha_sigma(scheduler, timesteps)
+    target = training_target(clean, noise, alpha, sigma, scheduler.config.prediction_type)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    return DiffusionBatch(indices, global_indices, noisy, timesteps, target, alpha, sigma, update)
+
+
+def draw_noise(
+    num_samples: int, image_shape: torch.Size, config: BaselineConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """ε [N, C, H, W] and timesteps [N], uniform or quadratic, on the generator's device."""
+    device = generator.device
+    noise = torch.randn((num_samples, *image_shape), generator=generator, device=device)
+    uniform = torch.rand(num_samples, generator=generator, device=device)
+    position = uniform**2 if config.timestep_sampler == "quadratic" else uniform
+    length = config.max_timestep or config.num_train_timesteps
+    return noise, (position * length).long().clamp(max=length - 1)

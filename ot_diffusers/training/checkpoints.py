@@ -1,0 +1,286 @@
+"""All that changes during training, and how it survives: saved whole, verified on load, the oldest deleted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import TrainingConfig
+from ..errors import TrainingError
+from .averages import Averages
+from .batches import Schedule
+from .files import damage, delete, delete_partial, save_tensors, write_json, written_aside
+from .models import make_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """All that changes during training, saved as safetensors and JSON only.
+
+    Attributes:
+        model: the prepared model.
+        optimizer: the prepared optimizer.
+        lr_scheduler: stepped once per update.
+        ema: average of the model's parameters, None where a script keeps none.
+        opponent: what is trained beside it, such as a discriminator; saved with it.
+        max_skipped_updates: how many updates may be left out because their gradient is not finite.
+        update: updates done, with those that were left out.
+        skipped_updates: updates left out.
+        earlier_seconds: training time before this process took over.
+        averages: the losses since the last record and over the epoch so far.
+        gradient_norm: of the last update, before clipping.
+        update_was_skipped: whether the last update was left out.
+        saved_update: the update after which the run's last checkpoint was saved; -1 before the first.
+        stopped_by: why training ended before its last update, if it did.
+    """
+
+    model: torch.nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+    ema: EMAModel | None = None
+    opponent: TrainingState | None = None
+    max_skipped_updates: int = 0
+    update: int = 0
+    skipped_updates: int = 0
+    earlier_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    averages: Averages = field(default_factory=Averages)
+    gradient_norm: Tensor | None = None
+    update_was_skipped: bool = False
+    saved_update: int = -1
+    stopped_by: str | None = None
+
+    @property
+    def seconds_here(self) -> float:
+        """Training time of this process."""
+        return time.monotonic() - self.started
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the whole run."""
+        return self.earlier_seconds + self.seconds_here
+
+    @classmethod
+    def prepare(
+        cls,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        config: TrainingConfig,
+        schedule: Schedule,
+        ema: EMAModel | None,
+    ) -> TrainingState:
+        """Optimizer and learning-rate schedule for `model`, prepared by the accelerator."""
+        optimizer = make_optimizer(config, model)
+        lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=schedule.num_updates,
+        )
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if ema is not None:
+            ema.to(accelerator.device)
+        return cls(model, optimizer, lr_scheduler, ema, max_skipped_updates=config.max_skipped_updates)
+
+    def backward(self, accelerator: Accelerator, loss: Tensor, max_grad_norm: float) -> None:
+        """Backward pass and, where the accumulation is complete, one update.
+
+        Raises:
+            TrainingError: more updates without a finite gradient than may be skipped.
+        """
+        accelerator.backward(loss)
+        if not accelerator.sync_gradients:
+            return
+        self.gradient_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        self.update_was_skipped = self._skips(accelerator)
+        if self.update_was_skipped:
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.step(self.model.parameters())
+        self.lr_scheduler.step()
+        self.update += 1
+
+    def _skips(self, accelerator: Accelerator) -> bool:
+        """Whether to leave this update out. Only a run that may do so waits for the gradient's norm at each update;
+        the processes of a run share their gradients, and so decide alike. With fp16 the loss scaler decides."""
+        norm = self.gradient_norm
+        if self.max_skipped_updates == 0 or norm is None or accelerator.scaler is not None or bool(norm.isfinite()):
+            return False
+        self.skipped_updates += 1
+        if self.skipped_updates > self.max_skipped_updates:
+            raise TrainingError(
+                f"the gradient is not finite in update {self.update + 1}, and {self.max_skipped_updates} updates have "
+                "been skipped for that already (max_skipped_updates): lower learning_rate or max_grad_norm"
+            )
+        accelerator.print(f"update {self.update + 1} skipped: its gradient is not finite")
+        return True
+
+    def save(self, folder: Path, accelerator: Accelerator) -> None:
+        """Write the state into `folder` in one step.
+
+        Raises:
+            TrainingError: losses or weights that are not finite; nothing is written then.
+        """
+        epoch = self.averages.epoch_so_far(accelerator)
+        self._check_weights(accelerator)
+        if not accelerator.is_main_process:
+            return
+        with written_aside(folder) as partial:
+            self._write(partial, accelerator, epoch)
+            if self.opponent is not None:
+                (partial / "opponent").mkdir()
+                self.opponent._write(partial / "opponent", accelerator, {})
+
+    def load(self, folder: Path, accelerator: Accelerator) -> None:
+        """Take up the state saved in `folder`."""
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, _, moment = name.partition(".")
+            state.setdefault(int(index), {})[moment] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+        self.lr_scheduler.load_state_dict(record["lr_scheduler"])
+        if self.ema is not None:
+            shadow = load_file(folder / "ema.safetensors", device=str(accelerator.device))
+            self.ema.shadow_params = [shadow[str(index)] for index in range(len(shadow))]
+            self.ema.optimization_step = record["ema_step"]
+        if accelerator.scaler is not None and record["scaler"] is not None:
+            accelerator.scaler.load_state_dict(record["scaler"])
+        self.update, self.earlier_seconds = record["update"], record["seconds"]
+        self.skipped_updates = record["skipped_updates"]
+        self.averages = Averages(epoch={name: (total, count) for name, (total, count) in record["epoch"].items()})
+        if self.opponent is not None:
+            self.opponent.load(folder / "opponent", accelerator)
+
+    def _write(self, folder: Path, accelerator: Accelerator, epoch: dict[str, tuple[float, int]]) -> None:
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            f"{index}.{name}": value for index, entry in optimizer["state"].items() for name, value in entry.items()
+        }
+        save_tensors(moments, folder / "optimizer.safetensors")
+        if self.ema is not None:
+            shadow = {str(index): tensor for index, tensor in enumerate(self.ema.shadow_params)}
+            save_tensors(shadow, folder / "ema.safetensors")
+        record = {
+            "update": self.update,
+            "skipped_updates": self.skipped_updates,
+            "seconds": self.seconds,
+            "epoch": epoch,
+            "param_groups": optimizer["param_groups"],
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema_step": self.ema.optimization_step if self.ema is not None else None,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        }
+        write_json(folder / "state.json", record)
+
+    def _check_weights(self, accelerator: Accelerator) -> None:
+        models = [self.model] if self.opponent is None else [self.model, self.opponent.model]
+        finite = [parameter.detach().isfinite().all() for model in models for parameter in model.parameters()]
+        if not bool(torch.stack(finite).all()):
+            raise TrainingError(f"the weights are not finite after update {self.update}; the last checkpoint is good")
+
+
+# --- A run's checkpoints ----------------------------------------------------------------------------------------------
+
+
+def checkpoints(config: TrainingConfig) -> list[Path]:
+    """Checkpoints of the run, oldest first."""
+    return sorted(_folder(config).glob("update-*"))
+
+
+def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Save into `checkpoints/update-N`, unless that is where the state comes from; then delete the oldest beyond the
+    limit.
+
+    Raises:
+        TrainingError: as `TrainingState.save`.
+    """
+    if state.saved_update == state.update:
+        return
+    state.save(_folder(config) / f"update-{state.update:08d}", accelerator)
+    state.saved_update = state.update
+    if accelerator.is_main_process:
+        for folder in checkpoints(config)[: -config.checkpoints_total_limit]:
+            delete(folder)
+    accelerator.wait_for_everyone()
+
+
+def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Continue from the checkpoint that the configuration names, or from the last one that is as it was written.
+
+    What must not be taken for a continuation is kept, under another name: damaged checkpoints as `damaged-N`, and with
+    an earlier checkpoint named, the later ones in `replaced-1`, `replaced-2`, …
+    """
+    if config.resume_from_checkpoint is None:
+        return
+    chosen: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        delete_partial(_folder(config))
+        chosen = [_last_good(config) if config.resume_from_checkpoint == "latest" else _named(config)]
+    (folder,) = broadcast_object_list(chosen)
+    if folder is None:
+        return
+    state.load(folder, accelerator)
+    if folder.resolve().parent == _folder(config).resolve():
+        state.saved_update = state.update
+    accelerator.print(f"resumed after update {state.update}")
+
+
+def _last_good(config: TrainingConfig) -> Path | None:
+    """The last checkpoint that is as it was written; damaged ones after it are put aside."""
+    for folder in reversed(checkpoints(config)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        aside = folder.with_name(folder.name.replace("update", "damaged"))
+        if aside.exists():
+            delete(aside)
+        folder.rename(aside)
+        logger.warning("%s is damaged (%s) and now called %s; the one before it is taken", folder, problem, aside.name)
+    return None
+
+
+def _named(config: TrainingConfig) -> Path:
+    """The checkpoint that the configuration names; those of the run that it replaces are put aside."""
+    named = Path(str(config.resume_from_checkpoint))
+    update = json.loads((named / "state.json").read_text(encoding="utf-8"))["update"]
+    own = [folder for folder in checkpoints(config) if folder.resolve() != named.resolve()]
+    _put_aside([folder for folder in own if int(folder.name.removeprefix("update-")) >= update], config)
+    return named
+
+
+def _put_aside(folders: Sequence[Path], config: TrainingConfig) -> None:
+    if not folders:
+        return
+    taken = {path.name for path in _folder(config).glob("replaced-*")}
+    aside = _folder(config) / next(name for n in range(1, len(taken) + 2) if (name := f"replaced-{n}") not in taken)
+    aside.mkdir()
+    for folder in folders:
+        folder.rename(aside / folder.name)
+    logger.warning("%d later checkpoints are now in %s", len(folders), aside)
+
+
+def _folder(config: TrainingConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints"

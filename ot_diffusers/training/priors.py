@@ -1,0 +1,258 @@
+"""What the learned priors are trained on, and towards what: batches at step T', and the objectives of VAE, GAN and OT.
+
+Every loss that compares distributions is one problem over all processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..config import PriorConfig
+from ..features import check_trained_on, load_feature_extractor
+from ..models.prior import PriorGenerator
+from ..models.prior_networks import PriorEncoder
+from ..prior_losses import (
+    denoiser_features,
+    discriminator_loss,
+    evidence_bound,
+    feature_transport,
+    generator_loss,
+    gradient_penalty,
+    network_features,
+    patch_transport,
+    pixel_transport,
+    sinkhorn_transport,
+)
+from ..schedules import alpha_sigma, truncated_samples
+from ..seeds import key, keyed_generator
+from ..transport import median_distance
+from .batches import Images, Schedule, image_batches
+from .checkpoints import TrainingState
+from .processes import gather_rows
+from .records import Record
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PriorBatch:
+    """A process' rows of a global batch, and all the noise that generated images are made of.
+
+    Attributes:
+        clean: real images, [B, C, H, W].
+        real: the same diffused to T', [B, C, H, W].
+        reference: other real x_T' to compare with, [M, C, H, W]; `real` itself where a prior asks for no others.
+        num_references: how many of the gathered references and pairs count.
+        latents, noise: of the generated images, [B, latent_dim] and [B, C, H, W].
+        pair_latents, pair_noise: of an independent second draw, [M, latent_dim] and [M, C, H, W].
+        alpha, sigma: noise level of T', scalars.
+        update: number of the update, from 0.
+    """
+
+    clean: Tensor
+    real: Tensor
+    reference: Tensor
+    num_references: int
+    latents: Tensor
+    noise: Tensor
+    pair_latents: Tensor
+    pair_noise: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    update: int
+
+
+def prior_batches(
+    images: Images, scheduler: Any, config: PriorConfig, schedule: Schedule, accelerator: Accelerator, start: int
+) -> Iterator[PriorBatch]:
+    """Batches from update `start` on; every draw is a function of (seed, update), and each process takes its rows."""
+    alpha, sigma = (level.to(accelerator.device) for level in alpha_sigma(scheduler, config.truncation_timestep - 1))
+    for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
+        epoch = schedule.epoch(update)
+        real = truncated_samples(clean, indices[part], scheduler, epoch=epoch, seed=config.seed)
+        latents, noise = draw_latents(len(indices), clean, config, "generated", update)
+        if config.num_reference_samples is None:
+            reference, num_references, pair_rows = real, schedule.forward_batch_size, torch.arange(len(indices))[part]
+            pair_latents, pair_noise = draw_latents(len(indices), clean, config, "pair", update)
+        else:
+            # All processes hold equally many; beyond the last reference they begin again, and the rest is cut off.
+            num_references = config.num_reference_samples
+            share = math.ceil(num_references / accelerator.num_processes)
+            pair_rows = (torch.arange(share) + share * accelerator.process_index) % num_references
+            order = torch.randperm(len(images), generator=keyed_generator("cpu", config.seed, "references", update))
+            rows = order[pair_rows % len(images)]
+            others = images.fetch(rows).to(accelerator.device)
+            reference = truncated_samples(others, rows, scheduler, epoch=update, seed=key(config.seed, "references"))
+            pair_latents, pair_noise = draw_latents(num_references, clean, config, "pair", update)
+        yield PriorBatch(
+            clean=clean,
+            real=real,
+            reference=reference,
+            latents=latents[part],
+            noise=noise[part],
+            num_references=num_references,
+            pair_latents=pair_latents[pair_rows],
+            pair_noise=pair_noise[pair_rows],
+            alpha=alpha,
+            sigma=sigma,
+            update=update,
+        )
+
+
+def draw_latents(count: int, images: Tensor, config: PriorConfig, use: str, update: int) -> tuple[Tensor, Tensor]:
+    """Latents [count, latent_dim] and noise [count, C, H, W] of a whole update, on the device of `images`."""
+    source = keyed_generator(images.device, config.seed, use, update)
+    latents = torch.randn((count, config.latent_dim), generator=source, device=images.device)
+    return latents, torch.randn((count, *images.shape[1:]), generator=source, device=images.device)
+
+
+def diffused(images: Tensor, noise: Tensor, batch: PriorBatch, config: PriorConfig) -> Tensor:
+    """x_T' from what the generator makes, with the given noise."""
+    return images if config.prediction_type == "noisy_sample" else batch.alpha * images + batch.sigma * noise
+
+
+# --- Objectives -------------------------------------------------------------------------------------------------------
+
+
+class VariationalPrior(nn.Module):
+    """Encoder and generator under one optimizer: images and noise to (reconstruction, mean, log-variance)."""
+
+    def __init__(self, generator: PriorGenerator, encoder: PriorEncoder) -> None:
+        super().__init__()
+        self.generator, self.encoder = generator, encoder
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.encoder(images, return_dict=False)
+        latents = mean + (log_variance / 2).exp() * noise
+        return self.generator(latents).sample, mean, log_variance
+
+
+def vae_terms(
+    batch: PriorBatch, state: TrainingState, config: PriorConfig, accelerator: Accelerator, record: Record
+) -> dict[str, Tensor]:
+    """The two terms of the evidence bound, over the batch of all processes."""
+    target = batch.clean if config.prediction_type == "sample" else batch.real
+    reconstructed, mean, log_variance = state.model(target, batch.latents)
+    record.compare_spread(reconstructed, target)
+    gathered = (gather_rows(rows, accelerator) for rows in (target, reconstructed, mean, log_variance))
+    bound = evidence_bound(*gathered, beta=config.beta)
+    return {"reconstruction": bound.reconstruction, "divergence": config.beta * bound.divergence}
+
+
+def generated(batch: PriorBatch, state: TrainingState, config: PriorConfig, record: Record) -> Tensor:
+    """x_T' from the batch's latents, [B, C, H, W]."""
+    made = state.model(batch.latents).sample
+    record.compare_spread(made, batch.clean if config.prediction_type == "sample" else batch.real)
+    return diffused(made, batch.noise, batch, config)
+
+
+def discriminator_update(
+    batch: PriorBatch, state: TrainingState, opponent: TrainingState, config: PriorConfig, accelerator: Accelerator
+) -> Tensor:
+    """One update of the discriminator, with R1 in every `r1_interval`-th; returns its loss without the penalty."""
+    with torch.no_grad():
+        fake = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
+    penalised = config.r1_weight > 0 and batch.update % config.r1_interval == 0
+    real = batch.real.clone().requires_grad_(penalised)
+    opponent.model.requires_grad_(True)
+    real_logits, fake_logits = opponent.model(torch.cat([real, fake])).chunk(2)
+    loss = discriminator_loss(real_logits, fake_logits)
+    penalty = config.r1_weight * config.r1_interval * gradient_penalty(real_logits, real) if penalised else 0.0
+    opponent.backward(accelerator, loss + penalty, config.max_grad_norm)
+    return loss
+
+
+def adversarial_loss(
+    batch: PriorBatch,
+    state: TrainingState,
+    opponent: TrainingState,
+    config: PriorConfig,
+    accelerator: Accelerator,
+    record: Record,
+) -> Tensor:
+    """What the generator learns from the discriminator, which keeps no gradient of it."""
+    discriminator = accelerator.unwrap_model(opponent.model, keep_torch_compile=False).requires_grad_(False)
+    return generator_loss(discriminator(generated(batch, state, config, record)))
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Features of x_T' at several depths of a frozen network, each in units of its median distance between real images.
+
+    Attributes:
+        extract: images [B, C, H, W] to levels, [B, D] each.
+        scales: one for each level.
+    """
+
+    extract: Callable[[Tensor], tuple[Tensor, ...]]
+    scales: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(level / scale for level, scale in zip(self.extract(images), self.scales, strict=True))
+
+
+def needs_features(config: PriorConfig) -> bool:
+    return config.prior == "ot" and bool({"feature", "sinkhorn"} & set(config.ot_objective.split("+")))
+
+
+@torch.no_grad()
+def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: Any) -> FrozenFeatures:
+    """The features of the configured network, or of the denoiser at step T'; scales from at most 1,000 real images."""
+    extract: Callable[[Tensor], tuple[Tensor, ...]]
+    if config.feature_extractor is None:
+        extract = functools.partial(denoiser_features, unet, timestep=config.truncation_timestep - 1)
+    else:
+        network = load_feature_extractor(config.feature_extractor).to(unet.device)
+        check_trained_on(network, images)
+        extract = functools.partial(network_features, network)
+    rows = torch.linspace(0, len(images) - 1, min(1000, len(images))).round().long()
+    real = truncated_samples(images.fetch(rows), rows, scheduler, seed=config.seed)
+    return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))))
+
+
+def transport_terms(
+    batch: PriorBatch,
+    state: TrainingState,
+    features: FrozenFeatures | None,
+    config: PriorConfig,
+    accelerator: Accelerator,
+    record: Record,
+) -> dict[str, Tensor]:
+    """The terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
+    wanted = config.ot_objective.split("+")
+    fake = generated(batch, state, config, record)
+    images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
+    sliced: dict[str, Any] = {
+        "num_projections": config.num_projections,
+        "generator": keyed_generator(accelerator.device, config.seed, "directions", batch.update),
+    }
+    terms = {}
+    if "pixel" in wanted:
+        terms["pixel"] = pixel_transport(images, real, **sliced)
+    if "patch" in wanted:
+        terms["patch"] = patch_transport(images, real, patch_sizes=config.patch_sizes, **sliced)
+    if features is None:
+        return terms
+
+    found = [gather_rows(level, accelerator) for level in features(fake)]
+    if "feature" in wanted:
+        with torch.no_grad():
+            expected = [gather_rows(level, accelerator) for level in features(batch.real)]
+        terms["feature"] = feature_transport(found, expected, **sliced)
+    if "sinkhorn" in wanted:
+        with torch.no_grad():
+            other = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
+            pair, reference = (
+                [gather_rows(level, accelerator)[: batch.num_references] for level in features(images)]
+                for images in (other, batch.reference)
+            )
+        terms["sinkhorn"] = sinkhorn_transport(found, reference, pair, blur=config.blur, scaling=config.scaling)
+    return terms

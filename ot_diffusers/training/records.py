@@ -1,0 +1,222 @@
+"""What a run tells: losses, validation, sample grids, results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from diffusers.utils import make_image_grid
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import signals
+from ..config import BaselineConfig, TrainingConfig
+from ..losses import denoising_loss
+from ..seeds import keyed_generator
+from .averages import effective_rank
+from .batches import Images, Schedule, draw_noise, noised_batch
+from .checkpoints import TrainingState
+from .files import write_json, write_text
+from .processes import CONTINUE, OUT_OF_TIME, SIGNALLED, Agreement
+
+logger = logging.getLogger(__name__)
+
+COLLAPSED_RANK = 0.1
+"""Effective rank of what is generated over that of as many real images, below which a warning is due."""
+
+
+class Record:
+    """Losses of a run: means over `logging_steps` to the trackers, means over an epoch to `metrics.jsonl`; and whether
+    the run should stop early."""
+
+    def __init__(
+        self, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, state: TrainingState
+    ) -> None:
+        self.config, self.schedule, self.accelerator, self.state = config, schedule, accelerator, state
+        self.file = Path(config.output_dir) / "metrics.jsonl"
+        self._agreement = Agreement(accelerator)
+        self._warned = False
+        self._keep_until(state.update)
+        disable = not accelerator.is_main_process
+        self.progress = tqdm(
+            total=schedule.num_updates, initial=state.update, disable=disable, desc="updates", mininterval=1.0
+        )
+        signals.request.heeded = True
+
+    def add(self, **values: Tensor) -> None:
+        """Losses of one forward pass, 0-d tensors.
+
+        Raises:
+            TrainingError: at a record, where one of its values is no number.
+        """
+        state, ends_update = self.state, self.accelerator.sync_gradients
+        if ends_update and state.update_was_skipped:
+            state.averages.forget(state.update)
+        else:
+            state.averages.add(state.update if ends_update else state.update + 1, values)
+            if ends_update and state.gradient_norm is not None and self.accelerator.scaler is None:
+                state.averages.add(state.update, {"gradient_norm": state.gradient_norm})
+        if ends_update:
+            self.progress.update()
+            if state.update % self.config.logging_steps == 0:
+                self._log()
+
+    def compare_spread(self, generated: Tensor, real: Tensor) -> None:
+        """At a record: the effective rank of generated rows [N, …] over that of as many real ones, as
+        `effective_rank`. Where it stays small, what is generated collapses, and a warning says so."""
+        update = self.state.update + 1
+        if self.accelerator.sync_gradients and update % self.config.logging_steps == 0:
+            count = min(len(generated), len(real))
+            ratio = effective_rank(generated[:count]) / effective_rank(real[:count])
+            self.state.averages.add(update, {"effective_rank": ratio})
+
+    def end_epoch(self, **values: float) -> None:
+        """Append the epoch's means and `values` to `metrics.jsonl`."""
+        self._log()
+        update = self.state.update
+        means = self.state.averages.end_epoch()
+        record = {
+            "epoch": self.schedule.epoch(update),
+            "step": update,
+            "seconds": round(self.state.seconds, 2),
+            **means,
+            **values,
+        }
+        self.accelerator.log({f"epoch/{name}": value for name, value in (means | values).items()}, step=update)
+        if self.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self._warn_of_collapse(means.get("effective_rank"))
+        self.progress.set_postfix({name: f"{value:.4g}" for name, value in (means | values).items()})
+
+    def should_stop(self) -> bool:
+        """Whether the processes agree to stop: after SIGTERM or SIGINT, or when `max_train_seconds` are over."""
+        if self.state.update >= self.schedule.num_updates:
+            return False
+        limit = self.config.max_train_seconds
+        proposal = OUT_OF_TIME if limit is not None and self.state.seconds_here > limit else CONTINUE
+        agreed = self._agreement.on(SIGNALLED if signals.request.signal is not None else proposal)
+        if agreed != CONTINUE:
+            self.state.stopped_by = "a signal" if agreed == SIGNALLED else "max_train_seconds"
+            self.progress.close()
+        return agreed != CONTINUE
+
+    def _log(self) -> None:
+        means = self.state.averages.record(self.accelerator)
+        if means:
+            self.accelerator.log({f"train/{name}": value for name, value in means.items()}, step=self.state.update)
+
+    def _warn_of_collapse(self, rank: float | None) -> None:
+        # A model that has just begun makes one image of everything.
+        begun = self.schedule.epoch(self.state.update) >= 2
+        if rank is not None and rank < COLLAPSED_RANK and begun and not self._warned:
+            self._warned = True
+            logger.warning(
+                "what is generated collapses: its effective rank is %.1f%% of that of as many real images", 100 * rank
+            )
+
+    def _keep_until(self, update: int) -> None:
+        """Drop records of updates that a resumed run will do again, and a line that was cut short."""
+        if self.accelerator.is_main_process and self.file.is_file():
+            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= update]
+            write_text(self.file, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """The update of a record; infinite where it cannot be read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextmanager
+def averaged_weights(state: TrainingState) -> Iterator[None]:
+    """The model with its averaged weights inside, with its own again after."""
+    if state.ema is None:
+        yield
+        return
+    state.ema.store(state.model.parameters())
+    state.ema.copy_to(state.model.parameters())
+    try:
+        yield
+    finally:
+        state.ema.restore(state.model.parameters())
+
+
+@torch.no_grad()
+def validation_loss(
+    state: TrainingState, images: Images, scheduler: DDPMScheduler, config: BaselineConfig, accelerator: Accelerator
+) -> float:
+    """Denoising loss of the averaged weights on the first validation images, with noise that is the same at every
+    epoch."""
+    count = min(config.num_validation_samples, len(images))
+    generator = keyed_generator(accelerator.device, config.seed, "validation")
+    noise, timesteps = draw_noise(count, torch.Size(images.image_shape), config, generator)
+    own = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros(2, device=accelerator.device)
+    model = accelerator.unwrap_model(state.model)  # processes may have unequal shares
+    model.eval()
+    with averaged_weights(state):
+        for rows in own.split(config.train_batch_size) if len(own) else ():
+            clean = images.fetch(rows).to(accelerator.device)
+            batch = noised_batch(clean, noise[rows], timesteps[rows], scheduler, rows, rows, state.update)
+            output = model(batch.noisy, batch.timesteps).sample
+            total += torch.stack([denoising_loss(output, batch.target) * len(rows), total.new_tensor(len(rows))])
+    model.train()
+    total = accelerator.reduce(total, "sum")
+    return (total[0] / total[1]).item()
+
+
+def save_sample_grid(
+    state: TrainingState, scheduler: DDPMScheduler, config: BaselineConfig, accelerator: Accelerator, rows: int = 6
+) -> None:
+    """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time."""
+    if accelerator.is_main_process:
+        with averaged_weights(state):
+            model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
+            pipeline = DDIMPipeline(model.eval(), DDIMScheduler.from_config(scheduler.config))
+            pipeline.set_progress_bar_config(disable=True)
+            generator = torch.Generator().manual_seed(config.seed)
+            images = pipeline(rows**2, generator=generator, num_inference_steps=config.num_inference_steps).images
+            model.train()
+        folder = Path(config.output_dir) / "samples"
+        folder.mkdir(exist_ok=True)
+        make_image_grid(images, rows, rows).save(folder / f"update-{state.update:08d}.png")
+    accelerator.wait_for_everyone()
+
+
+def save_results(
+    state: TrainingState, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, **values: float
+) -> None:
+    """`results.json` of the run: what it cost and where it ended."""
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        metrics = folder / "metrics.jsonl"  # absent where the time was over within the first epoch
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        results = {
+            "updates": state.update,
+            "complete": state.update >= schedule.num_updates,
+            "stopped_by": state.stopped_by,
+            "skipped_updates": state.skipped_updates,
+            "training_seconds": round(state.seconds, 2),
+            "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+            "last_epoch": json.loads(lines[-1]) if lines else None,
+            **values,
+        }
+        write_json(folder / "results.json", results)
+    accelerator.wait_for_everyone()
+    if state.stopped_by is not None:
+        latest = "" if config.resume_from_checkpoint == "latest" else " with resume_from_checkpoint=latest"
+        accelerator.print(
+            f"stopped by {state.stopped_by} after update {state.update} of {schedule.num_updates}; all is saved, and "
+            f"the same command{latest} goes on"
+        )

@@ -1,0 +1,43 @@
+"""Several processes of a script on this machine: `python -m ot_diffusers.workers COUNT SCRIPT [ARGUMENT ...]`.
+
+torchrun does the work. Its SIGTERM would end the processes, and its exit status is always 1; here SIGTERM and SIGINT
+are passed on to the processes, which save and leave, and the exit status is that of the one that failed first.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the script in as many processes as the first argument says; returns the exit status."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the script has said what went wrong
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    count, *script = arguments
+    options = ["--standalone", f"--nproc-per-node={count}", "--signals-to-handle=SIGQUIT", *script]
+    try:
+        torchrun.run(torchrun.parse_args(options))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """The handler: the signal goes to every process that this one has started."""
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
