@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,13 @@ def main() -> int:
             f"\n{name}, {time.monotonic() - started:.0f} s\n" + "".join(f"  {line(row)}\n" for row in rows)
         )
         parts[name] = [dataclasses.asdict(row) | {"reached": row.reached} for row in rows]
-        results = {"quick": arguments.quick, "machine": machine(device), "parts": parts, "provenance": provenance()}
+        results = {
+            "quick": arguments.quick,
+            "machine": machine(device),
+            "table": table(parts),
+            "parts": parts,
+            "provenance": provenance(),
+        }
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(file)
@@ -57,6 +64,18 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def table(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Any]]:
+    """The figures as a document quotes them: median, range over the repeats, target."""
+    rows = []
+    for entry in (row for name in PARTS for row in parts.get(name, ())):
+        low, high = (format_number(value) for value in entry["spread"])
+        target = entry["target"]
+        bound = "" if target is None else f"{'≥' if entry['at_least'] else '≤'} {target:g}"
+        figure = f"{format_number(entry['value'])}{entry['unit']}"
+        rows.append([entry["name"], f"**{figure}**" if entry["reached"] else figure, f"{low} … {high}", bound])
+    return {"header": ["figure", "median", "range", "target"], "rows": rows}
 
 
 def line(row: Row) -> str:

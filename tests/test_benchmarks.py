@@ -57,3 +57,4 @@ def test_rows_are_written_part_by_part(tmp_path: Path, monkeypatch: pytest.Monke
     assert command.main() == 0
     written = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert {name: rows[0]["reached"] for name, rows in written["parts"].items()} == {"one": True, "two": True}
+    assert written["table"]["rows"] == [["fixed", "**2.00×**", "1.00 … 4.00", "≤ 2.5"]] * 2

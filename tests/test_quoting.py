@@ -67,7 +67,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         render_quotes(tmp_path / "page.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/launch.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/launch.md", "docs/benchmarks.md"])
 def test_a_page_quotes_its_results_as_they_are(page: str) -> None:
     assert "<!-- results: " in (ROOT / page).read_text(encoding="utf-8")
     assert main(["--check", str(ROOT / page)]) == 0
