@@ -94,7 +94,7 @@ def test_a_launch_of_a_script_is_a_valid_configuration(command: str, monkeypatch
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("ot-diffusers")])
 def test_a_command_is_one_that_the_parser_knows(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments, unknown = make_parser().parse_known_args(shlex.split(command)[1:])
+    arguments, unknown = make_parser().parse_known_args(shlex.split(command, comments=True)[1:])
     assert all("=" in word for word in unknown)
     config = getattr(arguments, "config", None)
     if arguments.name == "train":
