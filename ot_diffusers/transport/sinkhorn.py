@@ -64,7 +64,8 @@ class Potentials:
         f: [N], potential of the first cloud; `f` and `g` are in units of cost.
         g: [M], potential of the second cloud.
         marginal_error: ‖r − a‖₁ in [0, 2], how far the row sums of the plan were from their weights when the loop
-            stopped (0-d tensor; for unbalanced problems how far from a exp(−f/reach²), over its mass).
+            stopped (0-d tensor, on the CPU where the host has seen it; for unbalanced problems how far from
+            a exp(−f/reach²), over its mass).
         iterations: passes over the plan.
     """
 
@@ -448,7 +449,7 @@ def _stored_loop(
             iterations += 1
             error, worst_row = excess.tolist()
             if not error >= tolerance or iterations >= max_iterations:
-                return Potentials(eps * u, eps * v, excess[0], iterations), worst_row
+                return Potentials(eps * u, eps * v, torch.tensor(error), iterations), worst_row
     raise AssertionError("the ladder has a last temperature")
 
 
