@@ -152,8 +152,8 @@ def render_card(facts: CardFacts) -> ModelCard:
 
     Example:
         >>> card = render_card(CardFacts("user/model", "DDIMPipeline", {"unet": 1234}))
-        >>> card.data.library_name, card.data.pipeline_tag
-        ('diffusers', 'unconditional-image-generation')
+        >>> card.data.pipeline_tag
+        'unconditional-image-generation'
     """
     if facts.results is not None:
         arms = ", ".join(facts.results["arms"])

@@ -101,9 +101,9 @@ def _rows(name: str, value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [f"{name}  {'×'.join(map(str, value)) if isinstance(value, list) else value}"]
     width = max(len(key) for key in value)
-    shown = [f"{key.ljust(width)}  {entry:,}" if isinstance(entry, int) else f"{key.ljust(width)}  {entry}"
-             for key, entry in value.items()]  # fmt: skip
-    return [f"{name if index == 0 else ' ' * len(name)}  {line}" for index, line in enumerate(shown)]
+    names = [name, *[" " * len(name)] * (len(value) - 1)]
+    entries = [(key.ljust(width), f"{entry:,}" if isinstance(entry, int) else entry) for key, entry in value.items()]
+    return [f"{start}  {key}  {entry}" for start, (key, entry) in zip(names, entries, strict=True)]
 
 
 def report(arguments: argparse.Namespace) -> list[str]:

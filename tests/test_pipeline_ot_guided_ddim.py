@@ -389,7 +389,8 @@ def test_with_a_field_an_image_is_the_same_in_any_batch():
 
 
 def test_a_field_guides_the_recorded_steps():
-    pipe = _with_field(num_guidance_steps=2, guidance_start_step=1, num_correction_steps=1)
+    pipe = _with_field(num_guidance_steps=2, guidance_start_step=1, num_correction_steps=1, blur=None)
+    assert pipe.guidance_field.config.blur == 0.3
     assert pipe.guidance_field.config.timesteps == (600, 400)
     assert pipe.guidance_field.features.shape == (2, 1, 32, 24)
 

@@ -256,7 +256,7 @@ class OTGuidedDDIMPipeline(PortablePipeline):
         self._history = []
         try:
             self(batch_size=num_samples, generator=generator, **arguments)
-            guidance = {name: call_arguments.get(name, value) for name, value in DEFAULTS.items()}
+            guidance = DEFAULTS | _given({name: call_arguments.get(name) for name in DEFAULTS})
             require(len(self._history) > 0, "guidance_scale", "guide at least one step", self._guidance_scale)
             field = GuidanceField.from_corrections(
                 self._history,
@@ -290,7 +290,7 @@ class OTGuidedDDIMPipeline(PortablePipeline):
             guidance_scale=scale,
             guidance_field=self.guidance_field if follows_field else None,
             history=self._history,
-            **recorded | {name: value for name, value in asked.items() if value is not None},
+            **recorded | _given(asked),
         )
 
     def _guided_output(
@@ -309,3 +309,8 @@ class OTGuidedDDIMPipeline(PortablePipeline):
         guidance.guidance_scale = self._guidance_scale
         corrected = guidance.correct(pred_original_sample, at)
         return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a call has set."""
+    return {name: value for name, value in arguments.items() if value is not None}
