@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import FeaturesConfig
-from .data import ResidentImages, StreamedImages
+from .data import ResidentImages, StreamedImages, pixels_of
 from .errors import InputError, require
+from .images import to_model_range
 from .losses import image_features
 from .models.backbone_extractor import BackboneFeatureExtractor
 from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
@@ -167,15 +168,18 @@ def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
 def make_reference_bank(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, num_samples: int
 ) -> ReferenceBank:
-    """Features of `num_samples` evenly spaced images (all, if there are fewer) with the scale at which their median
-    distance is 1."""
+    """`num_samples` evenly spaced images (all, if there are fewer) and their features, with the scales at which the
+    median distance of either is 1."""
     features = cached_features(network, images)
     rows = torch.linspace(0, len(features) - 1, min(num_samples, len(features))).round().long()
+    pixels = pixels_of(images, rows)
     return ReferenceBank.from_features(
         features[rows],
         feature_scale=median_distance(features),
         dataset=network.config.dataset,
         data_fingerprint=network.config.data_fingerprint,
+        images=pixels,
+        pixel_scale=median_distance(to_model_range(pixels).flatten(1)),
     )
 
 

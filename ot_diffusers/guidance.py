@@ -1,9 +1,12 @@
-"""OT guidance: move a batch of predicted clean images towards the distribution of real ones, in feature space.
+"""OT guidance: move a batch of predicted clean images towards the distribution of real ones.
 
-One correction takes a few Adam steps on the images themselves, down the Sinkhorn divergence between the features of the
-batch and a bank of reference features:
+One correction takes a few Adam steps on the images themselves, down the Sinkhorn divergence between the batch and a
+bank of references:
 
-    x̂0 ← clamp(x̂0 − Adam(∇ S(φ(x̂0)/s, R/s)), −1, 1),     φ the frozen feature network, s the feature scale
+    x̂0 ← clamp(x̂0 − Adam(∇ S(ψ(x̂0), ψ(R))), −1, 1),     ψ(x) = (φ(x)/s, w·x/s') / √(1 + w²)
+
+φ is the frozen feature network, s the median distance of its features, s' that of the images, w the `pixel_weight`.
+Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
 
 Adam divides the gradient by its own size, so a factor on the loss has no effect. `guidance_scale` therefore scales the
 step instead: each step moves a pixel by at most about `guidance_scale` · 0.02. At 0.5 that is the source study's
@@ -15,10 +18,13 @@ batch, which moves every image on its own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .errors import require
+from .images import to_model_range
 from .models.feature_extractor import FeatureExtractor
 from .models.guidance_field import Correction, GuidanceField
 from .models.reference_bank import ReferenceBank
@@ -43,7 +49,9 @@ class OTGuidance:
         blur: length in normalised feature units (in raw ones with `normalize_features=False`).
         normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the source's
             form.
-        guidance_field: follow this field; the four arguments above have to be those it was recorded with.
+        pixel_weight: of the images beside their features, ≥ 0; the default is 1 for a bank that holds images and
+            features that are normalised, else 0.
+        guidance_field: follow this field; the five arguments above have to be those it was recorded with.
         history: a list that takes in every correction of a joint batch.
 
     Raises:
@@ -68,6 +76,7 @@ class OTGuidance:
         num_correction_steps: int = 3,
         blur: float = 0.3,
         normalize_features: bool = True,
+        pixel_weight: float | None = None,
         guidance_field: GuidanceField | None = None,
         history: list[Correction] | None = None,
     ) -> None:
@@ -75,6 +84,7 @@ class OTGuidance:
         require(num_correction_steps >= 1, "num_correction_steps", "be at least 1", num_correction_steps)
         require(blur > 0, "blur", "be a positive length", blur)
         check_same_data(feature_extractor, reference_bank)
+        pixel_weight = chosen_pixel_weight(pixel_weight, reference_bank, normalize_features)
         if guidance_field is not None:
             check_recorded_for(
                 guidance_field,
@@ -83,6 +93,7 @@ class OTGuidance:
                 num_correction_steps=num_correction_steps,
                 blur=blur,
                 normalize_features=normalize_features,
+                pixel_weight=pixel_weight,
             )
         self.feature_extractor = feature_extractor
         self.guidance_field = guidance_field
@@ -91,8 +102,10 @@ class OTGuidance:
         self.num_correction_steps = num_correction_steps
         self.blur = blur
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
+        self.pixel_weight = pixel_weight
+        self.pixel_scale = reference_bank.config.pixel_scale
         self._potentials: DivergencePotentials | None = None
-        self._references = reference_bank.features.detach().float() / self.feature_scale
+        self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.images)
 
     def correct(self, pred_original_sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The corrected batch.
@@ -147,8 +160,33 @@ class OTGuidance:
         return known if known is not None and known.own.shape == (batch_size,) and known.own.device == device else None
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of images in [-1, 1] in the units of the transport problem, float32 [B, D]."""
-        return self.feature_extractor.extract(images.to(self.feature_extractor.dtype)).float() / self.feature_scale
+        """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + CHW] with pixels."""
+        features = self.feature_extractor.extract(images.to(self.feature_extractor.dtype)).float()
+        return self._beside_pixels(features, images)
+
+    def _beside_pixels(self, features: Tensor, images: Tensor | None) -> Tensor:
+        """Raw features and the images they are of, uint8 or in [-1, 1], as points of the transport problem."""
+        points = features / self.feature_scale
+        if self.pixel_weight == 0:
+            return points
+        assert images is not None
+        pixels = to_model_range(images) if images.dtype == torch.uint8 else images.float()
+        pixels = pixels.flatten(1) * (self.pixel_weight / self.pixel_scale)
+        return torch.cat([points, pixels], dim=1) / math.sqrt(1 + self.pixel_weight**2)
+
+
+def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBank, normalize_features: bool) -> float:
+    """The given weight, if the bank allows it, or the default.
+
+    Raises:
+        InputError: a negative weight, or one for a bank without images.
+    """
+    if pixel_weight is None:
+        return 1.0 if reference_bank.images is not None and normalize_features else 0.0
+    require(pixel_weight >= 0, "pixel_weight", "be at least 0", pixel_weight)
+    possible = pixel_weight == 0 or reference_bank.images is not None
+    require(possible, "pixel_weight", "be 0 for a reference bank without images", pixel_weight)
+    return pixel_weight
 
 
 def check_same_data(feature_extractor: FeatureExtractor, reference_bank: ReferenceBank) -> None:
@@ -172,8 +210,9 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
 def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float) -> None:
     """Refuse a field of other references, or of another guidance than `arguments` say."""
     config, bank = guidance_field.config, reference_bank.config
+    pixels = math.prod(bank.image_shape) if config.pixel_weight > 0 and bank.image_shape else 0
     found = (config.num_references, config.feature_dim)
-    wanted = (bank.num_samples, bank.feature_dim)
+    wanted = (bank.num_samples, bank.feature_dim + pixels)
     require(found == wanted, "guidance_field", f"be recorded with references of shape {wanted}", found)
     for name, value in arguments.items():
         require(value == config[name], name, f"be {config[name]}, as the guidance field was recorded", value)

@@ -7,6 +7,7 @@ import torch
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
+from ot_diffusers.images import to_uint8
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.models.guidance_field import Correction, GuidanceField
 from ot_diffusers.models.reference_bank import ReferenceBank
@@ -168,6 +169,65 @@ def test_a_bank_of_another_network_is_refused(parts):
 def test_images_of_another_size_are_refused(parts):
     with pytest.raises(InputError, match=r"`images` must have shape \[B, 1, 8, 8\], got \(2, 3, 8, 8\)"):
         OTGuidance(*parts).correct(torch.zeros(2, 3, 8, 8))
+
+
+# --- pixels beside the features -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts_with_images(parts) -> tuple[ConvFeatureExtractor, ReferenceBank]:
+    network, _ = parts
+    images = _images(200, seed=1)
+    features = network.extract(images)
+    scales = {"feature_scale": median_distance(features), "pixel_scale": median_distance(images.flatten(1))}
+    return network, ReferenceBank.from_features(features, images=to_uint8(images), **scales)
+
+
+def test_features_and_pixels_count_alike(parts_with_images):
+    guidance = OTGuidance(*parts_with_images)
+    points = guidance.features(_images(200, seed=1))
+    assert points.shape == (200, 32 + 64)
+    torch.testing.assert_close(points, guidance._references, rtol=0, atol=1e-2)  # stored in steps of 1/127.5
+    assert median_distance(points) == pytest.approx(1, abs=0.1)
+    for part in (points[:, :32], points[:, 32:]):
+        assert median_distance(part) == pytest.approx(0.5**0.5, abs=0.01)
+
+
+def test_pixels_keep_speckle_away(parts_with_images):
+    """The features hardly see noise, and guidance by them alone adds to it."""
+    clean = _images(64, seed=5)
+    noise = 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    images = (clean + noise).clamp(-1, 1)
+
+    def left(weight: float) -> float:
+        guidance = OTGuidance(*parts_with_images, num_correction_steps=10, pixel_weight=weight)
+        return float((guidance.correct(images) - clean).square().mean())
+
+    before = float((images - clean).square().mean())
+    assert left(1.0) < 0.95 * before < before < left(0.0)
+
+
+def test_pixels_are_seen_where_there_are_any(parts, parts_with_images):
+    assert OTGuidance(*parts).pixel_weight == 0
+    assert OTGuidance(*parts_with_images).pixel_weight == 1
+    assert OTGuidance(*parts_with_images, normalize_features=False).pixel_weight == 0
+    plain = OTGuidance(*parts).correct(_blurred())
+    torch.testing.assert_close(OTGuidance(*parts_with_images, pixel_weight=0).correct(_blurred()), plain)
+    with pytest.raises(InputError, match=r"`pixel_weight` must be 0 for a reference bank without images, got 1\.0"):
+        OTGuidance(*parts, pixel_weight=1.0)
+    with pytest.raises(InputError, match=r"`pixel_weight` must be at least 0, got -1"):
+        OTGuidance(*parts_with_images, pixel_weight=-1)
+
+
+def test_a_field_of_features_and_pixels(parts_with_images):
+    history: list[Correction] = []
+    OTGuidance(*parts_with_images, num_correction_steps=2, history=history).correct(_blurred(256), 500)
+    field = GuidanceField.from_corrections(history, guidance_scale=1.0, blur=0.3, pixel_weight=1.0)
+    guidance = OTGuidance(*parts_with_images, num_correction_steps=2, guidance_field=field)
+    images = _blurred(24)
+    torch.testing.assert_close(guidance.correct(images[:1], 500), guidance.correct(images, 500)[:1], rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match=r"`pixel_weight` must be 1\.0, as the guidance field was recorded, got 0"):
+        OTGuidance(*parts_with_images, num_correction_steps=2, guidance_field=field, pixel_weight=0)
 
 
 # --- a recorded field -----------------------------------------------------------------------------------------------

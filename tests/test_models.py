@@ -138,6 +138,15 @@ def test_a_saved_bank_comes_back(tmp_path):
     assert ReferenceBank.from_pretrained(tmp_path, dtype=torch.float16).references().dtype == torch.float32
 
 
+def test_a_bank_with_images_comes_back(tmp_path):
+    images = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8)
+    ReferenceBank.from_features(torch.randn(20, 6), images=images, pixel_scale=3.0).save_pretrained(tmp_path)
+    for options in ({}, {"dtype": torch.float16}):
+        loaded = ReferenceBank.from_pretrained(tmp_path, **options)
+        assert torch.equal(loaded.images, images) and loaded.config.pixel_scale == 3.0
+    assert ReferenceBank.from_features(torch.randn(20, 6)).images is None
+
+
 def test_a_bank_keeps_its_own_copy():
     features = torch.randn(20, 6)
     bank = ReferenceBank.from_features(features)
@@ -152,6 +161,9 @@ def test_a_bank_keeps_its_own_copy():
         (torch.zeros(6), {}, r"`features` must have shape \[N, D\]"),
         (torch.full((4, 6), torch.nan), {}, "`features` must be finite"),
         (torch.zeros(4, 6), {"feature_scale": 0.0}, "`feature_scale` must be positive, got 0.0"),
+        (torch.zeros(4, 6), {"pixel_scale": 0.0}, "`pixel_scale` must be positive, got 0.0"),
+        (torch.zeros(4, 6), {"images": torch.zeros(4, 1, 2, 2)}, r"`images` must be uint8 \[4, C, H, W\]"),
+        (torch.zeros(4, 6), {"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8)}, r"`images` must be uint8 \[4, C"),
     ],
 )
 def test_bad_banks_are_refused(features, options, message):

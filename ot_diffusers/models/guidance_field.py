@@ -42,8 +42,8 @@ class GuidanceField(PortableModel, ConfigMixin):
         num_correction_steps: C in each of them.
         num_samples: N of the bank.
         num_references: M of the reference bank.
-        feature_dim: D.
-        guidance_scale, blur, normalize_features: of the recorded guidance.
+        feature_dim: D, the pixels beside the features included.
+        guidance_scale, blur, normalize_features, pixel_weight: of the recorded guidance.
 
     Example:
         >>> from ot_diffusers.transport import divergence_gradient
@@ -65,6 +65,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         guidance_scale: float = 1.0,
         blur: float = 0.3,
         normalize_features: bool = True,
+        pixel_weight: float = 0.0,
     ) -> None:
         super().__init__()
         steps = (len(timesteps), num_correction_steps)
@@ -80,6 +81,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         guidance_scale: float,
         blur: float,
         normalize_features: bool = True,
+        pixel_weight: float = 0.0,
     ) -> GuidanceField:
         """The field of a batch's chain, all its corrections in order, as many at every denoising step."""
         timesteps = tuple(dict.fromkeys(correction.timestep for correction in corrections))
@@ -97,6 +99,7 @@ class GuidanceField(PortableModel, ConfigMixin):
             guidance_scale,
             blur,
             normalize_features,
+            pixel_weight,
         )
         for stored, values in (
             (field.features, [correction.features for correction in corrections]),

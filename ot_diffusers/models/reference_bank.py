@@ -1,4 +1,4 @@
-"""Features of real images, stored with a model so that sampling can be guided towards them."""
+"""Real images and their features, stored with a model so that sampling can be guided towards them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class ReferenceBankOutput(BaseOutput):
 
 
 class ReferenceBank(PortableModel, ConfigMixin):
-    """A fixed cloud of reference features and the length that makes it unit-sized.
+    """A fixed cloud of reference features, if wanted with the images they are of, and the lengths that make both
+    unit-sized.
 
-    The features are a parameter without gradient rather than a buffer, so that device placement and offloading treat
-    the bank like any other model.
+    Features and images are parameters without gradient rather than buffers, so that device placement and offloading
+    treat the bank like any other model.
 
     Args:
         num_samples: N, rows of the bank.
@@ -37,6 +38,8 @@ class ReferenceBank(PortableModel, ConfigMixin):
             form, 1 for the source's raw features.
         dataset: name of the data the references come from.
         data_fingerprint: content hash of that data, the same as the feature network's.
+        image_shape: (C, H, W) of the images; None for a bank of features alone.
+        pixel_scale: median distance of the images in [-1, 1].
 
     Example:
         >>> bank = ReferenceBank.from_features(torch.randn(100, 16), feature_scale=2.0)
@@ -52,11 +55,18 @@ class ReferenceBank(PortableModel, ConfigMixin):
         feature_scale: float = 1.0,
         dataset: str | None = None,
         data_fingerprint: str | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        pixel_scale: float = 1.0,
     ) -> None:
         super().__init__()
         require(num_samples >= 2, "num_samples", "be at least 2 (a distribution, not a point)", num_samples)
         require(feature_scale > 0, "feature_scale", "be positive", feature_scale)
+        require(pixel_scale > 0, "pixel_scale", "be positive", pixel_scale)
         self.features = nn.Parameter(torch.zeros(num_samples, feature_dim), requires_grad=False)
+        self.images: nn.Parameter | None = None
+        if image_shape is not None:
+            blank = torch.zeros(num_samples, *image_shape, dtype=torch.uint8)
+            self.images = nn.Parameter(blank, requires_grad=False)
 
     @classmethod
     def from_features(
@@ -66,12 +76,22 @@ class ReferenceBank(PortableModel, ConfigMixin):
         feature_scale: float = 1.0,
         dataset: str | None = None,
         data_fingerprint: str | None = None,
+        images: Tensor | None = None,
+        pixel_scale: float = 1.0,
     ) -> ReferenceBank:
-        """A bank that holds `features`, [N, D], N ≥ 2."""
+        """A bank that holds `features`, [N, D], N ≥ 2, and the `images` they are of, uint8 [N, C, H, W]."""
         require(features.ndim == 2, "features", "have shape [N, D]", tuple(features.shape))
         require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
-        bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint)
+        shape = None
+        if images is not None:
+            fits = images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(features)
+            wanted = f"be uint8 [{len(features)}, C, H, W]"
+            require(fits, "images", wanted, (images.dtype, tuple(images.shape)))
+            shape = tuple(images.shape[1:])
+        bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, shape, pixel_scale)
         bank.features.data.copy_(features)
+        if bank.images is not None:
+            bank.images.data.copy_(images)
         return bank
 
     def forward(self, return_dict: bool = True) -> ReferenceBankOutput | tuple[Tensor]:
