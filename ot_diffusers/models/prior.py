@@ -78,10 +78,20 @@ class PriorMixin:
             device: where the noise is drawn; the prior's own device by default.
         """
         generator = list(generator) if isinstance(generator, Sequence) else generator
+        images = self.draw(batch_size, generator=generator, device=device)
+        return self.diffuse(images, alpha, sigma, generator=generator)
+
+    def draw(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """What the prior makes of fresh latents, by its `prediction_type`: the first half of `sample`."""
         device = torch.device(device or self.device)
         latents = randn_tensor((batch_size, self.latent_dim), generator=generator, device=device, dtype=self.dtype)
-        images = self(latents).sample  # type: ignore[operator]
-        return self.diffuse(images, alpha, sigma, generator=generator)
+        return self(latents).sample  # type: ignore[operator]
 
     def diffuse(
         self,
