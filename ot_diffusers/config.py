@@ -290,6 +290,7 @@ class PriorConfig(TrainingConfig):
     sample_epochs: int = option(5, "epochs between sample grids")
     class_wise: bool = option(False, "gaussian: one for each class label")
     beta: float = option(1.0, "vae: weight of the divergence")
+    latent_components: int = option(10, "vae: Gaussians fitted to the codes of the data for sampling; 0 keeps N(0, I)")
     discriminator_learning_rate: float | None = option(None, "gan: the discriminator's own; none is learning_rate")
     spectral_norm: bool = option(True, "gan: bound each layer of the discriminator")
     r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
@@ -318,6 +319,7 @@ class PriorConfig(TrainingConfig):
         require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
         require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
         require(self.beta >= 0, "beta", "be at least 0", self.beta)
+        require(self.latent_components >= 0, "latent_components", "be at least 0", self.latent_components)
         own_rate = self.discriminator_learning_rate
         require(own_rate is None or own_rate > 0, "discriminator_learning_rate", "be positive or none", own_rate)
         references = self.num_reference_samples

@@ -23,6 +23,10 @@ from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.models.prior import PriorGenerator
+from ot_diffusers.models.prior_networks import PriorEncoder
+from ot_diffusers.schedules import truncated_scheduler
+from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 from ot_diffusers.truncation_study import TruncationConfig
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +113,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory, denoiser: Path) -> dict[str, 
     """Four uninterrupted updates of every learned prior."""
     folder = tmp_path_factory.mktemp("runs")
     return {name: train(folder / name, denoiser, **values) for name, values in LEARNED.items()}
+
+
+def test_vae_draws_latents_like_the_codes_of_its_data() -> None:
+    """The encoder of no training puts the digits far from N(0, I), and so are the latents that are drawn."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"sample_size": 8, "latent_dim": 6, "block_out_channels": (16, 8)}
+    encoder = PriorEncoder(in_channels=1, **shape)
+    model = VariationalPrior(PriorGenerator(truncation_timestep=10, out_channels=1, **shape), encoder)
+    images, config = load_images("digits", "train"), make_config(PriorConfig, {"prior": "vae", "latent_components": 1})
+    prior = with_fitted_latents(model, images, truncated_scheduler(DDIMScheduler(), 10), config)
+    assert prior.config.num_latent_components == 1
+    with torch.no_grad():
+        codes = encoder(images.fetch(torch.arange(len(images))))
+    # The law of total covariance; one code of each of 1,152 images, whose variances are about 1 here.
+    expected = codes.mean.T.cov() + codes.log_variance.exp().mean(0).diag()
+    torch.testing.assert_close(prior.latent_mean[0], codes.mean.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(prior.latent_factor[0].T @ prior.latent_factor[0], expected, rtol=0, atol=0.2)
+    assert (expected - torch.eye(6)).abs().max() > 0.4
 
 
 def test_learned_priors_share_one_generator_and_open_as_pipelines(runs: dict[str, Path]) -> None:
