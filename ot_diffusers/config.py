@@ -296,6 +296,7 @@ class PriorConfig(TrainingConfig):
     r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
     r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
     ot_objective: str = option("sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
+    ot_weights: tuple[float, ...] = option((), "ot: weights of these terms, in their order; none is 1 each")
     feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
     num_reference_samples: int | None = option(None, "ot: images on both sides of sinkhorn's field; none is the batch")
     num_projections: int = option(256, "ot: random directions of each sliced term")
@@ -328,6 +329,9 @@ class PriorConfig(TrainingConfig):
         terms = self.ot_objective.split("+")
         known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
         require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
+        weights = self.ot_weights
+        matched = len(weights) in (0, len(terms)) and all(weight > 0 for weight in weights)
+        require(matched, "ot_weights", f"be none or a positive number for each of {', '.join(terms)}", weights)
         require(self.blur > 0, "blur", "be a positive length", self.blur)
         require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
 

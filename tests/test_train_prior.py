@@ -133,6 +133,19 @@ def test_vae_draws_latents_like_the_codes_of_its_data() -> None:
     assert (expected - torch.eye(6)).abs().max() > 0.4
 
 
+def test_weights_of_the_objective_follow_the_names_of_its_terms(denoiser: Path, tmp_path: Path) -> None:
+    def first_losses(name: str, **values: Any) -> dict[str, float]:
+        run = train(tmp_path / name, denoiser, prior="ot", max_train_steps=1, **values)
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+
+    plain = first_losses("plain", ot_objective="pixel+patch")
+    weighted = first_losses("weighted", ot_objective="patch+pixel", ot_weights=[8.0, 0.5])
+    for term, weight in (("patch", 8.0), ("pixel", 0.5)):
+        # One update from the same weights and draws: powers of two are exact.
+        assert weighted[term] == pytest.approx(weight * plain[term], rel=1e-6)
+    assert weighted["loss"] == pytest.approx(weighted["patch"] + weighted["pixel"], rel=1e-6)
+
+
 def test_learned_priors_share_one_generator_and_open_as_pipelines(runs: dict[str, Path]) -> None:
     parameters = {results(run)["parameters"] for run in runs.values()}
     assert len(parameters) == 1
@@ -228,6 +241,14 @@ def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser
     ("values", "message"),
     [
         ({"prior": "flow"}, "`prior` must be one of gaussian, vae, gan, ot"),
+        (
+            {"ot_objective": "patch+pixel", "ot_weights": [1]},
+            "`ot_weights` must be none or a positive number for each of",
+        ),
+        (
+            {"ot_objective": "patch", "ot_weights": [0]},
+            "`ot_weights` must be none or a positive number for each of patch",
+        ),
         ({"ot_objective": "patch+pixels"}, "`ot_objective` must join some of pixel, patch, feature, sinkhorn"),
         ({"class_wise": True}, "`class_wise` must be false"),
         ({"prior": "gaussian", "prediction_type": "noisy_sample"}, "`prediction_type` must be sample"),

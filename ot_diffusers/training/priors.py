@@ -261,7 +261,7 @@ def transport_terms(
     accelerator: Accelerator,
     record: Record,
 ) -> dict[str, Tensor]:
-    """The terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
+    """The weighted terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
     wanted = config.ot_objective.split("+")
     fake = generated(batch, state, config, record)
     images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
@@ -275,7 +275,7 @@ def transport_terms(
     if "patch" in wanted:
         terms["patch"] = patch_transport(images, real, patch_sizes=config.patch_sizes, **sliced)
     if features is None:
-        return terms
+        return _weighted(terms, config)
 
     found = [gather_rows(level, accelerator) for level in features(fake)]
     if "feature" in wanted:
@@ -290,4 +290,12 @@ def transport_terms(
                 for images in (other, batch.reference)
             )
         terms["sinkhorn"] = sinkhorn_transport(found, reference, pair, blur=config.blur, scaling=config.scaling)
-    return terms
+    return _weighted(terms, config)
+
+
+def _weighted(terms: dict[str, Tensor], config: PriorConfig) -> dict[str, Tensor]:
+    """The terms times `ot_weights`, which stand in the order of `ot_objective`."""
+    if not config.ot_weights:
+        return terms
+    weights = dict(zip(config.ot_objective.split("+"), config.ot_weights, strict=True))
+    return {name: weights[name] * term for name, term in terms.items()}
