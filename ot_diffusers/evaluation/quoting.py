@@ -42,8 +42,8 @@ def render_quotes(markdown: Path) -> str:
 
 
 def quote(results: Mapping[str, Any]) -> str:
-    """The table of one run, below its summary where it has one; of a comparison the verdict on its primary metric, and means with their intervals; what a
-    command has already made a table of, as it stands."""
+    """The table of one run, below its summary where it has one; of a comparison the verdict on its primary metric, and
+    means with their intervals; what a command has already made a table of, as it stands."""
     if "table" in results:
         return markdown_rows([results["table"]["header"], *results["table"]["rows"]])
     if not results.get("differences"):
