@@ -50,7 +50,8 @@ from .experiment import (
 )
 from .features import load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
-from .pipelines.pipeline_ot_guided_ddim import SMALL_BATCH, OTGuidedDDIMPipeline
+from .pipelines.guided import SMALL_BATCH
+from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
 from .seeds import keyed_generator
 from .training import write_json

@@ -290,11 +290,13 @@ class PriorConfig(TrainingConfig):
     sample_epochs: int = option(5, "epochs between sample grids")
     class_wise: bool = option(False, "gaussian: one for each class label")
     beta: float = option(1.0, "vae: weight of the divergence")
+    latent_components: int = option(10, "vae: Gaussians fitted to the codes of the data for sampling; 0 keeps N(0, I)")
     discriminator_learning_rate: float | None = option(None, "gan: the discriminator's own; none is learning_rate")
     spectral_norm: bool = option(True, "gan: bound each layer of the discriminator")
     r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
     r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
     ot_objective: str = option("sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
+    ot_weights: tuple[float, ...] = option((), "ot: weights of these terms, in their order; none is 1 each")
     feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
     num_reference_samples: int | None = option(None, "ot: images on both sides of sinkhorn's field; none is the batch")
     num_projections: int = option(256, "ot: random directions of each sliced term")
@@ -318,6 +320,7 @@ class PriorConfig(TrainingConfig):
         require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
         require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
         require(self.beta >= 0, "beta", "be at least 0", self.beta)
+        require(self.latent_components >= 0, "latent_components", "be at least 0", self.latent_components)
         own_rate = self.discriminator_learning_rate
         require(own_rate is None or own_rate > 0, "discriminator_learning_rate", "be positive or none", own_rate)
         references = self.num_reference_samples
@@ -326,6 +329,9 @@ class PriorConfig(TrainingConfig):
         terms = self.ot_objective.split("+")
         known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
         require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
+        weights = self.ot_weights
+        matched = len(weights) in (0, len(terms)) and all(weight > 0 for weight in weights)
+        require(matched, "ot_weights", f"be none or a positive number for each of {', '.join(terms)}", weights)
         require(self.blur > 0, "blur", "be a positive length", self.blur)
         require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
 

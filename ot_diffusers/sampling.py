@@ -43,8 +43,8 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     Args:
         path: folder or Hub id of an `OTGuidedDDIMPipeline`, a `TruncatedPriorPipeline` or diffusers' `DDIMPipeline` or
             `DDPMPipeline`. Weights are read as safetensors only; nothing in the folder is executed.
-        features: folder of a `train_features.py` run. Its network and reference bank turn the UNet and scheduler at
-            `path` into an `OTGuidedDDIMPipeline`.
+        features: folder of a `train_features.py` run. With its network and reference bank the pipeline at `path` is
+            guided: a `TruncatedPriorPipeline` as one, any other as an `OTGuidedDDIMPipeline`.
 
     Raises:
         InputError: no such pipeline, or feature network and UNet do not fit.
@@ -58,9 +58,10 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
         raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
     if features is None:
         return pipeline
-    require(kind is not TruncatedPriorPipeline, "features", "be left out for a TruncatedPriorPipeline", str(features))
     network, bank = load_feature_extractor(str(features)), load_reference_bank(str(features))
     _check_fits(network, pipeline.unet)
+    if kind is TruncatedPriorPipeline:
+        return TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
     return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
 
 

@@ -6,7 +6,9 @@ The scripts train the denoiser, the evaluator and the learned priors. Every way 
 by the evaluator, which no loss has seen: pure noise in the truncated and in the full chain, closed-form Gaussians, the
 learned priors, and real noisy images as the bound of what a prior can reach. Then Fréchet distance and time against T':
 a learned prior makes clean images, so that the one of the table starts the chain anywhere, or another is trained for
-each T'. Started again, the command keeps what is complete.
+each T'. Some priors are sampled with OT guidance, too, by the feature network of the losses: in the table, on the
+curves, and once from the step `goal_timestep`, where a short guided chain is held against a long plain one. Started
+again, the command keeps what is complete.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from .experiment import (
     train,
     write_results,
 )
-from .features import load_feature_extractor
+from .features import load_feature_extractor, load_reference_bank
 from .images import to_uint8
 from .launch import training_command
 from .models.prior import GaussianPrior
@@ -52,8 +54,16 @@ from .sampling import MAX_BATCH_SIZE, best_device, load_pipeline, sample_images
 from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
 from .seeds import keyed_generator
 
-HEADLINE = ("frechet_distance", "recall_distance", "precision_distance", "precision", "recall")
-METRICS = (*HEADLINE, "coverage", "nearest_distance_ratio", "patch_sliced_wasserstein")
+HEADLINE = (
+    "frechet_distance",
+    "recall_distance",
+    "precision_distance",
+    "precision",
+    "recall",
+    "nearest_distance_ratio",
+    "patch_sliced_wasserstein",
+)
+METRICS = (*HEADLINE, "coverage")
 COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
 LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
 LEARNED = ("gan", "ot", "vae")
@@ -67,6 +77,11 @@ DESCRIPTIONS = {
     "GAN": "The generator against a discriminator of its widths.",
     "OT": "The generator by optimal transport alone, no adversary.",
     ORACLE: "Real training images, diffused: what a perfect prior would reach.",
+}
+GOAL_METRICS = {
+    "frechet_distance": "Fréchet",
+    "recall_distance": "recall distance",
+    "patch_sliced_wasserstein": "patch SW",
 }
 
 Images = ResidentImages | StreamedImages
@@ -86,10 +101,15 @@ class TruncationConfig:
     truncation_timestep: int = option(10, "T' of the table")
     timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
     learned_timesteps: tuple[int, ...] = option((), "those T' of the curves for which learned priors are trained anew")
+    guided: tuple[str, ...] = option(
+        (), "priors that are sampled with OT guidance as well; any adds the noise of a full chain"
+    )
+    goal_timestep: int | None = option(None, "T' of guided rows beside the table's own; none is no such rows")
     num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
     full_steps: tuple[int, ...] = option((50, 1000), "reverse steps of the full chains")
     curve_steps: int = option(10, "reverse steps of each point of the curves, at most T'")
     batch_size: int | None = option(None, "images sampled at once; none is up to 1,000")
+    guided_batch_size: int | None = option(None, "the same where guidance couples them")
     max_train_steps: int | None = option(None, "updates of each learned prior; none is the preset's")
     max_train_seconds: float | None = option(None, "time of each learned prior; none is what its updates take")
     seed: int = option(0, "of the models and of the starting noise")
@@ -102,10 +122,15 @@ class TruncationConfig:
             require(all(value >= 1 for value in values), name, "hold numbers from 1", values)
         known = set(self.priors) <= set(LABELS)
         require(known, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
+        known = set(self.guided) <= set(self.priors)
+        require(known, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
+        goal = self.goal_timestep
+        require(goal is None or goal >= 1, "goal_timestep", "be at least 1 or none", goal)
+        require(goal is None or bool(self.guided), "goal_timestep", "be none without guided priors", goal)
         known = set(self.learned_timesteps) <= set(self.timesteps)
         require(known, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
-        for name in ("batch_size", "max_train_steps"):
+        for name in ("batch_size", "guided_batch_size", "max_train_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "be at least 1 or none", value)
         seconds = self.max_train_seconds
@@ -141,6 +166,11 @@ class Study:
         """The priors of the table; one Gaussian for each class needs classes."""
         labelled = self.train_images.labels is not None
         return tuple(name for name in self.config.priors if labelled or name != "gaussian_classes")
+
+    @property
+    def guided(self) -> tuple[str, ...]:
+        """Those of them that are guided, too."""
+        return tuple(name for name in self.priors if name in self.config.guided)
 
     @property
     def denoiser(self) -> str:
@@ -224,6 +254,8 @@ def check_parts(study: Study) -> None:
     for path in (config.feature_extractor, config.evaluator):
         if path is not None:
             load_feature_extractor(path)
+    if config.guided and config.feature_extractor is not None:
+        load_reference_bank(config.feature_extractor)
     network_runs(study)
     prior_runs(study, config.truncation_timestep, study.priors)
 
@@ -316,19 +348,45 @@ def sample_rows(study: Study) -> dict[str, Sampled]:
         rows[f"vanilla, full in {steps}"] = sampled(study, "vanilla", length, steps)
     for name in study.priors:
         rows[LABELS[name]] = sampled(study, name, main, main)
+    for name in study.guided:
+        rows[guided_label(name)] = sampled(study, name, main, main, guided=True)
+    for name in study.guided if study.config.goal_timestep else ():
+        rows[goal_label(study, name)] = goal_row(study, name)
+    if study.guided:
+        steps = min(study.config.full_steps)
+        rows[f"vanilla, full in {steps}, guided"] = sampled(study, "vanilla", length, steps, guided=True)
     return rows | {ORACLE: sampled(study, "oracle", main, main)}
+
+
+def guided_label(name: str) -> str:
+    """Of a guided row from the T' of the table, and of its curve."""
+    return f"{LABELS[name]}, guided"
+
+
+def goal_label(study: Study, name: str) -> str:
+    """Of a guided row from the goal's T'."""
+    return f"{guided_label(name)}, T' = {study.config.goal_timestep}"
+
+
+def goal_row(study: Study, name: str) -> Sampled:
+    """A guided chain from the goal's T', in as many steps as a point of the curves."""
+    goal = study.config.goal_timestep
+    assert goal is not None
+    return sampled(study, name, goal, min(goal, study.config.curve_steps), guided=True)
 
 
 def sample_curves(study: Study) -> dict[str, dict[int, Sampled]]:
     """Row name to T' to images, for every T' that the prior can start at."""
-    labels = {"vanilla": VANILLA, **{name: LABELS[name] for name in study.priors}, "oracle": ORACLE}
+    plain = {"vanilla": VANILLA, **{name: LABELS[name] for name in study.priors}, "oracle": ORACLE}
+    lines = [(name, label, False) for name, label in plain.items()]
+    lines += [(name, guided_label(name), True) for name in study.guided]
     return {
         label: {
-            step: sampled(study, name, step, min(step, study.config.curve_steps))
+            step: sampled(study, name, step, min(step, study.config.curve_steps), guided=guided)
             for step in study.config.timesteps
             if reaches(study, name, step)
         }
-        for name, label in labels.items()
+        for name, label, guided in lines
     }
 
 
@@ -340,20 +398,24 @@ def reaches(study: Study, name: str, truncation_timestep: int) -> bool:
     return run["config"]["prediction_type"] == "sample"
 
 
-def sampled(study: Study, name: str, truncation_timestep: int, steps: int) -> Sampled:
+def sampled(study: Study, name: str, truncation_timestep: int, steps: int, *, guided: bool = False) -> Sampled:
     """Images by one prior, from disk if they are there."""
-    file = study.output / "samples" / f"{name}_{truncation_timestep}_{steps}.safetensors"
-    return sampled_once(file, lambda: sample_prior(study, name, truncation_timestep, steps))
+    run = f"{name}_guided" if guided else name
+    file = study.output / "samples" / f"{run}_{truncation_timestep}_{steps}.safetensors"
+    return sampled_once(file, lambda: sample_prior(study, name, truncation_timestep, steps, guided))
 
 
-def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int) -> Sampled:
+def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int, guided: bool) -> Sampled:
     """Image i of every row starts from the noise that (`seed`, i) gives."""
     pipeline = make_pipeline(study, name, truncation_timestep)
+    if guided:
+        pipeline = with_guidance(pipeline, study.feature_extractor)
     pipeline(batch_size=2, num_inference_steps=1, output_type="pt")  # first calls are slow
     started = time.monotonic()
     if name == "oracle":
         return Sampled(sample_oracle(study, pipeline, steps), time.monotonic() - started, steps)
-    call: dict[str, Any] = {"batch_size": study.config.batch_size, "seed": study.config.seed}
+    size = study.config.guided_batch_size if guided else study.config.batch_size
+    call: dict[str, Any] = {"batch_size": size, "seed": study.config.seed}
     images = sample_images(pipeline, study.num_samples, num_inference_steps=steps, **call)
     return Sampled(images, time.monotonic() - started, pipeline.nfe)
 
@@ -370,6 +432,14 @@ def make_pipeline(study: Study, name: str, truncation_timestep: int) -> Truncate
         pipeline = TruncatedPriorPipeline(make_prior(study, name, truncation_timestep), full.unet.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(best_device())
+
+
+def with_guidance(pipeline: TruncatedPriorPipeline, features: str) -> TruncatedPriorPipeline:
+    """The pipeline with the feature network and the references of the run `features`."""
+    network, bank = load_feature_extractor(features), load_reference_bank(features)
+    guided = TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
+    guided.set_progress_bar_config(disable=True)
+    return guided.to(pipeline.device)
 
 
 def make_prior(study: Study, name: str, truncation_timestep: int) -> Any:
@@ -425,7 +495,7 @@ def collect(
         name: {
             "metrics": metrics[name],
             **row.cost,
-            "description": DESCRIPTIONS.get(name, "N(0, I) and the whole chain, by DDIM."),
+            "description": describe(name),
             "bound": name == ORACLE,
         }
         for name, row in rows.items()
@@ -437,7 +507,7 @@ def collect(
         arms[LABELS[name]]["config"] = read_json(run / "run.json")["config"]
     evaluator = Path(study.evaluator) / "results.json"
     accuracy = {"test_accuracy": read_json(evaluator)["test_accuracy"]} if evaluator.is_file() else {}
-    return {
+    results = {
         "title": f"Priors of the truncated chain, T' = {main}: {study.train_images.name}",
         "dataset": study.train_images.name,
         "num_samples": study.num_samples,
@@ -458,6 +528,34 @@ def collect(
         "notes": unfinished(study),
         "provenance": provenance() | {"study": as_json(study.config, "output_dir")},
     }
+    return results | ({"summary": goal(study, arms)} if study.config.goal_timestep else {})
+
+
+def describe(name: str) -> str:
+    """A sentence for a row."""
+    plain, guided, _ = name.partition(", guided")
+    sentence = DESCRIPTIONS.get(plain, "N(0, I) and the whole chain, by DDIM.")
+    return f"{sentence} With OT guidance." if guided else sentence
+
+
+def goal(study: Study, arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether the guided chains from the goal's T' are at least as good as the plain full one, in a sentence."""
+    steps = min(study.config.full_steps)
+    full = arms[f"vanilla, full in {steps}"]
+    sentences = []
+    for name in study.guided:
+        label = goal_label(study, name)
+        met = all(arms[label]["metrics"][metric] <= full["metrics"][metric] for metric in GOAL_METRICS)
+        values = [
+            f"{title} {report.format_number(arms[label]['metrics'][metric])} "
+            f"against {report.format_number(full['metrics'][metric])}"
+            for metric, title in GOAL_METRICS.items()
+        ]
+        verdict = "at least as good as" if met else "not as good in all as"
+        sentences.append(
+            f"{label}, {arms[label]['nfe']} network calls: {verdict} {steps} calls from noise ({', '.join(values)})."
+        )
+    return " ".join(sentences)
 
 
 def unfinished(study: Study) -> list[str]:
@@ -485,7 +583,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         values = (report.format_number(points.get(step, {}).get("frechet_distance")) for step in steps)
         curves.append(f"| {name} | {' | '.join(values)} |")
     notes = [f"* {note}" for note in results["notes"]]
-    blocks = [[lead], [report.markdown_table(results)], curves if steps else [], notes]
+    summary = [f"**{results['summary']}**"] if "summary" in results else []
+    blocks = [[lead], summary, [report.markdown_table(results)], curves if steps else [], notes]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
@@ -501,7 +600,9 @@ def draw(
 ) -> dict[str, Path]:
     """The report's pictures, caption to file."""
     folder = study.output
-    shown = [VANILLA, *(LABELS[name] for name in study.priors), ORACLE]
+    compared = [goal_label(study, name) for name in study.guided] if study.config.goal_timestep else []
+    compared += [f"vanilla, full in {min(study.config.full_steps)}"] if compared else []
+    shown = [VANILLA, *(LABELS[name] for name in study.priors), *compared, ORACLE]
     samples = {"real": test.images} | {name: rows[name].images for name in shown}
     clouds = {"real": test.features} | {name: described[name].features for name in shown}
     pictures = {

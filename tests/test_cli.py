@@ -14,7 +14,14 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
+from ot_diffusers import (
+    ConvFeatureExtractor,
+    GaussianPrior,
+    ReferenceBank,
+    TruncatedPriorPipeline,
+    cli,
+    truncated_scheduler,
+)
 from ot_diffusers.config import OTConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.demo import run_demo
@@ -212,6 +219,21 @@ def test_features_turn_a_plain_pipeline_into_a_guided_one(pipeline: Path, featur
     expected = sample_images(plain, 20, num_inference_steps=3)
     assert torch.equal(sample_images(guided, 20, num_inference_steps=3, guidance_scale=0), expected)
     assert not torch.equal(sample_images(guided, 20, num_inference_steps=3), expected)
+
+
+def test_features_guide_a_truncated_pipeline(pipeline: Path, features: Path, tmp_path: Path) -> None:
+    denoiser = load_pipeline(pipeline)
+    images = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scheduler = truncated_scheduler(denoiser.scheduler, 10)
+    prior = GaussianPrior.from_images(images, truncation_timestep=10)
+    TruncatedPriorPipeline(prior, denoiser.unet, scheduler).save_pretrained(tmp_path)
+    options = ("--num-images", 20, "--num-inference-steps", 2, "--guidance-scale")
+    for scale in (0, 1):
+        command = ("sample", tmp_path, "--features", features, "--output", tmp_path / f"at {scale}")
+        assert run(*command, *options, scale) == 0
+    plain, guided = (read_images(tmp_path / f"at {scale}", 1).float() for scale in (0, 1))
+    # Five corrections of the prior's images and one guided step, each of three Adam steps of .02 at most.
+    assert 1 < (plain - guided).abs().mean() < 6 * 3 * 0.02 * 127.5
 
 
 def test_pictures_come_back_as_they_were_written(tmp_path: Path) -> None:

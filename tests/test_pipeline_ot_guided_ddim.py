@@ -325,7 +325,7 @@ def test_a_callback_can_change_the_strength():
 
 def test_a_small_batch_is_warned_of(monkeypatch):
     warnings = []
-    monkeypatch.setattr("ot_diffusers.pipelines.pipeline_ot_guided_ddim.logger.warning", warnings.append)
+    monkeypatch.setattr("ot_diffusers.pipelines.guided.logger.warning", warnings.append)
     _images(_pipeline(), batch_size=2)
     assert len(warnings) == 1 and "`batch_size` 2 is too small" in warnings[0]
     _images(_pipeline(), batch_size=2, guidance_scale=0)

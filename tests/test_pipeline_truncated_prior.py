@@ -20,10 +20,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ot_diffusers import ConvFeatureExtractor, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.pipelines.pipeline_truncated_prior import TruncatedPriorPipeline, _set_timesteps
-from ot_diffusers.schedules import truncated_samples, truncated_scheduler
+from ot_diffusers.schedules import alpha_sigma, truncated_samples, truncated_scheduler
+from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 
 def _unet(**options) -> UNet2DModel:
@@ -297,3 +299,125 @@ def test_swapped_component_is_checked_at_the_call():
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(InputError, match="`prior` must be made for the scheduler's 1000 steps, got 10"):
         pipe()
+
+
+# --- with guidance ----------------------------------------------------------------------------------------------------
+
+
+def _parts() -> dict[str, torch.nn.Module]:
+    """A feature network and features of bright upper or lower halves."""
+    torch.manual_seed(2)
+    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=24)
+    images = torch.full((100, 1, 8, 8), -0.9)
+    images[:50, :, :4], images[50:, :, 4:] = 0.9, 0.9
+    features = network.extract((images + 0.2 * torch.randn(images.shape)).clamp(-1, 1))
+    return {
+        "feature_extractor": network,
+        "reference_bank": ReferenceBank.from_features(features, feature_scale=median_distance(features)),
+    }
+
+
+def _guided(**options) -> TruncatedPriorPipeline:
+    plain = _pipeline(**options)
+    pipe = TruncatedPriorPipeline(plain.prior, plain.unet, plain.scheduler, **_parts())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _draw(pipe, batch_size: int = 32, **options) -> torch.Tensor:
+    return pipe(batch_size, generator=_seeded(*range(batch_size)), output_type="latent", **options).images
+
+
+def test_parts_at_scale_zero_change_nothing():
+    assert torch.equal(_draw(_guided(), guidance_scale=0), _draw(_pipeline()))
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler])
+def test_guided_chain_from_noise_is_the_guided_pipeline(scheduler_class):
+    """With N(0, I) and T' = T both pipelines are one: nothing clean to correct before the chain."""
+    prior, unet = GaussianPrior(truncation_timestep=1000, sample_size=8, out_channels=1), _unet()
+    ours = _guided(prior=prior, unet=unet, scheduler=truncated_scheduler(scheduler_class(), 1000))
+    theirs = OTGuidedDDIMPipeline(unet, ours.scheduler, **_parts())
+    theirs.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 5, "num_correction_steps": 2, "guidance_start_step": 1}
+    assert torch.equal(_draw(ours, **options), _draw(theirs, **options))
+
+
+def test_guidance_of_the_prior_comes_before_the_noise():
+    pipe = _guided()
+    start = {}
+
+    def first(_pipe, index, _timestep, tensors):
+        start.setdefault("latents", tensors["latents"])
+
+    options = {"num_guidance_steps": 0, "num_inference_steps": 1, "num_prior_guidance_steps": 2}
+    _draw(pipe, callback_on_step_end=first, **options)
+    generators = _seeded(*range(32))
+    images = pipe.prior.draw(32, generator=generators)
+    guidance = OTGuidance(**_parts())
+    corrected = guidance.correct(guidance.correct(images))
+    latents = pipe.prior.diffuse(corrected, *alpha_sigma(pipe.scheduler, 9), generator=generators)
+    expected = _draw(_pipeline(), latents=latents, num_inference_steps=1)
+    assert torch.equal(start["latents"], expected)
+
+
+def test_guidance_brings_the_images_nearer_to_the_references():
+    pipe = _guided()
+    guidance = OTGuidance(**_parts())
+    references = pipe.reference_bank.features / guidance.feature_scale
+
+    def distance(**options) -> float:
+        return float(sinkhorn_divergence(guidance.features(_draw(pipe, **options)), references, blur=0.3))
+
+    # Each of the two alone helps, and both together more.
+    plain, chain = distance(guidance_scale=0), distance(num_prior_guidance_steps=0)
+    prior, both = distance(num_guidance_steps=0), distance()
+    assert both < min(chain, prior) and max(chain, prior) < 0.9 * plain
+
+
+def test_field_guides_each_image_alone_before_the_chain_too():
+    pipe = _guided()
+    field = pipe.record_guidance_field(48, generator=torch.Generator().manual_seed(7), num_inference_steps=5)
+    # Five corrections of the prior, and all steps of the chain but the last.
+    assert field.config.timesteps == (14, 13, 12, 11, 10, 9, 7, 5, 3)
+    together = _draw(pipe, num_inference_steps=5)
+    alone = pipe(1, 5, _seeded(3), output_type="latent").images
+    # Convolutions and products of another batch size sum in another order, and Adam's first step is a sign.
+    torch.testing.assert_close(alone[0], together[3], rtol=0, atol=1e-3)
+    with pytest.raises(InputError, match="`num_inference_steps` must make the chain"):
+        pipe(1, 5, num_prior_guidance_steps=4)
+
+
+def test_guided_pipeline_loads_with_its_parts_and_plain_without_them(tmp_path):
+    pipe = _guided()
+    pipe.save_pretrained(tmp_path)
+    restored = TruncatedPriorPipeline.from_pretrained(tmp_path)
+    restored.set_progress_bar_config(disable=True)
+    # Memory-mapped weights may be aligned differently: float32 round-off, and Adam's first step is a sign.
+    torch.testing.assert_close(_draw(restored), _draw(pipe), rtol=0, atol=1e-3)
+    plain = TruncatedPriorPipeline.from_pretrained(tmp_path, feature_extractor=None, reference_bank=None)
+    plain.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(_draw(plain), _draw(_pipeline()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": -1}, "`guidance_scale` must be at least 0, got -1"),
+        ({"num_guidance_steps": -1}, "`num_guidance_steps` must be at least 0, got -1"),
+        ({"num_prior_guidance_steps": -1}, "`num_prior_guidance_steps` must be at least 0, got -1"),
+        (
+            {"latents": torch.zeros(1, 1, 8, 8), "num_prior_guidance_steps": 1},
+            "`num_prior_guidance_steps` must be 0 where the prior makes no clean images, got 1",
+        ),
+        ({"joint_batch": False}, "`joint_batch` must be true without a guidance field"),
+    ],
+)
+def test_bad_guidance_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        _guided()(**options)
+
+
+def test_guidance_without_the_parts_is_refused():
+    with pytest.raises(InputError, match="`guidance_scale` must be 0 for a pipeline without `feature_extractor`"):
+        _pipeline()(guidance_scale=1.0)

@@ -38,6 +38,12 @@ def _small(**options) -> PriorGenerator:
     return _generator(block_out_channels=(16, 8), **options)
 
 
+def _latents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, means and covariances of two Gaussians in five dimensions."""
+    mixing = torch.randn(2, 5, 5, generator=_seeded(3), dtype=torch.float64)
+    return torch.tensor([1.0, 3.0]), torch.stack([torch.full((5,), -9.0), torch.ones(5)]), mixing @ mixing.mT
+
+
 PRIORS = {
     "standard": lambda: GaussianPrior(truncation_timestep=300, sample_size=(2, 3), out_channels=1),
     "gaussian": lambda: GaussianPrior.from_images(_data(), 300),
@@ -46,6 +52,7 @@ PRIORS = {
     "generator": _small,
     "direct": lambda: _small(prediction_type="noisy_sample"),
     "group": lambda: _small(norm_type="group"),
+    "fitted latents": lambda: _small().with_latents(*_latents()),
 }
 
 
@@ -265,3 +272,24 @@ def test_a_clean_prior_moves_to_another_step_as_a_copy():
         prior.at_truncation_timestep(0)
     with pytest.raises(InputError, match="`prior` must make clean images"):
         _generator(prediction_type="noisy_sample").at_truncation_timestep(7)
+
+
+def test_fitted_latents_have_the_moments_of_the_mixture():
+    prior = _small().with_latents(*_latents())
+    weight, means, covariances = _latents()
+    found = prior._draw_latents(20_000, _seeded(), torch.device("cpu"))
+    first = found.mean(dim=1) < -4  # the two are ten apart, and their means spread by about one
+    assert first.float().mean().item() == pytest.approx(weight[0].item() / 4, abs=0.01)  # three standard errors
+    for rows, mean, covariance in zip((first, ~first), means, covariances, strict=True):
+        # 5,000 draws or more: standard errors of 1/70 of a deviation, and of 1/50 of a variance.
+        scale = covariance.diagonal().max().item()
+        torch.testing.assert_close(found[rows].mean(0), mean, rtol=0, atol=scale**0.5 / 15)
+        torch.testing.assert_close(found[rows].T.cov(), covariance.float(), rtol=0, atol=scale / 10)
+
+
+def test_one_component_of_unit_variance_is_the_standard_normal():
+    plain = _small()
+    fitted = plain.with_latents(torch.ones(1), torch.zeros(1, 5), torch.eye(5)[None])
+    images = [prior.draw(4, generator=_seeded()) for prior in (plain, fitted)]
+    # A product with the identity sums in another order.
+    torch.testing.assert_close(*images, rtol=0, atol=1e-6)

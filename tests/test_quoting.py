@@ -35,6 +35,10 @@ def test_a_block_is_replaced_by_its_table_and_the_rest_is_kept(tmp_path: Path) -
     assert main(["--check", str(tmp_path / "page.md")]) == 0
 
 
+def test_a_summary_stands_above_its_table() -> None:
+    assert quote(RESULTS | {"summary": "Met."}) == f"Met.\n\n{markdown_table(RESULTS)}"
+
+
 def test_a_changed_number_is_found(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(RESULTS))
     (tmp_path / "page.md").write_text(PAGE)

@@ -23,6 +23,10 @@ from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.models.prior import PriorGenerator
+from ot_diffusers.models.prior_networks import PriorEncoder
+from ot_diffusers.schedules import truncated_scheduler
+from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 from ot_diffusers.truncation_study import TruncationConfig
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +113,37 @@ def runs(tmp_path_factory: pytest.TempPathFactory, denoiser: Path) -> dict[str, 
     """Four uninterrupted updates of every learned prior."""
     folder = tmp_path_factory.mktemp("runs")
     return {name: train(folder / name, denoiser, **values) for name, values in LEARNED.items()}
+
+
+def test_vae_draws_latents_like_the_codes_of_its_data() -> None:
+    """The encoder of no training puts the digits far from N(0, I), and so are the latents that are drawn."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"sample_size": 8, "latent_dim": 6, "block_out_channels": (16, 8)}
+    encoder = PriorEncoder(in_channels=1, **shape)
+    model = VariationalPrior(PriorGenerator(truncation_timestep=10, out_channels=1, **shape), encoder)
+    images, config = load_images("digits", "train"), make_config(PriorConfig, {"prior": "vae", "latent_components": 1})
+    prior = with_fitted_latents(model, images, truncated_scheduler(DDIMScheduler(), 10), config)
+    assert prior.config.num_latent_components == 1
+    with torch.no_grad():
+        codes = encoder(images.fetch(torch.arange(len(images))))
+    # The law of total covariance; one code of each of 1,152 images, whose variances are about 1 here.
+    expected = codes.mean.T.cov() + codes.log_variance.exp().mean(0).diag()
+    torch.testing.assert_close(prior.latent_mean[0], codes.mean.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(prior.latent_factor[0].T @ prior.latent_factor[0], expected, rtol=0, atol=0.2)
+    assert (expected - torch.eye(6)).abs().max() > 0.4
+
+
+def test_weights_of_the_objective_follow_the_names_of_its_terms(denoiser: Path, tmp_path: Path) -> None:
+    def first_losses(name: str, **values: Any) -> dict[str, float]:
+        run = train(tmp_path / name, denoiser, prior="ot", max_train_steps=1, **values)
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+
+    plain = first_losses("plain", ot_objective="pixel+patch")
+    weighted = first_losses("weighted", ot_objective="patch+pixel", ot_weights=[8.0, 0.5])
+    for term, weight in (("patch", 8.0), ("pixel", 0.5)):
+        # One update from the same weights and draws: powers of two are exact.
+        assert weighted[term] == pytest.approx(weight * plain[term], rel=1e-6)
+    assert weighted["loss"] == pytest.approx(weighted["patch"] + weighted["pixel"], rel=1e-6)
 
 
 def test_learned_priors_share_one_generator_and_open_as_pipelines(runs: dict[str, Path]) -> None:
@@ -206,6 +241,14 @@ def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser
     ("values", "message"),
     [
         ({"prior": "flow"}, "`prior` must be one of gaussian, vae, gan, ot"),
+        (
+            {"ot_objective": "patch+pixel", "ot_weights": [1]},
+            "`ot_weights` must be none or a positive number for each of",
+        ),
+        (
+            {"ot_objective": "patch", "ot_weights": [0]},
+            "`ot_weights` must be none or a positive number for each of patch",
+        ),
         ({"ot_objective": "patch+pixels"}, "`ot_objective` must join some of pixel, patch, feature, sinkhorn"),
         ({"class_wise": True}, "`class_wise` must be false"),
         ({"prior": "gaussian", "prediction_type": "noisy_sample"}, "`prediction_type` must be sample"),

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file
 
 from ot_diffusers.cli import main
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
+from ot_diffusers.models.reference_bank import ReferenceBank
 from ot_diffusers.truncation_study import TruncationConfig
 
 SAMPLES = 16
@@ -33,7 +35,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         layers_per_block=1,
     )
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder / "denoiser")
-    ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=8).save_pretrained(folder / "features")
+    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=8)
+    network.save_pretrained(folder / "features" / "feature_extractor")
+    features = network.extract(torch.rand(40, 1, 8, 8) * 2 - 1)
+    ReferenceBank.from_features(features).save_pretrained(folder / "features" / "reference_bank")
     ResidualFeatureExtractor(sample_size=8, block_out_channels=(8,), feature_dim=8).save_pretrained(folder / "judge")
     arguments = ["truncation", "--config", "digits/truncation.yaml", f"output_dir={folder / 'study'}"]
     arguments += [f"denoiser={folder / 'denoiser'}", f"feature_extractor={folder / 'features'}"]
@@ -43,7 +48,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         "max_train_steps=2",
         "priors=gaussian,gaussian_classes,ot",
     ]
-    arguments += ["truncation_timestep=4", "timesteps=4,20", "full_steps=3"]
+    arguments += ["truncation_timestep=4", "timesteps=4,20", "full_steps=3", "guided=ot", "goal_timestep=6"]
     assert main(arguments) == 0
     return folder / "study", arguments
 
@@ -53,8 +58,10 @@ def test_every_row_has_its_costs_and_metrics(study: tuple[Path, list[str]]) -> N
     calls = {name: arm["nfe"] for name, arm in results["arms"].items()}
     # One call of the prior where there is one, four of the denoiser; the full chain has the steps it was asked for.
     priors = {"Gaussian": 5, "Gaussian, class-wise": 5, "OT": 5}
-    assert calls == {"vanilla, truncated": 4, "vanilla, full in 3": 3} | priors | {"oracle": 4}
-    assert list(calls) == ["vanilla, truncated", "vanilla, full in 3", *priors, "oracle"]
+    # Guidance asks the feature network, and the denoiser no more than before.
+    guided = {"OT, guided": 5, "OT, guided, T' = 6": 7, "vanilla, full in 3, guided": 3}
+    assert calls == {"vanilla, truncated": 4, "vanilla, full in 3": 3} | priors | guided | {"oracle": 4}
+    assert list(calls) == ["vanilla, truncated", "vanilla, full in 3", *priors, *guided, "oracle"]
     assert set(results["floor"]["metrics"]) == set(results["arms"]["OT"]["metrics"])
     assert results["arms"]["OT"]["updates"] == 2
     assert results["arms"]["OT"]["parameters"] == 99_809  # the generator's, printed by every learned prior
@@ -62,7 +69,7 @@ def test_every_row_has_its_costs_and_metrics(study: tuple[Path, list[str]]) -> N
 
 def test_priors_of_the_table_start_the_chain_at_any_step(study: tuple[Path, list[str]]) -> None:
     curves = json.loads((study[0] / "results.json").read_text("utf-8"))["curves"]
-    assert set(curves) == {"vanilla, truncated", "Gaussian", "Gaussian, class-wise", "OT", "oracle"}
+    assert set(curves) == {"vanilla, truncated", "Gaussian", "Gaussian, class-wise", "OT", "OT, guided", "oracle"}
     assert all(list(points) == ["4", "20"] for points in curves.values())
     # Ten steps of the curves, or as many as there are.
     assert [point["nfe"] for point in curves["OT"].values()] == [5, 11]
@@ -76,6 +83,24 @@ def test_table_and_report_show_the_same_numbers(study: tuple[Path, list[str]]) -
     assert value in page and page.count("data:image/png") == 4
     assert f"{SAMPLES} generated against 540 test images of digits" in table
     assert "8 features of an independent ResidualFeatureExtractor" in table
+
+
+def test_the_goal_is_stated_with_its_numbers(study: tuple[Path, list[str]]) -> None:
+    results = json.loads((study[0] / "results.json").read_text("utf-8"))
+    short, full = (results["arms"][name]["metrics"] for name in ("OT, guided, T' = 6", "vanilla, full in 3"))
+    compared = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein")
+    verdict = "at least as good as" if all(short[name] <= full[name] for name in compared) else "not as good in all as"
+    assert results["summary"].startswith(f"OT, guided, T' = 6, 7 network calls: {verdict} 3 calls from noise (Fréchet ")
+    assert f"against {full['frechet_distance']:#.3g}" in results["summary"]
+    assert results["summary"] in (study[0] / "results.md").read_text("utf-8")
+
+
+def test_guided_rows_are_other_images_from_the_same_noise(study: tuple[Path, list[str]]) -> None:
+    plain, guided = (
+        load_file(study[0] / "samples" / f"{name}_4_4.safetensors")["images"].float() for name in ("ot", "ot_guided")
+    )
+    # Five corrections of the prior and three guided steps, each of three Adam steps of .02 at most.
+    assert 1 < (plain - guided).abs().mean() < 8 * 3 * 0.02 * 127.5
 
 
 def test_a_second_call_keeps_what_is_there(study: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +146,8 @@ def test_evaluator_is_not_the_network_that_losses_see(
         ({"learned_timesteps": (7,)}, "`learned_timesteps` must be among timesteps"),
         ({"num_samples": 1}, "`num_samples` must be at least 2"),
         ({"max_train_seconds": 0.0}, "`max_train_seconds` must be positive"),
+        ({"guided": ("vae",), "priors": ("ot",)}, "`guided` must be among priors ot, got 'vae'"),
+        ({"goal_timestep": 100}, "`goal_timestep` must be none without guided priors, got 100"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
     ],
 )

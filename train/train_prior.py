@@ -44,18 +44,18 @@ from ot_diffusers.training import (
     write_json,
 )
 from ot_diffusers.training.priors import (
+    MAX_FITTED_IMAGES,
     VariationalPrior,
     adversarial_loss,
     discriminator_update,
+    evenly_spaced,
     frozen_features,
     needs_features,
     prior_batches,
     transport_terms,
     vae_terms,
+    with_fitted_latents,
 )
-
-MAX_FITTED_IMAGES = 50_000
-"""Evenly spaced images that a closed-form prior is fitted to, at most: they are held as float32."""
 
 
 def main(config: PriorConfig) -> None:
@@ -114,12 +114,12 @@ def main(config: PriorConfig) -> None:
 
     # Save.
     save_checkpoint(state, config, accelerator)
-    save_grid(state, unet, scheduler, config, accelerator)
     if accelerator.is_main_process:
         with averaged_weights(state):
-            TruncatedPriorPipeline(trained_prior(state, accelerator), unet, scheduler).save_pretrained(
-                config.output_dir
-            )
+            prior = finished_prior(state, images, scheduler, config, accelerator)
+            draw_grid(prior, unet, scheduler, config, f"update-{state.update:08d}")
+            TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(config.output_dir)
+    accelerator.wait_for_everyone()
     save_results(state, config, schedule, accelerator, parameters=parameters)
     accelerator.end_training()
 
@@ -204,6 +204,16 @@ def trained_prior(state: TrainingState, accelerator: Accelerator) -> PriorGenera
     return model.generator if isinstance(model, VariationalPrior) else model
 
 
+def finished_prior(
+    state: TrainingState, images: Images, scheduler: Any, config: PriorConfig, accelerator: Accelerator
+) -> PriorGenerator:
+    """The generator as it is saved; that of a VAE with the distribution of its latents."""
+    if config.prior != "vae" or not config.latent_components:
+        return trained_prior(state, accelerator)
+    model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
+    return with_fitted_latents(model, images, scheduler, config)
+
+
 # --- Saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +244,7 @@ def fit_gaussian(config: PriorConfig, images: Images, unet: Any, scheduler: Any,
     open_run(config, accelerator, images)
     if accelerator.is_main_process:
         started = time.monotonic()
-        rows = torch.linspace(0, len(images) - 1, min(MAX_FITTED_IMAGES, len(images))).round().long()
+        rows = evenly_spaced(images, MAX_FITTED_IMAGES)
         labels = labels[rows] if labels is not None else None
         prior = GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, labels=labels)
         seconds = time.monotonic() - started

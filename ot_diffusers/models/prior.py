@@ -1,6 +1,7 @@
 """Priors of the truncated chain: models that make x_T', the noisy image where the last T' reverse steps start.
 
-Every prior maps latents z ~ N(0, I), [B, latent_dim], to images in one call. Its `prediction_type` says which:
+Every prior maps latents z, [B, latent_dim], to images in one call; z ~ N(0, I), or from a mixture of Gaussians that was
+fitted to the codes of an autoencoder. Its `prediction_type` says which images:
 
     "noisy_sample"   x_T' = G(z)                                  the generator makes the noise too
     "sample"         x_T' = α G(z) + σ ε,  ε ~ N(0, I) fresh      the generator makes the clean part; (α, σ) of step T'
@@ -78,10 +79,25 @@ class PriorMixin:
             device: where the noise is drawn; the prior's own device by default.
         """
         generator = list(generator) if isinstance(generator, Sequence) else generator
-        device = torch.device(device or self.device)
-        latents = randn_tensor((batch_size, self.latent_dim), generator=generator, device=device, dtype=self.dtype)
-        images = self(latents).sample  # type: ignore[operator]
+        images = self.draw(batch_size, generator=generator, device=device)
         return self.diffuse(images, alpha, sigma, generator=generator)
+
+    def draw(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """What the prior makes of fresh latents, by its `prediction_type`: the first half of `sample`."""
+        latents = self._draw_latents(batch_size, generator, torch.device(device or self.device))
+        return self(latents).sample  # type: ignore[operator]
+
+    def _draw_latents(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+    ) -> Tensor:
+        """z ~ N(0, I), [B, latent_dim]."""
+        return randn_tensor((batch_size, self.latent_dim), generator=generator, device=device, dtype=self.dtype)
 
     def diffuse(
         self,
@@ -130,6 +146,7 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         block_out_channels: width of each resolution, from the smallest map to the full image.
         norm_type: `"batch"` as in DCGAN, or `"group"`, where no image depends on its batch during training.
         prediction_type: `"sample"` (clean images) or `"noisy_sample"` (x_T').
+        num_latent_components: Gaussians in the mixture that z is drawn from; 0 for N(0, I). `with_latents` sets it.
 
     Example:
         >>> prior = PriorGenerator(truncation_timestep=100, sample_size=8, latent_dim=16, block_out_channels=(32, 16))
@@ -152,6 +169,7 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         block_out_channels: tuple[int, ...] = (512, 256, 128, 64),
         norm_type: str = "batch",
         prediction_type: str = "sample",
+        num_latent_components: int = 0,
     ) -> None:
         super().__init__()
         require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
@@ -167,6 +185,40 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
             blocks += [upsample, _norm(norm_type, narrow), nn.ReLU()]
         blocks += [nn.Conv2d(last, out_channels, kernel_size=3, padding=1)]
         self.blocks = nn.Sequential(*blocks)
+        if num_latent_components:
+            count = num_latent_components
+            self.register_buffer("latent_weight", torch.full((count,), 1 / count))
+            self.register_buffer("latent_mean", torch.zeros(count, latent_dim))
+            self.register_buffer("latent_factor", torch.eye(latent_dim).repeat(count, 1, 1))
+
+    def with_latents(self, weight: Tensor, mean: Tensor, covariance: Tensor) -> PriorGenerator:
+        """A copy that draws z from a mixture of K Gaussians.
+
+        Args:
+            weight: [K], positive.
+            mean: [K, latent_dim].
+            covariance: [K, latent_dim, latent_dim], positive definite.
+        """
+        mixture = {
+            "latent_weight": weight / weight.sum(),
+            "latent_mean": mean,
+            "latent_factor": torch.linalg.cholesky(covariance.double()).mT,
+        }
+        copied = type(self).from_config(self.config, num_latent_components=len(weight))
+        copied.load_state_dict(self.state_dict() | mixture)
+        return copied.to(device=self.device, dtype=self.dtype).train(self.training)
+
+    def _draw_latents(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+    ) -> Tensor:
+        count = self.config.num_latent_components
+        shape = (batch_size, int(count > 1) + self.latent_dim)
+        normal = randn_tensor(shape, generator=generator, device=device, dtype=self.dtype)
+        if not count:
+            return normal
+        choice, normal = normal.split([int(count > 1), self.latent_dim], dim=1)
+        component = _pick_component(self.latent_weight, choice)
+        return self.latent_mean[component] + _times_factor(normal, component, self.latent_factor)
 
     def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
         """Images of latents z, [B, latent_dim]: clean in (−1, 1), or x_T'; [B, C, H, W]."""
@@ -292,22 +344,27 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         """μ_k + F_kᵀ z + s_k ε' with (k, z, ε') read off the latents; [B, C·H·W]."""
         rank, num_components = self.config.rank, self.config.num_components
         choice, codes, noise = latents.split([int(num_components > 1), rank, self.mean.shape[1]], dim=1)
-        component = self._component(choice)
+        component = _pick_component(self.weight, choice)
         images = self.mean[component] + self.residual_std[component, None] * noise
-        if not rank:
-            return images
-        for index in range(num_components):  # one factor at a time: B of them would not fit
-            rows = component == index
-            images[rows] += codes[rows] @ self.factor[index]
-        return images
+        return images + _times_factor(codes, component, self.factor) if rank else images
 
-    def _component(self, choice: Tensor) -> Tensor:
-        """The component whose share of [0, 1] holds Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
-        if not choice.shape[1]:
-            return torch.zeros(len(choice), dtype=torch.long, device=choice.device)
-        cumulative = self.weight.float().cumsum(0)
-        uniform = torch.special.ndtr(choice[:, 0].float()) * cumulative[-1]
-        return torch.searchsorted(cumulative, uniform).clamp(max=len(cumulative) - 1)
+
+def _pick_component(weight: Tensor, choice: Tensor) -> Tensor:
+    """The component whose share of [0, 1] holds Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
+    if not choice.shape[1]:
+        return torch.zeros(len(choice), dtype=torch.long, device=choice.device)
+    cumulative = weight.float().cumsum(0)
+    uniform = torch.special.ndtr(choice[:, 0].float()) * cumulative[-1]
+    return torch.searchsorted(cumulative, uniform).clamp(max=len(cumulative) - 1)
+
+
+def _times_factor(codes: Tensor, component: Tensor, factor: Tensor) -> Tensor:
+    """Fᵀ_k z for the component k of each row of `codes`, [B, rank] to [B, D]; `factor` is [K, rank, D]."""
+    product = codes.new_empty(len(codes), factor.shape[2])
+    for index in range(len(factor)):  # one factor at a time: B of them would not fit
+        rows = component == index
+        product[rows] = codes[rows] @ factor[index]
+    return product
 
 
 def smallest_map(sample_size: int | Sequence[int], num_blocks: int) -> tuple[int, int]:

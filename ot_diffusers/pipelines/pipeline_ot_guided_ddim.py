@@ -7,20 +7,15 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 from ..errors import require
-from ..guidance import OTGuidance, check_same_data
 from ..models.feature_extractor import FeatureExtractor
-from ..models.guidance_field import Correction, GuidanceField
+from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
-from ..schedules import alpha_sigma, from_original_sample, to_original_sample
 from .call import extra_step_arguments, finish_images, initial_shape, preserves_variance
-from .portable import PortablePipeline, register
-
-logger = logging.get_logger(__name__)
+from .guided import GuidedPipeline, guided_steps
+from .portable import register
 
 # The source study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
 SEED_GUIDANCE: dict[str, Any] = {
@@ -31,17 +26,10 @@ SEED_GUIDANCE: dict[str, Any] = {
     "blur": 0.2,
     "normalize_features": False,
 }
-# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what guidance left in
-# the pixels.
-CLEAN_SHARE = 0.08
-# The guidance of a call that does not say otherwise, and has no guidance field that does.
-DEFAULTS: dict[str, Any] = {"num_correction_steps": 3, "blur": 0.3, "normalize_features": True}
-# Below this joint batch the transport problem says little about the distribution.
-SMALL_BATCH = 16
 
 
 @register
-class OTGuidedDDIMPipeline(PortablePipeline):
+class OTGuidedDDIMPipeline(GuidedPipeline):
     """Unconditional image generation with optimal-transport guidance.
 
     At a guided step the scheduler's own x̂0 is formed from the model output, corrected (`OTGuidance`), and turned back
@@ -71,8 +59,6 @@ class OTGuidedDDIMPipeline(PortablePipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["feature_extractor", "reference_bank", "guidance_field"]
-    _exclude_from_cpu_offload = ["feature_extractor", "reference_bank", "guidance_field"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -84,23 +70,9 @@ class OTGuidedDDIMPipeline(PortablePipeline):
         guidance_field: GuidanceField | None = None,
     ) -> None:
         super().__init__()
-        if feature_extractor is not None and reference_bank is not None:
-            check_same_data(feature_extractor, reference_bank)
-        self.register_modules(
-            unet=unet,
-            scheduler=scheduler,
-            feature_extractor=feature_extractor,
-            reference_bank=reference_bank,
-            guidance_field=guidance_field,
-        )
-        self._history: list[Correction] | None = None
-        self._guidance_scale = 0.0
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self._register_guidance(feature_extractor, reference_bank, guidance_field)
         self._num_timesteps = 0
-
-    @property
-    def guidance_scale(self) -> float:
-        """Strength of the guidance in the last call; a callback may change `_guidance_scale` between steps."""
-        return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -178,20 +150,15 @@ class OTGuidedDDIMPipeline(PortablePipeline):
             f"be among {self._callback_tensor_inputs}",
             callback_inputs,
         )
-        follows_field = self.guidance_field is not None and not joint_batch
-        require(follows_field or joint_batch is not False, "joint_batch", "be true without a guidance field", False)
-        asked = {"num_correction_steps": num_correction_steps, "blur": blur, "normalize_features": normalize_features}
-        guidance = self._prepare_guidance(follows_field, guidance_scale, asked)
-        require(guidance_start_step >= 0, "guidance_start_step", "be at least 0", guidance_start_step)
-        if num_guidance_steps is None:
-            clean = 0 if follows_field else max(1, round(CLEAN_SHARE * num_inference_steps))
-            num_guidance_steps = max(0, num_inference_steps - clean - guidance_start_step)
-        require(num_guidance_steps >= 0, "num_guidance_steps", "be at least 0", num_guidance_steps)
-        guided_steps = range(guidance_start_step, guidance_start_step + num_guidance_steps) if guidance else range(0)
-        if guidance and not follows_field and batch_size < SMALL_BATCH:
-            logger.warning(
-                f"OT guidance couples the batch; `batch_size` {batch_size} is too small to show it the distribution."
-            )
+        guidance = self._prepare_guidance(
+            batch_size,
+            guidance_scale=guidance_scale,
+            joint_batch=joint_batch,
+            num_correction_steps=num_correction_steps,
+            blur=blur,
+            normalize_features=normalize_features,
+        )
+        guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
 
         # 2. Prepare latents and timesteps.
         device = self._execution_device
@@ -199,8 +166,8 @@ class OTGuidedDDIMPipeline(PortablePipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
         timesteps = self.scheduler.timesteps.int().tolist()  # one wait for the device here, none at the steps
-        if guidance and follows_field:
-            self.guidance_field.check_timesteps(timesteps)
+        if guidance and guidance.guidance_field is not None:
+            guidance.guidance_field.check_timesteps(timesteps)
         step_arguments = extra_step_arguments(
             self.scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
         )
@@ -208,8 +175,10 @@ class OTGuidedDDIMPipeline(PortablePipeline):
         # 3. Denoise.
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_output = self.unet(latents, timestep).sample
-            if guidance and self._guidance_scale > 0 and step in guided_steps:
-                model_output = self._guided_output(guidance, model_output, latents, timestep, step, timesteps[step])
+            if guidance and self._guidance_scale > 0 and step in guided:
+                model_output = self._guided_output(
+                    guidance, self.scheduler, model_output, latents, timestep, step, timesteps[step]
+                )
             latents = self.scheduler.step(model_output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
@@ -219,98 +188,3 @@ class OTGuidedDDIMPipeline(PortablePipeline):
         images = finish_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def record_guidance_field(
-        self, num_samples: int = 1000, generator: torch.Generator | None = None, **call_arguments: Any
-    ) -> GuidanceField:
-        """Guide a joint batch and keep the field that moved it, as this pipeline's `guidance_field`.
-
-        Args:
-            num_samples: images of the batch; the field is as good as the batch is large.
-            generator: of its noise, another one than that of the samples to come.
-            call_arguments: those of the call; later calls have to make the same chain.
-
-        Returns:
-            The field; it is saved with the pipeline.
-
-        Raises:
-            InputError: see the call; a batch too small to show the distribution.
-
-        Example:
-            >>> from diffusers import DDIMScheduler, UNet2DModel
-            >>> from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
-            >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-            >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(32,), **blocks)
-            >>> network = ConvFeatureExtractor(sample_size=8, feature_dim=32)
-            >>> bank = ReferenceBank.from_features(network.extract(torch.rand(64, 1, 8, 8) * 2 - 1))
-            >>> pipe = OTGuidedDDIMPipeline(unet, DDIMScheduler(), network, bank)
-            >>> pipe.set_progress_bar_config(disable=True)
-            >>> field = pipe.record_guidance_field(32, num_inference_steps=4)
-            >>> field.config.timesteps
-            (750, 500, 250)
-            >>> len(pipe(batch_size=1, num_inference_steps=4).images)  # guided alone
-            1
-        """
-        require(num_samples >= SMALL_BATCH, "num_samples", f"be at least {SMALL_BATCH}", num_samples)
-        arguments = call_arguments | {"output_type": "latent", "joint_batch": True}
-        self._history = []
-        try:
-            self(batch_size=num_samples, generator=generator, **arguments)
-            guidance = DEFAULTS | _given({name: call_arguments.get(name) for name in DEFAULTS})
-            require(len(self._history) > 0, "guidance_scale", "guide at least one step", self._guidance_scale)
-            field = GuidanceField.from_corrections(
-                self._history,
-                guidance_scale=self._guidance_scale,
-                blur=guidance["blur"],
-                normalize_features=guidance["normalize_features"],
-            )
-        finally:
-            self._history = None
-        self.register_modules(guidance_field=field.to(self._execution_device))
-        return field
-
-    def _prepare_guidance(
-        self, follows_field: bool, guidance_scale: float | None, asked: dict[str, Any]
-    ) -> OTGuidance | None:
-        """The correction that the arguments ask for, None for plain sampling."""
-        complete = self.feature_extractor is not None and self.reference_bank is not None
-        default = self.guidance_field.config.guidance_scale if follows_field else 1.0
-        scale = guidance_scale if guidance_scale is not None else default if complete else 0.0
-        require(scale >= 0, "guidance_scale", "be at least 0", scale)
-        self._guidance_scale = scale
-        if scale == 0:
-            return None
-        require(
-            complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
-        )
-        recorded = {name: self.guidance_field.config[name] for name in DEFAULTS} if follows_field else DEFAULTS
-        return OTGuidance(
-            self.feature_extractor,
-            self.reference_bank,
-            guidance_scale=scale,
-            guidance_field=self.guidance_field if follows_field else None,
-            history=self._history,
-            **recorded | _given(asked),
-        )
-
-    def _guided_output(
-        self, guidance: OTGuidance, model_output: Tensor, latents: Tensor, timestep: Tensor, step: int, at: int
-    ) -> Tensor:
-        """The model output that stands for the corrected x̂0, in the scheduler's prediction type.
-
-        `at` is the timestep on the host.
-        """
-        prediction_type = self.scheduler.config.prediction_type
-        alpha, sigma = alpha_sigma(self.scheduler, timestep, step_index=step)
-        sample = latents.float()
-        pred_original_sample = to_original_sample(model_output.float(), sample, alpha, sigma, prediction_type).clamp(
-            -1, 1
-        )
-        guidance.guidance_scale = self._guidance_scale
-        corrected = guidance.correct(pred_original_sample, at)
-        return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a call has set."""
-    return {name: value for name, value in arguments.items() if value is not None}

@@ -14,25 +14,39 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..errors import require
+from ..guidance import OTGuidance
+from ..models.feature_extractor import FeatureExtractor
+from ..models.guidance_field import GuidanceField
 from ..models.prior import GaussianPrior, PriorGenerator
+from ..models.reference_bank import ReferenceBank
 from ..schedules import alpha_sigma
 from .call import OUTPUT_TYPES, extra_step_arguments, finish_images
-from .portable import PortablePipeline, register
+from .guided import GuidedPipeline, guided_steps
+from .portable import register
 
 logger = logging.get_logger(__name__)
 
+# Corrections of the prior's own images in a guided call that does not say otherwise.
+PRIOR_GUIDANCE_STEPS = 5
+
 
 @register
-class TruncatedPriorPipeline(PortablePipeline):
+class TruncatedPriorPipeline(GuidedPipeline):
     """Truncated diffusion: the prior makes x_T', the denoiser walks the T' steps from there to x_0.
 
     With the prior N(0, I) and T' = T it is diffusers' own pipeline, bit for bit. Components are left as they were:
     mode, dtype, gradients and the state of the scheduler.
 
+    With a feature network and its reference bank the chain is guided as `OTGuidedDDIMPipeline` guides it, and the
+    prior's own clean images are corrected before they are diffused.
+
     Args:
-        prior: `PriorGenerator`, `GaussianPrior`, or any model with their `sample`, `image_shape` and `nfe`.
+        prior: `PriorGenerator`, `GaussianPrior`, or another `PriorMixin`.
         unet: an unconditional `UNet2DModel`, trained on all steps or on those below T' only.
         scheduler: `truncated_scheduler(full_scheduler, T')`.
+        feature_extractor: frozen feature network, optional.
+        reference_bank: features of real images by that network, optional.
+        guidance_field: the field that `record_guidance_field` makes, optional.
 
     Example:
         >>> from ot_diffusers.models.prior import GaussianPrior
@@ -57,9 +71,18 @@ class TruncatedPriorPipeline(PortablePipeline):
     model_cpu_offload_seq = "prior->unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, prior: PriorGenerator | GaussianPrior, unet: UNet2DModel, scheduler: Any) -> None:
+    def __init__(
+        self,
+        prior: PriorGenerator | GaussianPrior,
+        unet: UNet2DModel,
+        scheduler: Any,
+        feature_extractor: FeatureExtractor | None = None,
+        reference_bank: ReferenceBank | None = None,
+        guidance_field: GuidanceField | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(prior=prior, unet=unet, scheduler=scheduler)
+        self._register_guidance(feature_extractor, reference_bank, guidance_field)
         self._nfe = 0
         self._num_timesteps = 0
         self._check_components()
@@ -76,7 +99,10 @@ class TruncatedPriorPipeline(PortablePipeline):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per image in the last call: denoiser calls plus prior calls. 0 before the first call."""
+        """Evaluations per image in the last call: denoiser calls plus prior calls, not those of the feature network.
+
+        0 before the first call.
+        """
         return self._nfe
 
     @torch.no_grad()
@@ -87,6 +113,15 @@ class TruncatedPriorPipeline(PortablePipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         eta: float = 0.0,
         latents: Tensor | None = None,
+        guidance_scale: float | None = None,
+        num_guidance_steps: int | None = None,
+        guidance_start_step: int = 0,
+        num_prior_guidance_steps: int | None = None,
+        num_correction_steps: int | None = None,
+        blur: float | None = None,
+        normalize_features: bool | None = None,
+        joint_batch: bool | None = None,
+        use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
@@ -100,6 +135,12 @@ class TruncatedPriorPipeline(PortablePipeline):
             generator: one generator, or one for each image: then an image is the same in any batch.
             eta: η of DDIM in [0, 1]; other schedulers ignore it.
             latents: x_T' to start from in place of the prior's, [B, C, H, W]. Real x_T' make it the oracle.
+            guidance_scale, num_guidance_steps, guidance_start_step, num_correction_steps, blur, normalize_features,
+                joint_batch: as in `OTGuidedDDIMPipeline`; all steps but the last are guided by default in a chain of
+                ten.
+            num_prior_guidance_steps: corrections of the prior's own images before they are diffused, each as in a
+                guided step; 5 by default where there is guidance and a prior of clean images.
+            use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` (floats in [0, 1], [B, H, W, C]), `"pt"` (tensor in [0, 1],
                 [B, C, H, W]) or `"latent"` (x_0 as the chain leaves it).
             return_dict: return an `ImagePipelineOutput`, or a tuple of the images alone.
@@ -116,18 +157,37 @@ class TruncatedPriorPipeline(PortablePipeline):
         self._check_inputs(
             batch_size, num_inference_steps, generator, eta, latents, output_type, callback_on_step_end_tensor_inputs
         )
+        guidance = self._prepare_guidance(
+            batch_size,
+            guidance_scale=guidance_scale,
+            joint_batch=joint_batch,
+            num_correction_steps=num_correction_steps,
+            blur=blur,
+            normalize_features=normalize_features,
+        )
+        guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
+        prior_timesteps = self._prior_timesteps(guidance, latents, num_prior_guidance_steps)
         # A copy: sampling leaves marks on a scheduler.
         scheduler = copy.deepcopy(self.scheduler)
         _set_timesteps(scheduler, num_inference_steps)
         self._num_timesteps = len(scheduler.timesteps)
-        step_kwargs = extra_step_arguments(scheduler, eta=eta, generator=generator)
+        timesteps = scheduler.timesteps.int().tolist()
+        if guidance and guidance.guidance_field is not None:
+            guidance.guidance_field.check_timesteps([*prior_timesteps, *timesteps])
+        step_kwargs = extra_step_arguments(
+            scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
+        )
 
         self._nfe = 0
         with _evaluation_mode(self.prior, self.unet):
-            latents = self._prepare_latents(batch_size, scheduler, generator, latents)
+            latents = self._prepare_latents(batch_size, scheduler, generator, latents, guidance, prior_timesteps)
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 # x_t → x_{t−1}
                 model_output = self.unet(scheduler.scale_model_input(latents, timestep), timestep).sample
+                if guidance and self._guidance_scale > 0 and index in guided:
+                    model_output = self._guided_output(
+                        guidance, scheduler, model_output, latents, timestep, index, timesteps[index]
+                    )
                 latents = scheduler.step(model_output, timestep, latents, **step_kwargs).prev_sample
                 self._nfe += 1
                 if callback_on_step_end is not None:
@@ -144,14 +204,39 @@ class TruncatedPriorPipeline(PortablePipeline):
         scheduler: Any,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
+        guidance: OTGuidance | None,
+        prior_timesteps: Sequence[int],
     ) -> Tensor:
         """x_T', given or drawn from the prior, on the device and in the dtype of the denoiser."""
         device = self._execution_device
         if latents is None:
             alpha, sigma = alpha_sigma(scheduler, self.truncation_timestep - 1)
-            latents = self.prior.sample(batch_size, alpha, sigma, generator=generator, device=device)
+            images = self.prior.draw(batch_size, generator=generator, device=device)
+            if guidance and prior_timesteps:
+                images = images.clamp(-1, 1)
+                for timestep in prior_timesteps:
+                    images = guidance.correct(images, timestep)
+            latents = self.prior.diffuse(images, alpha, sigma, generator=generator)
             self._nfe += self.prior.nfe
         return latents.to(device=device, dtype=self.unet.dtype)
+
+    def _prior_timesteps(
+        self, guidance: OTGuidance | None, latents: Tensor | None, num_prior_guidance_steps: int | None
+    ) -> list[int]:
+        """The corrections of the prior's images as steps before the chain, T' + n − 1 … T': so a field knows them."""
+        first, clean = self.truncation_timestep, latents is None and self.prior.prediction_type == "sample"
+        if guidance is None or (num_prior_guidance_steps is None and not clean):
+            count = 0
+        elif num_prior_guidance_steps is not None:
+            count = num_prior_guidance_steps
+        elif guidance.guidance_field is not None:
+            count = sum(timestep >= first for timestep in guidance.guidance_field.config.timesteps)
+        else:
+            count = PRIOR_GUIDANCE_STEPS
+        require(count >= 0, "num_prior_guidance_steps", "be at least 0", count)
+        wanted = "be 0 where the prior makes no clean images"
+        require(clean or count == 0, "num_prior_guidance_steps", wanted, count)
+        return list(reversed(range(first, first + count)))
 
     def _check_components(self) -> None:
         prior, unet, scheduler = self.prior, self.unet, self.scheduler

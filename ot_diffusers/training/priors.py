@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from ..config import PriorConfig
@@ -38,6 +39,10 @@ from .batches import Images, Schedule, image_batches
 from .checkpoints import TrainingState
 from .processes import gather_rows
 from .records import Record
+
+MAX_FITTED_IMAGES = 50_000
+"""Evenly spaced images that a closed form is fitted to, at most: they are held as float32."""
+
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
@@ -147,6 +152,36 @@ def vae_terms(
     return {"reconstruction": bound.reconstruction, "divergence": config.beta * bound.divergence}
 
 
+@torch.no_grad()
+def with_fitted_latents(model: VariationalPrior, images: Images, scheduler: Any, config: PriorConfig) -> PriorGenerator:
+    """The generator of a trained VAE with the mixture of Gaussians that fits the codes of its data best.
+
+    The codes fill another distribution than N(0, I), which the evidence bound only pulls them towards: what is drawn
+    from there, the generator has not seen. The mixture is fitted afterwards, to one code of each of at most
+    `MAX_FITTED_IMAGES` images.
+
+    Reference: [Ghosh2020].
+    """
+    generator, device = model.generator, model.generator.device
+    source = keyed_generator(device, config.seed, "codes")
+    codes = []
+    for rows in evenly_spaced(images, MAX_FITTED_IMAGES).split(1024):
+        target = images.fetch(rows)
+        if config.prediction_type == "noisy_sample":
+            target = truncated_samples(target, rows, scheduler, seed=config.seed)
+        codes.append(model.encoder(target.to(device)).sample(source))
+    components = min(config.latent_components, sum(map(len, codes)))
+    mixture = GaussianMixture(components, random_state=config.seed).fit(torch.cat(codes).double().cpu().numpy())
+    return generator.with_latents(
+        *(torch.from_numpy(values) for values in (mixture.weights_, mixture.means_, mixture.covariances_))
+    )
+
+
+def evenly_spaced(images: Images, count: int) -> Tensor:
+    """Numbers of at most `count` images over the whole set."""
+    return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
+
+
 def generated(batch: PriorBatch, state: TrainingState, config: PriorConfig, record: Record) -> Tensor:
     """x_T' from the batch's latents, [B, C, H, W]."""
     made = state.model(batch.latents).sample
@@ -213,7 +248,7 @@ def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: A
         network = load_feature_extractor(config.feature_extractor).to(unet.device)
         check_trained_on(network, images)
         extract = functools.partial(network_features, network)
-    rows = torch.linspace(0, len(images) - 1, min(1000, len(images))).round().long()
+    rows = evenly_spaced(images, 1000)
     real = truncated_samples(images.fetch(rows), rows, scheduler, seed=config.seed)
     return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))))
 
@@ -226,7 +261,7 @@ def transport_terms(
     accelerator: Accelerator,
     record: Record,
 ) -> dict[str, Tensor]:
-    """The terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
+    """The weighted terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
     wanted = config.ot_objective.split("+")
     fake = generated(batch, state, config, record)
     images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
@@ -240,7 +275,7 @@ def transport_terms(
     if "patch" in wanted:
         terms["patch"] = patch_transport(images, real, patch_sizes=config.patch_sizes, **sliced)
     if features is None:
-        return terms
+        return _weighted(terms, config)
 
     found = [gather_rows(level, accelerator) for level in features(fake)]
     if "feature" in wanted:
@@ -255,4 +290,12 @@ def transport_terms(
                 for images in (other, batch.reference)
             )
         terms["sinkhorn"] = sinkhorn_transport(found, reference, pair, blur=config.blur, scaling=config.scaling)
-    return terms
+    return _weighted(terms, config)
+
+
+def _weighted(terms: dict[str, Tensor], config: PriorConfig) -> dict[str, Tensor]:
+    """The terms times `ot_weights`, which stand in the order of `ot_objective`."""
+    if not config.ot_weights:
+        return terms
+    weights = dict(zip(config.ot_objective.split("+"), config.ot_weights, strict=True))
+    return {name: weights[name] * term for name, term in terms.items()}
