@@ -21,6 +21,7 @@ from diffusers import (
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import OTGuidance
+from ot_diffusers.images import to_uint8
 from ot_diffusers.pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
@@ -53,11 +54,17 @@ def _references(count: int = 100) -> torch.Tensor:
     return (images + 0.2 * noise).clamp(-1, 1)
 
 
-def _parts() -> dict[str, torch.nn.Module]:
+def _parts(with_images: bool = False) -> dict[str, torch.nn.Module]:
     torch.manual_seed(1)
     network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=24)
     features = network.extract(_references())
-    bank = ReferenceBank.from_features(features, feature_scale=median_distance(features))
+    images = to_uint8(_references()) if with_images else None
+    bank = ReferenceBank.from_features(
+        features,
+        feature_scale=median_distance(features),
+        images=images,
+        pixel_scale=median_distance(_references().flatten(1)),
+    )
     return {"feature_extractor": network, "reference_bank": bank}
 
 
@@ -430,3 +437,15 @@ def test_a_field_has_to_be_recorded_first():
         _pipeline().record_guidance_field(3)
     with pytest.raises(InputError, match="`guidance_scale` must guide at least one step, got 0"):
         _pipeline().record_guidance_field(16, num_inference_steps=2, guidance_scale=0)
+
+
+def test_guidance_that_sees_pixels_goes_on_to_the_last_step():
+    pipe = OTGuidedDDIMPipeline(_unet(), DDIMScheduler(), **_parts(with_images=True))
+    pipe.set_progress_bar_config(disable=True)
+    for weight, timesteps in ((None, (750, 500, 250, 0)), (0.5, (750, 500, 250, 0)), (0.0, (750, 500, 250))):
+        field = pipe.record_guidance_field(32, _seeded(9)[0], num_inference_steps=4, pixel_weight=weight)
+        assert tuple(field.config.timesteps) == timesteps
+        assert field.config.pixel_weight == (1.0 if weight is None else weight)
+    assert field.config.feature_dim == 24
+    seeing, blind = (_images(pipe, batch_size=16, joint_batch=True, pixel_weight=weight) for weight in (1.0, 0.0))
+    assert np.abs(seeing - blind).max() > 0.01

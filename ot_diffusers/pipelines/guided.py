@@ -9,7 +9,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..errors import require
-from ..guidance import OTGuidance, check_same_data
+from ..guidance import OTGuidance, check_same_data, chosen_pixel_weight
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import Correction, GuidanceField
 from ..models.reference_bank import ReferenceBank
@@ -18,8 +18,8 @@ from .portable import PortablePipeline
 
 logger = logging.get_logger(__name__)
 
-# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what guidance left in
-# the pixels.
+# Share of the chain that stays unguided at its end by default where guidance does not see the pixels, so that the model
+# itself cleans up what is left there.
 CLEAN_SHARE = 0.08
 # The guidance of a call that does not say otherwise, and has no guidance field that does.
 DEFAULTS: dict[str, Any] = {"num_correction_steps": 3, "blur": 0.3, "normalize_features": True}
@@ -90,12 +90,14 @@ class GuidedPipeline(PortablePipeline):
         try:
             self(batch_size=num_samples, generator=generator, **arguments)
             guidance = DEFAULTS | _given({name: call_arguments.get(name) for name in DEFAULTS})
+            normalize, weight = guidance["normalize_features"], call_arguments.get("pixel_weight")
             require(len(self._history) > 0, "guidance_scale", "guide at least one step", self._guidance_scale)
             field = GuidanceField.from_corrections(
                 self._history,
                 guidance_scale=self._guidance_scale,
                 blur=guidance["blur"],
-                normalize_features=guidance["normalize_features"],
+                normalize_features=normalize,
+                pixel_weight=chosen_pixel_weight(weight, self.reference_bank, normalize),
             )
         finally:
             self._history = None
@@ -122,7 +124,9 @@ class GuidedPipeline(PortablePipeline):
         require(
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
         )
-        recorded = {name: self.guidance_field.config[name] for name in DEFAULTS} if follows_field else DEFAULTS
+        recorded = DEFAULTS
+        if follows_field:
+            recorded = {name: self.guidance_field.config[name] for name in (*DEFAULTS, "pixel_weight")}
         guidance = OTGuidance(
             self.feature_extractor,
             self.reference_bank,
@@ -165,15 +169,15 @@ class GuidedPipeline(PortablePipeline):
 def guided_steps(
     guidance: OTGuidance | None, num_inference_steps: int, num_guidance_steps: int | None, guidance_start_step: int
 ) -> range:
-    """The steps of a chain that are guided; by default all but its end, or where a field says.
+    """The steps of a chain that are guided: by default all, but for its end where guidance does not see the pixels.
 
     Raises:
         InputError: a negative number.
     """
     require(guidance_start_step >= 0, "guidance_start_step", "be at least 0", guidance_start_step)
     if num_guidance_steps is None:
-        follows_field = guidance is not None and guidance.guidance_field is not None
-        clean = 0 if follows_field else max(1, round(CLEAN_SHARE * num_inference_steps))
+        whole = guidance is not None and (guidance.guidance_field is not None or guidance.pixel_weight > 0)
+        clean = 0 if whole else max(1, round(CLEAN_SHARE * num_inference_steps))
         num_guidance_steps = max(0, num_inference_steps - clean - guidance_start_step)
     require(num_guidance_steps >= 0, "num_guidance_steps", "be at least 0", num_guidance_steps)
     return range(guidance_start_step, guidance_start_step + num_guidance_steps) if guidance else range(0)

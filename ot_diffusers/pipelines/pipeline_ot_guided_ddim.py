@@ -25,6 +25,7 @@ SEED_GUIDANCE: dict[str, Any] = {
     "num_correction_steps": 3,
     "blur": 0.2,
     "normalize_features": False,
+    "pixel_weight": 0.0,
 }
 
 
@@ -92,6 +93,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         num_correction_steps: int | None = None,
         blur: float | None = None,
         normalize_features: bool | None = None,
+        pixel_weight: float | None = None,
         joint_batch: bool | None = None,
         use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
@@ -110,12 +112,15 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             guidance_scale: strength of the guidance; a guided step moves a pixel by about `num_correction_steps` · 0.02
                 · `guidance_scale`. 0 is plain sampling; the default is 1 where the pipeline has the parts for it, else
                 0.
-            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step` but the last
-                8%. A guidance field guides those of them that it was recorded at.
+            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step` (with
+                `pixel_weight` 0 all but the last 8%, since features alone do not see what guidance leaves in the
+                pixels). A guidance field guides those of them that it was recorded at.
             guidance_start_step: first guided step, counted from the start of the chain.
             num_correction_steps: Adam steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the features' median distance; .3 by default.
             normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
+            pixel_weight: of the images beside their features in the distance that is transported by; 0 for features
+                alone. The default is 1 where the reference bank holds images and features are normalised.
             joint_batch: guide the batch by its own transport problem (`True`) or each image by the guidance field
                 (`False`), which is the default where there is one. The field brings its own guidance: arguments that
                 ask for another are refused.
@@ -157,6 +162,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             num_correction_steps=num_correction_steps,
             blur=blur,
             normalize_features=normalize_features,
+            pixel_weight=pixel_weight,
         )
         guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
 
