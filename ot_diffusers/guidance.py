@@ -1,16 +1,17 @@
 """OT guidance: move a batch of predicted clean images towards the distribution of real ones.
 
-One correction takes a few Adam steps on the images themselves, down the Sinkhorn divergence between the batch and a
-bank of references:
+One correction takes a few steps on the images themselves, down the Sinkhorn divergence between the batch and a bank of
+references:
 
-    x̂0 ← clamp(x̂0 − Adam(∇ S(ψ(x̂0), ψ(R))), −1, 1),     ψ(x) = (φ(x)/s, w·x/s') / √(1 + w²)
+    x̂0 ← clamp(x̂0 − η s'² B ∇S(ψ(x̂0), ψ(R)), −1, 1),     ψ(x) = (φ(x)/s, w·x/s') / √(1 + w²)
 
-φ is the frozen feature network, s the median distance of its features, s' that of the images, w the `pixel_weight`.
-Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
+φ is the frozen feature network, s the median distance of its features, s' that of the images, w the `pixel_weight`, B
+the size of the batch. B ∇S is how far each image stands from where the plan sends it, so an image that is already right
+stays where it is, and so does the background of one that is not. Features alone (w = 0) do not see what guidance leaves
+in the pixels; beside them, the pixels do. η is `guidance_scale` · 0.3.
 
-Adam divides the gradient by its own size, so a factor on the loss has no effect. `guidance_scale` therefore scales the
-step instead: each step moves a pixel by at most about `guidance_scale` · 0.02. At 0.5 that is the source study's
-learning rate of 0.01.
+`step_rule="adam"` is the source study's form: Adam divides the gradient by its own size, so that every pixel moves by
+about `guidance_scale` · 0.02 in each step. At 0.5 that is the source's learning rate of 0.01.
 
 The gradient comes from the batch itself, solved anew at every step, or from a `GuidanceField`, recorded once on a large
 batch, which moves every image on its own.
@@ -30,8 +31,13 @@ from .models.guidance_field import Correction, GuidanceField
 from .models.reference_bank import ReferenceBank
 from .transport import DivergencePotentials, divergence_gradient
 
-# Adam's learning rate at guidance_scale=1, in pixel units of [-1, 1].
+# At guidance_scale=1: Adam's learning rate, in pixel units of [-1, 1], …
 PIXELS_PER_STEP = 0.02
+# … and the share of its displacement that an image takes in a step.
+SHARE_PER_STEP = 0.3
+STEP_RULES = ("displacement", "adam")
+# What a guidance field knows of the guidance it was recorded with, besides its `guidance_scale`.
+RECORDED = ("num_correction_steps", "blur", "normalize_features", "pixel_weight", "step_rule")
 
 
 class OTGuidance:
@@ -45,13 +51,14 @@ class OTGuidance:
         feature_extractor: frozen network; neither its parameters nor their gradients are touched.
         reference_bank: features of real images by the same network.
         guidance_scale: strength, ≥ 0; 0 returns the images as they are.
-        num_correction_steps: Adam steps in one correction.
+        num_correction_steps: steps in one correction.
         blur: length in normalised feature units (in raw ones with `normalize_features=False`).
         normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the source's
             form.
         pixel_weight: of the images beside their features, ≥ 0; the default is 1 for a bank that holds images and
             features that are normalised, else 0.
-        guidance_field: follow this field; the five arguments above have to be those it was recorded with.
+        step_rule: `"displacement"` or `"adam"`; the default is the first where pixels take part, else the second.
+        guidance_field: follow this field; the six arguments above have to be those it was recorded with.
         history: a list that takes in every correction of a joint batch.
 
     Raises:
@@ -77,6 +84,7 @@ class OTGuidance:
         blur: float = 0.3,
         normalize_features: bool = True,
         pixel_weight: float | None = None,
+        step_rule: str | None = None,
         guidance_field: GuidanceField | None = None,
         history: list[Correction] | None = None,
     ) -> None:
@@ -85,6 +93,7 @@ class OTGuidance:
         require(blur > 0, "blur", "be a positive length", blur)
         check_same_data(feature_extractor, reference_bank)
         pixel_weight = chosen_pixel_weight(pixel_weight, reference_bank, normalize_features)
+        step_rule = chosen_step_rule(step_rule, reference_bank, pixel_weight)
         if guidance_field is not None:
             check_recorded_for(
                 guidance_field,
@@ -94,6 +103,7 @@ class OTGuidance:
                 blur=blur,
                 normalize_features=normalize_features,
                 pixel_weight=pixel_weight,
+                step_rule=step_rule,
             )
         self.feature_extractor = feature_extractor
         self.guidance_field = guidance_field
@@ -101,8 +111,10 @@ class OTGuidance:
         self.guidance_scale = guidance_scale
         self.num_correction_steps = num_correction_steps
         self.blur = blur
+        self.normalize_features = normalize_features
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
         self.pixel_weight = pixel_weight
+        self.step_rule = step_rule
         self.pixel_scale = reference_bank.config.pixel_scale
         self._potentials: DivergencePotentials | None = None
         self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.images)
@@ -133,17 +145,31 @@ class OTGuidance:
             torch.autocast(device_type=device.type, enabled=False),
         ):
             images = pred_original_sample.detach().clone().float().requires_grad_()
-            optimizer = torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP, fused=images.is_cuda)
+            optimizer = self._optimizer(images)
             for correction in range(self.num_correction_steps):
                 features = self.features(images)
-                gradient = self._gradient(features.detach(), references, step, correction)
-                (images.grad,) = torch.autograd.grad(features, images, grad_outputs=gradient)
+                displacement = self._displacement(features.detach(), references, step, correction)
+                (images.grad,) = torch.autograd.grad(features, images, grad_outputs=displacement)
                 optimizer.step()
                 images.data.clamp_(-1, 1)
         return images.detach().to(pred_original_sample.dtype)
 
-    def _gradient(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
-        """What Adam follows, [B, D]: of the divergence of the batch, or from the field."""
+    def recorded_field(self) -> GuidanceField:
+        """The field of the corrections in `history`, for an object that made one chain.
+
+        Raises:
+            InputError: no corrections.
+        """
+        known = ("guidance_scale", "blur", "normalize_features", "pixel_weight", "step_rule")
+        return GuidanceField.from_corrections(self.history or [], **{name: getattr(self, name) for name in known})
+
+    def _optimizer(self, images: Tensor) -> torch.optim.Optimizer:
+        if self.step_rule == "adam":
+            return torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP, fused=images.is_cuda)
+        return torch.optim.SGD([images], lr=self.guidance_scale * SHARE_PER_STEP * self.pixel_scale**2)
+
+    def _displacement(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
+        """How far each point stands from where it should be, [B, D]: by the plan of the batch, or from the field."""
         if self.guidance_field is not None:
             assert step is not None
             return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
@@ -152,7 +178,7 @@ class OTGuidance:
         if self.history is not None:
             assert step is not None
             self.history.append(Correction(step, features, self._potentials))
-        return gradient
+        return gradient * len(features)
 
     def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
@@ -189,6 +215,20 @@ def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBan
     return pixel_weight
 
 
+def chosen_step_rule(step_rule: str | None, reference_bank: ReferenceBank, pixel_weight: float) -> str:
+    """The given rule, if the bank allows it, or the default.
+
+    Raises:
+        InputError: an unknown rule, or displacements for a bank that does not know how far images are apart.
+    """
+    if step_rule is None:
+        return "displacement" if pixel_weight > 0 else "adam"
+    require(step_rule in STEP_RULES, "step_rule", f"be one of {', '.join(STEP_RULES)}", step_rule)
+    possible = step_rule == "adam" or reference_bank.images is not None
+    require(possible, "step_rule", "be adam for a reference bank without images", step_rule)
+    return step_rule
+
+
 def check_same_data(feature_extractor: FeatureExtractor, reference_bank: ReferenceBank) -> None:
     """Refuse a bank whose features another network made."""
     network, bank = feature_extractor.config, reference_bank.config
@@ -207,7 +247,7 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
     )
 
 
-def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float) -> None:
+def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float | str) -> None:
     """Refuse a field of other references, or of another guidance than `arguments` say."""
     config, bank = guidance_field.config, reference_bank.config
     pixels = math.prod(bank.image_shape) if config.pixel_weight > 0 and bank.image_shape else 0

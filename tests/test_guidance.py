@@ -219,10 +219,29 @@ def test_pixels_are_seen_where_there_are_any(parts, parts_with_images):
         OTGuidance(*parts_with_images, pixel_weight=-1)
 
 
+def test_displacements_leave_alone_what_is_right(parts_with_images):
+    images = _images(200, seed=1)
+    moved = {
+        rule: (OTGuidance(*parts_with_images, step_rule=rule).correct(images) - images).abs().mean()
+        for rule in ("displacement", "adam")
+    }
+    assert moved["displacement"] < 0.2 * moved["adam"]
+
+
+def test_step_rules(parts, parts_with_images):
+    assert OTGuidance(*parts).step_rule == "adam" == OTGuidance(*parts_with_images, pixel_weight=0).step_rule
+    assert OTGuidance(*parts_with_images).step_rule == "displacement"
+    with pytest.raises(InputError, match="`step_rule` must be adam for a reference bank without images"):
+        OTGuidance(*parts, step_rule="displacement")
+    with pytest.raises(InputError, match="`step_rule` must be one of displacement, adam, got 'sgd'"):
+        OTGuidance(*parts, step_rule="sgd")
+
+
 def test_a_field_of_features_and_pixels(parts_with_images):
     history: list[Correction] = []
     OTGuidance(*parts_with_images, num_correction_steps=2, history=history).correct(_blurred(256), 500)
-    field = GuidanceField.from_corrections(history, guidance_scale=1.0, blur=0.3, pixel_weight=1.0)
+    options = {"pixel_weight": 1.0, "step_rule": "displacement"}
+    field = GuidanceField.from_corrections(history, guidance_scale=1.0, blur=0.3, **options)
     guidance = OTGuidance(*parts_with_images, num_correction_steps=2, guidance_field=field)
     images = _blurred(24)
     torch.testing.assert_close(guidance.correct(images[:1], 500), guidance.correct(images, 500)[:1], rtol=0, atol=1e-5)

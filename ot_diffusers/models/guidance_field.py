@@ -43,7 +43,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         num_samples: N of the bank.
         num_references: M of the reference bank.
         feature_dim: D, the pixels beside the features included.
-        guidance_scale, blur, normalize_features, pixel_weight: of the recorded guidance.
+        guidance_scale, blur, normalize_features, pixel_weight, step_rule: of the recorded guidance.
 
     Example:
         >>> from ot_diffusers.transport import divergence_gradient
@@ -66,6 +66,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         blur: float = 0.3,
         normalize_features: bool = True,
         pixel_weight: float = 0.0,
+        step_rule: str = "adam",
     ) -> None:
         super().__init__()
         steps = (len(timesteps), num_correction_steps)
@@ -82,6 +83,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         blur: float,
         normalize_features: bool = True,
         pixel_weight: float = 0.0,
+        step_rule: str = "adam",
     ) -> GuidanceField:
         """The field of a batch's chain, all its corrections in order, as many at every denoising step."""
         timesteps = tuple(dict.fromkeys(correction.timestep for correction in corrections))
@@ -100,6 +102,7 @@ class GuidanceField(PortableModel, ConfigMixin):
             blur,
             normalize_features,
             pixel_weight,
+            step_rule,
         )
         for stored, values in (
             (field.features, [correction.features for correction in corrections]),

@@ -9,9 +9,9 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..errors import require
-from ..guidance import OTGuidance, check_same_data, chosen_pixel_weight
+from ..guidance import RECORDED, OTGuidance, check_same_data
 from ..models.feature_extractor import FeatureExtractor
-from ..models.guidance_field import Correction, GuidanceField
+from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
 from ..schedules import alpha_sigma, from_original_sample, to_original_sample
 from .portable import PortablePipeline
@@ -21,8 +21,6 @@ logger = logging.get_logger(__name__)
 # Share of the chain that stays unguided at its end by default where guidance does not see the pixels, so that the model
 # itself cleans up what is left there.
 CLEAN_SHARE = 0.08
-# The guidance of a call that does not say otherwise, and has no guidance field that does.
-DEFAULTS: dict[str, Any] = {"num_correction_steps": 3, "blur": 0.3, "normalize_features": True}
 # Below this joint batch the transport problem says little about the distribution.
 SMALL_BATCH = 16
 
@@ -45,7 +43,8 @@ class GuidedPipeline(PortablePipeline):
         self.register_modules(
             feature_extractor=feature_extractor, reference_bank=reference_bank, guidance_field=guidance_field
         )
-        self._history: list[Correction] | None = None
+        self._records = False
+        self._guidance: OTGuidance | None = None
         self._guidance_scale = 0.0
 
     @property
@@ -86,21 +85,15 @@ class GuidedPipeline(PortablePipeline):
         """
         require(num_samples >= SMALL_BATCH, "num_samples", f"be at least {SMALL_BATCH}", num_samples)
         arguments = call_arguments | {"output_type": "latent", "joint_batch": True}
-        self._history = []
+        self._records = True
         try:
             self(batch_size=num_samples, generator=generator, **arguments)
-            guidance = DEFAULTS | _given({name: call_arguments.get(name) for name in DEFAULTS})
-            normalize, weight = guidance["normalize_features"], call_arguments.get("pixel_weight")
-            require(len(self._history) > 0, "guidance_scale", "guide at least one step", self._guidance_scale)
-            field = GuidanceField.from_corrections(
-                self._history,
-                guidance_scale=self._guidance_scale,
-                blur=guidance["blur"],
-                normalize_features=normalize,
-                pixel_weight=chosen_pixel_weight(weight, self.reference_bank, normalize),
-            )
+            guided = self._guidance is not None and len(self._guidance.history or ()) > 0
+            require(guided, "guidance_scale", "guide at least one step", self._guidance_scale)
+            assert self._guidance is not None
+            field = self._guidance.recorded_field()
         finally:
-            self._history = None
+            self._records, self._guidance = False, None
         self.register_modules(guidance_field=field.to(self._execution_device))
         return field
 
@@ -124,17 +117,16 @@ class GuidedPipeline(PortablePipeline):
         require(
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
         )
-        recorded = DEFAULTS
-        if follows_field:
-            recorded = {name: self.guidance_field.config[name] for name in (*DEFAULTS, "pixel_weight")}
+        recorded = {name: self.guidance_field.config[name] for name in RECORDED} if follows_field else {}
         guidance = OTGuidance(
             self.feature_extractor,
             self.reference_bank,
             guidance_scale=scale,
             guidance_field=self.guidance_field if follows_field else None,
-            history=self._history,
+            history=[] if self._records else None,
             **recorded | _given(asked),
         )
+        self._guidance = guidance if self._records else None
         if not follows_field and batch_size < SMALL_BATCH:
             logger.warning(
                 f"OT guidance couples the batch; `batch_size` {batch_size} is too small to show it the distribution."

@@ -26,6 +26,7 @@ SEED_GUIDANCE: dict[str, Any] = {
     "blur": 0.2,
     "normalize_features": False,
     "pixel_weight": 0.0,
+    "step_rule": "adam",
 }
 
 
@@ -94,6 +95,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         blur: float | None = None,
         normalize_features: bool | None = None,
         pixel_weight: float | None = None,
+        step_rule: str | None = None,
         joint_batch: bool | None = None,
         use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
@@ -109,18 +111,20 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             num_inference_steps: denoising steps.
             generator: one generator, or a list with one per image.
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
-            guidance_scale: strength of the guidance; a guided step moves a pixel by about `num_correction_steps` · 0.02
-                · `guidance_scale`. 0 is plain sampling; the default is 1 where the pipeline has the parts for it, else
-                0.
+            guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 where the
+                pipeline has the parts for it, else 0.
             num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step` (with
                 `pixel_weight` 0 all but the last 8%, since features alone do not see what guidance leaves in the
                 pixels). A guidance field guides those of them that it was recorded at.
             guidance_start_step: first guided step, counted from the start of the chain.
-            num_correction_steps: Adam steps per guided step; 3 by default.
-            blur: blur of the Sinkhorn divergence, in units of the features' median distance; .3 by default.
+            num_correction_steps: correction steps per guided step; 3 by default.
+            blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
             normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
             pixel_weight: of the images beside their features in the distance that is transported by; 0 for features
                 alone. The default is 1 where the reference bank holds images and features are normalised.
+            step_rule: `"displacement"` moves an image by `guidance_scale` · 0.3 of what the transport plan asks for in
+                each correction step, `"adam"` every pixel by about `guidance_scale` · 0.02. The default is the first
+                where pixels take part, else the second.
             joint_batch: guide the batch by its own transport problem (`True`) or each image by the guidance field
                 (`False`), which is the default where there is one. The field brings its own guidance: arguments that
                 ask for another are refused.
@@ -163,6 +167,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             blur=blur,
             normalize_features=normalize_features,
             pixel_weight=pixel_weight,
+            step_rule=step_rule,
         )
         guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
 

@@ -121,6 +121,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         blur: float | None = None,
         normalize_features: bool | None = None,
         pixel_weight: float | None = None,
+        step_rule: str | None = None,
         joint_batch: bool | None = None,
         use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
@@ -137,7 +138,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
             eta: η of DDIM in [0, 1]; other schedulers ignore it.
             latents: x_T' to start from in place of the prior's, [B, C, H, W]. Real x_T' make it the oracle.
             guidance_scale, num_guidance_steps, guidance_start_step, num_correction_steps, blur, normalize_features,
-                pixel_weight, joint_batch: as in `OTGuidedDDIMPipeline`.
+                pixel_weight, step_rule, joint_batch: as in `OTGuidedDDIMPipeline`.
             num_prior_guidance_steps: corrections of the prior's own images before they are diffused, each as in a
                 guided step; 5 by default where there is guidance and a prior of clean images.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
@@ -165,6 +166,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
             blur=blur,
             normalize_features=normalize_features,
             pixel_weight=pixel_weight,
+            step_rule=step_rule,
         )
         guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
         prior_timesteps = self._prior_timesteps(guidance, latents, num_prior_guidance_steps)
