@@ -2,7 +2,7 @@
 
 Distances come from matrix products in float32, whose rounding has a bound. Where a comparison is closer than that, and
 only there, it is made again in float64. Clusters that are tight beside their distance from the common mean, or copies,
-make all of it close: then the time is that of float64.
+make all of it close: then float32 was tried in vain.
 """
 
 from __future__ import annotations
