@@ -68,8 +68,7 @@ def batch_rows(quick: bool, device: torch.device) -> list[Row]:
 
 def process_rows(quick: bool) -> list[Row]:
     """Features of one global batch on two processes of a CPU against all of them on one: every process solves the whole
-    problem, so 1 would be no loss. The two are timed
-    one after the other, so a quiet machine is needed."""
+    problem, so 1 would be no loss. The two are timed one after the other: a quiet machine is needed."""
     batch, references = (64, 500) if quick else (256, 2000)
     seconds = {name: term_seconds(count, batch, references) for name, count in (("one", 1), ("two", 2))}
     name = f"OT term of a global batch of {batch} on 2 CPU processes / on 1"
