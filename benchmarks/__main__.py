@@ -22,10 +22,17 @@ import torch
 from ot_diffusers.evaluation.page import provenance
 from ot_diffusers.evaluation.report import format_number
 
-from . import evaluation, package, sampling, solver, training
+from . import evaluation, package, sampling, scaling, solver, training
 from .timing import Row
 
-PARTS = {"solver": solver, "training": training, "sampling": sampling, "evaluation": evaluation, "package": package}
+PARTS = {
+    "solver": solver,
+    "training": training,
+    "scaling": scaling,
+    "sampling": sampling,
+    "evaluation": evaluation,
+    "package": package,
+}
 
 
 def main() -> int:

@@ -110,6 +110,7 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--output", default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
     sample.add_argument("--json", action="store_true", help="print folder, number, time and network calls as JSON")
     _add_sampling_options(sample)
+    _add_speed_options(sample)
     _add_overwrite(sample)
     sample.set_defaults(command=run_sample)
 
@@ -123,6 +124,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--output", metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
     _add_sampling_options(evaluate)
+    _add_speed_options(evaluate)
     _add_overwrite(evaluate)
     evaluate.set_defaults(command=run_evaluate)
 
@@ -262,8 +264,17 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--guidance-start-step", type=int, help="first guided step, from 0")
     options.add_argument("--seed-recipe", action="store_true", help="the source study's guidance; other options win")
     options.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
-    options.add_argument("--batch-size", type=int, help="images at once; guidance couples them, so more is better")
+    options.add_argument("--batch-size", type=int, help="images at once; default: what the memory holds, up to 1,000")
     options.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
+
+
+def _add_speed_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("speed")
+    options.add_argument(
+        "--dtype", default="float32", help="of the networks' products: float32, bfloat16 or float16 (%(default)s)"
+    )
+    options.add_argument("--channels-last", action="store_true", help="memory layout that many GPUs prefer")
+    options.add_argument("--compile", action="store_true", help="torch.compile the denoiser: minutes once, then faster")
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -454,6 +465,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
     metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
     floor = real_floor(reference, training, len(images), extractor=evaluator)
+    sampling = _call_arguments(arguments)
     return {
         "title": f"{arguments.images} against {arguments.dataset}",
         "dataset": arguments.dataset,
@@ -461,7 +473,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "extractor": evaluator_facts(evaluator, reference.features.shape[1]),
         "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
-        "provenance": provenance() | {"seed": arguments.seed, "sampling": _call_arguments(arguments)},
+        "provenance": provenance() | {"seed": arguments.seed, "dtype": arguments.dtype, "sampling": sampling},
     }
 
 
@@ -490,13 +502,13 @@ def _describe(images: Any, evaluator: Any) -> Any:
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:
     """The loaded pipeline and its images."""
-    from .sampling import load_pipeline, sample_images
+    from .sampling import accelerate_networks, load_pipeline, sample_images
 
     device = _device(arguments.device)
     loaded = load_pipeline(pipeline, arguments.features).to(device)
-    call = _call_arguments(arguments)
-    images = sample_images(loaded, num_images, batch_size=arguments.batch_size, seed=arguments.seed, **call)
-    return loaded, images
+    accelerate_networks(loaded, channels_last=arguments.channels_last, compile=arguments.compile)
+    options = {name: getattr(arguments, name) for name in ("batch_size", "seed", "dtype")}
+    return loaded, sample_images(loaded, num_images, **options, **_call_arguments(arguments))
 
 
 def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -80,7 +80,7 @@ def export_run(
     if num_images:
         _cast(pipeline, torch.float32)
         pipeline.set_progress_bar_config(disable=True)
-        steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        steps: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         save_grid(sample_images(pipeline, num_images, **steps), output / PICTURE)
     return output
 

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -27,6 +28,7 @@ from .seeds import keyed_generator
 PIPELINES: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (OTGuidedDDIMPipeline, TruncatedPriorPipeline, DDIMPipeline, DDPMPipeline)
 }
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAX_BATCH_SIZE = 1000
 GRID_NAME = "grid.png"
 GRID_IMAGES = 400
@@ -65,6 +67,27 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
 
 
+def accelerate_networks(pipeline: Any, *, channels_last: bool = False, compile: bool = False) -> None:
+    """Lay the denoiser's weights out for convolutions, or compile it, in place; its images change by rounding only.
+
+    Args:
+        pipeline: on its device.
+        channels_last: PyTorch's memory format of that name.
+        compile: by `torch.compile`, at the first step of each new batch size.
+
+    Raises:
+        InputError: nothing can be compiled on this machine.
+    """
+    if channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+    if compile:
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=pipeline.device))
+        except Exception as error:  # whatever the compilers underneath raise
+            raise InputError(f"`compile` needs a compiler for {pipeline.device}, got {_one_line(error)}") from error
+        pipeline.unet.compile()
+
+
 def pipeline_class_name(path: str) -> str:
     """The `_class_name` in `model_index.json` of a folder or Hub id.
 
@@ -94,7 +117,13 @@ def _check_fits(network: FeatureExtractor, unet: Any) -> None:
 
 
 def sample_images(
-    pipeline: Any, num_images: int, *, batch_size: int | None = None, seed: int = 0, **call_arguments: Any
+    pipeline: Any,
+    num_images: int,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    **call_arguments: Any,
 ) -> Tensor:
     """Generate images, each from its own generator.
 
@@ -107,29 +136,59 @@ def sample_images(
         pipeline: one that `load_pipeline` returns; its own progress bar shows the steps.
         num_images: N.
         batch_size: images generated at once, at most; a process' share is cut into equal parts. Default: all, up to
-            1,000.
+            1,000, and half as many each time the memory does not suffice, unless guidance couples them.
         seed: of the starting noise.
+        dtype: of the networks' products, by autocast: `"float32"`, `"bfloat16"` or `"float16"`. Noise, steps and
+            guidance stay in float32, so an image stays the same but for rounding.
         call_arguments: passed on to the pipeline, such as `num_inference_steps` and `guidance_scale`.
 
     Returns:
         uint8 [N, C, H, W], on the CPU.
 
     Raises:
-        InputError: an argument out of range, or one that this pipeline does not take.
+        InputError: an argument out of range, one that this pipeline does not take, or a batch beyond the memory.
     """
     require(num_images >= 1, "num_images", "be at least 1", num_images)
-    batch_size = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
-    require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
+    require(batch_size is None or batch_size >= 1, "batch_size", "be at least 1", batch_size)
     require(seed >= 0, "seed", "be at least 0", seed)
+    require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     check_call_arguments(pipeline, call_arguments)
     state = PartialState()
     share = torch.arange(num_images).tensor_split(state.num_processes)[state.process_index]
+    at_once = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
+    pending = list(share.tensor_split(math.ceil(len(share) / at_once))) if len(share) else []
+    may_halve = batch_size is None and not couples_batch(pipeline, call_arguments)
     batches = []
-    for rows in share.tensor_split(math.ceil(len(share) / batch_size)) if len(share) else ():
-        generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
-        pictures = pipeline(batch_size=len(rows), generator=generators, output_type="pil", **call_arguments).images
-        batches.append(torch.stack([_to_tensor(picture) for picture in pictures]))
+    with torch.autocast(pipeline.device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        while pending:
+            images = _sample_rows(pipeline, pending[0], seed, call_arguments)
+            if images is not None:
+                batches.append(images)
+                pending.pop(0)
+                continue
+            size = len(pending[0])
+            require(may_halve and size > 1, "batch_size", "be smaller, for lack of memory", size)
+            pending = [half for rows in pending for half in rows.tensor_split(2) if len(half)]
+            clear_device_cache(garbage_collection=True)
     return torch.cat(gather_object(batches))
+
+
+def couples_batch(pipeline: Any, call_arguments: dict[str, Any]) -> bool:
+    """Whether an image depends on the others of its batch: with OT guidance that follows no field."""
+    guided = getattr(pipeline, "reference_bank", None) is not None and call_arguments.get("guidance_scale") != 0
+    return guided and (pipeline.guidance_field is None or bool(call_arguments.get("joint_batch")))
+
+
+def _sample_rows(pipeline: Any, rows: Tensor, seed: int, call_arguments: dict[str, Any]) -> Tensor | None:
+    """The images of these numbers; None where the memory does not suffice."""
+    generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
+    try:
+        pictures = pipeline(batch_size=len(rows), generator=generators, output_type="pil", **call_arguments).images
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            return None
+        raise
+    return torch.stack([_to_tensor(picture) for picture in pictures])
 
 
 def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import solver, timing
+from benchmarks import scaling, solver, timing
 
 CPU = torch.device("cpu")
 
@@ -58,3 +58,29 @@ def test_rows_are_written_part_by_part(tmp_path: Path, monkeypatch: pytest.Monke
     written = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert {name: rows[0]["reached"] for name, rows in written["parts"].items()} == {"one": True, "two": True}
     assert written["table"]["rows"] == [["fixed", "**2.00×**", "1.00 … 4.00", "≤ 2.5"]] * 2
+
+
+def results_with(**values: object) -> dict[str, object]:
+    return {"parts": {"one": [{"name": name, **row} for name, row in values.items()]}}  # type: ignore[dict-item]
+
+
+def test_the_estimate_follows_from_its_constants() -> None:
+    """A term of 10 ms that grows with N alone: 8 times as long at most for a batch of 1,024 in place of 128; at least
+    the same and 10 passes of 4·1,024·10,000 bytes at 2 TB/s, .2 ms."""
+    found = scaling.case(1024, 10_000, 0.01, {"N": 1.0, "M": 0.0, "D": 0.0}, passes=10)
+    assert found["plain step"] == "192 ms"  # 3·200e9·128/400e12
+    assert found["OT term"] == "10.2 … 80.0 ms"
+    assert found["OT step / plain step"] == "1.05 … 1.42×"
+    assert found["features gathered by a process"] == "1.84 MB"  # 7/8·4·1,024·512
+    assert found["memory of the plan"] == "41.0 MB"
+    assert scaling.case(2048, 50_000, 0.01, {"N": 0.0, "M": 0.0, "D": 0.0}, 10)["memory of the plan"] == "blocks of it"
+
+
+def test_the_estimate_takes_its_figures_from_the_results() -> None:
+    step = {"seconds": {"plain": 0.05, "with our term": 0.07}}
+    exponents = {f"exponent of the loss' time in {name}": {"value": 0.5} for name in "NMD"}
+    found = scaling.estimate(results_with(**{"OT training step / plain step": step}), results_with(**exponents))
+    assert "the 20.0 ms measured at 128×2000×128" in found["summary"] and "N^0.50, M^0.50, D^0.50" in found["summary"]
+    # 20 ms · √(1024/128 · 10,000/2,000 · 512/128)
+    assert found["table"]["rows"][1][1].endswith(" … 253 ms")
+    assert all(len(row) == len(found["table"]["header"]) for row in found["table"]["rows"])

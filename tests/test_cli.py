@@ -27,7 +27,7 @@ from ot_diffusers.data import load_images
 from ot_diffusers.demo import run_demo
 from ot_diffusers.errors import InputError
 from ot_diffusers.launch import SCRIPTS, training_command
-from ot_diffusers.sampling import load_pipeline, read_images, sample_images, save_images
+from ot_diffusers.sampling import accelerate_networks, load_pipeline, read_images, sample_images, save_images
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +123,7 @@ BAD_INPUT = {
     "no images": ("sample {pipeline} --num-images 0 --output {new}", "num_images"),
     "not a count": ("sample {pipeline} --num-images many --output {new}", "many"),
     "empty batch": ("sample {pipeline} --batch-size 0 --output {new}", "batch_size"),
+    "unknown dtype": ("sample {pipeline} --dtype int8 --output {new}", "bfloat16"),
     "negative seed": ("sample {pipeline} --seed -1 --output {new}", "seed"),
     "more steps than the chain": ("sample {pipeline} --num-inference-steps 1001 --output {new}", "1001"),
     "guidance without parts": ("sample {pipeline} --guidance-scale 1 --output {new}", "guidance_scale"),
@@ -210,6 +211,43 @@ def test_image_i_is_the_same_in_any_batch(pipeline: Path) -> None:
     assert (together[:4] - first).abs().max() <= 1
     assert (together[0] - together[1]).abs().max() > 10
     assert (sample_images(pipe, 7, seed=4, num_inference_steps=5).int() - together).abs().max() > 10
+
+
+def test_lack_of_memory_halves_the_batch_and_keeps_the_images(pipeline: Path, features: Path) -> None:
+    plain, guided = load_pipeline(pipeline), load_pipeline(pipeline, features)
+    expected = sample_images(plain, 7, seed=3, num_inference_steps=2)
+    sizes = []
+
+    def need_memory(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            torch.empty(2**60, dtype=torch.uint8)  # an exabyte
+
+    for pipe in (plain, guided):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.unet.register_forward_pre_hook(need_memory)
+    halved = sample_images(plain, 7, seed=3, num_inference_steps=2)
+    assert sizes == [7, 4, *([2] * 2 * 3), 1, 1]  # 7 = 4 + 3 = (2 + 2) + (2 + 1), two steps each
+    assert (halved.int() - expected.int()).abs().max() <= 1  # kernels for other batch sizes round differently
+    with pytest.raises(InputError, match="`batch_size` must be smaller, for lack of memory, got 7"):
+        sample_images(plain, 7, batch_size=7, num_inference_steps=2)
+    with pytest.raises(InputError, match="`batch_size` must be smaller, for lack of memory, got 20"):
+        sample_images(guided, 20, num_inference_steps=2)  # the batch is part of the result
+    assert len(sample_images(guided, 5, num_inference_steps=2, guidance_scale=0)) == 5
+
+
+def test_half_precision_and_layout_keep_the_images(pipeline: Path, features: Path) -> None:
+    pipe = load_pipeline(pipeline, features)
+    pipe.set_progress_bar_config(disable=True)
+    exact = sample_images(pipe, 20, num_inference_steps=3)
+    half = sample_images(pipe, 20, num_inference_steps=3, dtype="bfloat16")
+    assert not torch.equal(half, exact)
+    # 8 bits of mantissa: a grey level is off by a few on average; another noise would be off by tens.
+    assert (half.int() - exact.int()).abs().float().mean() < 4
+    assert pipe.unet.dtype == torch.float32
+    accelerate_networks(pipe, channels_last=True)
+    # Another order of summation in float32.
+    assert (sample_images(pipe, 20, num_inference_steps=3).int() - exact.int()).abs().float().mean() < 0.1
 
 
 def test_features_turn_a_plain_pipeline_into_a_guided_one(pipeline: Path, features: Path) -> None:

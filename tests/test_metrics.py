@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_fidelity import metric_fid, metric_kid, metric_prc
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation import metrics, pixels
+from ot_diffusers.evaluation import metrics, neighbors, pixels
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images, real_floor
 from ot_diffusers.evaluation.report import METRICS
 
@@ -83,6 +83,13 @@ class TestKernelDistance:
         shifted = metrics.kernel_distance(gaussian(400), gaussian(400, seed=1, mean=0.5), subset_size=200)
         # The standard error of MMD² at 400 rows of this kernel is about .01; the shift's population value is near 1.
         assert abs(same) < 0.05 < shifted
+
+    def test_blocks_of_the_kernel_do_not_change_the_value(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pair = gaussian(100), gaussian(90, seed=1)
+        whole = metrics.kernel_distance(*pair, num_subsets=3, subset_size=70)
+        monkeypatch.setattr(metrics, "KERNEL_BLOCK", 32)  # 70 = 32 + 32 + 6
+        found = metrics.kernel_distance(*pair, num_subsets=3, subset_size=70)
+        assert found == pytest.approx(whole, rel=1e-9)  # float64 sums in another order
 
     def test_seed_decides_the_subsets(self) -> None:
         pair = gaussian(100), gaussian(100, seed=1)
@@ -180,7 +187,7 @@ class TestAgainstTorchFidelity:
     def test_precision_recall_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = gaussian(60, seed=1, mean=0.5), gaussian(80, seed=2)
         whole = metrics.neighbor_statistics(*pair)
-        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 900)
+        monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", 900)
         parts = metrics.neighbor_statistics(*pair)
         assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-12)  # products of other sizes round differently
 
@@ -202,6 +209,60 @@ class TestNeighborTies:
         real = gaussian(50, 20) + 30
         found = metrics.neighbor_statistics(real[:1].repeat(40, 1), real)
         assert (found.precision, found.recall) == (1, 1 / 50)
+
+
+def brute_force_members(x: Tensor, y: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+    """Which rows lie in a ball of the other set, by differences in float64; near ties count as inside."""
+    x, y = (rows.double() - y.double().mean(dim=0) for rows in (x, y))
+    tie = neighbors.TIE * max(rows.square().sum(dim=1).max() for rows in (x, y))
+
+    def squared(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    x_radii, y_radii = (squared(rows, rows).sort(dim=1).values[:, num_neighbors] for rows in (x, y))
+    distances = squared(x, y)
+    return (distances <= y_radii + tie).any(dim=1), (distances <= x_radii[:, None] + tie).any(dim=0)
+
+
+def tight_clusters(offset: float, rows: int, seed: int) -> Tensor:
+    return gaussian(rows, 4, seed) + offset * torch.arange(rows)[:, None].remainder(3)
+
+
+class TestInEachOthersBalls:
+    """Float32 is a filter only: the answer is that of float64."""
+
+    @pytest.mark.parametrize(
+        ("x", "y"),
+        [
+            pytest.param(gaussian(700, 20, 1), gaussian(500, 20, 2), id="gaussian"),
+            pytest.param(tight_clusters(1e3, 300, 1), tight_clusters(1e3, 400, 2), id="clusters 1e3 apart"),
+            pytest.param(tight_clusters(1e6, 300, 1), tight_clusters(1e6, 200, 2), id="clusters 1e6 apart"),
+            pytest.param(gaussian(200, 20, 1) * 1e-25, gaussian(200, 20, 2) * 1e-25, id="squares underflow"),
+            pytest.param(gaussian(200, 20, 1) * 1e25, gaussian(200, 20, 2) * 1e25, id="squares overflow"),
+            pytest.param(gaussian(90, 7, 1).repeat(3, 1), gaussian(90, 7, 1)[:60].repeat(4, 1), id="copies"),
+            pytest.param(gaussian(200, 9, 1).round(), gaussian(300, 9, 2).round(), id="a lattice"),
+            pytest.param(torch.ones(9, 3), torch.ones(12, 3), id="constant and equal"),
+            pytest.param(torch.ones(9, 3), torch.zeros(12, 3), id="constant and different"),
+            pytest.param(gaussian(4, 3, 1), gaussian(5, 3, 2), id="no more rows than neighbours"),
+            pytest.param(gaussian(900, 1, 1), gaussian(900, 1, 2), id="one dimension"),
+            pytest.param(gaussian(200, 2048, 1).exp(), gaussian(150, 2048, 2).exp(), id="2048 dimensions"),
+        ],
+    )
+    def test_is_what_float64_says(self, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = brute_force_members(x, y, 3)
+        for entries in (neighbors.FLOAT32_ENTRIES, 6000):  # in one block, and in many
+            monkeypatch.setattr(neighbors, "FLOAT32_ENTRIES", entries)
+            found = neighbors.in_each_others_balls(x, y, 3)
+            assert all(map(torch.equal, found, expected))
+
+    def test_the_bound_holds_and_is_of_use(self) -> None:
+        """Radii in float32 are off by less than the bound, which leaves few of 2,000 rows to float64."""
+        x, y = neighbors.to_unit_ball(gaussian(1000, 64, 1), gaussian(1000, 64, 2, mean=0.3))
+        x_radii, y_radii = (neighbors._float32_radii(rows, 3) for rows in (x, y))
+        error = (neighbors.squared_radii(x, x, 3)[0] - x_radii).abs().max()
+        assert 0 < error < neighbors.float32_error(64) < 2e-5  # 4·82·2⁻²⁴
+        margins = torch.cat(neighbors._float32_margins(x, x_radii, y, y_radii))
+        assert (margins.abs() < 3 * neighbors.float32_error(64)).sum() < 20
 
 
 class TestSinkhornDistance:
@@ -265,7 +326,7 @@ class TestNearestDistances:
     def test_blocks_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
         queries, points = gaussian(50, seed=1), gaussian(70, seed=2)
         whole = metrics.nearest_distances(queries, points)
-        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 500)
+        monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", 500)
         assert torch.equal(metrics.nearest_distances(queries, points), whole)
         direct = (queries.double()[:, None] - points.double()).norm(dim=2).min(dim=1).values
         assert torch.allclose(whole, direct, rtol=1e-12)  # float64, another order of summation
@@ -293,7 +354,7 @@ class TestCounts:
     def test_density_coverage_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = gaussian(60, seed=1), gaussian(80, seed=2)
         whole = metrics.density_coverage(*pair)
-        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 900)
+        monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", 900)
         assert metrics.density_coverage(*pair) == whole
 
     def test_effective_rank_counts_equal_directions(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,13 +18,10 @@ from torch import Tensor
 
 from ..errors import InputError, require
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
+from .neighbors import TIE, block_rows, in_each_others_balls, squared_distances, squared_radii
 
-BLOCK_ENTRIES = 2**21
-"""Pairwise distances held at a time: 16 MiB of float64, about what a processor's cache holds."""
-
-TIE = 1e-12
-"""Squared distances that differ by less than this share of the largest squared norm count as equal: a matrix product in
-float64 leaves an error of about 1e-15, and features are float32."""
+KERNEL_BLOCK = 500
+"""Rows of a block of the kernel matrix: 2 MB of float64."""
 
 Normalization = Literal["l2", "median", "none"]
 
@@ -116,14 +112,15 @@ def kernel_distance(
     Reference: [Binkowski2018].
     """
     features, reference_features = _checked_pair(features, reference_features)
-    x, y = features.double().numpy(), reference_features.double().numpy()
+    x, y = _cubic_kernel_rows(features), _cubic_kernel_rows(reference_features)
     size = min(subset_size, len(x), len(y))
+    if size == len(x) == len(y):
+        num_subsets = 1  # every subset is the whole
     generator = np.random.RandomState(seed)
-    kernel, square = np.empty((size, size)), np.empty((size, size))  # touching new memory at every subset is slow
     values = []
     for _ in range(num_subsets):
         first, second = (generator.choice(len(rows), size, replace=False) for rows in (x, y))
-        values.append(_squared_mmd(x[first], y[second], kernel, square))
+        values.append(_squared_mmd(x[first], y[second]))
     return math.fsum(values) / num_subsets
 
 
@@ -137,8 +134,10 @@ def precision_recall(features: Tensor, reference_features: Tensor, *, num_neighb
 
     Reference: [Kynkaanniemi2019], eqs. 1–2.
     """
-    statistics = neighbor_statistics(features, reference_features, num_neighbors, num_neighbors)
-    return PrecisionRecall(statistics.precision, statistics.recall)
+    features, reference_features = _checked_pair(features, reference_features)
+    _check_neighbors(num_neighbors, features, reference_features)
+    inside = in_each_others_balls(features, reference_features, num_neighbors)
+    return PrecisionRecall(*(share.double().mean().item() for share in inside))
 
 
 def sinkhorn_distance(
@@ -257,14 +256,14 @@ def neighbor_statistics(
         _check_neighbors(count, x, y)
     x, y = x - y.mean(dim=0), y - y.mean(dim=0)
     tie = TIE * max(rows.square().sum(dim=1).max().item() for rows in (x, y))
-    (x_radii,) = _squared_radii(x, num_neighbors) + tie
-    y_radii, density_radii = _squared_radii(y, num_neighbors, num_density_neighbors) + tie
+    (x_radii,) = squared_radii(x, x, num_neighbors) + tie
+    y_radii, density_radii = squared_radii(y, y, num_neighbors, num_density_neighbors) + tie
     in_real, nearest_real = [], []
     in_generated = torch.zeros(len(y), dtype=torch.bool)
     members = torch.zeros(len(y), dtype=torch.long)
     nearest_generated, shortest = torch.zeros(len(y), dtype=torch.long), torch.full((len(y),), torch.inf).double()
-    inside = torch.empty(_block_rows(y), len(y), dtype=torch.bool)
-    for rows, block in _squared_distances(x, y):
+    inside = torch.empty(block_rows(y), len(y), dtype=torch.bool)
+    for rows, block in squared_distances(x, y):
         mask = inside[: len(block)]
         in_real.append(torch.le(block, y_radii, out=mask).any(dim=1))
         in_generated |= torch.le(block, x_radii[rows, None], out=mask).any(dim=0)
@@ -323,7 +322,7 @@ def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
     """
     queries, points = queries.double(), points.double()
     centre = points.mean(dim=0)
-    nearest = torch.cat([block.argmin(dim=1) for _, block in _squared_distances(queries - centre, points - centre)])
+    nearest = torch.cat([block.argmin(dim=1) for _, block in squared_distances(queries - centre, points - centre)])
     # A matrix product loses digits near 0; the chosen pairs are measured again.
     return (queries - points[nearest]).norm(dim=1)
 
@@ -388,47 +387,32 @@ def _random_rows(features: Tensor, count: int, seed: int) -> Tensor:
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def _squared_mmd(x: np.ndarray, y: np.ndarray, kernel: np.ndarray, square: np.ndarray) -> float:
-    """Unbiased squared MMD of equally many rows [S, D], kernel (⟨x, y⟩/D + 1)³; the diagonals of K_xx, K_yy stay out.
+def _cubic_kernel_rows(features: Tensor) -> np.ndarray:
+    """[N, D + 1], float64, whose inner products are ⟨x, y⟩/D + 1."""
+    rows = features.double().numpy() / math.sqrt(features.shape[1])
+    return np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
 
-    NumPy's product of a matrix with its own transpose takes half the time of a general one. `kernel` and `square`
-    [S, S] are overwritten.
+
+def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared MMD of equally many rows [S, ·], kernel ⟨x, y⟩³; the diagonals of K_xx, K_yy stay out.
+
+    Blocks stay in the cache, those below the diagonals are those above, and NumPy's product of a matrix with its own
+    transpose takes half the time of another.
     """
-    size, dimension = x.shape
+    size = len(x)
+    blocks = [(x[i : i + KERNEL_BLOCK], y[i : i + KERNEL_BLOCK]) for i in range(0, size, KERNEL_BLOCK)]
+    kernel, square = np.empty((2, min(size, KERNEL_BLOCK) ** 2))  # touching new memory at every block is slow
 
-    def sum_of_cubes(rows: np.ndarray, columns: np.ndarray) -> float:
-        np.matmul(rows, columns.T, out=kernel)
-        np.multiply(kernel, 1 / dimension, out=kernel)
-        np.add(kernel, 1, out=kernel)
-        np.multiply(kernel, kernel, out=square)
-        return float(np.dot(square.ravel(), kernel.ravel()))
+    def sum_of_cubes(a: np.ndarray, b: np.ndarray) -> float:
+        k, k2 = kernel[: len(a) * len(b)], square[: len(a) * len(b)]
+        np.matmul(a, b.T, out=k.reshape(len(a), len(b)))
+        return float(np.dot(k, np.multiply(k, k, out=k2)))
 
-    within = sum(sum_of_cubes(rows, rows) - (((rows**2).sum(axis=1) / dimension + 1) ** 3).sum() for rows in (x, y))
-    return float(within / (size * (size - 1)) - 2 * sum_of_cubes(x, y) / size**2)
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the rows of x [N, D] with their squared distances to y, [rows, M], by a matrix product.
-
-    The next block overwrites the one before: touching new memory would cost more than the product.
-    """
-    x_norms, y_norms = x.square().sum(dim=1), y.square().sum(dim=1)
-    blocks = x.new_empty(_block_rows(y), len(y))
-    for start in range(0, len(x), len(blocks)):
-        rows = slice(start, min(start + len(blocks), len(x)))
-        block = torch.addmm(y_norms, x[rows], y.T, alpha=-2, out=blocks[: rows.stop - start])
-        yield rows, block.add_(x_norms[rows, None])
-
-
-def _block_rows(y: Tensor) -> int:
-    return max(1, BLOCK_ENTRIES // len(y))
-
-
-def _squared_radii(points: Tensor, *num_neighbors: int) -> Tensor:
-    """Squared distance of each point to its k-th nearest other one, for one or more k: [K, N]."""
-    # Every row is its own nearest neighbour at distance 0: k others come after it.
-    nearest = [
-        block.topk(max(num_neighbors) + 1, dim=1, largest=False).values[:, list(num_neighbors)]
-        for _, block in _squared_distances(points, points)
-    ]
-    return torch.cat(nearest).T.clamp(min=0)
+    within, across = 0.0, 0.0
+    for i, (x_rows, y_rows) in enumerate(blocks):
+        within += sum(sum_of_cubes(rows, rows) - float(((rows**2).sum(axis=1) ** 3).sum()) for rows in blocks[i])
+        across += sum_of_cubes(x_rows, y_rows)
+        for x_later, y_later in blocks[i + 1 :]:
+            within += 2 * (sum_of_cubes(x_rows, x_later) + sum_of_cubes(y_rows, y_later))
+            across += sum_of_cubes(x_rows, y_later) + sum_of_cubes(x_later, y_rows)
+    return within / (size * (size - 1)) - 2 * across / size**2

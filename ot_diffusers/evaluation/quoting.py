@@ -42,15 +42,15 @@ def render_quotes(markdown: Path) -> str:
 
 
 def quote(results: Mapping[str, Any]) -> str:
-    """The table of one run, below its summary where it has one; of a comparison the verdict on its primary metric, and
-    means with their intervals; what a command has already made a table of, as it stands."""
+    """The table of one run; of a comparison means with their intervals; what a command has already made a table of, as
+    it stands; each below its summary where it has one."""
     if "table" in results:
-        return markdown_rows([results["table"]["header"], *results["table"]["rows"]])
-    if not results.get("differences"):
+        table = markdown_rows([results["table"]["header"], *results["table"]["rows"]])
+    elif results.get("differences"):
+        table = markdown_rows(interval_rows(results, list(next(iter(results["differences"].values())))))
+    else:
         table = markdown_table(results)
-        return f"{results['summary']}\n\n{table}" if "summary" in results else table
-    metrics = list(next(iter(results["differences"].values())))
-    return f"{results['summary']}\n\n{markdown_rows(interval_rows(results, metrics))}"
+    return f"{results['summary']}\n\n{table}" if "summary" in results else table
 
 
 def main(arguments: Sequence[str]) -> int:
