@@ -49,6 +49,7 @@ from .features import load_feature_extractor, load_reference_bank
 from .images import to_uint8
 from .launch import training_command
 from .models.prior import GaussianPrior
+from .pipelines.guided import SMALL_BATCH
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .sampling import MAX_BATCH_SIZE, best_device, load_pipeline, sample_images
 from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
@@ -410,7 +411,7 @@ def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int, 
     pipeline = make_pipeline(study, name, truncation_timestep)
     if guided:
         pipeline = with_guidance(pipeline, study.feature_extractor)
-    pipeline(batch_size=2, num_inference_steps=1, output_type="pt")  # first calls are slow
+    pipeline(batch_size=SMALL_BATCH, num_inference_steps=1, output_type="pt")  # first calls are slow
     started = time.monotonic()
     if name == "oracle":
         return Sampled(sample_oracle(study, pipeline, steps), time.monotonic() - started, steps)
