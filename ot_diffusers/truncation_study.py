@@ -49,6 +49,7 @@ from .features import load_feature_extractor, load_reference_bank
 from .images import to_uint8
 from .launch import training_command
 from .models.prior import GaussianPrior
+from .pipelines.guided import SMALL_BATCH
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .sampling import MAX_BATCH_SIZE, best_device, load_pipeline, sample_images
 from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
@@ -73,7 +74,7 @@ DESCRIPTIONS = {
     VANILLA: "N(0, I) fed to the truncated chain.",
     "Gaussian": "One Gaussian with the moments of the training images, in closed form.",
     "Gaussian, class-wise": "One such Gaussian for each class.",
-    "VAE": "Encoder and generator under the evidence bound.",
+    "VAE": "Encoder and generator under the evidence bound; latents from a mixture fitted to the codes.",
     "GAN": "The generator against a discriminator of its widths.",
     "OT": "The generator by optimal transport alone, no adversary.",
     ORACLE: "Real training images, diffused: what a perfect prior would reach.",
@@ -410,7 +411,7 @@ def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int, 
     pipeline = make_pipeline(study, name, truncation_timestep)
     if guided:
         pipeline = with_guidance(pipeline, study.feature_extractor)
-    pipeline(batch_size=2, num_inference_steps=1, output_type="pt")  # first calls are slow
+    pipeline(batch_size=SMALL_BATCH, num_inference_steps=1, output_type="pt")  # first calls are slow
     started = time.monotonic()
     if name == "oracle":
         return Sampled(sample_oracle(study, pipeline, steps), time.monotonic() - started, steps)
@@ -503,7 +504,10 @@ def collect(
     for name in study.priors:
         run = study.output / run_name(name, main)
         results = read_json(run / "results.json")
-        arms[LABELS[name]] |= {key: results[key] for key in ("parameters", "training_seconds", "updates")}
+        costs = {key: results[key] for key in ("parameters", "training_seconds", "updates")}
+        for label in (LABELS[name], guided_label(name), goal_label(study, name)):
+            if label in arms:
+                arms[label] |= costs
         arms[LABELS[name]]["config"] = read_json(run / "run.json")["config"]
     evaluator = Path(study.evaluator) / "results.json"
     accuracy = {"test_accuracy": read_json(evaluator)["test_accuracy"]} if evaluator.is_file() else {}
@@ -539,7 +543,7 @@ def describe(name: str) -> str:
 
 
 def goal(study: Study, arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """Whether the guided chains from the goal's T' are at least as good as the plain full one, in a sentence."""
+    """Whether the guided chains from the goal's T' are at least as good as the plain full one, a sentence for each."""
     steps = min(study.config.full_steps)
     full = arms[f"vanilla, full in {steps}"]
     sentences = []
@@ -551,6 +555,8 @@ def goal(study: Study, arms: Mapping[str, Mapping[str, Any]]) -> str:
             f"against {report.format_number(full['metrics'][metric])}"
             for metric, title in GOAL_METRICS.items()
         ]
+        short, long = (arm["seconds_per_1000"] for arm in (arms[label], full))
+        values.append(f"{short:.1f} s against {long:.1f} s per 1,000 images")
         verdict = "at least as good as" if met else "not as good in all as"
         sentences.append(
             f"{label}, {arms[label]['nfe']} network calls: {verdict} {steps} calls from noise ({', '.join(values)})."
@@ -643,4 +649,6 @@ def draw_curves(curves: Mapping[str, Mapping[str, Mapping[str, float]]], folder:
         title: {name: {float(step): values[key] for step, values in points.items()} for name, points in curves.items()}
         for key, title in titles.items()
     }
-    return plots.line_panels(panels, folder / "curves.png", xlabel="T'", logarithmic=["Fréchet distance"])
+    guided = {f"{name}, guided": name for name in curves if f"{name}, guided" in curves}
+    titled: dict[str, Any] = {"xlabel": "T'", "logarithmic": ["Fréchet distance"]}
+    return plots.line_panels(panels, folder / "curves.png", variants=guided, **titled)

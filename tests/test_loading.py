@@ -53,7 +53,14 @@ GUIDED = {
     "reference_bank": "ReferenceBank",
     "guidance_field": "NoneType",
 }
-TRUNCATED = {"prior": "PriorGenerator", "unet": "UNet2DModel", "scheduler": "DDIMScheduler"}
+TRUNCATED = {
+    "prior": "PriorGenerator",
+    "unet": "UNet2DModel",
+    "scheduler": "DDIMScheduler",
+    "feature_extractor": "NoneType",
+    "reference_bank": "NoneType",
+    "guidance_field": "NoneType",
+}
 
 
 def make_unet() -> UNet2DModel:

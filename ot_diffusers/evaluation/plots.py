@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ COLOURS = {
 }
 """Colours of the arms with a fixed one; the others take `SPARE_COLOURS` in the order in which they are named."""
 SPARE_COLOURS = ("#8b5cf6", "#c2415d", "#0e8fa8", "#7c6f1f", "#9d4f9a", "#52606d")
+PANELS_PER_ROW = 8
+"""Grids of images beside each other, at most."""
 INK, FAINT = "#1f2937", "#d7dbe0"
 
 CURVES = {
@@ -104,7 +107,7 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
 
 
 def image_panels(panels: Mapping[str, Tensor], path: Path, rows: int = 6, columns: int = 6) -> Path:
-    """Labelled grids side by side, such as real | baseline | OT-trained | OT-guided.
+    """Labelled grids side by side, such as real | baseline | OT-trained | OT-guided; many of them in several rows.
 
     Args:
         panels: label to uint8 images [n, C, H, W], C 1 or 3; the first rows · columns of each are shown.
@@ -113,15 +116,16 @@ def image_panels(panels: Mapping[str, Tensor], path: Path, rows: int = 6, column
     """
     require(bool(panels), "panels", "hold at least one set of images", panels)
     colours = arm_colours(list(panels))
-    width = 2.7
+    width, lines = 2.7, math.ceil(len(panels) / PANELS_PER_ROW)
+    per_line = math.ceil(len(panels) / lines)
     figure = Figure(
-        figsize=(width * len(panels), width * rows / columns + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.09)
+        figsize=(width * per_line, (width * rows / columns + 0.4) * lines), layout=ConstrainedLayoutEngine(w_pad=0.09)
     )
     for index, (name, images) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), index + 1)
+        axes = figure.add_subplot(lines, per_line, index + 1)
         mosaic = _mosaic(images, rows, columns)
         axes.imshow(mosaic.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(name, fontsize=12, color=colours[name], fontweight="bold")
+        axes.set_title(textwrap.fill(name, 26), fontsize=12, color=colours[name], fontweight="bold")
         axes.set_axis_off()
     return _save(figure, path)
 
@@ -324,6 +328,7 @@ def line_panels(
     *,
     xlabel: str,
     logarithmic: Sequence[str] = (),
+    variants: Mapping[str, str] | None = None,
 ) -> Path:
     """One panel for each quantity, one line with points for each arm, one legend for all.
 
@@ -332,20 +337,27 @@ def line_panels(
         path: PNG file to write.
         xlabel: what x is.
         logarithmic: titles of the panels with a logarithmic y axis; the others start at 0.
+        variants: arm to the arm whose colour it has, dashed.
     """
     require(bool(panels), "panels", "hold at least one quantity", panels)
-    colours = arm_colours(list(dict.fromkeys(arm for lines in panels.values() for arm in lines)))
+    variants = variants or {}
+    arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines))
+    own = arm_colours([arm for arm in arms if arm not in variants])
+    colours = own | {arm: own[plain] for arm, plain in variants.items()}
+    styles = {arm: "--" if arm in variants else "-" for arm in arms}
     figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for index, (title, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         for arm, points in lines.items():
-            axes.plot(list(points), list(points.values()), color=colours[arm], linewidth=1.8, marker="o", markersize=4)
+            look: dict[str, Any] = {"color": colours[arm], "linestyle": styles[arm], "linewidth": 1.8}
+            axes.plot(list(points), list(points.values()), marker="o", markersize=4, **look)
         if title in logarithmic:
             _log_scale(axes)
         else:
             axes.set_ylim(bottom=0)
         _finish(axes, title=title, xlabel=xlabel)
-    _legend(figure, colours, columns=4)
+    dashed = {arm: {"color": colours[arm], "linestyle": "--", "linewidth": 2.4} for arm in variants}
+    _legend(figure, own, columns=4, others=dashed)
     return _save(figure, path)
 
 

@@ -137,8 +137,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
             generator: one generator, or one for each image: then an image is the same in any batch.
             eta: η of DDIM in [0, 1]; other schedulers ignore it.
             latents: x_T' to start from in place of the prior's, [B, C, H, W]. Real x_T' make it the oracle.
-            guidance_scale, num_guidance_steps, guidance_start_step, num_correction_steps, blur, normalize_features,
-                pixel_weight, step_rule, joint_batch: as in `OTGuidedDDIMPipeline`.
+            guidance_scale, num_guidance_steps, guidance_start_step: as in `OTGuidedDDIMPipeline`.
+            num_correction_steps, blur, normalize_features, pixel_weight, step_rule, joint_batch: likewise.
             num_prior_guidance_steps: corrections of the prior's own images before they are diffused, each as in a
                 guided step; 5 by default where there is guidance and a prior of clean images.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
