@@ -19,9 +19,10 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.transport import (
     divergence_gradient,
     divergence_gradient_at,
+    geometry,
+    newton,
     self_potential,
     self_transport_cost,
-    sinkhorn,
     sinkhorn_divergence,
     sinkhorn_potentials,
 )
@@ -340,8 +341,8 @@ def test_blocks_give_what_the_whole_matrix_gives(monkeypatch, reach):
     x, y = _cloud(23, 3), _cloud(41, 3, seed=1)
     options = {"blur": 0.5, "reach": reach}
     value, gradient = _value_and_gradient(x, y, **options)
-    monkeypatch.setattr(sinkhorn, "MAX_DENSE_ENTRIES", 200)
-    assert not sinkhorn.Cost(x, y).is_dense
+    monkeypatch.setattr(geometry, "MAX_DENSE_ENTRIES", 200)
+    assert not geometry.Cost(x, y).is_dense
     blockwise, blockwise_gradient = _value_and_gradient(x, y, **options)
     # Two solvers, each stopped at an error of 1e-4.
     assert blockwise.item() == pytest.approx(value.item(), rel=1e-4)
@@ -589,7 +590,7 @@ def test_conjugate_gradients_and_factorisation_find_the_same_plan(blur: float, m
     x, y = _cloud(60, 5, seed=7), _cloud(90, 5, seed=8, shift=0.5)
     plans = []
     for size in (0, 1000):
-        monkeypatch.setattr(sinkhorn, "MAX_FACTORISED_SIZE", size)
+        monkeypatch.setattr(newton, "MAX_FACTORISED_SIZE", size)
         solution = sinkhorn_potentials(x, y, blur=blur, tolerance=1e-10)
         scores = (solution.f[:, None] + solution.g[None, :] - _costs(x, y)) / blur**2
         plans.append(scores.exp() / (60 * 90))

@@ -19,7 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sinkhorn import Cost, Potentials, centred, check_clouds, full_precision, sinkhorn_potentials
+from .checks import check_clouds
+from .geometry import Cost, centred
+from .precision import full_precision
+from .problem import Potentials
+from .sinkhorn import sinkhorn_potentials
 
 # The kernel of float32 numbers is held up to this many entries: 1 GiB.
 MAX_STORED_ENTRIES = 2**28
