@@ -2,6 +2,7 @@
 
 from .divergence import (
     DivergencePotentials,
+    check_backend,
     divergence_gradient,
     divergence_gradient_at,
     self_transport_cost,
@@ -15,6 +16,7 @@ from .sinkhorn import self_potential, sinkhorn_potentials
 __all__ = [
     "DivergencePotentials",
     "Potentials",
+    "check_backend",
     "divergence_gradient",
     "divergence_gradient_at",
     "divergence_value",

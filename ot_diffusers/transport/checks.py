@@ -60,4 +60,4 @@ def normalised_weights(weights: Tensor | None, points: Tensor, name: str) -> Ten
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values are at hand, without waiting for a device."""
-    return not tensor.is_cuda and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

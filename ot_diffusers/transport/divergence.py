@@ -12,6 +12,7 @@ so a loss costs one solve per term, holds no graph of the iterations, and is exa
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError, require
+from ..errors import require
 from .checks import check_clouds, check_iterations, normalised_weights
 from .fixed_schedule import fixed_potentials
 from .geometry import half_squared_distances
@@ -103,15 +104,16 @@ def sinkhorn_divergence(
         >>> round(loss.item(), 4)
         9.0
     """
-    require(backend in BACKENDS, "backend", f"be one of {', '.join(BACKENDS)}", backend)
     check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
+    check_backend(backend, x.device)
     check_iterations(num_iterations)
     if backend != "native":
         require(x_pair is None, "x_pair", f"be None with backend={backend!r}", "a tensor")
         require(y_self_cost is None, "y_self_cost", f"be None with backend={backend!r}", y_self_cost)
         require(num_iterations is None, "num_iterations", f"be None with backend={backend!r}", num_iterations)
         a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
-        x, y, a, b = as_batch(x.float(), y.float(), a.float(), b.float()) if x.ndim != y.ndim else (x, y, a, b)
+        if x.ndim != y.ndim:
+            x, y, a, b = (tensor.contiguous() for tensor in as_batch(x, y, a, b))
         library = _geomloss if backend == "geomloss" else _flash_sinkhorn
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # both leave it on
             return library(a.float(), x.float(), b.float(), y.float(), blur, scaling, debias, reach)
@@ -365,6 +367,21 @@ class _FirstDerivative(torch.autograd.Function):
         raise NotImplementedError("the Sinkhorn divergence has no second derivative: its plan is held fixed")
 
 
+def check_backend(backend: str, device: torch.device, name: str = "backend") -> None:
+    """Refuse a backend that does not exist, is not installed, or does not run on a device.
+
+    Args:
+        backend: see `sinkhorn_divergence`.
+        device: where the points are.
+        name: the argument that the error names.
+    """
+    require(backend in BACKENDS, name, f"be one of {', '.join(BACKENDS)}", backend)
+    if backend == "flash-sinkhorn":
+        require(device.type == "cuda", name, f"be native or geomloss for points that are on {device.type}", backend)
+        found = importlib.util.find_spec("flash_sinkhorn") is not None
+        require(found, name, "be installed (pip install flash-sinkhorn)", backend)
+
+
 def _geomloss(
     a: Tensor, x: Tensor, b: Tensor, y: Tensor, blur: float, scaling: float, debias: bool, reach: float | None
 ) -> Tensor:
@@ -378,16 +395,10 @@ def _geomloss(
 def _flash_sinkhorn(
     a: Tensor, x: Tensor, b: Tensor, y: Tensor, blur: float, scaling: float, debias: bool, reach: float | None
 ) -> Tensor:
-    """The same quantity by flash-sinkhorn, in float32 products and our cost ½‖x − y‖².
+    """The same quantity by flash-sinkhorn, in float32 products and our cost ½‖x − y‖²."""
+    from flash_sinkhorn import SamplesLoss
 
-    Raises:
-        InputError: not on a GPU, or the library is not installed.
-    """
-    require(x.is_cuda, "backend", "be native or geomloss for points that are not on a CUDA device", "flash-sinkhorn")
-    try:
-        from flash_sinkhorn import SamplesLoss
-    except ImportError as error:
-        raise InputError("`backend` flash-sinkhorn must be installed: pip install flash-sinkhorn") from error
-    options = {"half_cost": True, "allow_tf32": False}
+    # The library would try a hundred kernels for every new shape, which takes minutes.
+    options = {"half_cost": True, "allow_tf32": False, "autotune": False}
     loss = SamplesLoss("sinkhorn", blur=blur, scaling=scaling, reach=reach, debias=debias, **options)
     return loss(a, x, b, y)

@@ -13,6 +13,8 @@ from .precision import matmul, subtract_product
 
 # Above this many entries no N×M tensor is made: costs are recomputed block by block.
 MAX_DENSE_ENTRIES = 2**25
+# Entries of a block: what a CPU's caches hold, and what keeps a GPU busy.
+BLOCK_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
 
 
 def half_squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -33,8 +35,7 @@ class Cost:
 
     def __init__(self, x: Tensor, y: Tensor, matrix: Tensor | None = None) -> None:
         self.x, self.y = x, y
-        self._rows = max(1, MAX_DENSE_ENTRIES // y.shape[-2])
-        fits = x.shape[-2] <= self._rows
+        fits = x.shape[-2] * y.shape[-2] <= MAX_DENSE_ENTRIES
         self._matrix = half_squared_distances(x, y) if matrix is None and fits else matrix
 
     @property
@@ -61,7 +62,7 @@ class Cost:
         if self._matrix is not None:
             yield self._matrix
             return
-        for x in self.x.split(self._rows, dim=-2):
+        for x in self.x.split(block_rows(self.y), dim=-2):
             yield half_squared_distances(x, self.y)
 
     def softmin(self, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
@@ -80,6 +81,12 @@ class Cost:
         low = torch.minimum(self.x.amin(-2), self.y.amin(-2))
         high = torch.maximum(self.x.amax(-2), self.y.amax(-2))
         return (high - low).norm(dim=-1)
+
+
+def block_rows(columns: Tensor) -> int:
+    """Rows of a block whose columns belong to a cloud [..., M, D]."""
+    entries = BLOCK_ENTRIES.get(columns.device.type, BLOCK_ENTRIES["cpu"])
+    return max(1, entries // columns.shape[-2])
 
 
 def median_distance(features: Tensor, max_points: int = 2000) -> float:

@@ -25,62 +25,64 @@ CG_TOLERANCE, CG_ITERATIONS = 0.01, 100
 LEVEL_TOLERANCE = 0.01
 # Newton stops where this many steps in a row bring no lower error: costs of 1e5 eps leave float32 little precision.
 PATIENCE = 20
-# Lengths of a step, over Newton's, that are tried before Sinkhorn's.
+# No potential moves by more than this many eps in a step: between clusters that hardly exchange mass the dual is an
+# exponential, of which Newton's step knows next to nothing. Shorter ones are tried before Sinkhorn's.
+LONGEST_STEP = 8.0
 SHORTENINGS = (1.0, 0.25, 0.0625)
 
 
 def newton_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int) -> Potentials:
     """Follow the ladder of temperatures from f, [P, N], with at least one Newton step at each."""
-    iterations = 0
+    passes = [0] * len(f)
     for level, eps in enumerate(ladder):
         enough = tolerance if level == len(ladder) - 1 else LEVEL_TOLERANCE
-        plan, passes = _solve_level(problem.semidual(eps).at(f / eps), enough, max_iterations - iterations)
-        iterations += passes
+        plan = _solve_level(problem.semidual(eps).at(f / eps), enough, passes, max_iterations)
         f = eps * plan.u
-    return Potentials(f, eps * plan.v, plan.error.cpu(), iterations)
+    return Potentials(f, eps * plan.v, plan.error.cpu(), max(passes))
 
 
-def _solve_level(plan: Plan, tolerance: float, max_passes: int) -> tuple[Plan, int]:
-    """Steps at one temperature until every problem is solved, or stalls, or the passes are spent."""
-    active, passes = list(range(len(plan.u))), 0
-    lowest, stalled = [math.inf] * len(active), [0] * len(active)
-    while active and passes < max_passes:
+def _solve_level(plan: Plan, tolerance: float, passes: list[int], max_passes: int) -> Plan:
+    """Steps at one temperature until every problem is solved, or stalls, or has spent its passes, which are counted."""
+    lowest, stalled = [math.inf] * len(passes), [0] * len(passes)
+    active = [one for one in range(len(passes)) if passes[one] < max_passes]
+    while active:
         improved, errors, taken = _improve(plan.take(active))
         plan = plan.put(active, improved)
-        passes += taken
-        for problem, error in zip(active, errors, strict=True):
-            stalled[problem] = 0 if error < lowest[problem] else stalled[problem] + 1
-            lowest[problem] = min(lowest[problem], error)
-        found = dict(zip(active, errors, strict=True))
-        active = [problem for problem in active if found[problem] >= tolerance and stalled[problem] < PATIENCE]
-    return plan, passes
+        for one, error, count in zip(active, errors, taken, strict=True):
+            stalled[one] = 0 if error < lowest[one] else stalled[one] + 1
+            lowest[one] = min(lowest[one], error)
+            passes[one] += count
+        unsolved = [one for one, error in zip(active, errors, strict=True) if error >= tolerance]
+        active = [one for one in unsolved if stalled[one] < PATIENCE and passes[one] < max_passes]
+    return plan
 
 
-def _improve(plan: Plan) -> tuple[Plan, list[float], int]:
+def _improve(plan: Plan) -> tuple[Plan, list[float], list[int]]:
     """A step to better points: Newton's where it raises the dual, shortened if need be, else Sinkhorn's.
 
-    Returns the points, their errors on the host, and the passes it took.
+    Returns the points, and for each problem its error, on the host, and the passes it took.
     """
     dual, rounding, tiny = plan.dual, torch.finfo(plan.u.dtype).eps, torch.finfo(plan.u.dtype).tiny
     log_rows = plan.rows.clamp(min=tiny).log()
     sinkhorn_step = (plan.u + dual.log_a - log_rows) / (1 + dual.relaxation) - plan.u
     newton_step = _newton_step(plan)
+    newton_step = newton_step / (newton_step.abs().amax(-1, keepdim=True) / LONGEST_STEP).clamp(min=1)
     step = torch.where(newton_step.isfinite().all(-1, keepdim=True), newton_step, sinkhorn_step)
-    floor = plan.value - 8 * rounding * (1 + plan.value.abs())
-    best, errors, undecided = plan, [math.inf] * len(plan.u), list(range(len(plan.u)))
-    attempts = 0
+    value = plan.value
+    floor = value - 8 * rounding * (1 + value.abs())
+    best, errors, taken = plan, [math.inf] * len(value), [0] * len(value)
+    undecided = list(range(len(value)))
     for shortening in (*SHORTENINGS, None):
         move = sinkhorn_step if shortening is None else shortening * step
-        attempts += 1
         trial = dual.take(undecided).at((plan.u + move)[undecided])
         trial_errors, better = torch.stack([trial.error, (trial.value >= floor[undecided]).to(floor)]).tolist()
         best = best.put(undecided, trial)
-        for problem, error in zip(undecided, trial_errors, strict=True):
-            errors[problem] = error
-        undecided = [problem for problem, is_better in zip(undecided, better, strict=True) if not is_better]
+        for one, error in zip(undecided, trial_errors, strict=True):
+            errors[one], taken[one] = error, taken[one] + 1
+        undecided = [one for one, is_better in zip(undecided, better, strict=True) if not is_better]
         if not undecided:
             break
-    return best, errors, attempts
+    return best, errors, taken
 
 
 def _newton_step(plan: Plan) -> Tensor:

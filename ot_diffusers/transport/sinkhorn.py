@@ -127,7 +127,7 @@ def solve(
     """`sinkhorn_potentials` of a batch of problems, unchecked: anneal to eps = blur², then converge."""
     a, b = problem.a, problem.b
     if a.shape[-1] > b.shape[-1]:  # f lives on the smaller side, where Newton is cheap
-        return solve(problem.T, scaling, tolerance, max_iterations, initial.T if initial else None).T
+        return solve(problem.T, scaling, tolerance, max_iterations, initial.T if initial is not None else None).T
     loop = dense_loop if problem.cost.is_dense else blockwise_loop
     if initial is not None:
         warm = loop(problem, initial.f.to(a), [problem.eps], tolerance, WARM_PASSES)
@@ -145,7 +145,7 @@ def solve_self(problem: Problem, tolerance: float | None = 1e-5, max_iterations:
     eps, cost, log_a = problem.eps, problem.cost, problem.a.log()
     factor = 1 / (1 + problem.relaxation(eps))
     if cost.is_dense:  # |f| ≤ ½ eps log N: the exponential never overflows
-        stored = torch.exp(log_a[..., None, :] - cost.matrix / eps)
+        stored = (cost.matrix / -eps).add_(log_a[..., None, :]).exp_()
         # Where eps is below the rounding of the costs, a point can seem to be far from itself.
         stored.diagonal(dim1=-2, dim2=-1).clamp_(min=torch.finfo(stored.dtype).tiny)
 
