@@ -56,8 +56,8 @@ def _sweep(problem: Problem, f: Tensor, eps: Tensor | float) -> tuple[Tensor, Te
         scores = matmul(part, scaled).add_(offset[..., None, :])
         peak = scores.amax(-1)
         shares = scores.sub_(peak[..., None]).exp_()
-        peak = peak - part.square().sum(-1) / 2 / eps
-        v = -(peak + shares.sum(-1).log()) / (1 + relaxation)
-        sums = sums + weighted_rows(torch.exp(log_weights + v + peak), shares)
-        found.append(eps * v)
+        peak, log_mass = peak - part.square().sum(-1) / 2 / eps, shares.sum(-1).log()
+        found.append(-eps * (peak + log_mass) / (1 + relaxation))
+        log_factors = (relaxation * peak - log_mass) / (1 + relaxation)  # g/eps + peak, without what cancels
+        sums = sums + weighted_rows(torch.exp(log_weights + log_factors), shares)
     return torch.cat(found, dim=-1), sums

@@ -77,7 +77,7 @@ def _plain_loop(
     u = previous = anneal(problem, f, ladder)
     found = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(ladder) - 1)
     worst_row, taken = [math.inf] * len(f), 0
-    while active and found.iterations < max_iterations:
+    while active and (taken == 0 or found.iterations < max_iterations):
         plan = dual.at(u)
         move, before = accelerate(plan, previous, taken, count)
         column_move = plan.best_columns(move)
