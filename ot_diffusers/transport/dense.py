@@ -70,7 +70,6 @@ def _plain_loop(
 
     Returns:
         The potentials, and for each problem the largest share of its mass that a row has too much or too little.
-        Neither error is a number where the steps went astray.
     """
     eps, count = ladder[-1], min(PASSES_PER_PLAN, max_iterations)
     dual, active = problem.semidual(eps), list(range(len(f)))
