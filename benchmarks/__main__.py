@@ -48,10 +48,12 @@ def main() -> int:
     parts: dict[str, list[dict[str, Any]]] = earlier["parts"] if same else {}
     for name in arguments.only or PARTS:
         started = time.monotonic()
-        rows = PARTS[name].rows(arguments.quick, device)
-        sys.stdout.write(
-            f"\n{name}, {time.monotonic() - started:.0f} s\n" + "".join(f"  {line(row)}\n" for row in rows)
-        )
+        print(f"\n{name}", flush=True)
+        rows = []
+        for row in PARTS[name].rows(arguments.quick, device):
+            print(f"  {line(row)}", flush=True)
+            rows.append(row)
+        print(f"  {time.monotonic() - started:.0f} s", flush=True)
         parts[name] = [dataclasses.asdict(row) | {"reached": row.reached} for row in rows]
         results = {
             "quick": arguments.quick,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from ot_diffusers.errors import InputError
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
-from .timing import Row, interleave, peak_memory_mib, ratio_row
+from .timing import Row, interleave, peak_memory_mib, ratio_row, synchronise
 
 COSINE = 0.999
 SCALINGS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -21,15 +23,48 @@ SETTINGS = {"geomloss": SCALINGS, "flash-sinkhorn": SCALINGS, "POT": (1e-2, 1e-3
 """geomloss' and flash-sinkhorn's `scaling` and POT's `stopThr`, the quickest first."""
 TARGETS = {"cpu": {"geomloss": 5.0}, "cuda": {"flash-sinkhorn": 1.0}}
 MODULES = {"geomloss": "geomloss", "flash-sinkhorn": "flash_sinkhorn", "POT": "ot"}
+PEER_SECONDS = 60
+"""For the search of a peer's setting, and for its first run; a peer that takes longer is left out by name."""
+LARGE_PEERS = {"geomloss": 2**24, "POT": 2**22}
+"""Entries of the plan above which these are not tried: they hold several matrices of its size, or need minutes."""
+YARDSTICK_ENTRIES = 2**22
+"""Above it the exact gradient at the smaller blur takes minutes."""
 
 
-def rows(quick: bool, device: torch.device) -> list[Row]:
-    sizes = (64, 500, 64) if quick else (128, 2000, 128)
-    found = against_peers(*sizes, device, 3 if quick else 7)
+class TooLongError(Exception):
+    """A peer has taken more than its time."""
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Stop what runs inside after so many seconds, between two operations of Python."""
+
+    def stop(*_: object) -> None:
+        raise TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def rows(quick: bool, device: torch.device) -> Iterator[Row]:
+    repeats = 3 if quick else 7
     if device.type == "cuda":
-        found += [*against_peers(2000, 2000, 128, device, 7), *large_clouds(4000 if quick else 60_000, device)]
-        return [*found, *scaling(quick, device)]
-    return [*found, *scaling(quick, device), *memory(quick)]
+        sizes = [(128, 2000)] if quick else [(128, 2000), (2000, 2000), (10_000, 10_000)]
+        for n, m in sizes:
+            yield from against_peers(n, m, 128, device, repeats)
+        yield from large_clouds(4000 if quick else 60_000, device)
+    else:
+        yield from against_peers(*((64, 500, 64) if quick else (128, 2000, 128)), device, repeats)
+    yield from batches(quick, device, repeats)
+    yield from fixed_schedule(quick, device, repeats)
+    yield from scaling(quick, device)
+    if device.type == "cpu":
+        yield from memory(quick)
 
 
 def clouds(n: int, m: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -42,10 +77,9 @@ def clouds(n: int, m: int, dim: int, device: torch.device) -> tuple[Tensor, Tens
     return (x / scale).to(device), (y / scale).to(device)
 
 
-def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) -> list[Row]:
+def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) -> Iterator[Row]:
     """Forward and backward of the training loss; ours has no constant of the references."""
-    found = []
-    for blur in (0.3, 0.05):
+    for blur in (0.3, 0.05) if n * m <= YARDSTICK_ENTRIES else (0.3,):
         x, y = clouds(n, m, dim, device)
         exact = exact_gradient(x, y, blur)
         candidates: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, x, y, blur)}
@@ -54,20 +88,19 @@ def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) 
         if device.type == "cuda":
             peers = {"geomloss": geomloss_gradient, "flash-sinkhorn": flash_gradient}  # POT's choice is slower by far
         for name, make in peers.items():
-            setting = first_good_setting(name, make, x, y, blur, exact)
-            details[f"{name}"] = setting or ("not installed" if not installed(name) else f"no setting reaches {COSINE}")
-            if setting:
+            setting, why = first_good_setting(name, make, x, y, blur, exact)
+            details[name] = setting if setting is not None else why
+            if setting is not None:
                 candidates[name] = partial(make, x, y, blur, setting)
-        seconds = interleave(candidates, repeats)
         title = f"Sinkhorn loss {n}×{m}×{dim}, blur {blur} of the median distance"
-        for peer in candidates:
-            if peer != "ours":
-                target = TARGETS[device.type].get(peer)
-                row = ratio_row(
-                    f"{title}: {peer} / ours", seconds, peer, "ours", target=target, at_least=True, details=details
-                )
-                found.append(row)
-    return found
+        seconds = interleave(candidates, repeats)
+        for name in peers:
+            if name in candidates:
+                target = TARGETS[device.type].get(name)
+                options = {"target": target, "at_least": True, "details": details}
+                yield ratio_row(f"{title}: {name} / ours", seconds, name, "ours", **options)
+            else:
+                print(f"  {title}: {name} left out: {details[name]}", flush=True)
 
 
 def installed(peer: str) -> bool:
@@ -92,9 +125,9 @@ def exact_gradient(x: Tensor, y: Tensor, blur: float, rounds: int = 2000) -> Ten
     return field(x, y) - field(x, x)
 
 
-def ours(x: Tensor, y: Tensor, blur: float) -> Tensor:
+def ours(x: Tensor, y: Tensor, blur: float, num_iterations: int | None = None) -> Tensor:
     points = x.clone().requires_grad_()
-    sinkhorn_divergence(points, y, blur=blur, y_self_cost=0.0).backward()
+    sinkhorn_divergence(points, y, blur=blur, y_self_cost=0.0, num_iterations=num_iterations).sum().backward()
     assert points.grad is not None
     return points.grad
 
@@ -135,54 +168,95 @@ def first_good_setting(
     y: Tensor,
     blur: float,
     exact: Tensor,
-) -> float | None:
-    """The quickest setting with a gradient as right as ours has to be."""
-    for setting in SETTINGS[name]:
-        try:
-            if cosine(make(x, y, blur, setting), exact) >= COSINE:
-                return setting
-        except (ImportError, InputError):
-            return None
-    return None
+) -> tuple[float | None, str]:
+    """The quickest setting with a gradient as right as ours has to be, or why there is none."""
+    if not installed(name):
+        return None, "not installed"
+    if len(x) * len(y) > LARGE_PEERS.get(name, math.inf):
+        return None, "its matrices are too large"
+    try:
+        with time_limit(PEER_SECONDS):
+            for setting in SETTINGS[name]:
+                if cosine(make(x, y, blur, setting), exact) >= COSINE:
+                    return setting, ""
+    except InputError as error:
+        return None, str(error)
+    except TooLongError:
+        return None, f"no setting in {PEER_SECONDS} s"
+    except torch.OutOfMemoryError:
+        return None, "out of memory"
+    return None, f"no setting reaches {COSINE}"
 
 
-def large_clouds(size: int, device: torch.device) -> list[Row]:
+def large_clouds(size: int, device: torch.device) -> Iterator[Row]:
     """Loss and gradient of clouds whose plan is never held, with the growth of the GPU's memory."""
     blur, (x, y) = 0.3, clouds(size, size, 128, device)
     candidates: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, x, y, blur)}
-    found, peaks = [], {}
     if installed("flash-sinkhorn"):
         candidates["flash-sinkhorn"] = partial(flash_gradient, x, y, blur, 0.5)
-    gradients = {}
-    for name, run in candidates.items():
+    gradients, peaks = {}, {}
+    for name, run in list(candidates.items()):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        gradients[name] = run()
-        peaks[f"MiB of {name}"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
-    if "flash-sinkhorn" in candidates:
-        details = peaks | {"cosine of the two": cosine(gradients["ours"], gradients["flash-sinkhorn"].double().cpu())}
-        row = ratio_row(
+        try:
+            with time_limit(2 * PEER_SECONDS):
+                gradients[name] = run()
+                synchronise()
+        except TooLongError:
+            print(f"  {size:,} points: {name} left out: more than {2 * PEER_SECONDS} s", flush=True)
+            del candidates[name]
+            continue
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        title = f"peak memory of the OT term, {size:,} points and references, {name}"
+        yield Row(title, peaks[name], (peaks[name], peaks[name]), unit=" MiB")
+    if len(gradients) == 2:
+        yield ratio_row(
             f"Sinkhorn loss {size:,}×{size:,}×128, blur {blur}: flash-sinkhorn / ours",
             interleave(candidates, 3),
             "flash-sinkhorn",
             "ours",
             target=0.8,
             at_least=True,
-            details=details,
+            details={"cosine of the two": cosine(gradients["ours"], gradients["flash-sinkhorn"].double())},
         )
-        found.append(row)
-    mib = float(peaks["MiB of ours"])
-    return [*found, Row(f"peak memory of the OT term, {size:,} points and references", mib, (mib, mib), unit=" MiB")]
+
+
+def batches(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
+    """Many small problems at once, such as one for each class, against a loop over them."""
+    for count, n, m in [(8, 32, 32)] if quick else [(32, 64, 64), (16, 128, 200)]:
+        pairs = [clouds(n, m, 128, device) for _ in range(count)]
+        shifts = torch.linspace(0, 1, count, device=device)[:, None, None]
+        x, y = torch.stack([pair[0] for pair in pairs]) + shifts, torch.stack([pair[1] for pair in pairs])
+
+        def loop(x: Tensor = x, y: Tensor = y) -> None:
+            for one, other in zip(x, y, strict=True):
+                ours(one, other, 0.3)
+
+        seconds = interleave({"loop": loop, "batch": partial(ours, x, y, 0.3)}, repeats)
+        yield ratio_row(
+            f"{count} problems {n}×{m}×128: one by one / as a batch", seconds, "loop", "batch", target=3, at_least=True
+        )
+
+
+def fixed_schedule(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
+    """Steps set in advance against the solve that converges."""
+    n, m = (64, 500) if quick else (128, 2000)
+    for blur, num_iterations in ((0.3, 40), (0.05, 200)):
+        x, y = clouds(n, m, 128, device)
+        fixed = partial(ours, x, y, blur, num_iterations)
+        seconds = interleave({"converged": partial(ours, x, y, blur), "fixed": fixed}, repeats)
+        details = {"cosine of the two": cosine(fixed(), ours(x, y, blur).double())}
+        title = f"Sinkhorn loss {n}×{m}×128, blur {blur}: {num_iterations} iterations / converged"
+        yield ratio_row(title, seconds, "fixed", "converged", details=details)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a.flatten().double().cpu(), b.flatten().cpu(), dim=0))
 
 
-def scaling(quick: bool, device: torch.device) -> list[Row]:
+def scaling(quick: bool, device: torch.device) -> Iterator[Row]:
     """Exponents of a power law in each size, fitted to medians."""
     base = {"N": 32, "M": 500, "D": 32} if quick else {"N": 64, "M": 1000, "D": 64}
-    found = []
     for name, factors in {"N": (1, 2, 4), "M": (1, 2, 4, 8), "D": (1, 4, 16)}.items():
         candidates = {}
         for factor in factors:
@@ -191,10 +265,8 @@ def scaling(quick: bool, device: torch.device) -> list[Row]:
             candidates[str(base[name] * factor)] = partial(ours, x, y, 0.3)
         medians = {key: sorted(values)[len(values) // 2] for key, values in interleave(candidates, 5).items()}
         exponent = slope([math.log(int(key)) for key in medians], [math.log(value) for value in medians.values()])
-        found.append(
-            Row(f"exponent of the loss' time in {name}", exponent, (exponent, exponent), unit="", seconds=medians)
-        )
-    return found
+        title = f"exponent of the loss' time in {name}"
+        yield Row(title, exponent, (exponent, exponent), unit="", seconds=medians)
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -204,9 +276,8 @@ def slope(x: list[float], y: list[float]) -> float:
     return above / sum((a - centre_x) ** 2 for a in x)
 
 
-def memory(quick: bool) -> list[Row]:
+def memory(quick: bool) -> Iterator[Row]:
     """Growth of the peak memory by one loss and its gradient, 128 images of 128 features, on the CPU."""
-    found = []
     for references in (2000,) if quick else (2000, 10_000, 60_000):
         code = f"""
 import torch
@@ -217,5 +288,4 @@ start()
 sinkhorn_divergence(x, y, blur=3.0, y_self_cost=0.0).backward()
 """
         mib = peak_memory_mib(code)
-        found.append(Row(f"peak memory of the OT term, {references:,} references", mib, (mib, mib), unit=" MiB"))
-    return found
+        yield Row(f"peak memory of the OT term, {references:,} references", mib, (mib, mib), unit=" MiB")

@@ -231,6 +231,9 @@ class BaselineConfig(TrainingConfig):
         )
 
 
+OT_BACKENDS = ("native", "geomloss", "flash-sinkhorn")
+
+
 @dataclass
 class OTConfig(BaselineConfig):
     """train/train_ot.py"""
@@ -248,7 +251,10 @@ class OTConfig(BaselineConfig):
     snr_weighting: bool = option(
         True, "weight each image by min(SNR, 5)/5: x̂0 of a very noisy image is no sample of the data"
     )
-    ot_backend: str = option("native", "native, or geomloss as in the source")
+    ot_backend: str = option("native", "native, geomloss as in the source, or flash-sinkhorn (CUDA, installed apart)")
+    ot_iterations: int | None = option(
+        None, "steps of the native solver, set in advance so that a GPU never waits: 40 do at this blur; none converges"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,7 +268,11 @@ class OTConfig(BaselineConfig):
             self.num_reference_samples,
         )
         require(self.squash in ("clamp", "tanh"), "squash", "be clamp or tanh", self.squash)
-        require(self.ot_backend in ("native", "geomloss"), "ot_backend", "be native or geomloss", self.ot_backend)
+        require(self.ot_backend in OT_BACKENDS, "ot_backend", f"be one of {', '.join(OT_BACKENDS)}", self.ot_backend)
+        iterations = self.ot_iterations
+        require(iterations is None or iterations >= 1, "ot_iterations", "be at least 1 or none", iterations)
+        fits = iterations is None or self.ot_backend == "native"
+        require(fits, "ot_iterations", f"be none with ot_backend={self.ot_backend}", iterations)
 
     @property
     def compares_distributions(self) -> bool:

@@ -43,6 +43,7 @@ def ot_loss(
     scaling: float = 0.7,
     sample_weights: Tensor | None = None,
     backend: str = "native",
+    num_iterations: int | None = None,
 ) -> Tensor:
     """Sinkhorn divergence between the features of x̂0 and those of real images, up to a constant of the references.
 
@@ -56,6 +57,7 @@ def ot_loss(
         scaling: ratio of successive blurs in the solver.
         sample_weights: [B], positive; uniform if None.
         backend: see `sinkhorn_divergence`; all but the native one include the constant.
+        num_iterations: steps of the solver, set in advance so that no step waits for a GPU; None converges.
 
     Returns:
         0-d tensor. The constant ½ OT(reference, reference) is left out by the native backend: it has no gradient.
@@ -67,21 +69,18 @@ def ot_loss(
         tensor([-0.2500, -0.2500])
     """
     require(len(reference_features) >= 2, "reference_features", "hold at least 2 rows", tuple(reference_features.shape))
-    y_self_cost = 0.0 if backend == "native" else None
-    if sample_weights is None:
-        return sinkhorn_divergence(
-            features, reference_features, blur=blur, scaling=scaling, y_self_cost=y_self_cost, backend=backend
-        )
-    weights = sample_weights / sample_weights.sum()
-    return sample_weights.mean() * sinkhorn_divergence(
+    weights = None if sample_weights is None else sample_weights / sample_weights.sum()
+    divergence = sinkhorn_divergence(
         features,
         reference_features,
         blur=blur,
         scaling=scaling,
         x_weights=weights,
-        y_self_cost=y_self_cost,
+        y_self_cost=0.0 if backend == "native" else None,
         backend=backend,
+        num_iterations=num_iterations,
     )
+    return divergence if sample_weights is None else sample_weights.mean() * divergence
 
 
 def disjoint_reference_indices(

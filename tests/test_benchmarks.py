@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def test_the_yardstick_agrees_with_ours_and_with_converged_peers(blur: float) ->
     assert solver.cosine(solver.ours(x, y, blur), exact) > 1 - 1e-6
     if blur == 0.3:  # at the other one geomloss stays below at any scaling
         assert solver.cosine(solver.geomloss_gradient(x, y, blur, 0.99), exact) > 0.999
+
+
+def test_peers_that_take_too_long_or_are_wrong_are_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = solver.clouds(5, 6, 2, CPU)
+    exact = solver.exact_gradient(x, y, 0.3)
+
+    def endless(*_: object) -> torch.Tensor:
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(solver, "PEER_SECONDS", 1)
+    assert solver.first_good_setting("geomloss", endless, x, y, 0.3, exact) == (None, "no setting in 1 s")
+    wrong = solver.first_good_setting("geomloss", lambda *_: -exact, x, y, 0.3, exact)
+    assert wrong == (None, "no setting reaches 0.999")
+    assert solver.first_good_setting("geomloss", lambda *_: exact, x, y, 0.3, exact) == (0.5, "")
 
 
 def test_a_power_law_has_its_exponent() -> None:

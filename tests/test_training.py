@@ -438,6 +438,19 @@ def test_the_sources_recipe_trains(features: Path, tmp_path: Path) -> None:
     assert metrics(run)[0]["ot"] > 0
 
 
+def test_steps_of_the_solver_set_in_advance_train_alike(features: Path, tmp_path: Path) -> None:
+    """At this blur 40 steps are as good as convergence, so that two updates differ by rounding."""
+    options = {"max_train_steps": 2, "feature_extractor": str(features)}
+    fixed = train("ot", tmp_path / "fixed", ot_iterations=40, **options)
+    converged = train("ot", tmp_path / "converged", **options)
+    assert metrics(fixed)[0]["ot"] == pytest.approx(metrics(converged)[0]["ot"], rel=1e-3)
+
+
+def test_a_backend_that_is_not_there_is_refused_before_anything_is_read(features: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`ot_backend` must be native or geomloss for points that are on cpu"):
+        train("ot", tmp_path / "run", feature_extractor=str(features), ot_backend="flash-sinkhorn")
+
+
 def test_sample_grids_and_tensorboard(tmp_path: Path) -> None:
     values = {"train_batch_size": 576, "max_train_steps": 4, "sample_epochs": 1, "report_to": "tensorboard"}
     run = train("baseline", tmp_path / "run", **values)

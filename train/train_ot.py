@@ -41,13 +41,14 @@ from ot_diffusers.training import (
     save_sample_grid,
     validation_loss,
 )
-from ot_diffusers.transport import median_distance
+from ot_diffusers.transport import check_backend, median_distance
 
 
 def main(config: OTConfig) -> None:
     # Accelerator and data.
     check_output_dir(config)
     accelerator = make_accelerator(config)
+    check_backend(config.ot_backend, accelerator.device, "ot_backend")
     images = load_split(config, "train", accelerator)
     validation_images = load_split(config, "validation", accelerator)
     schedule = plan(config, accelerator, images)
@@ -160,6 +161,7 @@ def ot_term(
         scaling=config.scaling,
         sample_weights=gather_rows(weights, accelerator) if weights is not None else None,
         backend=config.ot_backend,
+        num_iterations=config.ot_iterations,
     )
 
 

@@ -2,17 +2,21 @@
 
 from .divergence import (
     DivergencePotentials,
+    check_backend,
     divergence_gradient,
     divergence_gradient_at,
     self_transport_cost,
     sinkhorn_divergence,
 )
+from .geometry import median_distance
 from .multiscale import divergence_value, has_stored_solver
-from .sinkhorn import Potentials, median_distance, self_potential, sinkhorn_potentials
+from .problem import Potentials
+from .sinkhorn import self_potential, sinkhorn_potentials
 
 __all__ = [
     "DivergencePotentials",
     "Potentials",
+    "check_backend",
     "divergence_gradient",
     "divergence_gradient_at",
     "divergence_value",

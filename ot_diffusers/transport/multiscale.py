@@ -1,13 +1,13 @@
 """The value of the Sinkhorn divergence between clouds of ten thousand points, by a coarse problem and a stored kernel.
 
-`sinkhorn.py` takes the exponential of every cost in every pass, which is what a pass costs on large clouds. Here it is
+`blockwise.py` takes the exponential of every cost in every pass, which is what a pass costs on large clouds. Here it is
 taken once at a temperature, around potentials (f, g) that are nearly right, and what is left to find are factors near
 one [Schmitzer2019]:
 
     P_ij = u_i K_ij v_j / (NM),     K_ij = exp((f_i + g_j − C_ij)/eps),     weights 1/N and 1/M
 
 With v_j = N/(Kᵀu)_j the column sums are exact, which leaves the dual as a function of log u, with the Newton step of
-`sinkhorn.py`. Every step is a few products of K with a vector. The nearly right potentials come from every fourth point
+`newton.py`. Every step is a few products of K with a vector. The nearly right potentials come from every fourth point
 at a higher temperature, and from a short ladder of temperatures down to blur².
 """
 
@@ -19,7 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sinkhorn import Cost, Potentials, centred, check_clouds, full_precision, sinkhorn_potentials
+from .checks import check_clouds
+from .geometry import Cost, centred
+from .precision import full_precision
+from .problem import Potentials
+from .sinkhorn import sinkhorn_potentials
 
 # The kernel of float32 numbers is held up to this many entries: 1 GiB.
 MAX_STORED_ENTRIES = 2**28

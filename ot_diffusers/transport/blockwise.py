@@ -1,0 +1,63 @@
+"""Problems whose plan does not fit in memory: every Sinkhorn step makes it again, block by block.
+
+One sweep over blocks of the larger cloud does a whole step: a block of costs gives the best g there, and with it the
+block's share of the row sums r, from which the next f follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import block_rows
+from .precision import matmul, weighted_rows
+from .problem import Potentials, Problem
+
+
+def blockwise_loop(
+    problem: Problem, f: Tensor, ladder: Sequence[Tensor | float], tolerance: float | None, max_iterations: int
+) -> Potentials:
+    """One sweep at every second temperature above the last, from f; at the last accelerated sweeps until the error is
+    below the tolerance. Without one all iterations are taken, and the host does not look.
+
+    Reference: [Nesterov1983] for the momentum.
+    """
+    steep = ladder[:-1:2]
+    for eps in steep:
+        f = _sinkhorn_step(problem, f, eps, _sweep(problem, f, eps)[1])
+    eps, before, error = ladder[-1], f, f.new_full((len(f),), torch.inf)
+    for step in range(max(1, max_iterations - len(steep))):
+        start = f + step / (step + 3) * (f - before)
+        g, rows = _sweep(problem, start, eps)
+        targets = problem.row_mass(start)
+        error = (rows - targets).abs().sum(-1) / targets.sum(-1)
+        if tolerance is not None and bool(error < tolerance):
+            break
+        f, before = _sinkhorn_step(problem, start, eps, rows), f
+    return Potentials(start, g, error, len(steep) + step + 1)
+
+
+def _sinkhorn_step(problem: Problem, f: Tensor, eps: Tensor | float, rows: Tensor) -> Tensor:
+    """The best f given the g with which f has these row sums."""
+    log_ratio = (problem.a / rows.clamp(min=torch.finfo(rows.dtype).tiny)).log()
+    return (f + eps * log_ratio) / (1 + problem.relaxation(eps))
+
+
+def _sweep(problem: Problem, f: Tensor, eps: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The best g given f, [1, M], and the row sums of their plan, [1, N]."""
+    x, y, log_b, relaxation = problem.cost.x, problem.cost.y, problem.b.log(), problem.relaxation(eps)
+    # (f_i − C_ij)/eps = (f_i − ½‖x_i‖²)/eps + ⟨y_j, x_i/eps⟩ − ½‖y_j‖²/eps
+    offset = problem.a.log() + (f - x.square().sum(-1) / 2) / eps
+    scaled = (x / eps if not isinstance(eps, Tensor) else x / eps[..., None]).mT
+    sums, found, count = torch.zeros_like(f), [], block_rows(x)
+    for part, log_weights in zip(y.split(count, dim=-2), log_b.split(count, dim=-1), strict=True):
+        scores = matmul(part, scaled).add_(offset[..., None, :])
+        peak = scores.amax(-1)
+        shares = scores.sub_(peak[..., None]).exp_()
+        peak, log_mass = peak - part.square().sum(-1) / 2 / eps, shares.sum(-1).log()
+        found.append(-eps * (peak + log_mass) / (1 + relaxation))
+        log_factors = (relaxation * peak - log_mass) / (1 + relaxation)  # g/eps + peak, without what cancels
+        sums = sums + weighted_rows(torch.exp(log_weights + log_factors), shares)
+    return torch.cat(found, dim=-1), sums

@@ -1,0 +1,104 @@
+"""Problems whose plan fits in memory: Sinkhorn's steps on stored plans, and Newton's where they do not suffice.
+
+The exponential of a plan is taken once at a temperature. A Sinkhorn step is then two products of the stored plan with a
+vector, and with Nesterov's momentum a few dozen of them do at a moderate blur, with hardly a word between host and
+device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .newton import newton_loop
+from .problem import Potentials, Problem
+from .semidual import Plan
+
+# Sinkhorn steps on one stored plan before the host looks at the error; one at each temperature above the last.
+PASSES_PER_PLAN = 10
+# Sinkhorn steps before Newton takes over. On a GPU they are nearly free, and every Newton step is a wait.
+MAX_PLAIN_PASSES = {"cpu": 60, "cuda": 400}
+# Where every row has its mass up to this share of it, Newton has so many passes to finish from there, at the last
+# temperature, before it starts at the top of the ladder.
+NEAR, FINISHING_PASSES = 0.5, 8
+
+
+def dense_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int) -> Potentials:
+    """From f, [P, N], down the ladder of temperatures until each problem is solved or has spent its passes."""
+    steps = min(max_iterations - FINISHING_PASSES, MAX_PLAIN_PASSES.get(f.device.type, MAX_PLAIN_PASSES["cpu"]))
+    steep = [*ladder[:-1:2], ladder[-1]]
+    found, worst_row = _plain_loop(problem, f, steep, tolerance, max(1, steps))
+    near = [one for one in _unsolved(found, tolerance) if worst_row[one] < NEAR]
+    found = _finished(found, near, problem, found.f, ladder[-1:], tolerance, FINISHING_PASSES)
+    left = max_iterations - found.iterations
+    if left > 0 and len(ladder) > 1:
+        found = _finished(found, _unsolved(found, tolerance), problem, f, ladder, tolerance, left)
+    return found
+
+
+def anneal(problem: Problem, f: Tensor, ladder: Sequence[Tensor | float]) -> Tensor:
+    """One Sinkhorn step at every temperature above the last, from f; what f/eps is at the last, [P, N]."""
+    u = f / ladder[0]
+    for eps, colder in pairwise(ladder):
+        u = (u + problem.semidual(eps).at(u).sinkhorn_step(torch.zeros_like(u))) * (eps / colder)
+    return u
+
+
+def accelerate(plan: Plan, previous: Tensor, taken: int, count: int) -> tuple[Tensor, Tensor]:
+    """`count` Sinkhorn steps with momentum from the plan's u, to which earlier ones led by way of `previous`.
+
+    Returns:
+        The moves, from the plan's u, of the last iterate and of the one before it.
+
+    Reference: [Nesterov1983].
+    """
+    move, before = torch.zeros_like(previous), previous - plan.u
+    for step in range(taken, taken + count):
+        move, before = plan.sinkhorn_step(torch.add(move, move - before, alpha=step / (step + 3))), move
+    return move, before
+
+
+def _plain_loop(
+    problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int
+) -> tuple[Potentials, list[float]]:
+    """Sinkhorn steps alone. The host waits for the device once every `PASSES_PER_PLAN` steps.
+
+    Returns:
+        The potentials, and for each problem the largest share of its mass that a row has too much or too little.
+    """
+    eps, count = ladder[-1], min(PASSES_PER_PLAN, max_iterations)
+    dual, active = problem.semidual(eps), list(range(len(f)))
+    u = previous = anneal(problem, f, ladder)
+    found = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(ladder) - 1)
+    worst_row, taken = [math.inf] * len(f), 0
+    while active and (taken == 0 or found.iterations < max_iterations):
+        plan = dual.at(u)
+        move, before = accelerate(plan, previous, taken, count)
+        column_move = plan.best_columns(move)
+        errors, worst = torch.stack(plan.errors_after(move, column_move)).tolist()
+        taken += count
+        u, previous, v = plan.u + move, plan.u + before, plan.v + column_move
+        part = Potentials(eps * u, eps * v, found.marginal_error.new_tensor(errors), count + 1)
+        found = found.put(active, part)
+        for one, share in zip(active, worst, strict=True):
+            worst_row[one] = share
+        left = [position for position, error in enumerate(errors) if error >= tolerance]
+        if len(left) < len(active):
+            u, previous, dual, active = u[left], previous[left], dual.take(left), [active[one] for one in left]
+    return found, worst_row
+
+
+def _unsolved(found: Potentials, tolerance: float) -> list[int]:
+    return [one for one, error in enumerate(found.marginal_error.tolist()) if not error < tolerance]
+
+
+def _finished(found: Potentials, which: list[int], problem: Problem, f: Tensor, *options: Any) -> Potentials:
+    """What Newton's loop makes of some of the problems, from f, after the passes of an earlier attempt."""
+    if not which:
+        return found
+    return found.put(which, newton_loop(problem.take(which), f[which], *options))

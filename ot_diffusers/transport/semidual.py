@@ -1,0 +1,148 @@
+"""The dual of dense problems as a function of one potential, and the plan at a point of it.
+
+In units of the temperature, u = f/eps and v = g/eps, with κ = eps/reach² (0 where mass is conserved):
+
+    P_ij = a_i b_j exp(u_i + v_j − C_ij/eps)
+    D(u, v) = ⟨a, φ(u)⟩ + ⟨b, φ(v)⟩ − Σ_ij P_ij,     φ(u) = (1 − exp(−κu))/κ, or u for κ = 0
+
+The best v given u is explicit, and leaves a concave function of u alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import weighted_columns, weighted_rows
+
+# A step moves u and v by no more than this: three times as much, which momentum can make of it, is within float32.
+MAX_MOVE = 29.0
+
+
+@dataclass(frozen=True)
+class SemiDual:
+    """P dual problems at one temperature each.
+
+    Attributes:
+        scaled_cost: C/eps, [P, N, M].
+        a, b: [P, N] and [P, M], the weights.
+        log_a, log_b: their logarithms.
+        relaxation: κ, a number or [P, 1].
+    """
+
+    scaled_cost: Tensor
+    a: Tensor
+    b: Tensor
+    log_a: Tensor
+    log_b: Tensor
+    relaxation: Tensor | float
+
+    @property
+    def is_balanced(self) -> bool:
+        return not isinstance(self.relaxation, Tensor) and self.relaxation == 0
+
+    def at(self, u: Tensor) -> Plan:
+        """The plan of u, [P, N], and of the best v given it. One pass: an exponential for every entry."""
+        scores = (u + self.log_a)[..., None] - self.scaled_cost
+        peak = scores.amax(-2)
+        matrix = scores.sub_(peak[..., None, :]).exp_()
+        mass = matrix.sum(-2)
+        v = -(peak + mass.log()) / (1 + self.relaxation)
+        columns = self.b if self.is_balanced else self.b * torch.exp(-self.relaxation * v)
+        matrix.mul_((columns / mass)[..., None, :])
+        return Plan(self, u, v, matrix, matrix.sum(-1), columns)
+
+    def take(self, problems: list[int]) -> SemiDual:
+        """Some problems of the batch."""
+        if len(problems) == len(self.a):
+            return self
+        weights = (self.a[problems], self.b[problems], self.log_a[problems], self.log_b[problems])
+        return SemiDual(self.scaled_cost[problems], *weights, self.relaxation)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan at a point (u, v), and by products with it what the plans at points near it sum to:
+
+        Σ_i P'_ij = exp(Δv_j) Σ_i P_ij exp(Δu_i)
+
+    Points near it are told by their moves Δu and Δv.
+
+    Attributes:
+        dual: the problems.
+        u, v: [P, N] and [P, M].
+        matrix: [P, N, M].
+        rows, columns: [P, N] and [P, M], its sums.
+
+    Reference: [Schmitzer2019].
+    """
+
+    dual: SemiDual
+    u: Tensor
+    v: Tensor
+    matrix: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """What the rows should sum to, [P, N]: a exp(−κu)."""
+        return self.dual.a if self.dual.is_balanced else self.dual.a * torch.exp(-self.dual.relaxation * self.u)
+
+    @property
+    def error(self) -> Tensor:
+        """‖rows − targets‖₁ over the mass of the targets, [P]."""
+        return (self.rows - self.targets).abs().sum(-1) / self.targets.sum(-1)
+
+    @property
+    def value(self) -> Tensor:
+        """D(u, v), [P]."""
+        dual, relaxation = self.dual, self.dual.relaxation
+
+        def phi(u: Tensor) -> Tensor:
+            return u if dual.is_balanced else -torch.expm1(-relaxation * u) / relaxation
+
+        return (dual.a * phi(self.u)).sum(-1) + (dual.b * phi(self.v)).sum(-1) - self.columns.sum(-1)
+
+    def sinkhorn_step(self, move: Tensor) -> Tensor:
+        """The best u given the best v given u + `move`, as a move as well, [P, N]."""
+        sums = weighted_columns(self.matrix, self.best_columns(move).exp())
+        return self._move(self.dual.log_a, self.u, sums)
+
+    def best_columns(self, move: Tensor) -> Tensor:
+        """The best v given u + `move`, as a move, [P, M]."""
+        return self._move(self.dual.log_b, self.v, weighted_rows(move.exp(), self.matrix))
+
+    def _move(self, log_weights: Tensor, start: Tensor, sums: Tensor) -> Tensor:
+        """By how much a potential moves from where it was for its sums to be right."""
+        if self.dual.is_balanced:
+            return (log_weights - sums.log()).clamp(-MAX_MOVE, MAX_MOVE)
+        relaxation = self.dual.relaxation
+        return ((log_weights - relaxation * start - sums.log()) / (1 + relaxation)).clamp(-MAX_MOVE, MAX_MOVE)
+
+    def errors_after(self, move: Tensor, column_move: Tensor) -> tuple[Tensor, Tensor]:
+        """The marginal error after moves of u and v, and its worst row's share of error; [P] each."""
+        rows = move.exp() * weighted_columns(self.matrix, column_move.exp())
+        targets = self.targets if self.dual.is_balanced else self.targets * torch.exp(-self.dual.relaxation * move)
+        excess = (rows - targets).abs()
+        return excess.sum(-1) / targets.sum(-1), (excess / targets).amax(-1)
+
+    def take(self, problems: list[int]) -> Plan:
+        """Some problems of the batch."""
+        if len(problems) == len(self.u):
+            return self
+        return Plan(self.dual.take(problems), *(tensor[problems] for tensor in self._tensors))
+
+    def put(self, problems: list[int], plan: Plan) -> Plan:
+        """The batch with other points for some of its problems."""
+        if len(problems) == len(self.u):
+            return plan
+        index = torch.tensor(problems, device=self.u.device)
+        pairs = zip(self._tensors, plan._tensors, strict=True)
+        return Plan(self.dual, *(mine.index_copy(0, index, theirs) for mine, theirs in pairs))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.u, self.v, self.matrix, self.rows, self.columns
