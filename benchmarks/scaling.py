@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from ot_diffusers.evaluation.report import format_number
 from ot_diffusers.training.processes import gather_rows
 from ot_diffusers.transport import sinkhorn_divergence, sinkhorn_potentials
-from ot_diffusers.transport.sinkhorn import MAX_DENSE_ENTRIES
+from ot_diffusers.transport.geometry import MAX_DENSE_ENTRIES
 
 from .solver import clouds
 from .timing import Row, interleave, ratio_row

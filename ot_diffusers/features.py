@@ -168,18 +168,16 @@ def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
 def make_reference_bank(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, num_samples: int
 ) -> ReferenceBank:
-    """`num_samples` evenly spaced images (all, if there are fewer) and their features, with the scales at which the
-    median distance of either is 1."""
+    """Features and thumbnails of `num_samples` evenly spaced images (all, if there are fewer), with the scales at which
+    the median distance of either is 1."""
     features = cached_features(network, images)
     rows = torch.linspace(0, len(features) - 1, min(num_samples, len(features))).round().long()
-    pixels = pixels_of(images, rows)
     return ReferenceBank.from_features(
         features[rows],
         feature_scale=median_distance(features),
         dataset=network.config.dataset,
         data_fingerprint=network.config.data_fingerprint,
-        images=pixels,
-        pixel_scale=median_distance(to_model_range(pixels).flatten(1)),
+        images=to_model_range(pixels_of(images, rows)),
     )
 
 

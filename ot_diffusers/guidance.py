@@ -3,12 +3,12 @@
 One correction takes a few steps on the images themselves, down the Sinkhorn divergence between the batch and a bank of
 references:
 
-    x̂0 ← clamp(x̂0 − η s'² B ∇S(ψ(x̂0), ψ(R)), −1, 1),     ψ(x) = (φ(x)/s, w·x/s') / √(1 + w²)
+    x̂0 ← clamp(x̂0 − η s'² B ∇S(ψ(x̂0), ψ(R)), −1, 1),     ψ(x) = (φ(x)/s, w·θ(x)/s') / √(1 + w²)
 
-φ is the frozen feature network, s the median distance of its features, s' that of the images, w the `pixel_weight`, B
-the size of the batch. B ∇S is how far each image stands from where the plan sends it, so an image that is already right
-stays where it is, and so does the background of one that is not. Features alone (w = 0) do not see what guidance leaves
-in the pixels; beside them, the pixels do. η is `guidance_scale` · 0.3.
+φ is the frozen feature network, θ a thumbnail of at most 8 × 8 pixels, s and s' are their median distances, w the
+`pixel_weight`, B the size of the batch, η half the `guidance_scale`. B ∇S is how far an image stands from where the plan
+sends it, so that an image which is already right stays where it is, and so does the background of one which is not.
+Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
 
 `step_rule="adam"` is the source study's form: Adam divides the gradient by its own size, so that every pixel moves by
 about `guidance_scale` · 0.02 in each step. At 0.5 that is the source's learning rate of 0.01.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import require
-from .images import to_model_range
+from .images import thumbnails
 from .models.feature_extractor import FeatureExtractor
 from .models.guidance_field import Correction, GuidanceField
 from .models.reference_bank import ReferenceBank
@@ -34,7 +34,7 @@ from .transport import DivergencePotentials, divergence_gradient
 # At guidance_scale=1: Adam's learning rate, in pixel units of [-1, 1], …
 PIXELS_PER_STEP = 0.02
 # … and the share of its displacement that an image takes in a step.
-SHARE_PER_STEP = 0.3
+SHARE_PER_STEP = 0.5
 STEP_RULES = ("displacement", "adam")
 # What a guidance field knows of the guidance it was recorded with, besides its `guidance_scale`.
 RECORDED = ("num_correction_steps", "blur", "normalize_features", "pixel_weight", "step_rule")
@@ -55,7 +55,7 @@ class OTGuidance:
         blur: length in normalised feature units (in raw ones with `normalize_features=False`).
         normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the source's
             form.
-        pixel_weight: of the images beside their features, ≥ 0; the default is 1 for a bank that holds images and
+        pixel_weight: of the thumbnails beside the features, ≥ 0; the default is 1 for a bank that holds thumbnails and
             features that are normalised, else 0.
         step_rule: `"displacement"` or `"adam"`; the default is the first where pixels take part, else the second.
         guidance_field: follow this field; the six arguments above have to be those it was recorded with.
@@ -117,7 +117,7 @@ class OTGuidance:
         self.step_rule = step_rule
         self.pixel_scale = reference_bank.config.pixel_scale
         self._potentials: DivergencePotentials | None = None
-        self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.images)
+        self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.thumbnails)
 
     def correct(self, pred_original_sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The corrected batch.
@@ -186,18 +186,17 @@ class OTGuidance:
         return known if known is not None and known.own.shape == (batch_size,) and known.own.device == device else None
 
     def features(self, images: Tensor) -> Tensor:
-        """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + CHW] with pixels."""
+        """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + D'] with pixels."""
         features = self.feature_extractor.extract(images.to(self.feature_extractor.dtype)).float()
-        return self._beside_pixels(features, images)
+        return self._beside_pixels(features, thumbnails(images.float()) if self.pixel_weight > 0 else None)
 
-    def _beside_pixels(self, features: Tensor, images: Tensor | None) -> Tensor:
-        """Raw features and the images they are of, uint8 or in [-1, 1], as points of the transport problem."""
+    def _beside_pixels(self, features: Tensor, small: Tensor | None) -> Tensor:
+        """Raw features and the thumbnails of their images as points of the transport problem."""
         points = features / self.feature_scale
         if self.pixel_weight == 0:
             return points
-        assert images is not None
-        pixels = to_model_range(images) if images.dtype == torch.uint8 else images.float()
-        pixels = pixels.flatten(1) * (self.pixel_weight / self.pixel_scale)
+        assert small is not None
+        pixels = small.float().flatten(1) * (self.pixel_weight / self.pixel_scale)
         return torch.cat([points, pixels], dim=1) / math.sqrt(1 + self.pixel_weight**2)
 
 
@@ -208,10 +207,10 @@ def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBan
         InputError: a negative weight, or one for a bank without images.
     """
     if pixel_weight is None:
-        return 1.0 if reference_bank.images is not None and normalize_features else 0.0
+        return 1.0 if reference_bank.thumbnails is not None and normalize_features else 0.0
     require(pixel_weight >= 0, "pixel_weight", "be at least 0", pixel_weight)
-    possible = pixel_weight == 0 or reference_bank.images is not None
-    require(possible, "pixel_weight", "be 0 for a reference bank without images", pixel_weight)
+    possible = pixel_weight == 0 or reference_bank.thumbnails is not None
+    require(possible, "pixel_weight", "be 0 for a reference bank without thumbnails", pixel_weight)
     return pixel_weight
 
 
@@ -224,8 +223,8 @@ def chosen_step_rule(step_rule: str | None, reference_bank: ReferenceBank, pixel
     if step_rule is None:
         return "displacement" if pixel_weight > 0 else "adam"
     require(step_rule in STEP_RULES, "step_rule", f"be one of {', '.join(STEP_RULES)}", step_rule)
-    possible = step_rule == "adam" or reference_bank.images is not None
-    require(possible, "step_rule", "be adam for a reference bank without images", step_rule)
+    possible = step_rule == "adam" or reference_bank.thumbnails is not None
+    require(possible, "step_rule", "be adam for a reference bank without thumbnails", step_rule)
     return step_rule
 
 
@@ -250,7 +249,7 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
 def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float | str) -> None:
     """Refuse a field of other references, or of another guidance than `arguments` say."""
     config, bank = guidance_field.config, reference_bank.config
-    pixels = math.prod(bank.image_shape) if config.pixel_weight > 0 and bank.image_shape else 0
+    pixels = math.prod(bank.thumbnail_shape) if config.pixel_weight > 0 and bank.thumbnail_shape else 0
     found = (config.num_references, config.feature_dim)
     wanted = (bank.num_samples, bank.feature_dim + pixels)
     require(found == wanted, "guidance_field", f"be recorded with references of shape {wanted}", found)

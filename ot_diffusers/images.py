@@ -5,7 +5,10 @@ Stored images are uint8 in 0 … 255, diffusion models work in [-1, 1], feature 
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import require
@@ -41,6 +44,22 @@ def to_uint8(images: Tensor) -> Tensor:
         tensor([  0, 191, 255], dtype=torch.uint8)
     """
     return (to_unit_range(images.float()) * 255).round().to(torch.uint8)
+
+
+def thumbnails(images: Tensor, size: int = 8) -> Tensor:
+    """Float images [B, C, H, W], averaged down to at most `size` × `size` and multiplied by the side of a block.
+
+    So the distance of two images that are constant on the blocks stays what it was, and others come closer by the
+    detail that they lose.
+
+    Example:
+        >>> thumbnails(torch.ones(1, 1, 16, 16))[0, 0, 0, :3]
+        tensor([2., 2., 2.])
+    """
+    height, width = images.shape[2:]
+    small = (min(height, size), min(width, size))
+    side = math.sqrt(height * width / (small[0] * small[1]))
+    return F.adaptive_avg_pool2d(images, small) * side
 
 
 def random_crop_and_flip(images: Tensor, *, padding: int, flip: bool, draws: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, ResidualFeatureExtractor
 from ot_diffusers.errors import InputError
+from ot_diffusers.images import thumbnails
 from ot_diffusers.transport import median_distance
 
 NETWORKS = [ConvFeatureExtractor, ResidualFeatureExtractor]
@@ -139,12 +140,13 @@ def test_a_saved_bank_comes_back(tmp_path):
 
 
 def test_a_bank_with_images_comes_back(tmp_path):
-    images = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8)
-    ReferenceBank.from_features(torch.randn(20, 6), images=images, pixel_scale=3.0).save_pretrained(tmp_path)
-    for options in ({}, {"dtype": torch.float16}):
-        loaded = ReferenceBank.from_pretrained(tmp_path, **options)
-        assert torch.equal(loaded.images, images) and loaded.config.pixel_scale == 3.0
-    assert ReferenceBank.from_features(torch.randn(20, 6)).images is None
+    images = torch.rand(20, 3, 16, 24) * 2 - 1
+    bank = ReferenceBank.from_features(torch.randn(20, 6), images=images)
+    bank.save_pretrained(tmp_path)
+    loaded = ReferenceBank.from_pretrained(tmp_path)
+    assert torch.equal(loaded.thumbnails, thumbnails(images)) and loaded.thumbnails.shape == (20, 3, 8, 8)
+    assert median_distance(loaded.thumbnails.flatten(1)) == pytest.approx(loaded.config.pixel_scale)
+    assert ReferenceBank.from_features(torch.randn(20, 6)).thumbnails is None
 
 
 def test_a_bank_keeps_its_own_copy():
@@ -161,9 +163,8 @@ def test_a_bank_keeps_its_own_copy():
         (torch.zeros(6), {}, r"`features` must have shape \[N, D\]"),
         (torch.full((4, 6), torch.nan), {}, "`features` must be finite"),
         (torch.zeros(4, 6), {"feature_scale": 0.0}, "`feature_scale` must be positive, got 0.0"),
-        (torch.zeros(4, 6), {"pixel_scale": 0.0}, "`pixel_scale` must be positive, got 0.0"),
-        (torch.zeros(4, 6), {"images": torch.zeros(4, 1, 2, 2)}, r"`images` must be uint8 \[4, C, H, W\]"),
-        (torch.zeros(4, 6), {"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8)}, r"`images` must be uint8 \[4, C"),
+        (torch.zeros(4, 6), {"images": torch.zeros(4, 1, 2, 2).byte()}, r"`images` must be floats \[4, C, H, W\]"),
+        (torch.zeros(4, 6), {"images": torch.zeros(3, 1, 2, 2)}, r"`images` must be floats \[4, C, H, W\], got"),
     ],
 )
 def test_bad_banks_are_refused(features, options, message):

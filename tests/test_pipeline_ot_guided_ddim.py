@@ -21,7 +21,6 @@ from diffusers import (
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import OTGuidance
-from ot_diffusers.images import to_uint8
 from ot_diffusers.pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
@@ -58,13 +57,8 @@ def _parts(with_images: bool = False) -> dict[str, torch.nn.Module]:
     torch.manual_seed(1)
     network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=24)
     features = network.extract(_references())
-    images = to_uint8(_references()) if with_images else None
-    bank = ReferenceBank.from_features(
-        features,
-        feature_scale=median_distance(features),
-        images=images,
-        pixel_scale=median_distance(_references().flatten(1)),
-    )
+    images = _references() if with_images else None
+    bank = ReferenceBank.from_features(features, feature_scale=median_distance(features), images=images)
     return {"feature_extractor": network, "reference_bank": bank}
 
 

@@ -1,4 +1,4 @@
-"""Real images and their features, stored with a model so that sampling can be guided towards them."""
+"""Features and thumbnails of real images, stored with a model so that sampling can be guided towards them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..errors import require
+from ..images import thumbnails
+from ..transport import median_distance
 from .portable import PortableModel
 
 
@@ -25,10 +27,10 @@ class ReferenceBankOutput(BaseOutput):
 
 
 class ReferenceBank(PortableModel, ConfigMixin):
-    """A fixed cloud of reference features, if wanted with the images they are of, and the lengths that make both
+    """A fixed cloud of reference features, if wanted with thumbnails of their images, and the lengths that make both
     unit-sized.
 
-    Features and images are parameters without gradient rather than buffers, so that device placement and offloading
+    Both are parameters without gradient rather than buffers, so that device placement and offloading
     treat the bank like any other model.
 
     Args:
@@ -38,8 +40,8 @@ class ReferenceBank(PortableModel, ConfigMixin):
             form, 1 for the source's raw features.
         dataset: name of the data the references come from.
         data_fingerprint: content hash of that data, the same as the feature network's.
-        image_shape: (C, H, W) of the images; None for a bank of features alone.
-        pixel_scale: median distance of the images in [-1, 1].
+        thumbnail_shape: (C, H, W) of the thumbnails; None for a bank of features alone.
+        pixel_scale: median distance of the thumbnails.
 
     Example:
         >>> bank = ReferenceBank.from_features(torch.randn(100, 16), feature_scale=2.0)
@@ -55,7 +57,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
         feature_scale: float = 1.0,
         dataset: str | None = None,
         data_fingerprint: str | None = None,
-        image_shape: tuple[int, int, int] | None = None,
+        thumbnail_shape: tuple[int, int, int] | None = None,
         pixel_scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -63,10 +65,9 @@ class ReferenceBank(PortableModel, ConfigMixin):
         require(feature_scale > 0, "feature_scale", "be positive", feature_scale)
         require(pixel_scale > 0, "pixel_scale", "be positive", pixel_scale)
         self.features = nn.Parameter(torch.zeros(num_samples, feature_dim), requires_grad=False)
-        self.images: nn.Parameter | None = None
-        if image_shape is not None:
-            blank = torch.zeros(num_samples, *image_shape, dtype=torch.uint8)
-            self.images = nn.Parameter(blank, requires_grad=False)
+        self.thumbnails: nn.Parameter | None = None
+        if thumbnail_shape is not None:
+            self.thumbnails = nn.Parameter(torch.zeros(num_samples, *thumbnail_shape), requires_grad=False)
 
     @classmethod
     def from_features(
@@ -77,21 +78,23 @@ class ReferenceBank(PortableModel, ConfigMixin):
         dataset: str | None = None,
         data_fingerprint: str | None = None,
         images: Tensor | None = None,
-        pixel_scale: float = 1.0,
     ) -> ReferenceBank:
-        """A bank that holds `features`, [N, D], N ≥ 2, and the `images` they are of, uint8 [N, C, H, W]."""
+        """A bank that holds `features`, [N, D], N ≥ 2, and thumbnails of the `images` they are of, [N, C, H, W] in
+        [-1, 1]."""
         require(features.ndim == 2, "features", "have shape [N, D]", tuple(features.shape))
         require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
-        shape = None
+        small, pixels = None, {}
         if images is not None:
-            fits = images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(features)
-            wanted = f"be uint8 [{len(features)}, C, H, W]"
+            fits = images.is_floating_point() and images.ndim == 4 and len(images) == len(features)
+            wanted = f"be floats [{len(features)}, C, H, W]"
             require(fits, "images", wanted, (images.dtype, tuple(images.shape)))
-            shape = tuple(images.shape[1:])
-        bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, shape, pixel_scale)
+            small = thumbnails(images.float())
+            scale = median_distance(small.flatten(1))
+            pixels = {"thumbnail_shape": tuple(small.shape[1:]), "pixel_scale": scale if scale > 0 else 1.0}
+        bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, **pixels)
         bank.features.data.copy_(features)
-        if bank.images is not None:
-            bank.images.data.copy_(images)
+        if bank.thumbnails is not None and small is not None:
+            bank.thumbnails.data.copy_(small)
         return bank
 
     def forward(self, return_dict: bool = True) -> ReferenceBankOutput | tuple[Tensor]:

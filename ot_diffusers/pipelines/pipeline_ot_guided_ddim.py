@@ -120,9 +120,9 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             num_correction_steps: correction steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
             normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
-            pixel_weight: of the images beside their features in the distance that is transported by; 0 for features
-                alone. The default is 1 where the reference bank holds images and features are normalised.
-            step_rule: `"displacement"` moves an image by `guidance_scale` · 0.3 of what the transport plan asks for in
+            pixel_weight: of thumbnails beside the features in the distance that is transported by; 0 for features
+                alone. The default is 1 where the reference bank holds thumbnails and features are normalised.
+            step_rule: `"displacement"` moves an image by `guidance_scale` / 2 of what the transport plan asks for in
                 each correction step, `"adam"` every pixel by about `guidance_scale` · 0.02. The default is the first
                 where pixels take part, else the second.
             joint_batch: guide the batch by its own transport problem (`True`) or each image by the guidance field
