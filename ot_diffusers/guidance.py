@@ -6,8 +6,8 @@ references:
     x̂0 ← clamp(x̂0 − η s'² B ∇S(ψ(x̂0), ψ(R)), −1, 1),     ψ(x) = (φ(x)/s, w·θ(x)/s') / √(1 + w²)
 
 φ is the frozen feature network, θ a thumbnail of at most 8 × 8 pixels, s and s' are their median distances, w the
-`pixel_weight`, B the size of the batch, η half the `guidance_scale`. B ∇S is how far an image stands from where the plan
-sends it, so that an image which is already right stays where it is, and so does the background of one which is not.
+`pixel_weight`, B the size of the batch, η half the `guidance_scale`. B ∇S is how far an image stands from where the
+plan sends it, so that an image which is already right stays where it is, and so does the background of one which is not.
 Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
 
 `step_rule="adam"` is the source study's form: Adam divides the gradient by its own size, so that every pixel moves by
