@@ -379,6 +379,14 @@ def test_rotation_and_a_second_continuation(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(run)] == [4]
 
 
+def test_run_goes_on_where_the_device_has_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it has for each of several processes on the CPU."""
+    run = train("baseline", tmp_path / "run", max_train_steps=1)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu:0")
+    train("baseline", run, max_train_steps=2)
+    assert results(run)["complete"] and results(run)["updates"] == 2
+
+
 def test_records_do_not_depend_on_how_often_they_are_taken(tmp_path: Path) -> None:
     """An epoch's loss is the mean over its updates: to the rounding of float32 sums."""
     values: dict[str, Any] = {"train_batch_size": 230, "max_train_steps": 10}  # 5 updates are an epoch
