@@ -28,6 +28,7 @@ from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.config import BaselineConfig, DistilledConfig, FeaturesConfig, OTConfig, make_config, run_script
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.evaluation.tracking import find_checkpoints
 from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.losses import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator
@@ -560,6 +561,8 @@ def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]],
     assert not (tmp_path / "0" / CHAINS).exists() and "distillation" not in metrics(tmp_path / "0")[-1]
     last = metrics(tmp_path / "5")[-1]
     assert last["loss"] == pytest.approx(last["mse"] + last["distillation"])
+    with pytest.raises(InputError, match="`run` must be the folder of a train_baseline"):
+        find_checkpoints(tmp_path / "5")
 
 
 @pytest.mark.parametrize(
