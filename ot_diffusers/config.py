@@ -295,6 +295,7 @@ class DistilledConfig(DiffusionConfig):
     distillation_weight: float = option(2.0, "λ, weight of the guided steps; 0 goes on with the data alone")
     num_distilled_samples: int = option(1000, "images whose guided chains are learnt; all of them are one joint batch")
     guidance_scale: float = option(1.0, "strength of the guidance that is learnt")
+    pixel_weight: float = option(1.0, "of the images beside their features in that guidance; 0 for features alone")
     learning_rate: float = option(3e-4, "peak learning rate")
     lr_scheduler: str = option("cosine", "diffusers' names: constant, cosine, constant_with_warmup, …")
     ema_decay: float = option(0.99, "upper bound of the averaging of weights; it starts lower on short runs")
@@ -303,6 +304,7 @@ class DistilledConfig(DiffusionConfig):
         super().__post_init__()
         require(self.distillation_weight >= 0, "distillation_weight", "be at least 0", self.distillation_weight)
         require(self.guidance_scale > 0, "guidance_scale", "be positive", self.guidance_scale)
+        require(self.pixel_weight >= 0, "pixel_weight", "be at least 0", self.pixel_weight)
         for name, least in (("num_distilled_samples", 16), ("num_reference_samples", 2)):
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
 

@@ -514,7 +514,12 @@ def test_ot_refuses_a_batch_that_leaves_no_references(features: Path, tmp_path: 
 
 def chains_of(needed: dict[str, dict[str, Any]], **values: Any) -> tuple[OTGuidedDDIMPipeline, DistilledConfig]:
     AcceleratorState._reset_state(True)
-    values = TINY["distilled"] | {"num_inference_steps": 4, "guidance_scale": 3.0} | needed["distilled"] | values
+    values = (
+        TINY["distilled"]
+        | {"num_inference_steps": 4, "guidance_scale": 3.0, "pixel_weight": 0}
+        | needed["distilled"]
+        | values
+    )
     config = make_config(DistilledConfig, values)
     accelerator = make_accelerator(config)
     return load_teacher(config, load_split(config, "train", accelerator), accelerator), config
@@ -528,7 +533,12 @@ def test_chains_are_those_of_the_guided_pipeline(needed: dict[str, dict[str, Any
     scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
     pipeline = OTGuidedDDIMPipeline(teacher.unet, scheduler, teacher.feature_extractor, teacher.reference_bank)
     pipeline.set_progress_bar_config(disable=True)
-    call = {"generator": keyed_generator("cpu", 0, "guided chains"), "guidance_scale": 3.0, "num_inference_steps": 4}
+    call = {
+        "generator": keyed_generator("cpu", 0, "guided chains"),
+        "guidance_scale": 3.0,
+        "num_inference_steps": 4,
+        "pixel_weight": 0,
+    }
     ends = pipeline(16, **call, output_type="latent").images
     following = [*chains.samples[1:], ends]
     for sample, timestep, target, after in zip(
@@ -553,7 +563,13 @@ def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]],
         return float((torch.stack(outputs) - chains.targets)[:-1].square().mean())
 
     before, ends = error(teacher.unet), {}
-    values = {"max_train_steps": 60, "num_inference_steps": 4, "guidance_scale": 3.0, **needed["distilled"]}
+    values = {
+        "max_train_steps": 60,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "pixel_weight": 0,
+        **needed["distilled"],
+    }
     for weight in (0, 5):
         run = train("distilled", tmp_path / str(weight), **values, distillation_weight=weight)
         ends[weight] = error(DDIMPipeline.from_pretrained(run).unet)

@@ -93,6 +93,7 @@ def record_chains(teacher: OTGuidedDDIMPipeline, config: DistilledConfig) -> Gui
         batch_size=config.num_distilled_samples,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        pixel_weight=config.pixel_weight,
         generator=keyed_generator("cpu", config.seed, "guided chains"),
         output_type="latent",
     )
