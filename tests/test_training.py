@@ -512,38 +512,28 @@ def test_ot_refuses_a_batch_that_leaves_no_references(features: Path, tmp_path: 
 # --- Distilled guidance -----------------------------------------------------------------------------------------------
 
 
-def chains_of(needed: dict[str, dict[str, Any]], **values: Any) -> tuple[OTGuidedDDIMPipeline, DistilledConfig]:
+GUIDED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "pixel_weight": 0.0}
+
+
+def teacher_of(needed: dict[str, dict[str, Any]]) -> tuple[OTGuidedDDIMPipeline, DistilledConfig]:
     AcceleratorState._reset_state(True)
-    values = (
-        TINY["distilled"]
-        | {"num_inference_steps": 4, "guidance_scale": 3.0, "pixel_weight": 0}
-        | needed["distilled"]
-        | values
-    )
-    config = make_config(DistilledConfig, values)
+    config = make_config(DistilledConfig, TINY["distilled"] | needed["distilled"] | GUIDED)
     accelerator = make_accelerator(config)
     return load_teacher(config, load_split(config, "train", accelerator), accelerator), config
 
 
 def test_chains_are_those_of_the_guided_pipeline(needed: dict[str, dict[str, Any]]) -> None:
     """Each recorded output leads the scheduler from one recorded sample to the next, and at last to the image."""
-    teacher, config = chains_of(needed)
+    teacher, config = teacher_of(needed)
     chains = record_chains(teacher, config)
     assert chains.samples.shape == chains.targets.shape == (4, 16, 1, 8, 8)
     scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
     pipeline = OTGuidedDDIMPipeline(teacher.unet, scheduler, teacher.feature_extractor, teacher.reference_bank)
     pipeline.set_progress_bar_config(disable=True)
-    call = {
-        "generator": keyed_generator("cpu", 0, "guided chains"),
-        "guidance_scale": 3.0,
-        "num_inference_steps": 4,
-        "pixel_weight": 0,
-    }
-    ends = pipeline(16, **call, output_type="latent").images
-    following = [*chains.samples[1:], ends]
-    for sample, timestep, target, after in zip(
-        chains.samples, chains.timesteps, chains.targets, following, strict=True
-    ):
+    generator = keyed_generator("cpu", 0, "guided chains")
+    ends = pipeline(16, generator=generator, **GUIDED, output_type="latent").images
+    steps = zip(chains.samples, chains.timesteps, chains.targets, [*chains.samples[1:], ends], strict=True)
+    for sample, timestep, target, after in steps:
         assert torch.equal(scheduler.step(target, timestep, sample).prev_sample, after)
     with torch.no_grad():
         plain = [teacher.unet(x, t).sample for x, t in zip(chains.samples, chains.timesteps, strict=True)]
@@ -554,7 +544,7 @@ def test_chains_are_those_of_the_guided_pipeline(needed: dict[str, dict[str, Any
 def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """The error to the guided outputs falls for a network that learns them, and hardly for one that goes on with the
     data alone."""
-    teacher, config = chains_of(needed)
+    teacher, config = teacher_of(needed)
     chains = record_chains(teacher, config)
 
     def error(unet: Any) -> float:
@@ -563,13 +553,7 @@ def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]],
         return float((torch.stack(outputs) - chains.targets)[:-1].square().mean())
 
     before, ends = error(teacher.unet), {}
-    values = {
-        "max_train_steps": 60,
-        "num_inference_steps": 4,
-        "guidance_scale": 3.0,
-        "pixel_weight": 0,
-        **needed["distilled"],
-    }
+    values = GUIDED | needed["distilled"] | {"max_train_steps": 60}
     for weight in (0, 5):
         run = train("distilled", tmp_path / str(weight), **values, distillation_weight=weight)
         ends[weight] = error(DDIMPipeline.from_pretrained(run).unet)
