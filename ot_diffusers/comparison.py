@@ -105,7 +105,8 @@ class ComparisonConfig:
         "digits/evaluator.yaml", "network no loss sees: of `ot-diffusers evaluate`, or a preset to train once"
     )
     features: str | None = option(None, "network for losses and guidance: a run, a Hub id, or a preset to train once")
-    arms: dict[str, Arm] = field(default_factory=dict, metadata={"help": "name to arm; the first is compared with"})
+    arms: dict[str, Arm] = field(default_factory=dict, metadata={"help": "name to arm, in the order of the work"})
+    compare_with: str | None = option(None, "the arm that the others are compared with; none is the first")
     seeds: int = option(5, "how many: 0, 1, 2, …")
     num_samples: int | None = option(None, "images of each arm and seed; none is as many as there are test images")
     call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of every pipeline's call"})
@@ -122,6 +123,13 @@ class ComparisonConfig:
             plain = re.fullmatch(r"[\w][\w .+,=-]*", name) is not None and name not in RESERVED
             require(plain, "arms", "have names of letters, digits, spaces and -_.+,=", name)
             check_references(self, name, arm)
+        known = self.compare_with is None or self.compare_with in self.arms
+        require(known, "compare_with", f"be one of {', '.join(self.arms)}", self.compare_with)
+
+    @property
+    def reported(self) -> dict[str, Arm]:
+        """The arms as the report lists them: first the one that the others are compared with."""
+        return {name: self.arms[name] for name in sorted(self.arms, key=lambda name: name != self.compare_with)}
 
     @property
     def family(self) -> tuple[str, ...]:
@@ -180,7 +188,9 @@ def choose_arms(config: ComparisonConfig, names: Sequence[str]) -> ComparisonCon
     """The named arms only, in that order; what is no name of an arm is the folder or Hub id of a pipeline."""
     others = pipeline_arms([name for name in names if name not in config.arms])
     known = {name: config.arms[name] for name in names if name in config.arms}
-    return dataclasses.replace(config, arms=known | others)
+    chosen = known | others
+    reference = config.compare_with if config.compare_with in chosen else None
+    return dataclasses.replace(config, arms=chosen, compare_with=reference)
 
 
 # --- The work ---------------------------------------------------------------------------------------------------------
@@ -482,19 +492,19 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     """The contents of `results.json`: those of `evaluation.report`, with differences, costs and every seed's values."""
     config = study.config
     found = [read_json(study.folder(seed) / "metrics.json") for seed in seeds]
-    values: Values = {name: by_metric([run["arms"][name]["metrics"] for run in found]) for name in config.arms}
+    values: Values = {name: by_metric([run["arms"][name]["metrics"] for run in found]) for name in config.reported}
     floor = by_metric([run["floor"] for run in found])
-    costs = {name: by_metric([run["arms"][name]["cost"] for run in found]) for name in config.arms}
+    costs = {name: by_metric([run["arms"][name]["cost"] for run in found]) for name in config.reported}
     arms = {
         name: summarise(values[name])
         | {key: mean_cost(costs[name][key]) for key in costs[name]}
         | {"description": describe_arm(arm)}
-        for name, arm in config.arms.items()
+        for name, arm in config.reported.items()
     }
     paired = len(seeds) >= 2
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
     results = {
-        "title": f"{' · '.join(config.arms)}: {config.dataset}",
+        "title": f"{' · '.join(config.reported)}: {config.dataset}",
         "dataset": config.dataset,
         "num_samples": study.num_samples,
         "num_test_images": len(study.test_images),
@@ -583,7 +593,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 def draw(study: Study, results: Mapping[str, Any], seed: int) -> dict[str, Path]:
     """The report's pictures, caption to file; images are those of one seed."""
     folder, reference = study.output, study.test_images
-    images = {name: sampled(study, name, seed).images for name in study.config.arms}
+    images = {name: sampled(study, name, seed).images for name in study.config.reported}
     described = {name: describe_images(found, study.extractor) for name, found in images.items()}
     clouds = {"real": reference.features} | {name: found.features for name, found in described.items()}
     count = min(NUM_FAILURES, study.num_samples)

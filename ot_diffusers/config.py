@@ -173,18 +173,10 @@ class FeaturesConfig(TrainingConfig):
 
 
 @dataclass
-class BaselineConfig(TrainingConfig):
-    """train/train_baseline.py"""
+class DiffusionConfig(TrainingConfig):
+    """What every script takes that trains a denoiser."""
 
-    output_dir: str = option("runs/baseline", "folder of the run: a diffusers pipeline and all that belongs to it")
-    block_out_channels: tuple[int, ...] = option((64, 128, 256), "UNet channels of each resolution")
-    layers_per_block: int = option(2, "UNet residual blocks per resolution")
-    attention_levels: tuple[int, ...] = option((2,), "resolutions with self-attention, counted from 0, the finest")
-    norm_num_groups: int = option(32, "groups of the UNet's group normalisation")
-    dropout: float = option(0.0, "UNet dropout")
     num_train_timesteps: int = option(1000, "T, length of the noising chain")
-    beta_schedule: str = option("linear", "diffusers' names: linear, squaredcos_cap_v2, …")
-    prediction_type: str = option("epsilon", "epsilon, v_prediction or sample")
     timestep_sampler: str = option("uniform", "uniform, or quadratic (t = T·u², more of the late, clean steps)")
     max_timestep: int | None = option(None, "train on t < max_timestep only (for truncated chains)")
     ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
@@ -195,33 +187,46 @@ class BaselineConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.prediction_type in ("epsilon", "v_prediction", "sample"),
-            "prediction_type",
-            "be epsilon, v_prediction or sample",
-            self.prediction_type,
-        )
-        require(
             self.timestep_sampler in ("uniform", "quadratic"),
             "timestep_sampler",
             "be uniform or quadratic",
             self.timestep_sampler,
         )
-        for name in (
-            "num_train_timesteps",
-            "layers_per_block",
-            "norm_num_groups",
-            "num_validation_samples",
-            "sample_epochs",
-        ):
+        for name in ("num_train_timesteps", "num_validation_samples", "sample_epochs"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        known = self.beta_schedule in BETA_SCHEDULES
-        require(known, "beta_schedule", f"be one of {', '.join(BETA_SCHEDULES)}", self.beta_schedule)
-        require(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
         in_chain = 1 <= self.num_inference_steps <= self.num_train_timesteps
         require(in_chain, "num_inference_steps", f"lie in 1 … {self.num_train_timesteps}", self.num_inference_steps)
         in_chain = self.max_timestep is None or 1 <= self.max_timestep <= self.num_train_timesteps
         require(in_chain, "max_timestep", f"lie in 1 … {self.num_train_timesteps}", self.max_timestep)
         require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
+
+
+@dataclass
+class BaselineConfig(DiffusionConfig):
+    """train/train_baseline.py"""
+
+    output_dir: str = option("runs/baseline", "folder of the run: a diffusers pipeline and all that belongs to it")
+    block_out_channels: tuple[int, ...] = option((64, 128, 256), "UNet channels of each resolution")
+    layers_per_block: int = option(2, "UNet residual blocks per resolution")
+    attention_levels: tuple[int, ...] = option((2,), "resolutions with self-attention, counted from 0, the finest")
+    norm_num_groups: int = option(32, "groups of the UNet's group normalisation")
+    dropout: float = option(0.0, "UNet dropout")
+    beta_schedule: str = option("linear", "diffusers' names: linear, squaredcos_cap_v2, …")
+    prediction_type: str = option("epsilon", "epsilon, v_prediction or sample")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.prediction_type in ("epsilon", "v_prediction", "sample"),
+            "prediction_type",
+            "be epsilon, v_prediction or sample",
+            self.prediction_type,
+        )
+        for name in ("layers_per_block", "norm_num_groups"):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        known = self.beta_schedule in BETA_SCHEDULES
+        require(known, "beta_schedule", f"be one of {', '.join(BETA_SCHEDULES)}", self.beta_schedule)
+        require(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
         fits = all(width >= 1 and width % self.norm_num_groups == 0 for width in self.block_out_channels)
         require(
             fits and len(self.block_out_channels) > 0,
@@ -277,6 +282,31 @@ class OTConfig(BaselineConfig):
     @property
     def compares_distributions(self) -> bool:
         return self.ot_weight > 0
+
+
+@dataclass
+class DistilledConfig(DiffusionConfig):
+    """train/train_distilled.py"""
+
+    output_dir: str = option("runs/distilled", "folder of the run: a diffusers pipeline and all that belongs to it")
+    teacher: str = option("runs/baseline", "folder or Hub id of a trained pipeline; its UNet is guided, and goes on")
+    feature_extractor: str = option("runs/features", "folder or Hub id of the feature network that guides")
+    num_reference_samples: int = option(2000, "real images that the guidance moves towards")
+    distillation_weight: float = option(2.0, "λ, weight of the guided steps; 0 goes on with the data alone")
+    num_distilled_samples: int = option(1000, "images whose guided chains are learnt; all of them are one joint batch")
+    guidance_scale: float = option(1.0, "strength of the guidance that is learnt")
+    pixel_weight: float = option(1.0, "of the images beside their features in that guidance; 0 for features alone")
+    learning_rate: float = option(3e-4, "peak learning rate")
+    lr_scheduler: str = option("cosine", "diffusers' names: constant, cosine, constant_with_warmup, …")
+    ema_decay: float = option(0.99, "upper bound of the averaging of weights; it starts lower on short runs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.distillation_weight >= 0, "distillation_weight", "be at least 0", self.distillation_weight)
+        require(self.guidance_scale > 0, "guidance_scale", "be positive", self.guidance_scale)
+        require(self.pixel_weight >= 0, "pixel_weight", "be at least 0", self.pixel_weight)
+        for name, least in (("num_distilled_samples", 16), ("num_reference_samples", 2)):
+            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
 
 
 TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")

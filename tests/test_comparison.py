@@ -20,6 +20,7 @@ from ot_diffusers.comparison import (
     ComparisonConfig,
     Study,
     choose_arms,
+    collect,
     equal_time_updates,
     read_config,
     run_comparison,
@@ -137,6 +138,19 @@ def test_report_says_what_the_numbers_say(results: dict[str, Any], config: Compa
     assert json.loads((folder / "results.json").read_text("utf-8"))["arms"] == results["arms"]
     means = [np.mean(results["per_seed"]["worse"]["recall"]), results["arms"]["worse"]["metrics"]["recall"]]
     assert means[0] == pytest.approx(means[1])
+
+
+def test_any_arm_can_be_compared_with(results: dict[str, Any], config: ComparisonConfig) -> None:
+    other = dataclasses.replace(config, compare_with="worse")
+    found = collect(Study(other, Path(config.output_dir), Clock(), print), results["seeds"])
+    assert list(found["arms"]) == ["worse", "first", "same"] and "worse" not in found["differences"]
+    forth, back = (
+        run["differences"][arm]["frechet_distance"]["mean"] for run, arm in ((results, "worse"), (found, "first"))
+    )
+    assert back == pytest.approx(-forth)
+    with pytest.raises(InputError, match="`compare_with` must be one of first, same, worse, got 'absent'"):
+        dataclasses.replace(config, compare_with="absent")
+    assert choose_arms(other, ["first", "same"]).compare_with is None
 
 
 def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -> None:

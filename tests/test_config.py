@@ -11,6 +11,7 @@ import yaml
 
 from ot_diffusers.config import (
     BaselineConfig,
+    DistilledConfig,
     FeaturesConfig,
     OTConfig,
     TrainingConfig,
@@ -24,13 +25,16 @@ from ot_diffusers.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = {"features": FeaturesConfig, "evaluator": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
+FURTHER = {"distilled": DistilledConfig}
 PRESETS = sorted(
-    file for file in CONFIGS.glob("*/*.yaml") if file.parent.name != "accelerate" and file.stem.split("_")[0] in CLASSES
+    file
+    for file in CONFIGS.glob("*/*.yaml")
+    if file.parent.name != "accelerate" and file.stem.split("_")[0] in CLASSES | FURTHER
 )
 
 
 def config_class_of(preset: Path) -> type[TrainingConfig]:
-    return CLASSES[preset.stem.split("_")[0]]
+    return (CLASSES | FURTHER)[preset.stem.split("_")[0]]
 
 
 def default_of(config_class: type, name: str) -> Any:
@@ -145,7 +149,7 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load_config(BaselineConfig, ["--config", str(file)]) == BaselineConfig()
 
 
-@pytest.mark.parametrize("config_class", [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig])
+@pytest.mark.parametrize("config_class", [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig, DistilledConfig])
 def test_help_lists_every_option_with_its_default(config_class: type) -> None:
     lines = describe(config_class).splitlines()
     fields = dataclasses.fields(config_class)

@@ -20,14 +20,15 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
-from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config, run_script
+from ot_diffusers.config import BaselineConfig, DistilledConfig, FeaturesConfig, OTConfig, make_config, run_script
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.evaluation.tracking import find_checkpoints
 from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.losses import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator
@@ -42,10 +43,11 @@ from ot_diffusers.training import (
     make_unet,
     plan,
 )
+from ot_diffusers.training.distillation import CHAINS, load_teacher, record_chains
 from ot_diffusers.transport import median_distance
 
 ROOT = Path(__file__).parent.parent
-CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
+CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig, "distilled": DistilledConfig}
 
 # A UNet of 30,000 parameters on the real digits: an update takes a few hundredths of a second.
 COMMON: dict[str, Any] = {"dataset": "digits", "train_batch_size": 8, "report_to": "none"}
@@ -62,6 +64,9 @@ TINY: dict[str, dict[str, Any]] = {
     "features": COMMON | {"block_out_channels": [4, 8], "feature_dim": 16, "num_reference_samples": 50},
     "baseline": COMMON | TINY_UNET,
     "ot": COMMON | TINY_UNET | {"num_reference_samples": 50, "ot_weight": 0.1},
+    "distilled": COMMON
+    | {name: TINY_UNET[name] for name in ("num_inference_steps", "num_validation_samples", "learning_rate")}
+    | {"num_reference_samples": 50, "num_distilled_samples": 16},
 }
 
 
@@ -110,6 +115,14 @@ def features(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Path:
     return train("features", tmp_path_factory.mktemp("features") / "run", max_train_steps=20)
 
 
+@pytest.fixture(scope="module")
+def needed(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The runs that each script builds on."""
+    teacher = train("baseline", tmp_path_factory.mktemp("teacher") / "run", max_train_steps=20)
+    network = {"feature_extractor": str(features)}
+    return {"baseline": {}, "ot": network, "distilled": network | {"teacher": str(teacher)}}
+
+
 def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").iterdir())
 
@@ -152,17 +165,18 @@ def first_moments(run: Path, update: int) -> Tensor:
     return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("exp_avg")])
 
 
-@pytest.mark.parametrize("script", ["baseline", "ot"])
-def test_two_processes_compute_what_one_computes(script: str, features: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["baseline", "ot", "distilled"])
+def test_two_processes_compute_what_one_computes(
+    script: str, needed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     """Gradients are compared rather than weights, as Adam's first steps are ±learning rate whatever a gradient's size.
 
     The two runs add the same numbers in another order. That leaves about 1e-6 of the gradient's norm; the transport
     problem is iterated, which leaves up to a few times as much. A loss per process instead of one over all would
     differ by tenths.
     """
-    values: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": 1}
+    values: dict[str, Any] = needed[script] | {"max_train_steps": 2, "checkpointing_steps": 1}
     if script == "ot":
-        values["feature_extractor"] = features
         values["ot_weight"] = 3.0  # as strong as the denoising term
     two = launch(script, tmp_path / "two", "two_cpu_processes", **values, train_batch_size=8)
     one = train(script, tmp_path / "one", **values, train_batch_size=16)
@@ -175,7 +189,7 @@ def test_two_processes_compute_what_one_computes(script: str, features: Path, tm
 
     # What the launched run has left opens by the classes that people use.
     generator = torch.Generator().manual_seed(0)
-    if script == "baseline":
+    if script != "ot":
         image = DDIMPipeline.from_pretrained(two)(generator=generator, num_inference_steps=2, output_type="np").images
     else:
         pipeline = OTGuidedDDIMPipeline.from_pretrained(two)
@@ -291,13 +305,13 @@ def test_zero_weight_trains_the_baseline_bit_for_bit(features: Path, tmp_path: P
     [
         ("baseline", {"dropout": 0.2, "gradient_accumulation_steps": 2, "lr_scheduler": "constant_with_warmup"}),
         ("ot", {}),
+        ("distilled", {"gradient_accumulation_steps": 2, "lr_scheduler": "constant"}),
     ],
 )
 def test_interrupted_run_ends_like_the_uninterrupted(
-    script: str, values: dict[str, Any], features: Path, tmp_path: Path
+    script: str, values: dict[str, Any], needed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    if script == "ot":
-        values = values | {"feature_extractor": str(features)}
+    values = values | needed[script]
     whole = train(script, tmp_path / "whole", **values, max_train_steps=5)
     parts = train(script, tmp_path / "parts", **values, max_train_steps=2)
     assert results(parts)["updates"] == 2
@@ -364,6 +378,14 @@ def test_rotation_and_a_second_continuation(tmp_path: Path) -> None:
     names = sorted(path.name for path in (run / "checkpoints").glob("update-*"))
     assert names == ["update-00000003", "update-00000004"]
     assert [line["step"] for line in metrics(run)] == [4]
+
+
+def test_run_goes_on_where_the_device_has_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it has for each of several processes on the CPU."""
+    run = train("baseline", tmp_path / "run", max_train_steps=1)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu:0")
+    train("baseline", run, max_train_steps=2)
+    assert results(run)["complete"] and results(run)["updates"] == 2
 
 
 def test_records_do_not_depend_on_how_often_they_are_taken(tmp_path: Path) -> None:
@@ -484,6 +506,79 @@ def test_refusal_leaves_nothing(values: dict[str, Any], expected: str, tmp_path:
 def test_ot_refuses_a_batch_that_leaves_no_references(features: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`train_batch_size` must leave references in a data set of 1152, got 1152"):
         train("ot", tmp_path / "run", train_batch_size=1152, feature_extractor=str(features))
+    assert not list(tmp_path.iterdir())
+
+
+# --- Distilled guidance -----------------------------------------------------------------------------------------------
+
+
+GUIDED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "pixel_weight": 0.0}
+
+
+def teacher_of(needed: dict[str, dict[str, Any]]) -> tuple[OTGuidedDDIMPipeline, DistilledConfig]:
+    AcceleratorState._reset_state(True)
+    config = make_config(DistilledConfig, TINY["distilled"] | needed["distilled"] | GUIDED)
+    accelerator = make_accelerator(config)
+    return load_teacher(config, load_split(config, "train", accelerator), accelerator), config
+
+
+def test_chains_are_those_of_the_guided_pipeline(needed: dict[str, dict[str, Any]]) -> None:
+    """Each recorded output leads the scheduler from one recorded sample to the next, and at last to the image."""
+    teacher, config = teacher_of(needed)
+    chains = record_chains(teacher, config)
+    assert chains.samples.shape == chains.targets.shape == (4, 16, 1, 8, 8)
+    scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
+    pipeline = OTGuidedDDIMPipeline(teacher.unet, scheduler, teacher.feature_extractor, teacher.reference_bank)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = keyed_generator("cpu", 0, "guided chains")
+    ends = pipeline(16, generator=generator, **GUIDED, output_type="latent").images
+    steps = zip(chains.samples, chains.timesteps, chains.targets, [*chains.samples[1:], ends], strict=True)
+    for sample, timestep, target, after in steps:
+        assert torch.equal(scheduler.step(target, timestep, sample).prev_sample, after)
+    with torch.no_grad():
+        plain = [teacher.unet(x, t).sample for x, t in zip(chains.samples, chains.timesteps, strict=True)]
+    guided = [not torch.allclose(output, target) for output, target in zip(plain, chains.targets, strict=True)]
+    assert guided == [True, True, True, False]  # the last step is left to the model
+
+
+def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The error to the guided outputs falls for a network that learns them, and hardly for one that goes on with the
+    data alone."""
+    teacher, config = teacher_of(needed)
+    chains = record_chains(teacher, config)
+
+    def error(unet: Any) -> float:
+        with torch.no_grad():
+            outputs = [unet(x, t).sample for x, t in zip(chains.samples, chains.timesteps, strict=True)]
+        return float((torch.stack(outputs) - chains.targets)[:-1].square().mean())
+
+    before, ends = error(teacher.unet), {}
+    values = GUIDED | needed["distilled"] | {"max_train_steps": 60}
+    for weight in (0, 5):
+        run = train("distilled", tmp_path / str(weight), **values, distillation_weight=weight)
+        ends[weight] = error(DDIMPipeline.from_pretrained(run).unet)
+    assert ends[5] < 0.8 * before and ends[5] < 0.8 * ends[0]
+    assert not (tmp_path / "0" / CHAINS).exists() and "distillation" not in metrics(tmp_path / "0")[-1]
+    last = metrics(tmp_path / "5")[-1]
+    assert last["loss"] == pytest.approx(last["mse"] + last["distillation"])
+    with pytest.raises(InputError, match="`run` must be the folder of a train_baseline"):
+        find_checkpoints(tmp_path / "5")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"teacher": "./absent"}, "`teacher` must be a folder with a model_index.json"),
+        ({"num_train_timesteps": 500}, "`num_train_timesteps` must be 1000, as in the teacher's chain, got 500"),
+        ({"channels": 3}, r"`teacher` must be trained on images of shape \(3, 8, 8\), got \(1, 8, 8\)"),
+        ({"num_distilled_samples": 8}, "`num_distilled_samples` must be at least 16, got 8"),
+    ],
+)
+def test_distillation_refuses(
+    values: dict[str, Any], expected: str, needed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        train("distilled", tmp_path / "run", **needed["distilled"] | values)
     assert not list(tmp_path.iterdir())
 
 

@@ -176,10 +176,13 @@ def find_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first.
 
     Raises:
-        InputError: no checkpoint with averaged weights there.
+        InputError: no checkpoint with averaged weights there, or a run that did not make its own UNet and chain.
     """
     folders = sorted(run.glob("checkpoints/update-*/ema.safetensors"))
-    require((run / "run.json").is_file(), "run", "be the folder of a train_baseline.py or train_ot.py run", str(run))
+    record = run / "run.json"
+    options = json.loads(record.read_text(encoding="utf-8"))["config"] if record.is_file() else {}
+    own = "beta_schedule" in options
+    require(own, "run", "be the folder of a train_baseline.py or train_ot.py run", str(run))
     require(bool(folders), "run", "hold checkpoints with averaged weights", str(run))
     return [file.parent for file in folders]
 

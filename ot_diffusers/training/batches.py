@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..config import BaselineConfig, TrainingConfig
+from ..config import DiffusionConfig, TrainingConfig
 from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
 from ..schedules import alpha_sigma, training_target
@@ -106,7 +106,7 @@ def image_batches(
 def diffusion_batches(
     images: Images,
     scheduler: DDPMScheduler,
-    config: BaselineConfig,
+    config: DiffusionConfig,
     schedule: Schedule,
     accelerator: Accelerator,
     start: int = 0,
@@ -137,7 +137,7 @@ def noised_batch(
 
 
 def draw_noise(
-    num_samples: int, image_shape: torch.Size, config: BaselineConfig, generator: torch.Generator
+    num_samples: int, image_shape: torch.Size, config: DiffusionConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """ε [N, C, H, W] and timesteps [N], uniform or quadratic, on the generator's device."""
     device = generator.device

@@ -161,8 +161,8 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
         self.lr_scheduler.load_state_dict(record["lr_scheduler"])
         if self.ema is not None:
-            shadow = load_file(folder / "ema.safetensors", device=str(accelerator.device))
-            self.ema.shadow_params = [shadow[str(index)] for index in range(len(shadow))]
+            shadow = load_file(folder / "ema.safetensors")
+            self.ema.shadow_params = [shadow[str(index)].to(accelerator.device) for index in range(len(shadow))]
             self.ema.optimization_step = record["ema_step"]
         if accelerator.scaler is not None and record["scaler"] is not None:
             accelerator.scaler.load_state_dict(record["scaler"])

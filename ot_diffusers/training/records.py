@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import signals
-from ..config import BaselineConfig, TrainingConfig
+from ..config import DiffusionConfig, TrainingConfig
 from ..losses import denoising_loss
 from ..seeds import keyed_generator
 from .averages import effective_rank
@@ -154,7 +154,7 @@ def averaged_weights(state: TrainingState) -> Iterator[None]:
 
 @torch.no_grad()
 def validation_loss(
-    state: TrainingState, images: Images, scheduler: DDPMScheduler, config: BaselineConfig, accelerator: Accelerator
+    state: TrainingState, images: Images, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator
 ) -> float:
     """Denoising loss of the averaged weights on the first validation images, with noise that is the same at every
     epoch."""
@@ -177,7 +177,7 @@ def validation_loss(
 
 
 def save_sample_grid(
-    state: TrainingState, scheduler: DDPMScheduler, config: BaselineConfig, accelerator: Accelerator, rows: int = 6
+    state: TrainingState, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
 ) -> None:
     """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time."""
     if accelerator.is_main_process:
