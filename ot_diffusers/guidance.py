@@ -7,7 +7,7 @@ references:
 
 φ is the frozen feature network, θ a thumbnail of at most 8 × 8 pixels, s and s' are their median distances, w the
 `pixel_weight`, B the size of the batch, η half the `guidance_scale`. B ∇S is how far an image stands from where the
-plan sends it, so that an image which is already right stays where it is, and so does the background of one which is not.
+plan sends it, so that what is already right stays where it is, the background of a wrong image, too.
 Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
 
 `step_rule="adam"` is the source study's form: Adam divides the gradient by its own size, so that every pixel moves by
