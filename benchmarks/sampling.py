@@ -47,8 +47,10 @@ def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
     steps on the CPU, where the share of guided ones is the same."""
     unet = unet_of((32, 32), device, attention_levels=()) if quick else unet_of((64, 128, 256), device)
     network = ConvFeatureExtractor().to(device)
-    features = network.extract(images_like_mnist(2000).to(device).fetch(torch.arange(2000)))
-    bank = ReferenceBank.from_features(features, feature_scale=float(torch.pdist(features[:500]).median())).to(device)
+    references = images_like_mnist(2000).to(device).fetch(torch.arange(2000))
+    features = network.extract(references)
+    scale = float(torch.pdist(features[:500]).median())
+    bank = ReferenceBank.from_features(features, feature_scale=scale, images=references).to(device)
     guided = OTGuidedDDIMPipeline(unet, DDIMScheduler(), network, bank)
     fast = device.type == "cuda"
     call: dict[str, Any] = {
