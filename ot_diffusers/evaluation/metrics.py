@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..errors import InputError, require
@@ -117,11 +119,11 @@ def kernel_distance(
     if size == len(x) == len(y):
         num_subsets = 1  # every subset is the whole
     generator = np.random.RandomState(seed)
-    values = []
-    for _ in range(num_subsets):
-        first, second = (generator.choice(len(rows), size, replace=False) for rows in (x, y))
-        values.append(_squared_mmd(x[first], y[second]))
-    return math.fsum(values) / num_subsets
+    subsets = [[generator.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(num_subsets)]
+    # The products are too small to share: a subset is the work of one thread.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        values = pool.map(lambda rows: _squared_mmd(x[rows[0]], y[rows[1]]), subsets)
+        return math.fsum(values) / num_subsets
 
 
 def precision_recall(features: Tensor, reference_features: Tensor, *, num_neighbors: int = 3) -> PrecisionRecall:

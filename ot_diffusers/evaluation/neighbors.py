@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 BLOCK_ENTRIES = 2**21
@@ -32,8 +34,14 @@ def in_each_others_balls(x: Tensor, y: Tensor, num_neighbors: int) -> tuple[Tens
     100 MiB whatever their sizes.
     """
     x, y = to_unit_ball(x, y)
-    x_radii, y_radii = (_float32_radii(points, num_neighbors) for points in (x, y))
-    x_margins, y_margins = _float32_margins(x, x_radii, y, y_radii)
+    # NumPy's threads and torch's would wait for one another: each half of the work has a thread of its own.
+    workers = min(2, torch.get_num_threads())
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+        x_radii, y_radii = pool.map(lambda points: _float32_radii(points, num_neighbors), (x, y))
+        parts = zip(x.chunk(workers), x_radii.chunk(workers), strict=True)
+        found = list(pool.map(lambda part: _float32_margins(part[0], part[1], y, y_radii), parts))
+    x_margins = torch.cat([x_part for x_part, _ in found])
+    y_margins = torch.stack([y_part for _, y_part in found]).amin(dim=0)
     doubt = 3 * float32_error(x.shape[1])  # of d² − r²: of the radius, and twice as much of what is compared with it
     tie = TIE * max(rows.square().sum(dim=1).max().item() for rows in (x, y))
     in_y, in_x = x_margins <= -doubt, y_margins <= -doubt
