@@ -295,7 +295,7 @@ class DistilledConfig(DiffusionConfig):
     distillation_weight: float = option(2.0, "λ, weight of the guided steps; 0 goes on with the data alone")
     num_distilled_samples: int = option(1000, "images whose guided chains are learnt; all of them are one joint batch")
     guidance_scale: float = option(1.0, "strength of the guidance that is learnt")
-    pixel_weight: float = option(1.0, "of the images beside their features in that guidance; 0 for features alone")
+    pixel_weight: float = option(1.0, "of the thumbnails beside the features in that guidance; 0 for features alone")
     learning_rate: float = option(3e-4, "peak learning rate")
     lr_scheduler: str = option("cosine", "diffusers' names: constant, cosine, constant_with_warmup, …")
     ema_decay: float = option(0.99, "upper bound of the averaging of weights; it starts lower on short runs")

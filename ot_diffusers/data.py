@@ -203,6 +203,11 @@ def pixels_of(images: ResidentImages | StreamedImages, indices: Tensor | None = 
     return torch.cat([to_uint8(batch).cpu() for _, batch in images.stream(indices.split(DECODE_CHUNK))])
 
 
+def evenly_spaced(images: ResidentImages | StreamedImages, count: int) -> Tensor:
+    """Numbers of `count` images over the whole set, of all where it has fewer: int64."""
+    return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
+
+
 def training_order(num_samples: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
     """Endless index batches, int64 [batch_size], where batch `k` depends on (`seed`, `k`) alone.
 

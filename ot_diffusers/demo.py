@@ -60,7 +60,7 @@ ARMS = {
         call={"guidance_scale": 0},
     ),
     "OT-guided": Arm(
-        "baseline", "The baseline's network; transport guidance in all but the last steps.", features=True
+        "baseline", "The baseline's network; transport guidance by features and pixels in every step.", features=True
     ),
     "source guidance": Arm(
         "baseline",

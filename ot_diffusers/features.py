@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import FeaturesConfig
-from .data import ResidentImages, StreamedImages, pixels_of
+from .data import ResidentImages, StreamedImages, evenly_spaced, pixels_of
 from .errors import InputError, require
 from .images import to_model_range
 from .losses import image_features
@@ -171,7 +171,7 @@ def make_reference_bank(
     """Features and thumbnails of `num_samples` evenly spaced images (all, if there are fewer), with the scales at which
     the median distance of either is 1."""
     features = cached_features(network, images)
-    rows = torch.linspace(0, len(features) - 1, min(num_samples, len(features))).round().long()
+    rows = evenly_spaced(images, num_samples)
     return ReferenceBank.from_features(
         features[rows],
         feature_scale=median_distance(features),

@@ -36,8 +36,8 @@ PIXELS_PER_STEP = 0.02
 # … and the share of its displacement that an image takes in a step.
 SHARE_PER_STEP = 0.5
 STEP_RULES = ("displacement", "adam")
-# What a guidance field knows of the guidance it was recorded with, besides its `guidance_scale`.
-RECORDED = ("num_correction_steps", "blur", "normalize_features", "pixel_weight", "step_rule")
+# What a guidance field knows of the guidance it was recorded with, besides `guidance_scale` and `num_correction_steps`.
+RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
 
 class OTGuidance:
@@ -92,19 +92,6 @@ class OTGuidance:
         require(num_correction_steps >= 1, "num_correction_steps", "be at least 1", num_correction_steps)
         require(blur > 0, "blur", "be a positive length", blur)
         check_same_data(feature_extractor, reference_bank)
-        pixel_weight = chosen_pixel_weight(pixel_weight, reference_bank, normalize_features)
-        step_rule = chosen_step_rule(step_rule, reference_bank, pixel_weight)
-        if guidance_field is not None:
-            check_recorded_for(
-                guidance_field,
-                reference_bank,
-                guidance_scale=guidance_scale,
-                num_correction_steps=num_correction_steps,
-                blur=blur,
-                normalize_features=normalize_features,
-                pixel_weight=pixel_weight,
-                step_rule=step_rule,
-            )
         self.feature_extractor = feature_extractor
         self.guidance_field = guidance_field
         self.history = history
@@ -113,8 +100,11 @@ class OTGuidance:
         self.blur = blur
         self.normalize_features = normalize_features
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
-        self.pixel_weight = pixel_weight
-        self.step_rule = step_rule
+        self.pixel_weight = chosen_pixel_weight(pixel_weight, reference_bank, normalize_features)
+        self.step_rule = chosen_step_rule(step_rule, reference_bank, self.pixel_weight)
+        if guidance_field is not None:
+            names = ("guidance_scale", "num_correction_steps", *RECORDED)
+            check_recorded_for(guidance_field, reference_bank, **{name: getattr(self, name) for name in names})
         self.pixel_scale = reference_bank.config.pixel_scale
         self._potentials: DivergencePotentials | None = None
         self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.thumbnails)
@@ -160,8 +150,8 @@ class OTGuidance:
         Raises:
             InputError: no corrections.
         """
-        known = ("guidance_scale", "blur", "normalize_features", "pixel_weight", "step_rule")
-        return GuidanceField.from_corrections(self.history or [], **{name: getattr(self, name) for name in known})
+        arguments = {name: getattr(self, name) for name in ("guidance_scale", *RECORDED)}
+        return GuidanceField.from_corrections(self.history or [], **arguments)
 
     def _optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         if self.step_rule == "adam":
@@ -204,7 +194,7 @@ def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBan
     """The given weight, if the bank allows it, or the default.
 
     Raises:
-        InputError: a negative weight, or one for a bank without images.
+        InputError: a negative weight, or one for a bank without thumbnails.
     """
     if pixel_weight is None:
         return 1.0 if reference_bank.thumbnails is not None and normalize_features else 0.0

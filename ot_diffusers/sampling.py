@@ -58,11 +58,18 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
         pipeline = kind.from_pretrained(str(path), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
-    if features is None:
-        return pipeline
-    network, bank = load_feature_extractor(str(features)), load_reference_bank(str(features))
+    return pipeline if features is None else with_guidance(pipeline, str(features))
+
+
+def with_guidance(pipeline: Any, features: str) -> Any:
+    """The parts of a pipeline as a guided one, with network and references of the `train_features.py` run `features`.
+
+    Raises:
+        InputError: no such run, or a network of other images.
+    """
+    network, bank = load_feature_extractor(features), load_reference_bank(features)
     _check_fits(network, pipeline.unet)
-    if kind is TruncatedPriorPipeline:
+    if isinstance(pipeline, TruncatedPriorPipeline):
         return TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
     return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
 

@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from .config import option
-from .data import ResidentImages, StreamedImages, load_images, pixels_of
+from .data import ResidentImages, StreamedImages, evenly_spaced, load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
@@ -51,7 +51,7 @@ from .launch import training_command
 from .models.prior import GaussianPrior
 from .pipelines.guided import SMALL_BATCH
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
-from .sampling import MAX_BATCH_SIZE, best_device, load_pipeline, sample_images
+from .sampling import MAX_BATCH_SIZE, best_device, load_pipeline, sample_images, with_guidance
 from .schedules import alpha_sigma, truncated_samples, truncated_scheduler
 from .seeds import keyed_generator
 
@@ -408,9 +408,7 @@ def sampled(study: Study, name: str, truncation_timestep: int, steps: int, *, gu
 
 def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int, guided: bool) -> Sampled:
     """Image i of every row starts from the noise that (`seed`, i) gives."""
-    pipeline = make_pipeline(study, name, truncation_timestep)
-    if guided:
-        pipeline = with_guidance(pipeline, study.feature_extractor)
+    pipeline = make_pipeline(study, name, truncation_timestep, guided)
     pipeline(batch_size=SMALL_BATCH, num_inference_steps=1, output_type="pt")  # first calls are slow
     started = time.monotonic()
     if name == "oracle":
@@ -421,7 +419,7 @@ def sample_prior(study: Study, name: str, truncation_timestep: int, steps: int, 
     return Sampled(images, time.monotonic() - started, pipeline.nfe)
 
 
-def make_pipeline(study: Study, name: str, truncation_timestep: int) -> TruncatedPriorPipeline:
+def make_pipeline(study: Study, name: str, truncation_timestep: int, guided: bool = False) -> TruncatedPriorPipeline:
     """The pipeline that a run has saved, or the prior of the table before a chain of this T'; N(0, I) for `"vanilla"`
     and the oracle."""
     run = study.output / run_name(name, truncation_timestep)
@@ -431,16 +429,10 @@ def make_pipeline(study: Study, name: str, truncation_timestep: int) -> Truncate
         full = load_pipeline(study.denoiser)
         scheduler = truncated_scheduler(DDIMScheduler.from_config(full.scheduler.config), truncation_timestep)
         pipeline = TruncatedPriorPipeline(make_prior(study, name, truncation_timestep), full.unet.eval(), scheduler)
+    if guided:
+        pipeline = with_guidance(pipeline, study.feature_extractor)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(best_device())
-
-
-def with_guidance(pipeline: TruncatedPriorPipeline, features: str) -> TruncatedPriorPipeline:
-    """The pipeline with the feature network and the references of the run `features`."""
-    network, bank = load_feature_extractor(features), load_reference_bank(features)
-    guided = TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
-    guided.set_progress_bar_config(disable=True)
-    return guided.to(pipeline.device)
 
 
 def make_prior(study: Study, name: str, truncation_timestep: int) -> Any:
@@ -466,7 +458,7 @@ def sample_oracle(study: Study, pipeline: TruncatedPriorPipeline, steps: int) ->
 
 def real_rows(study: Study) -> Tensor:
     """As many training images as a row has, evenly spaced."""
-    return torch.linspace(0, len(study.train_images) - 1, study.num_samples).round().long()
+    return evenly_spaced(study.train_images, study.num_samples)
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from diffusers.utils import make_image_grid
 
 from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig, run_script
+from ot_diffusers.data import evenly_spaced
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.features import labels_of
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
@@ -48,7 +49,6 @@ from ot_diffusers.training.priors import (
     VariationalPrior,
     adversarial_loss,
     discriminator_update,
-    evenly_spaced,
     frozen_features,
     needs_features,
     prior_batches,

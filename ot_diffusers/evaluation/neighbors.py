@@ -19,8 +19,8 @@ from torch import Tensor
 BLOCK_ENTRIES = 2**21
 """Squared distances held at a time: 16 MiB of float64, about what a processor's cache holds."""
 
-FLOAT32_ENTRIES = 4 * BLOCK_ENTRIES
-"""The same in float32, 32 MiB: longer columns make fewer searches for the smallest."""
+FLOAT32_ENTRIES = 2 * BLOCK_ENTRIES
+"""The same in float32 for each of two threads, 16 MiB."""
 
 TIE = 1e-12
 """Squared distances that differ by less than this share of the largest squared norm count as equal: a matrix product in
@@ -30,8 +30,8 @@ float64 leaves an error of about 1e-15, and features are float32."""
 def in_each_others_balls(x: Tensor, y: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
     """Whether each row of x [N, D] lies in a ball of y [M, D], and each row of y in a ball of x: bool [N], [M].
 
-    The ball of a row reaches to its k-th nearest other row of its own set. Memory beyond copies of the sets stays below
-    100 MiB whatever their sizes.
+    The ball of a row reaches to its k-th nearest other row of its own set. Memory grows with N + M: copies of
+    the sets, and blocks of the distances between them.
     """
     x, y = to_unit_ball(x, y)
     # NumPy's threads and torch's would wait for one another: each half of the work has a thread of its own.

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import BaselineConfig, make_config
-from ..data import pixels_of
+from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -100,8 +100,7 @@ class RealImages:
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
         described = {}
         for split, images in splits.items():
-            rows = torch.linspace(0, len(images) - 1, count).round().long()
-            described[split] = describe_images(pixels_of(images, rows), extractor)
+            described[split] = describe_images(pixels_of(images, evenly_spaced(images, count)), extractor)
         return cls(**described)
 
 

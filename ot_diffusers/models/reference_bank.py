@@ -89,8 +89,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
             wanted = f"be floats [{len(features)}, C, H, W]"
             require(fits, "images", wanted, (images.dtype, tuple(images.shape)))
             small = thumbnails(images.float())
-            scale = median_distance(small.flatten(1))
-            pixels = {"thumbnail_shape": tuple(small.shape[1:]), "pixel_scale": scale if scale > 0 else 1.0}
+            pixels = {"thumbnail_shape": tuple(small.shape[1:]), "pixel_scale": median_distance(small.flatten(1))}
         bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, **pixels)
         bank.features.data.copy_(features)
         if bank.thumbnails is not None and small is not None:

@@ -117,7 +117,8 @@ class GuidedPipeline(PortablePipeline):
         require(
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
         )
-        recorded = {name: self.guidance_field.config[name] for name in RECORDED} if follows_field else {}
+        names = ("num_correction_steps", *RECORDED)
+        recorded = {name: self.guidance_field.config[name] for name in names} if follows_field else {}
         guidance = OTGuidance(
             self.feature_extractor,
             self.reference_bank,

@@ -17,6 +17,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from ..config import PriorConfig
+from ..data import evenly_spaced
 from ..features import check_trained_on, load_feature_extractor
 from ..models.prior import PriorGenerator
 from ..models.prior_networks import PriorEncoder
@@ -175,11 +176,6 @@ def with_fitted_latents(model: VariationalPrior, images: Images, scheduler: Any,
     return generator.with_latents(
         *(torch.from_numpy(values) for values in (mixture.weights_, mixture.means_, mixture.covariances_))
     )
-
-
-def evenly_spaced(images: Images, count: int) -> Tensor:
-    """Numbers of at most `count` images over the whole set."""
-    return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
 
 
 def generated(batch: PriorBatch, state: TrainingState, config: PriorConfig, record: Record) -> Tensor:
