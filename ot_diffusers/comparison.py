@@ -52,7 +52,15 @@ from .features import load_feature_extractor, weights_fingerprint
 from .launch import SCRIPTS, preset_path, training_command
 from .pipelines.guided import SMALL_BATCH
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
-from .sampling import best_device, check_call_arguments, load_pipeline, network_calls, sample_images
+from .sampling import (
+    best_device,
+    check_call_arguments,
+    check_dtype,
+    load_pipeline,
+    network_calls,
+    networks_in,
+    sample_images,
+)
 from .seeds import keyed_generator
 from .training import write_json
 
@@ -110,6 +118,7 @@ class ComparisonConfig:
     seeds: int = option(5, "how many: 0, 1, 2, …")
     num_samples: int | None = option(None, "images of each arm and seed; none is as many as there are test images")
     call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of every pipeline's call"})
+    dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
     primary_metric: str = option("frechet_distance", "the metric that decides, fixed beforehand")
     metrics: tuple[str, ...] = option(report.HEADLINE, "the family of metrics whose differences are tested")
     overrides: tuple[str, ...] = option((), "key=value for every training script, such as max_train_steps=4")
@@ -117,6 +126,7 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         require(self.seeds >= 1, "seeds", "be at least 1", self.seeds)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
+        check_dtype(self.dtype)
         for name in (self.primary_metric, *self.metrics):
             require(name in report.METRICS, "metrics", f"be among {', '.join(report.METRICS)}", name)
         for name, arm in self.arms.items():
@@ -454,10 +464,13 @@ def sample_arm(study: Study, name: str, seed: int) -> Sampled:
     others: dict[str, float] = {}
     if arm.field_samples is not None:
         started = time.monotonic()
-        pipeline.record_guidance_field(arm.field_samples, keyed_generator("cpu", seed, "guidance field"), **call)
+        with networks_in(study.config.dtype, pipeline.device):
+            pipeline.record_guidance_field(arm.field_samples, keyed_generator("cpu", seed, "guidance field"), **call)
         others["field_seconds"] = time.monotonic() - started
     started = time.monotonic()
-    images = sample_images(pipeline, study.num_samples, batch_size=arm.batch_size, seed=seed, **call)
+    images = sample_images(
+        pipeline, study.num_samples, batch_size=arm.batch_size, seed=seed, dtype=study.config.dtype, **call
+    )
     seconds = time.monotonic() - started
     parts = [parameters_of(pipeline, part) for part in ("prior", "unet")]
     others["parameters"] = sum(parameter.numel() for part in parts for parameter in part)

@@ -179,6 +179,10 @@ class DiffusionConfig(TrainingConfig):
     num_train_timesteps: int = option(1000, "T, length of the noising chain")
     timestep_sampler: str = option("uniform", "uniform, or quadratic (t = T·u², more of the late, clean steps)")
     max_timestep: int | None = option(None, "train on t < max_timestep only (for truncated chains)")
+    noise_coupling: str = option(
+        "none", "none; assignment: noise goes to images by optimal transport; nearest: an image takes its nearest draw"
+    )
+    noise_candidates: int = option(4, "nearest: draws for each image")
     ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
     num_validation_samples: int = option(1000, "validation images per epoch")
     num_inference_steps: int = option(50, "DDIM steps of the sample grids")
@@ -192,6 +196,10 @@ class DiffusionConfig(TrainingConfig):
             "be uniform or quadratic",
             self.timestep_sampler,
         )
+        couplings = ("none", "assignment", "nearest")
+        known = self.noise_coupling in couplings
+        require(known, "noise_coupling", f"be one of {', '.join(couplings)}", self.noise_coupling)
+        require(self.noise_candidates >= 2, "noise_candidates", "be at least 2", self.noise_candidates)
         for name in ("num_train_timesteps", "num_validation_samples", "sample_epochs"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         in_chain = 1 <= self.num_inference_steps <= self.num_train_timesteps
@@ -199,6 +207,10 @@ class DiffusionConfig(TrainingConfig):
         in_chain = self.max_timestep is None or 1 <= self.max_timestep <= self.num_train_timesteps
         require(in_chain, "max_timestep", f"lie in 1 … {self.num_train_timesteps}", self.max_timestep)
         require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
+
+    @property
+    def compares_distributions(self) -> bool:
+        return self.noise_coupling == "assignment"
 
 
 @dataclass
@@ -246,6 +258,9 @@ class OTConfig(BaselineConfig):
     output_dir: str = option("runs/ot", "folder of the run: an OT-guided pipeline and all that belongs to it")
     feature_extractor: str = option("runs/features", "folder or Hub id of a feature network trained on the same data")
     ot_weight: float = option(0.03, "λ, weight of the transport term; 0 trains the baseline")
+    ot_gradient_share: float | None = option(
+        None, "bound of the transport term's gradient at the model's output, as a share of the denoising term's"
+    )
     num_reference_samples: int = option(2000, "real images the batch is compared with, none of them in the batch")
     blur: float = option(0.3, "blur of the Sinkhorn divergence, a length in feature space")
     scaling: float = option(0.7, "ratio of successive blurs in the solver")
@@ -264,6 +279,8 @@ class OTConfig(BaselineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.ot_weight >= 0, "ot_weight", "be at least 0", self.ot_weight)
+        share = self.ot_gradient_share
+        require(share is None or share > 0, "ot_gradient_share", "be positive or none", share)
         require(self.blur > 0, "blur", "be a positive length", self.blur)
         require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
         require(
@@ -281,7 +298,7 @@ class OTConfig(BaselineConfig):
 
     @property
     def compares_distributions(self) -> bool:
-        return self.ot_weight > 0
+        return self.ot_weight > 0 or super().compares_distributions
 
 
 @dataclass

@@ -158,7 +158,7 @@ def sample_images(
     require(num_images >= 1, "num_images", "be at least 1", num_images)
     require(batch_size is None or batch_size >= 1, "batch_size", "be at least 1", batch_size)
     require(seed >= 0, "seed", "be at least 0", seed)
-    require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
+    check_dtype(dtype)
     check_call_arguments(pipeline, call_arguments)
     state = PartialState()
     share = torch.arange(num_images).tensor_split(state.num_processes)[state.process_index]
@@ -166,7 +166,7 @@ def sample_images(
     pending = list(share.tensor_split(math.ceil(len(share) / at_once))) if len(share) else []
     may_halve = batch_size is None and not couples_batch(pipeline, call_arguments)
     batches = []
-    with torch.autocast(pipeline.device.type, DTYPES[dtype], enabled=dtype != "float32"):
+    with networks_in(dtype, pipeline.device):
         while pending:
             images = _sample_rows(pipeline, pending[0], seed, call_arguments)
             if images is not None:
@@ -178,6 +178,16 @@ def sample_images(
             pending = [half for rows in pending for half in rows.tensor_split(2) if len(half)]
             clear_device_cache(garbage_collection=True)
     return torch.cat(gather_object(batches))
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no `dtype` of `sample_images`."""
+    require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
+
+
+def networks_in(dtype: str, device: torch.device) -> torch.autocast:
+    """A context in which networks multiply in that dtype."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def couples_batch(pipeline: Any, call_arguments: dict[str, Any]) -> bool:

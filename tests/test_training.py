@@ -42,7 +42,9 @@ from ot_diffusers.training import (
     make_noise_scheduler,
     make_unet,
     plan,
+    with_bounded_gradient,
 )
+from ot_diffusers.training.coupling import assigned_noise, nearest_noise
 from ot_diffusers.training.distillation import CHAINS, load_teacher, record_chains
 from ot_diffusers.transport import median_distance
 
@@ -176,8 +178,11 @@ def test_two_processes_compute_what_one_computes(
     differ by tenths.
     """
     values: dict[str, Any] = needed[script] | {"max_train_steps": 2, "checkpointing_steps": 1}
-    if script == "ot":
-        values["ot_weight"] = 3.0  # as strong as the denoising term
+    match script:
+        case "baseline":
+            values["noise_coupling"] = "nearest"
+        case "ot":
+            values |= {"ot_weight": 3.0, "ot_gradient_share": 0.5}  # as strong as the denoising term, then bounded
     two = launch(script, tmp_path / "two", "two_cpu_processes", **values, train_batch_size=8)
     one = train(script, tmp_path / "one", **values, train_batch_size=16)
     assert json.loads((two / "run.json").read_text())["num_processes"] == 2
@@ -444,6 +449,62 @@ def test_other_predictions_train_and_are_remembered(prediction_type: str, featur
     assert pipeline.scheduler.config.prediction_type == prediction_type
     assert pipeline.unet.dtype == torch.float32
     assert np.isfinite(metrics(run)[0]["loss"])
+
+
+def test_couplings_are_the_optimal_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, *candidates = torch.randn(4, 5, 1, 2, 2, generator=generator)
+    distances = torch.stack([(clean[:, None] - draw[None]).square().flatten(2).sum(2) for draw in candidates])
+    best = min(itertools.permutations(range(5)), key=lambda order: distances[0][range(5), order].sum().item())
+    assert torch.equal(assigned_noise(clean, candidates[0]), candidates[0][list(best)])
+    found = nearest_noise(clean, torch.stack(candidates))
+    for row, noise in enumerate(found):
+        own = distances[:, row, row]
+        assert torch.equal(noise, candidates[int(own.argmin())][row])
+
+
+@pytest.mark.parametrize("coupling", ["assignment", "nearest"])
+def test_couplings_bring_noise_closer_and_leave_images_and_timesteps(coupling: str) -> None:
+    images = ResidentImages("noise", "train", None, torch.randint(0, 256, (64, 1, 4, 4), dtype=torch.uint8))
+    scheduler, schedule = DDPMScheduler(), Schedule(32, 32, updates_per_epoch=2, num_updates=4)
+    options = {"train_batch_size": 32, "noise_candidates": 3}
+
+    def batches(coupling: str) -> Any:
+        config = BaselineConfig(noise_coupling=coupling, **options)
+        return diffusion_batches(images, scheduler, config, schedule, process(0, 1))
+
+    for batch, plain in zip(batches(coupling), batches("none"), strict=True):
+        assert torch.equal(batch.indices, plain.indices) and torch.equal(batch.timesteps, plain.timesteps)
+        clean = images.fetch(batch.indices)
+        near, far = (torch.nn.functional.mse_loss(found.target, clean) for found in (batch, plain))
+        assert near < 0.95 * far
+        if coupling == "assignment":  # the same noise, in another order
+            assert torch.equal(*(found.target.flatten(1).sort(dim=0).values for found in (batch, plain)))
+    assert BaselineConfig(noise_coupling=coupling).compares_distributions == (coupling == "assignment")
+
+
+def test_bounded_gradient_of_the_transport_term(features: Path, tmp_path: Path) -> None:
+    """The value of the term stays, its gradient at the model's output is a share of the other's."""
+    at = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    accelerator = make_accelerator(BaselineConfig(report_to="none"))
+    other, term = at.square().sum(), 100 * (at - 2).square().sum()
+    (yardstick,), (own,) = torch.autograd.grad(other, at, retain_graph=True), torch.autograd.grad(term, at)
+    for share in (0.25, 1e6):
+        term = 100 * (at - 2).square().sum()
+        bounded = with_bounded_gradient(term, at.square().sum(), at, share, accelerator)
+        assert torch.equal(bounded, term)
+        (found,) = torch.autograd.grad(bounded, at)
+        expected = own if share > 1 else own * (share * yardstick.norm() / own.norm())
+        assert torch.allclose(found, expected, rtol=1e-5)
+    # In a run, a bound that is never reached changes nothing but rounding; a small one does.
+    values: dict[str, Any] = {"feature_extractor": str(features), "ot_weight": 1.0, "max_train_steps": 1}
+    values["checkpointing_steps"] = 1
+    free, wide, narrow = (
+        first_moments(train("ot", tmp_path / str(share), **values, ot_gradient_share=share), 1)
+        for share in (None, 1e6, 1e-3)
+    )
+    assert (wide - free).norm() < 1e-5 * free.norm()
+    assert (narrow - free).norm() > 1e-2 * free.norm()
 
 
 def test_bf16_changes_rounding_only(tmp_path: Path) -> None:

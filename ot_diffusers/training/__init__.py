@@ -38,6 +38,7 @@ from .models import (
 )
 from .processes import (
     gather_rows,
+    with_bounded_gradient,
 )
 from .records import (
     Record,
@@ -74,5 +75,6 @@ __all__ = [
     "save_results",
     "save_sample_grid",
     "validation_loss",
+    "with_bounded_gradient",
     "write_json",
 ]
