@@ -35,7 +35,12 @@ from .transport import DivergencePotentials, divergence_gradient
 PIXELS_PER_STEP = 0.02
 # … and the share of its displacement that an image takes in a step.
 SHARE_PER_STEP = 0.5
+# Where features change fast, a step is shortened to one that takes the image this much of its displacement along it.
+LONGEST_STEP = 1.5
 STEP_RULES = ("displacement", "adam")
+# Solver steps of a correction where the host should not wait for a device: the first, and those that begin with the
+# potentials of the one before. They suffice from this blur on, in units of the median distance.
+COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 40, 20, 0.3
 # What a guidance field knows of the guidance it was recorded with, besides `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
@@ -139,7 +144,8 @@ class OTGuidance:
             for correction in range(self.num_correction_steps):
                 features = self.features(images)
                 displacement = self._displacement(features.detach(), references, step, correction)
-                (images.grad,) = torch.autograd.grad(features, images, grad_outputs=displacement)
+                (gradient,) = torch.autograd.grad(features, images, grad_outputs=displacement)
+                images.grad = self._bounded(gradient, displacement)
                 optimizer.step()
                 images.data.clamp_(-1, 1)
         return images.detach().to(pred_original_sample.dtype)
@@ -156,7 +162,20 @@ class OTGuidance:
     def _optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         if self.step_rule == "adam":
             return torch.optim.Adam([images], lr=self.guidance_scale * PIXELS_PER_STEP, fused=images.is_cuda)
-        return torch.optim.SGD([images], lr=self.guidance_scale * SHARE_PER_STEP * self.pixel_scale**2)
+        return torch.optim.SGD([images], lr=self._step_size)
+
+    @property
+    def _step_size(self) -> float:
+        """η s'² of displacement steps."""
+        return self.guidance_scale * SHARE_PER_STEP * self.pixel_scale**2
+
+    def _bounded(self, gradient: Tensor, displacement: Tensor) -> Tensor:
+        """The gradient Jᵀd of each image, which moves its point by −η s'² JJᵀd: not much further than d itself."""
+        if self.step_rule == "adam":
+            return gradient
+        squared, wanted = (part.flatten(1).square().sum(1) for part in (gradient, displacement))
+        progress = self._step_size * squared / wanted.clamp(min=torch.finfo(wanted.dtype).tiny)
+        return gradient / (progress / LONGEST_STEP).clamp(min=1)[:, None, None, None]
 
     def _displacement(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
         """How far each point stands from where it should be, [B, D]: by the plan of the batch, or from the field."""
@@ -164,7 +183,10 @@ class OTGuidance:
             assert step is not None
             return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
         initial = self._warm_start(len(features), features.device)
-        gradient, self._potentials = divergence_gradient(features, references, blur=self.blur, initial=initial)
+        num_iterations = self._num_iterations(features.device, initial is not None)
+        gradient, self._potentials = divergence_gradient(
+            features, references, blur=self.blur, initial=initial, num_iterations=num_iterations
+        )
         if self.history is not None:
             assert step is not None
             self.history.append(Correction(step, features, self._potentials))
@@ -174,6 +196,12 @@ class OTGuidance:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
         known = self._potentials
         return known if known is not None and known.own.shape == (batch_size,) and known.own.device == device else None
+
+    def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
+        """Steps of the solver; None, to convergence, where that costs no wait, or where no number is known to do."""
+        if device.type == "cpu" or not self.normalize_features or self.blur < SMALLEST_BLUR:
+            return None
+        return WARM_ITERATIONS if is_warm else COLD_ITERATIONS
 
     def features(self, images: Tensor) -> Tensor:
         """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + D'] with pixels."""

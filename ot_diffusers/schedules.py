@@ -190,6 +190,8 @@ def _has_betas(scheduler: Any) -> bool:
 
 
 def _like(level: Tensor, images: Tensor) -> Tensor:
-    """`level` on the device and in the dtype of `images`, a [B] vector viewed as [B, 1, 1, 1]."""
-    level = level.to(device=images.device, dtype=images.dtype)
-    return level.view(-1, *[1] * (images.ndim - 1)) if level.ndim == 1 else level
+    """`level` in the dtype of `images`; a [B] vector on their device, viewed as [B, 1, 1, 1]. A number may stay on the
+    CPU: a copy would be a wait for the device."""
+    if level.ndim == 0:
+        return level.to(images.dtype)
+    return level.to(device=images.device, dtype=images.dtype).view(-1, *[1] * (images.ndim - 1))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.losses import ot_loss
-from ot_diffusers.transport import divergence_gradient, geometry, sinkhorn_divergence
+from ot_diffusers.transport import divergence_gradient, divergence_gradient_at, geometry, sinkhorn_divergence
 
 
 def _cloud(*shape: int, seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -29,6 +31,16 @@ def _clustered(rows: int, width: int, seed: int) -> Tensor:
 
 def _cosine(u: Tensor, v: Tensor) -> float:
     return torch.cosine_similarity(u.double().flatten(), v.double().flatten(), dim=0).item()
+
+
+class NoCopies(TorchDispatchMode):
+    """Copies between the host and a GPU wait for it."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            assert {part.device.type for part in (found, *args) if isinstance(part, Tensor)} == {found.device.type}
+        return found
 
 
 # What the docstring states, in blurs over the median distance. .999 is what the method asks of every gradient.
@@ -117,8 +129,10 @@ def test_nothing_is_read_from_a_gpu(entries, monkeypatch):
         for options in ({}, {"reach": 2.0}, {"x_weights": weights}, {"x_pair": y.detach()}):
             assert sinkhorn_divergence(x, y, blur=0.5, num_iterations=20, **options).is_cuda
         assert ot_loss(x, y, blur=0.5, sample_weights=weights, num_iterations=20).is_cuda
-        _, potentials = divergence_gradient(x, y, blur=0.5, num_iterations=20)
-        divergence_gradient(x, y, blur=0.5, num_iterations=5, initial=potentials)
+        with NoCopies():
+            _, potentials = divergence_gradient(x, y, blur=0.5, num_iterations=20)
+            divergence_gradient(x, y, blur=0.5, num_iterations=5, initial=potentials)
+            divergence_gradient_at(x[:3], x, y, potentials.cross.g, potentials.own, blur=0.5)
         with pytest.raises(Exception, match=r"[Dd]ata.?dependent|_local_scalar_dense"):
             sinkhorn_divergence(x, y, blur=0.5)  # the converged solve does look
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -47,6 +49,31 @@ def test_guidance_brings_the_batch_nearer_to_the_references(parts, normalize_fea
     blur = 0.3 if normalize_features else 0.3 * parts[1].config.feature_scale
     guidance = OTGuidance(*parts, num_correction_steps=15, blur=blur, normalize_features=normalize_features)
     assert _divergence(parts, guidance.correct(images)) < 0.5 * _divergence(parts, images)
+
+
+def test_the_steps_that_a_gpu_takes_guide_alike(parts_with_images, monkeypatch):
+    """A number set in advance instead of convergence, first from nothing and then from the last potentials."""
+    converged, fixed = OTGuidance(*parts_with_images), OTGuidance(*parts_with_images)
+    chosen = functools.partial(fixed._num_iterations, torch.device("cuda"))
+    assert converged._num_iterations(torch.device("cpu"), True) is None
+    sharper = OTGuidance(*parts_with_images, blur=0.1)
+    assert sharper._num_iterations(torch.device("cuda"), True) is None  # no number is known to do
+    monkeypatch.setattr(fixed, "_num_iterations", lambda device, is_warm: chosen(is_warm))
+    images = _blurred()
+    for _ in range(4):
+        expected, found = converged.correct(images), fixed.correct(images)
+        assert 0 < (found - expected).norm() < 0.02 * (expected - images).norm()  # .0002 where images move less
+        images = expected
+
+
+def test_steps_are_bounded_where_features_change_fast():
+    """An untrained network in a tenth of its unit of length: the whole step would go far beyond the references."""
+    torch.manual_seed(0)
+    network, images = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32), _images(200, 1)
+    features = network.extract(images)
+    bank = ReferenceBank.from_features(features, feature_scale=0.1 * median_distance(features), images=images)
+    start, parts = _blurred(), (network, bank)
+    assert _divergence(parts, OTGuidance(*parts, num_correction_steps=1).correct(start)) < _divergence(parts, start)
 
 
 def test_images_that_are_already_right_stay_closer_than_those_that_are_not(parts):

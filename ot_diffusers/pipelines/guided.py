@@ -140,14 +140,10 @@ class GuidedPipeline(PortablePipeline):
         scheduler: Any,
         model_output: Tensor,
         latents: Tensor,
-        timestep: Tensor,
+        timestep: int,
         step: int,
-        at: int,
     ) -> Tensor:
-        """The model output that stands for the corrected x̂0, in the scheduler's prediction type.
-
-        `at` is the timestep on the host.
-        """
+        """The model output that stands for the corrected x̂0, in the scheduler's prediction type."""
         prediction_type = scheduler.config.prediction_type
         alpha, sigma = alpha_sigma(scheduler, timestep, step_index=step)
         sample = latents.float()
@@ -155,7 +151,7 @@ class GuidedPipeline(PortablePipeline):
             -1, 1
         )
         guidance.guidance_scale = self._guidance_scale
-        corrected = guidance.correct(pred_original_sample, at)
+        corrected = guidance.correct(pred_original_sample, timestep)
         return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)
 
 

@@ -176,7 +176,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        timesteps = self.scheduler.timesteps.int().tolist()  # one wait for the device here, none at the steps
+        timesteps = self.scheduler.timesteps.tolist()  # one wait for the device here, none at the steps
         if guidance and guidance.guidance_field is not None:
             guidance.guidance_field.check_timesteps(timesteps)
         step_arguments = extra_step_arguments(
@@ -188,9 +188,9 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             model_output = self.unet(latents, timestep).sample
             if guidance and self._guidance_scale > 0 and step in guided:
                 model_output = self._guided_output(
-                    guidance, self.scheduler, model_output, latents, timestep, step, timesteps[step]
+                    guidance, self.scheduler, model_output, latents, timesteps[step], step
                 )
-            latents = self.scheduler.step(model_output, timestep, latents, **step_arguments).prev_sample
+            latents = self.scheduler.step(model_output, timesteps[step], latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
                 latents = changed.get("latents", latents)

@@ -174,7 +174,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         scheduler = copy.deepcopy(self.scheduler)
         _set_timesteps(scheduler, num_inference_steps)
         self._num_timesteps = len(scheduler.timesteps)
-        timesteps = scheduler.timesteps.int().tolist()
+        timesteps = scheduler.timesteps.tolist()
         if guidance and guidance.guidance_field is not None:
             guidance.guidance_field.check_timesteps([*prior_timesteps, *timesteps])
         step_kwargs = extra_step_arguments(
@@ -189,9 +189,9 @@ class TruncatedPriorPipeline(GuidedPipeline):
                 model_output = self.unet(scheduler.scale_model_input(latents, timestep), timestep).sample
                 if guidance and self._guidance_scale > 0 and index in guided:
                     model_output = self._guided_output(
-                        guidance, scheduler, model_output, latents, timestep, index, timesteps[index]
+                        guidance, scheduler, model_output, latents, timesteps[index], index
                     )
-                latents = scheduler.step(model_output, timestep, latents, **step_kwargs).prev_sample
+                latents = scheduler.step(model_output, timesteps[index], latents, **step_kwargs).prev_sample
                 self._nfe += 1
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}

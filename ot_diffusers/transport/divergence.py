@@ -162,11 +162,17 @@ class Solver:
             else:
                 yield problem, fixed_potentials(problem, self.num_iterations, start)
 
-    def self_solutions(self, x: Tensor, a: Tensor) -> Iterator[tuple[Problem, Potentials]]:
-        """The problems OT(x, x) likewise."""
-        for _, problem in problems(x, x, a, a, self.blur, self.reach):
-            is_fixed = self.num_iterations is not None
-            f = solve_self(problem, None, SELF_ITERATIONS) if is_fixed else solve_self(problem)
+    def self_solutions(
+        self, x: Tensor, a: Tensor, initial: Tensor | None = None
+    ) -> Iterator[tuple[Problem, Potentials]]:
+        """The problems OT(x, x) likewise, from potentials [P, N]."""
+        for part, problem in problems(x, x, a, a, self.blur, self.reach):
+            start = initial[part] if initial is not None else None
+            if self.num_iterations is None:
+                f = solve_self(problem, initial=start)
+            else:
+                count = SELF_ITERATIONS if start is None else min(SELF_ITERATIONS, self.num_iterations)
+                f = solve_self(problem, None, count, start)
             yield problem, Potentials(f, f, f.new_zeros(len(f)), 0)
 
 
@@ -229,6 +235,7 @@ def divergence_gradient(
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     solver, is_single = Solver(blur, scaling, reach, num_iterations), x.ndim == y.ndim == 2
     before = initial.cross if initial is not None else None
+    own_before = torch.atleast_2d(initial.own) if initial is not None else None
     cross, own, fields, own_fields = [], [], [], []
     with full_precision(x):
         x, y = x.to(dtype), y.to(dtype)
@@ -236,7 +243,7 @@ def divergence_gradient(
         for problem, potentials in solver.solutions(x, y, a, b, before[None] if before and is_single else before):
             cross.append(potentials)
             fields.append(problem.displacement(potentials))
-        for problem, potentials in solver.self_solutions(x, a):
+        for problem, potentials in solver.self_solutions(x, a, own_before):
             own.append(potentials.f)
             own_fields.append(problem.displacement(potentials))
     field, joined = torch.cat(fields) - torch.cat(own_fields), Potentials.join(cross)
@@ -282,7 +289,7 @@ def divergence_gradient_at(
         towards = torch.softmax((reference_potential - half_squared_distances(points, y)) / eps, dim=1) @ y
         scores = (own_potential - half_squared_distances(points, x)) / eps
         log_others = torch.logsumexp(scores, dim=1) - log_size
-        root = torch.logaddexp(2 * log_others, log_others.new_tensor(math.log(4) - log_size)) / 2
+        root = torch.logaddexp(2 * log_others, log_others.new_full((), math.log(4) - log_size)) / 2
         kept = torch.exp(2 * (math.log(2) - torch.logaddexp(log_others, root)) - log_size)[:, None]
         return kept * points + (1 - kept) * (torch.softmax(scores, dim=1) @ x) - towards
 

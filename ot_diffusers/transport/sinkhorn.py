@@ -139,9 +139,11 @@ def solve(
     return loop(problem, torch.zeros_like(a), ladder, tolerance, max_iterations)
 
 
-def solve_self(problem: Problem, tolerance: float | None = 1e-5, max_iterations: int = 200) -> Tensor:
-    """`self_potential` of a batch of problems, unchecked, [P, N]; without a tolerance all iterations are taken, and the
-    host does not look."""
+def solve_self(
+    problem: Problem, tolerance: float | None = 1e-5, max_iterations: int = 200, initial: Tensor | None = None
+) -> Tensor:
+    """`self_potential` of a batch of problems, unchecked, from `initial` or zero, [P, N]; without a tolerance all
+    iterations are taken, and the host does not look."""
     eps, cost, log_a = problem.eps, problem.cost, problem.a.log()
     factor = 1 / (1 + problem.relaxation(eps))
     if cost.is_dense:  # |f| ≤ ½ eps log N: the exponential never overflows
@@ -154,7 +156,7 @@ def solve_self(problem: Problem, tolerance: float | None = 1e-5, max_iterations:
             return -factor * eps * weighted_columns(stored, (f / eps).exp()).log()
         return factor * cost.softmin(f, log_a, eps)
 
-    f = torch.zeros_like(problem.a)
+    f = torch.zeros_like(problem.a) if initial is None else initial.to(problem.a)
     for step in range(1, max_iterations + 1):
         update = best(f)
         f, change = (f + update) / 2, update - f
