@@ -99,7 +99,7 @@ def disjoint_reference_indices(
         [6, 7, 8, 9]
     """
     scores = torch.rand(num_samples, generator=generator, device=generator.device)
-    scores[batch_indices.to(generator.device)] = -1
+    scores[batch_indices.to(generator.device, non_blocking=True)] = -1
     available = num_samples - len(batch_indices)
     require(available > 0, "train_batch_size", f"leave references in a data set of {num_samples}", len(batch_indices))
     if available >= num_references:

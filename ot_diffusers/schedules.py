@@ -39,7 +39,7 @@ def alpha_sigma(scheduler: Any, timestep: Tensor | int, step_index: int | None =
         alpha = torch.rsqrt(1 + ratio**2)
         return alpha, ratio * alpha
     device = timestep.device if isinstance(timestep, Tensor) else torch.device("cpu")
-    alphas_cumprod = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)[timestep]
+    alphas_cumprod = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32, non_blocking=True)[timestep]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
