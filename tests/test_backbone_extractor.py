@@ -87,3 +87,11 @@ def test_the_training_scripts_take_a_backbone_by_its_folder_or_id(folder: Path) 
 def test_a_folder_without_a_backbone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`backbone` must be a folder or Hub id with a vision backbone"):
         BackboneFeatureExtractor.from_transformers(str(tmp_path))
+
+
+def test_a_damaged_backbone_is_refused_in_one_line(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="`backbone` must be a folder or Hub id with a vision backbone") as refusal:
+        BackboneFeatureExtractor.from_transformers(str(folder))
+    assert "\n" not in str(refusal.value)

@@ -39,8 +39,8 @@ COLOURS = {
 }
 """Colours of the arms with a fixed one; the others take `SPARE_COLOURS` in the order in which they are named."""
 SPARE_COLOURS = ("#8b5cf6", "#c2415d", "#0e8fa8", "#7c6f1f", "#9d4f9a", "#52606d")
-PANELS_PER_ROW = 8
-"""Grids of images beside each other, at most."""
+PANELS_PER_ROW, SCATTERS_PER_ROW = 8, 5
+"""Grids of images, and planes of features, beside each other at most."""
 INK, FAINT = "#1f2937", "#d7dbe0"
 
 CURVES = {
@@ -184,16 +184,18 @@ def scatter(features: Mapping[str, Tensor], path: Path, *, basis: str | None = N
     planes = {arm: ((x.double() - centre) @ directions[:2].T)[:max_points] for arm, x in features.items()}
     arms = [arm for arm in features if arm != basis] or [basis]
     colours = arm_colours(list(features))
-    figure = Figure(figsize=(3.1 * len(arms), 3.2), layout="constrained")
+    lines = math.ceil(len(arms) / SCATTERS_PER_ROW)
+    per_line = math.ceil(len(arms) / lines)
+    figure = Figure(figsize=(3.1 * per_line, 3.2 * lines), layout="constrained")
     shared: Axes | None = None
     for index, arm in enumerate(arms):
-        axes = figure.add_subplot(1, len(arms), index + 1, sharex=shared, sharey=shared)
+        axes = figure.add_subplot(lines, per_line, index + 1, sharex=shared, sharey=shared)
         shared = shared or axes
         axes.scatter(planes[basis][:, 0], planes[basis][:, 1], s=5, color=COLOURS["real"], alpha=0.4, linewidths=0)
         if arm != basis:
             axes.scatter(planes[arm][:, 0], planes[arm][:, 1], s=5, color=colours[arm], alpha=0.45, linewidths=0)
         _finish(axes, title=arm, xlabel="first direction")
-        axes.set_ylabel("second direction" if index == 0 else "", fontsize=9, color=INK)
+        axes.set_ylabel("second direction" if index % per_line == 0 else "", fontsize=9, color=INK)
     return _save(figure, path)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import InputError, require
@@ -69,7 +70,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
         try:
             processor = AutoImageProcessor.from_pretrained(name_or_path, **options)
             network = AutoModel.from_pretrained(name_or_path, use_safetensors=True, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             requirement = "be a folder or Hub id with a vision backbone (safetensors) and its image processor"
             raise InputError(f"`backbone` must {requirement}, got {name_or_path!r}") from error
         network = getattr(network, "vision_model", network)  # of CLIP and its kin
