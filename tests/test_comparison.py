@@ -14,17 +14,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
-from ot_diffusers.comparison import (
-    Arm,
-    Clock,
-    ComparisonConfig,
-    Study,
-    choose_arms,
-    collect,
-    equal_time_updates,
-    read_config,
-    run_comparison,
-)
+from ot_diffusers.comparison import Arm, ComparisonConfig, choose_arms, read_config, run_comparison
+from ot_diffusers.comparison.arms import equal_time_updates
+from ot_diffusers.comparison.results import collect
+from ot_diffusers.comparison.study import Clock, Study
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict

@@ -15,7 +15,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from ot_diffusers.comparison import Clock, ComparisonConfig, Study, settings
+from ot_diffusers.comparison import ComparisonConfig
+from ot_diffusers.comparison.study import Clock, Study, settings
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images
 from ot_diffusers.evaluation.extractors import evaluator_facts, load_evaluator
