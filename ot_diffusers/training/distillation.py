@@ -53,7 +53,7 @@ class GuidedChains:
 
 
 def load_teacher(config: DistilledConfig, images: Images, accelerator: Accelerator) -> OTGuidedDDIMPipeline:
-    """The trained pipeline with the feature network and the references that guide it.
+    """The trained pipeline, with the feature network and the references that guide it where that is to be learnt.
 
     Raises:
         InputError: no such pipeline or network, one of other images, or another length of the chain.
@@ -68,10 +68,12 @@ def load_teacher(config: DistilledConfig, images: Images, accelerator: Accelerat
     size = pipeline.unet.config.sample_size
     shape = (pipeline.unet.config.in_channels, size, size)
     require(shape == images.image_shape, "teacher", f"be trained on images of shape {images.image_shape}", shape)
+    scheduler = RecordingScheduler.from_config(pipeline.scheduler.config)
+    if config.distillation_weight == 0:
+        return OTGuidedDDIMPipeline(pipeline.unet, scheduler).to(accelerator.device)
     network = load_feature_extractor(config.feature_extractor).to(accelerator.device)
     check_trained_on(network, images)
     bank = make_reference_bank(network, images, config.num_reference_samples)
-    scheduler = RecordingScheduler.from_config(pipeline.scheduler.config)
     return OTGuidedDDIMPipeline(pipeline.unet, scheduler, network, bank).to(accelerator.device)
 
 
