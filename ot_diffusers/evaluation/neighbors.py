@@ -139,7 +139,10 @@ def _group_minima(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _group_minima_within(points: np.ndarray, count: int) -> np.ndarray:
-    """`minima` of `_candidates` for the `count` nearest in the same set: half of the pairs serve both of their rows."""
+    """`minima` of `_candidates` for the `count` nearest in the same set: half of the pairs serve both of their rows.
+
+    They take 8N^1.5 √count bytes.
+    """
     groups = _num_groups(len(points), count)
     left, right = _left(points, np.float32, groups), _right(points, np.float32, groups)
     minima = np.full((groups, len(left)), np.inf, np.float32)
