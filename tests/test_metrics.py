@@ -7,7 +7,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -186,10 +185,9 @@ class TestAgainstTorchFidelity:
 
     def test_precision_recall_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = gaussian(60, seed=1, mean=0.5), gaussian(80, seed=2)
-        whole = metrics.neighbor_statistics(*pair)
+        whole = metrics.precision_recall(*pair)
         monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", 900)
-        parts = metrics.neighbor_statistics(*pair)
-        assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-12)  # products of other sizes round differently
+        assert metrics.precision_recall(*pair) == whole
 
 
 class TestNeighborTies:
@@ -199,36 +197,38 @@ class TestNeighborTies:
         """The reference in another order: each of its k-balls holds exactly the point itself and its k neighbours."""
         reference = gaussian(300, 20) * 10 + 100
         order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-        found = metrics.neighbor_statistics(reference[order], reference)
-        assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
-        assert found.density == (5 + 1) / 5
-        assert (found.precision_distance, found.recall_distance) == (0, 0)
+        pair = reference[order], reference
+        assert metrics.precision_recall(*pair) == (1, 1)
+        assert metrics.density_coverage(*pair) == ((5 + 1) / 5, 1)
+        assert metrics.precision_distance(*pair) == metrics.recall_distance(*pair) == 0
 
     def test_balls_of_radius_zero_hold_copies_only(self) -> None:
         """One generated image repeated, a copy of one real image: recall is that image's share."""
         real = gaussian(50, 20) + 30
-        found = metrics.neighbor_statistics(real[:1].repeat(40, 1), real)
-        assert (found.precision, found.recall) == (1, 1 / 50)
+        assert metrics.precision_recall(real[:1].repeat(40, 1), real) == (1, 1 / 50)
 
 
-def brute_force_members(x: Tensor, y: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """Which rows lie in a ball of the other set, by differences in float64; near ties count as inside."""
-    x, y = (rows.double() - y.double().mean(dim=0) for rows in (x, y))
-    tie = neighbors.TIE * max(rows.square().sum(dim=1).max() for rows in (x, y))
+class BruteForce:
+    """Balls of k neighbours by differences in float64; near ties count as inside."""
 
+    def __init__(self, x: Tensor, y: Tensor, num_neighbors: int) -> None:
+        x, y = (rows.double() - y.double().mean(dim=0) for rows in (x, y))
+        self.tie = neighbors.TIE * max(rows.square().sum(dim=1).max() for rows in (x, y))
+        x_radii, y_radii = (self.squared(rows, rows).sort(dim=1).values[:, num_neighbors] for rows in (x, y))
+        self.distances = self.squared(x, y)
+        self.in_y_balls = self.distances <= y_radii + self.tie
+        self.in_x_balls = self.distances <= x_radii[:, None] + self.tie
+
+    @staticmethod
     def squared(a: Tensor, b: Tensor) -> Tensor:
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-    x_radii, y_radii = (squared(rows, rows).sort(dim=1).values[:, num_neighbors] for rows in (x, y))
-    distances = squared(x, y)
-    return (distances <= y_radii + tie).any(dim=1), (distances <= x_radii[:, None] + tie).any(dim=0)
 
 
 def tight_clusters(offset: float, rows: int, seed: int) -> Tensor:
     return gaussian(rows, 4, seed) + offset * torch.arange(rows)[:, None].remainder(3)
 
 
-class TestInEachOthersBalls:
+class TestFloat32Neighbors:
     """Float32 is a filter only: the answer is that of float64."""
 
     @pytest.mark.parametrize(
@@ -249,20 +249,36 @@ class TestInEachOthersBalls:
         ],
     )
     def test_is_what_float64_says(self, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-        expected = brute_force_members(x, y, 3)
-        for entries in (neighbors.FLOAT32_ENTRIES, 6000):  # in one block, and in many
-            monkeypatch.setattr(neighbors, "FLOAT32_ENTRIES", entries)
-            found = neighbors.in_each_others_balls(x, y, 3)
-            assert all(map(torch.equal, found, expected))
+        expected = BruteForce(x, y, 3)
+        for entries in (neighbors.BLOCK_ENTRIES, 6000):  # in one block, and in many
+            monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", entries)
+            in_y, in_x = neighbors.in_each_others_balls(x, y, 3)
+            assert torch.equal(in_y, expected.in_y_balls.any(dim=1))
+            assert torch.equal(in_x, expected.in_x_balls.any(dim=0))
+            assert torch.equal(neighbors.count_members(x, y, 3), expected.in_y_balls.sum(dim=0))
+            nearest = expected.distances.gather(1, neighbors.nearest_rows(x, y)[:, None])[:, 0]
+            assert (nearest - expected.distances.amin(dim=1)).max() <= expected.tie
+
+    @pytest.mark.parametrize("size", [2, 5, 16, 17, 99, 1000])
+    @pytest.mark.parametrize("num_neighbors", [1, 4])
+    def test_radii_of_any_number_of_rows(self, size: int, num_neighbors: int) -> None:
+        """Groups of neighbours of every length, the last ones shorter than the others."""
+        num_neighbors = min(num_neighbors, size - 1)
+        x, _ = neighbors.to_unit_ball(gaussian(size, 3), gaussian(size, 3))
+        expected = BruteForce.squared(torch.from_numpy(x), torch.from_numpy(x)).sort(dim=1).values[:, num_neighbors]
+        # A product in float64 of rows of length at most 1.
+        assert neighbors.squared_radii(x, num_neighbors) == pytest.approx(expected.numpy(), abs=1e-14)
 
     def test_the_bound_holds_and_is_of_use(self) -> None:
-        """Radii in float32 are off by less than the bound, which leaves few of 2,000 rows to float64."""
+        """Margins in float32 are off by less than the bound, which leaves few of 2,000 rows to float64."""
         x, y = neighbors.to_unit_ball(gaussian(1000, 64, 1), gaussian(1000, 64, 2, mean=0.3))
-        x_radii, y_radii = (neighbors._float32_radii(rows, 3) for rows in (x, y))
-        error = (neighbors.squared_radii(x, x, 3)[0] - x_radii).abs().max()
-        assert 0 < error < neighbors.float32_error(64) < 2e-5  # 4·82·2⁻²⁴
-        margins = torch.cat(neighbors._float32_margins(x, x_radii, y, y_radii))
-        assert (margins.abs() < 3 * neighbors.float32_error(64)).sum() < 20
+        x_radii, y_radii = (neighbors.squared_radii(rows, 3) for rows in (x, y))
+        margins = neighbors._margins(x, x_radii, y, y_radii)
+        distances = BruteForce.squared(torch.from_numpy(x), torch.from_numpy(y)).numpy()
+        exact = (distances - y_radii).min(axis=1), (distances - x_radii[:, None]).min(axis=0)
+        error = np.abs(np.concatenate(margins) - np.concatenate(exact)).max()
+        assert 0 < error < neighbors._doubt(x) == 3 * neighbors.float32_error(64) < 6e-5  # 12·82·2⁻²⁴
+        assert (np.abs(np.concatenate(margins)) < neighbors._doubt(x)).sum() < 20
 
 
 class TestSinkhornDistance:

@@ -135,8 +135,12 @@ class Comparison:
         return to_model_range(self.images.images), to_model_range(self.reference.images)
 
     @cached_property
-    def neighbors(self) -> feature_metrics.NeighborStatistics:
-        return feature_metrics.neighbor_statistics(*self.features)
+    def precision_recall(self) -> feature_metrics.PrecisionRecall:
+        return feature_metrics.precision_recall(*self.features)
+
+    @cached_property
+    def density_coverage(self) -> feature_metrics.DensityCoverage:
+        return feature_metrics.density_coverage(*self.features)
 
     def class_histogram_distance(self) -> float | None:
         return None if self.logits is None else feature_metrics.class_histogram_distance(*self.logits)
@@ -156,12 +160,12 @@ _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "sinkhorn_distance": lambda pair: feature_metrics.sinkhorn_distance(*pair.features),
     "sinkhorn_distance_scaled": lambda pair: feature_metrics.sinkhorn_distance(*pair.features, normalize="median"),
     "kernel_distance": lambda pair: feature_metrics.kernel_distance(*pair.features, seed=pair.seed),
-    "precision": lambda pair: pair.neighbors.precision,
-    "recall": lambda pair: pair.neighbors.recall,
-    "density": lambda pair: pair.neighbors.density,
-    "coverage": lambda pair: pair.neighbors.coverage,
-    "precision_distance": lambda pair: pair.neighbors.precision_distance,
-    "recall_distance": lambda pair: pair.neighbors.recall_distance,
+    "precision": lambda pair: pair.precision_recall.precision,
+    "recall": lambda pair: pair.precision_recall.recall,
+    "density": lambda pair: pair.density_coverage.density,
+    "coverage": lambda pair: pair.density_coverage.coverage,
+    "precision_distance": lambda pair: feature_metrics.precision_distance(*pair.features),
+    "recall_distance": lambda pair: feature_metrics.recall_distance(*pair.features),
     "effective_rank": lambda pair: feature_metrics.effective_rank(pair.images.features),
     "class_histogram_distance": Comparison.class_histogram_distance,
     "nearest_distance_ratio": Comparison.nearest_distance_ratio,

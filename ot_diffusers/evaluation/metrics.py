@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..errors import InputError, require
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
-from .neighbors import TIE, block_rows, in_each_others_balls, squared_distances, squared_radii
+from .neighbors import count_members, in_each_others_balls, nearest_rows, worker_threads
 
 KERNEL_BLOCK = 500
 """Rows of a block of the kernel matrix: 2 MB of float64."""
@@ -119,9 +116,9 @@ def kernel_distance(
     if size == len(x) == len(y):
         num_subsets = 1  # every subset is the whole
     generator = np.random.RandomState(seed)
-    subsets = [[generator.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(num_subsets)]
-    # The products are too small to share: a subset is the work of one thread.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    subsets = ([generator.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(num_subsets))
+    # The products are too small to share: a subset is the work of one thread, while further ones are drawn.
+    with worker_threads() as pool:
         values = pool.map(lambda rows: _squared_mmd(x[rows[0]], y[rows[1]]), subsets)
         return math.fsum(values) / num_subsets
 
@@ -223,66 +220,11 @@ def density_coverage(features: Tensor, reference_features: Tensor, *, num_neighb
 
     Reference: [Naeem2020], eqs. 3–4.
     """
-    statistics = neighbor_statistics(features, reference_features, num_neighbors, num_neighbors)
-    return DensityCoverage(statistics.density, statistics.coverage)
-
-
-@dataclass(frozen=True)
-class NeighborStatistics:
-    """What distances between neighbours say of two sets; see the functions of these names."""
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    precision_distance: float
-    recall_distance: float
-
-
-def neighbor_statistics(
-    features: Tensor, reference_features: Tensor, num_neighbors: int = 3, num_density_neighbors: int = 5
-) -> NeighborStatistics:
-    """`precision_recall`, `density_coverage`, `precision_distance` and `recall_distance` by one pass over the pairs.
-
-    Distances are formed in float64, block by block. A point on a ball's surface is inside, also where rounding would
-    have it outside; so copies are inside balls of radius 0.
-
-    Args:
-        features: [N, D].
-        reference_features: [M, D].
-        num_neighbors: k of precision and recall, below N and M.
-        num_density_neighbors: k of density and coverage, below N and M.
-    """
-    x, y = (rows.double() for rows in _checked_pair(features, reference_features))
-    for count in (num_neighbors, num_density_neighbors):
-        _check_neighbors(count, x, y)
-    x, y = x - y.mean(dim=0), y - y.mean(dim=0)
-    tie = TIE * max(rows.square().sum(dim=1).max().item() for rows in (x, y))
-    (x_radii,) = squared_radii(x, x, num_neighbors) + tie
-    y_radii, density_radii = squared_radii(y, y, num_neighbors, num_density_neighbors) + tie
-    in_real, nearest_real = [], []
-    in_generated = torch.zeros(len(y), dtype=torch.bool)
-    members = torch.zeros(len(y), dtype=torch.long)
-    nearest_generated, shortest = torch.zeros(len(y), dtype=torch.long), torch.full((len(y),), torch.inf).double()
-    inside = torch.empty(block_rows(y), len(y), dtype=torch.bool)
-    for rows, block in squared_distances(x, y):
-        mask = inside[: len(block)]
-        in_real.append(torch.le(block, y_radii, out=mask).any(dim=1))
-        in_generated |= torch.le(block, x_radii[rows, None], out=mask).any(dim=0)
-        members += torch.le(block, density_radii, out=mask).sum(dim=0)
-        nearest_real.append(block.argmin(dim=1))
-        found = block.min(dim=0)
-        closer = found.values < shortest
-        shortest = torch.where(closer, found.values, shortest)
-        nearest_generated = torch.where(closer, found.indices + rows.start, nearest_generated)
-    return NeighborStatistics(
-        precision=torch.cat(in_real).double().mean().item(),
-        recall=in_generated.double().mean().item(),
-        density=members.sum().item() / (num_density_neighbors * len(x)),
-        coverage=(members > 0).double().mean().item(),
-        precision_distance=(x - y[torch.cat(nearest_real)]).norm(dim=1).mean().item(),
-        recall_distance=(y - x[nearest_generated]).norm(dim=1).mean().item(),
-    )
+    features, reference_features = _checked_pair(features, reference_features)
+    _check_neighbors(num_neighbors, features, reference_features)
+    members = count_members(features, reference_features, num_neighbors)
+    density = members.sum().item() / (num_neighbors * len(features))
+    return DensityCoverage(density, (members > 0).double().mean().item())
 
 
 def effective_rank(features: Tensor) -> float:
@@ -318,15 +260,9 @@ def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
 
 
 def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
-    """L2 distance from each query [N, D] to its nearest point [M, D]: [N], float64, exactly 0 for a copy.
-
-    Distances are formed block by block, so memory does not grow with N · M.
-    """
-    queries, points = queries.double(), points.double()
-    centre = points.mean(dim=0)
-    nearest = torch.cat([block.argmin(dim=1) for _, block in squared_distances(queries - centre, points - centre)])
+    """L2 distance from each query [N, D] to its nearest point [M, D]: [N], float64, exactly 0 for a copy."""
     # A matrix product loses digits near 0; the chosen pairs are measured again.
-    return (queries - points[nearest]).norm(dim=1)
+    return (queries.double() - points[nearest_rows(queries, points)].double()).norm(dim=1)
 
 
 def tensor_summary(value: object) -> object:
