@@ -486,6 +486,7 @@ def test_couplings_bring_noise_closer_and_leave_images_and_timesteps(coupling: s
 def test_bounded_gradient_of_the_transport_term(features: Path, tmp_path: Path) -> None:
     """The value of the term stays, its gradient at the model's output is a share of the other's."""
     at = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    AcceleratorState._reset_state(True)
     accelerator = make_accelerator(BaselineConfig(report_to="none"))
     other, term = at.square().sum(), 100 * (at - 2).square().sum()
     (yardstick,), (own,) = torch.autograd.grad(other, at, retain_graph=True), torch.autograd.grad(term, at)
