@@ -39,7 +39,8 @@ def alpha_sigma(scheduler: Any, timestep: Tensor | int, step_index: int | None =
         alpha = torch.rsqrt(1 + ratio**2)
         return alpha, ratio * alpha
     device = timestep.device if isinstance(timestep, Tensor) else torch.device("cpu")
-    alphas_cumprod = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32, non_blocking=True)[timestep]
+    to_device = device.type != "cpu"  # a copy to the host has to be waited for
+    alphas_cumprod = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32, non_blocking=to_device)[timestep]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
