@@ -31,7 +31,7 @@ class Arm:
     """
 
     pipeline: str | None = option(None, "folder or Hub id of a saved pipeline; none trains one")
-    train: str | None = option(None, "script that trains it: baseline, ot or prior")
+    train: str | None = option(None, f"script that trains it: {', '.join(SCRIPTS)}")
     preset: str | None = option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
     overrides: tuple[str, ...] = option((), "key=value for the script")
     seconds_of: str | None = option(None, "train for as long as that arm: equal compute")

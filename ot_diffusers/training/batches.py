@@ -15,7 +15,7 @@ from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
 from ..schedules import alpha_sigma, training_target
 from ..seeds import key, keyed_generator
-from .coupling import assigned_noise, nearest_noise
+from .coupling import coupled_noise
 
 Images = ResidentImages | StreamedImages
 
@@ -117,21 +117,9 @@ def diffusion_batches(
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
         generator = keyed_generator(accelerator.device, config.seed, "noise", update)
         noise, timesteps = draw_noise(len(indices), clean.shape[1:], config, generator)
-        coupled = couple(clean, noise, part, config, generator)
+        coupled = coupled_noise(clean, noise, part, config, generator)
         torch.manual_seed(key(config.seed, "dropout", update, part.start))
         yield noised_batch(clean, coupled, timesteps[part], scheduler, indices, indices[part], update)
-
-
-def couple(clean: Tensor, noise: Tensor, part: slice, config: DiffusionConfig, generator: torch.Generator) -> Tensor:
-    """The noise of a process' images [B, C, H, W], of the draw [N, C, H, W] for all, by the run's coupling."""
-    match config.noise_coupling:
-        case "assignment":
-            return assigned_noise(clean, noise[part])
-        case "nearest":
-            shape = (config.noise_candidates - 1, *noise.shape)
-            others = torch.randn(shape, generator=generator, device=noise.device)
-            return nearest_noise(clean, torch.cat([noise[None], others])[:, part])
-    return noise[part]
 
 
 def noised_batch(

@@ -10,7 +10,22 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..config import DiffusionConfig
 from ..transport.geometry import half_squared_distances
+
+
+def coupled_noise(
+    clean: Tensor, noise: Tensor, part: slice, config: DiffusionConfig, generator: torch.Generator
+) -> Tensor:
+    """The noise of a process' images [B, C, H, W], out of the draw [N, C, H, W] for all, by the run's coupling."""
+    match config.noise_coupling:
+        case "assignment":
+            return assigned_noise(clean, noise[part])
+        case "nearest":
+            shape = (config.noise_candidates - 1, *noise.shape)
+            others = torch.randn(shape, generator=generator, device=noise.device)
+            return nearest_noise(clean, torch.cat([noise[None], others])[:, part])
+    return noise[part]
 
 
 def assigned_noise(clean: Tensor, noise: Tensor) -> Tensor:
