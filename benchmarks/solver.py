@@ -241,7 +241,7 @@ def batches(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
 def fixed_schedule(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
     """Steps set in advance against the solve that converges."""
     n, m = (64, 500) if quick else (128, 2000)
-    for blur, num_iterations in ((0.3, 40), (0.05, 200)):
+    for blur, num_iterations in ((0.3, 20), (0.05, 200)):
         x, y = clouds(n, m, 128, device)
         fixed = partial(ours, x, y, blur, num_iterations)
         seconds = interleave({"converged": partial(ours, x, y, blur), "fixed": fixed}, repeats)

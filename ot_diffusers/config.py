@@ -273,7 +273,7 @@ class OTConfig(BaselineConfig):
     )
     ot_backend: str = option("native", "native, geomloss as in the source, or flash-sinkhorn (CUDA, installed apart)")
     ot_iterations: int | None = option(
-        None, "steps of the native solver, set in advance so that a GPU never waits: 40 do at this blur; none converges"
+        None, "steps of the native solver, set in advance so that a GPU never waits: 20 do at this blur; none converges"
     )
 
     def __post_init__(self) -> None:

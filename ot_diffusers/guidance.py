@@ -40,7 +40,7 @@ LONGEST_STEP = 1.5
 STEP_RULES = ("displacement", "adam")
 # Solver steps of a correction where the host should not wait for a device: the first, and those that begin with the
 # potentials of the one before. They suffice from this blur on, in units of the median distance.
-COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 40, 20, 0.3
+COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 20, 10, 0.3
 # What a guidance field knows of the guidance it was recorded with, besides `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 

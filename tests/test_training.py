@@ -525,9 +525,9 @@ def test_the_sources_recipe_trains(features: Path, tmp_path: Path) -> None:
 
 
 def test_steps_of_the_solver_set_in_advance_train_alike(features: Path, tmp_path: Path) -> None:
-    """At this blur 40 steps are as good as convergence, so that two updates differ by rounding."""
+    """At this blur 20 steps are as good as convergence, so that two updates differ by rounding."""
     options = {"max_train_steps": 2, "feature_extractor": str(features)}
-    fixed = train("ot", tmp_path / "fixed", ot_iterations=40, **options)
+    fixed = train("ot", tmp_path / "fixed", ot_iterations=20, **options)
     converged = train("ot", tmp_path / "converged", **options)
     assert metrics(fixed)[0]["ot"] == pytest.approx(metrics(converged)[0]["ot"], rel=1e-3)
 

@@ -45,7 +45,7 @@ def anneal(problem: Problem, f: Tensor, ladder: Sequence[Tensor | float]) -> Ten
     """One Sinkhorn step at every temperature above the last, from f; what f/eps is at the last, [P, N]."""
     u = f / ladder[0]
     for eps, colder in pairwise(ladder):
-        u = (u + problem.semidual(eps).at(u).sinkhorn_step(torch.zeros_like(u))) * (eps / colder)
+        u = (u + problem.semidual(eps).at(u).annealing_step().log()) * (eps / colder)
     return u
 
 
@@ -53,14 +53,15 @@ def accelerate(plan: Plan, previous: Tensor, taken: int, count: int) -> tuple[Te
     """`count` Sinkhorn steps with momentum from the plan's u, to which earlier ones led by way of `previous`.
 
     Returns:
-        The moves, from the plan's u, of the last iterate and of the one before it.
+        The last iterate and the one before it, as factors of the plan's rows.
 
     Reference: [Nesterov1983].
     """
-    move, before = torch.zeros_like(previous), previous - plan.u
+    factors, before = torch.ones_like(previous), (previous - plan.u).exp()
     for step in range(taken, taken + count):
-        move, before = plan.sinkhorn_step(torch.add(move, move - before, alpha=step / (step + 3))), move
-    return move, before
+        ahead = factors * (factors / before) ** (step / (step + 3))
+        factors, before = plan.sinkhorn_step(ahead), factors
+    return factors, before
 
 
 def _plain_loop(
@@ -78,11 +79,11 @@ def _plain_loop(
     worst_row, taken = [math.inf] * len(f), 0
     while active and (taken == 0 or found.iterations < max_iterations):
         plan = dual.at(u)
-        move, before = accelerate(plan, previous, taken, count)
-        column_move = plan.best_columns(move)
-        errors, worst = torch.stack(plan.errors_after(move, column_move)).tolist()
+        factors, before = accelerate(plan, previous, taken, count)
+        column_factors = plan.best_columns(factors)
+        errors, worst = torch.stack(plan.errors_after(factors, column_factors)).tolist()
         taken += count
-        u, previous, v = plan.u + move, plan.u + before, plan.v + column_move
+        u, previous, v = plan.u + factors.log(), plan.u + before.log(), plan.v + column_factors.log()
         part = Potentials(eps * u, eps * v, found.marginal_error.new_tensor(errors), count + 1)
         found = found.put(active, part)
         for one, share in zip(active, worst, strict=True):

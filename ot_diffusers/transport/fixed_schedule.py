@@ -15,7 +15,7 @@ from .dense import PASSES_PER_PLAN, accelerate, anneal
 from .problem import Potentials, Problem
 
 # One of so many steps is taken above the last temperature, and no more than these.
-LADDER_SHARE, MAX_LEVELS = 4, 10
+LADDER_SHARE, MAX_LEVELS = 4, 3
 
 
 def fixed_potentials(problem: Problem, num_iterations: int, initial: Potentials | None = None) -> Potentials:
@@ -36,8 +36,8 @@ def fixed_potentials(problem: Problem, num_iterations: int, initial: Potentials 
     dual = problem.semidual(eps)
     for taken in range(0, num_iterations - levels, PASSES_PER_PLAN):
         count = min(PASSES_PER_PLAN, num_iterations - levels - taken)
-        move, before = accelerate(dual.at(u), previous, taken, count)
-        u, previous = u + move, u + before
+        factors, before = accelerate(dual.at(u), previous, taken, count)
+        u, previous = u + factors.log(), u + before.log()
     plan = dual.at(u)
     return Potentials(eps * u, eps * plan.v, plan.error, num_iterations)
 

@@ -52,6 +52,8 @@ class Potentials:
     @classmethod
     def join(cls, parts: Sequence[Potentials]) -> Potentials:
         """Batches one after the other as one."""
+        if len(parts) == 1:
+            return parts[0]
         f, g = torch.cat([part.f for part in parts]), torch.cat([part.g for part in parts])
         error = torch.cat([part.marginal_error for part in parts])
         return cls(f, g, error, max(part.iterations for part in parts))
@@ -100,7 +102,7 @@ class Problem:
     def semidual(self, eps: Tensor | float) -> SemiDual:
         """The dual of dense problems at a temperature, a number or [P, 1]."""
         divisor = eps[..., None] if isinstance(eps, Tensor) else eps
-        return SemiDual(self.cost.matrix / divisor, self.a, self.b, self.a.log(), self.b.log(), self.relaxation(eps))
+        return SemiDual(self.cost.matrix / divisor, self.a, self.b, self.a.log(), self.relaxation(eps))
 
     def row_mass(self, f: Tensor) -> Tensor:
         """Mass of the rows at the solution, [P, N]: a, or what is left of it within reach."""

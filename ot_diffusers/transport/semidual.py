@@ -10,6 +10,7 @@ The best v given u is explicit, and leaves a concave function of u alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from .precision import weighted_columns, weighted_rows
 
-# A step moves u and v by no more than this: three times as much, which momentum can make of it, is within float32.
+# A step multiplies a row or column by no more than exp of this: three times as much, which momentum can make of it, is
+# within float32.
 MAX_MOVE = 29.0
 
 
@@ -28,7 +30,7 @@ class SemiDual:
     Attributes:
         scaled_cost: C/eps, [P, N, M].
         a, b: [P, N] and [P, M], the weights.
-        log_a, log_b: their logarithms.
+        log_a: [P, N], logarithms.
         relaxation: κ, a number or [P, 1].
     """
 
@@ -36,7 +38,6 @@ class SemiDual:
     a: Tensor
     b: Tensor
     log_a: Tensor
-    log_b: Tensor
     relaxation: Tensor | float
 
     @property
@@ -58,7 +59,7 @@ class SemiDual:
         """Some problems of the batch."""
         if len(problems) == len(self.a):
             return self
-        weights = (self.a[problems], self.b[problems], self.log_a[problems], self.log_b[problems])
+        weights = (self.a[problems], self.b[problems], self.log_a[problems])
         return SemiDual(self.scaled_cost[problems], *weights, self.relaxation)
 
 
@@ -68,7 +69,7 @@ class Plan:
 
         Σ_i P'_ij = exp(Δv_j) Σ_i P_ij exp(Δu_i)
 
-    Points near it are told by their moves Δu and Δv.
+    Points near it are told by the factors exp(Δu) and exp(Δv) of its rows and columns.
 
     Attributes:
         dual: the problems.
@@ -106,26 +107,31 @@ class Plan:
 
         return (dual.a * phi(self.u)).sum(-1) + (dual.b * phi(self.v)).sum(-1) - self.columns.sum(-1)
 
-    def sinkhorn_step(self, move: Tensor) -> Tensor:
-        """The best u given the best v given u + `move`, as a move as well, [P, N]."""
-        sums = weighted_columns(self.matrix, self.best_columns(move).exp())
-        return self._move(self.dual.log_a, self.u, sums)
+    def annealing_step(self) -> Tensor:
+        """The best rows given the columns, as factors, [P, N]: a Sinkhorn step from the point itself."""
+        return self._factors(self.dual.a, self.u, self.rows)
 
-    def best_columns(self, move: Tensor) -> Tensor:
-        """The best v given u + `move`, as a move, [P, M]."""
-        return self._move(self.dual.log_b, self.v, weighted_rows(move.exp(), self.matrix))
+    def sinkhorn_step(self, factors: Tensor) -> Tensor:
+        """The best rows given the best columns given rows, as factors, [P, N]."""
+        sums = weighted_columns(self.matrix, self.best_columns(factors))
+        return self._factors(self.dual.a, self.u, sums)
 
-    def _move(self, log_weights: Tensor, start: Tensor, sums: Tensor) -> Tensor:
-        """By how much a potential moves from where it was for its sums to be right."""
+    def best_columns(self, factors: Tensor) -> Tensor:
+        """The best columns given rows, as factors, [P, M]."""
+        return self._factors(self.dual.b, self.v, weighted_rows(factors, self.matrix))
+
+    def _factors(self, weights: Tensor, start: Tensor, sums: Tensor) -> Tensor:
+        """What makes these sums right of rows or columns whose potentials were at `start`."""
+        ratio = weights / sums
         if self.dual.is_balanced:
-            return (log_weights - sums.log()).clamp(-MAX_MOVE, MAX_MOVE)
+            return ratio.clamp(math.exp(-MAX_MOVE), math.exp(MAX_MOVE))
         relaxation = self.dual.relaxation
-        return ((log_weights - relaxation * start - sums.log()) / (1 + relaxation)).clamp(-MAX_MOVE, MAX_MOVE)
+        return ((ratio.log() - relaxation * start) / (1 + relaxation)).clamp(-MAX_MOVE, MAX_MOVE).exp()
 
-    def errors_after(self, move: Tensor, column_move: Tensor) -> tuple[Tensor, Tensor]:
-        """The marginal error after moves of u and v, and its worst row's share of error; [P] each."""
-        rows = move.exp() * weighted_columns(self.matrix, column_move.exp())
-        targets = self.targets if self.dual.is_balanced else self.targets * torch.exp(-self.dual.relaxation * move)
+    def errors_after(self, factors: Tensor, column_factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The marginal error with factors of rows and columns, and its worst row's share of error; [P] each."""
+        rows = factors * weighted_columns(self.matrix, column_factors)
+        targets = self.targets if self.dual.is_balanced else self.targets * factors**-self.dual.relaxation
         excess = (rows - targets).abs()
         return excess.sum(-1) / targets.sum(-1), (excess / targets).amax(-1)
 

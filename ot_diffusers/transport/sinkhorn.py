@@ -34,6 +34,7 @@ from .checks import check_clouds, normalised_weights
 from .dense import PASSES_PER_PLAN, dense_loop
 from .precision import full_precision, weighted_columns
 from .problem import Potentials, Problem, annealing_ladder, problems
+from .semidual import MAX_MOVE
 
 # Passes that a warm start may take before the problem is solved from the top of the ladder after all.
 WARM_PASSES = 30
@@ -140,26 +141,39 @@ def solve(
 
 
 def solve_self(
-    problem: Problem, tolerance: float | None = 1e-5, max_iterations: int = 200, initial: Tensor | None = None
+    problem: Problem, tolerance: float = 1e-5, max_iterations: int = 200, initial: Tensor | None = None
 ) -> Tensor:
-    """`self_potential` of a batch of problems, unchecked, from `initial` or zero, [P, N]; without a tolerance all
+    """`self_potential` of a batch of problems, unchecked, from `initial` or zero, [P, N]. With a tolerance of 0 all
     iterations are taken, and the host does not look."""
-    eps, cost, log_a = problem.eps, problem.cost, problem.a.log()
-    factor = 1 / (1 + problem.relaxation(eps))
-    if cost.is_dense:  # |f| ≤ ½ eps log N: the exponential never overflows
-        stored = (cost.matrix / -eps).add_(log_a[..., None, :]).exp_()
-        # Where eps is below the rounding of the costs, a point can seem to be far from itself.
-        stored.diagonal(dim1=-2, dim2=-1).clamp_(min=torch.finfo(stored.dtype).tiny)
-
-    def best(f: Tensor) -> Tensor:
-        if cost.is_dense:
-            return -factor * eps * weighted_columns(stored, (f / eps).exp()).log()
-        return factor * cost.softmin(f, log_a, eps)
-
     f = torch.zeros_like(problem.a) if initial is None else initial.to(problem.a)
+    loop = _dense_self_loop if problem.cost.is_dense else _blockwise_self_loop
+    return loop(problem, f, tolerance, max_iterations)
+
+
+def _dense_self_loop(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Tensor:
+    """Factors exp(f/eps) ← √(exp(f/eps) · their best ones), on the stored plan of f = 0."""
+    eps, share = problem.eps, 1 / (1 + problem.relaxation(problem.eps))
+    stored = (problem.cost.matrix / -eps).add_(problem.a.log()[..., None, :]).exp_()
+    # Where eps is below the rounding of the costs, a point can seem to be far from itself.
+    stored.diagonal(dim1=-2, dim2=-1).clamp_(min=torch.finfo(stored.dtype).tiny)
+    factors = (f / eps).clamp(-MAX_MOVE, MAX_MOVE).exp()
     for step in range(1, max_iterations + 1):
-        update = best(f)
-        f, change = (f + update) / 2, update - f
-        if tolerance is not None and step % PASSES_PER_PLAN == 0 and change.abs().max() < tolerance * eps:
+        sums = weighted_columns(stored, factors)
+        ratio = factors / (sums if problem.reach is None else sums**share)
+        factors, before = ratio.sqrt(), factors
+        is_due = tolerance > 0 and step % PASSES_PER_PLAN == 0
+        if is_due and (factors / before).log().abs().max() < tolerance / 2:
             break
-    return best(f)
+    return -share * eps * weighted_columns(stored, factors).log()
+
+
+def _blockwise_self_loop(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Tensor:
+    """f ← the mean of f and the best one given it."""
+    eps, log_a, share = problem.eps, problem.a.log(), 1 / (1 + problem.relaxation(problem.eps))
+    for step in range(1, max_iterations + 1):
+        update = share * problem.cost.softmin(f, log_a, eps)
+        f, before = (f + update) / 2, f
+        is_due = tolerance > 0 and step % PASSES_PER_PLAN == 0
+        if is_due and (f - before).abs().max() < tolerance * eps / 2:
+            break
+    return share * problem.cost.softmin(f, log_a, eps)
