@@ -1,4 +1,4 @@
-"""What `ot-diffusers card`, `push`, `info`, `report` and `completion` do."""
+"""`report`, `card`, `push`, `info` and `completion`: what prints or passes on what is there."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, require
+from ..errors import InputError, require
+from .process import prepare_libraries
 
 MEGABYTE = 1e6
 
 
-def card(arguments: argparse.Namespace) -> list[str]:
-    """A run as the folder that goes to the Hub; the lines to print."""
-    from .hub import export_run, repository_files
+def run_card(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """A run as the folder that goes to the Hub."""
+    prepare_libraries()
+    from ..hub import export_run, repository_files
 
     folder = export_run(arguments.run, arguments.output, **_export_options(arguments))
-    return _listing(repository_files(folder), str(folder))
+    return _print(_listing(repository_files(folder), str(folder)))
 
 
-def push(arguments: argparse.Namespace) -> list[str]:
-    """A run, or a folder that `card` wrote, to the Hub; the lines to print."""
+def run_push(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """A run, or a folder that `card` wrote, to the Hub."""
+    prepare_libraries()
     from huggingface_hub.utils import disable_progress_bars
 
-    from .hub import check_repo_id, export_run, push_folder, repository_files
+    from ..hub import check_repo_id, export_run, push_folder, repository_files
 
     check_repo_id(arguments.repo)
     if not sys.stderr.isatty():
@@ -41,8 +45,8 @@ def push(arguments: argparse.Namespace) -> list[str]:
             options = {"private": arguments.private or None, "revision": arguments.revision}
             url = push_folder(folder, arguments.repo, commit_message=arguments.message, **options)
     if arguments.json:
-        return [_json({"repo": arguments.repo, "pushed": url is not None, "url": url, "files": files})]
-    return _listing(files, f"{arguments.repo}, nothing was pushed" if url is None else url)
+        return _print([_json({"repo": arguments.repo, "pushed": url is not None, "url": url, "files": files})])
+    return _print(_listing(files, f"{arguments.repo}, nothing was pushed" if url is None else url))
 
 
 def is_repository(folder: Path) -> bool:
@@ -61,14 +65,15 @@ def _listing(files: dict[str, int], where: str) -> list[str]:
     return [*lines, f"{sum(files.values()) / MEGABYTE:9.3f} MB in {len(files)} files: {where}"]
 
 
-def info(arguments: argparse.Namespace) -> list[str]:
-    """What a saved pipeline is made of; the lines to print."""
+def run_info(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """What a saved pipeline is made of."""
+    prepare_libraries()
     facts = describe_pipeline(arguments.pipeline)
     if arguments.json:
-        return [_json(facts)]
+        return _print([_json(facts)])
     rows = [(name.replace("_", " "), value) for name, value in facts.items() if value is not None]
     width = max(len(name) for name, _ in rows)
-    return [line for name, value in rows for line in _rows(name.ljust(width), value)]
+    return _print(line for name, value in rows for line in _rows(name.ljust(width), value))
 
 
 def describe_pipeline(path: str) -> dict[str, Any]:
@@ -77,8 +82,8 @@ def describe_pipeline(path: str) -> dict[str, Any]:
     Raises:
         InputError: no pipeline there.
     """
-    from .hub import parameters, scheduler_facts
-    from .sampling import load_pipeline
+    from ..hub import parameters, scheduler_facts
+    from ..sampling import load_pipeline
 
     pipeline = load_pipeline(path)
     size = pipeline.unet.config.sample_size
@@ -106,32 +111,41 @@ def _rows(name: str, value: Any) -> list[str]:
     return [f"{start}  {key}  {entry}" for start, (key, entry) in zip(names, entries, strict=True)]
 
 
-def report(arguments: argparse.Namespace) -> list[str]:
-    """`results.json` as a table and as one HTML file with the pictures beside it; the lines to print."""
-    from .comparison import tables
-    from .evaluation.report import text_table, write_report
-    from .hub import read_results
+def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """`results.json` as a table and as one HTML file with the pictures beside it."""
+    prepare_libraries()
+    from ..comparison import tables
+    from ..evaluation.report import text_table, write_report
+    from ..hub import read_results
 
     path = Path(arguments.results)
     file = path / "results.json" if path.is_dir() else path
     results = read_results(file)
     if arguments.json:
-        return [_json(results)]
+        return _print([_json(results)])
     output = Path(arguments.output) if arguments.output else file.with_name("report.html")
     require(not output.is_dir(), "output", "be a file", str(output))
     pictures = {picture.stem.replace("_", " ").capitalize(): picture for picture in sorted(file.parent.glob("*.png"))}
     further = tables(results) if results.get("differences") else {}
-    return [text_table(results), str(write_report(results, pictures, output, tables=further))]
+    return _print([text_table(results), str(write_report(results, pictures, output, tables=further))])
 
 
-def completion(parser: argparse.ArgumentParser, shell: str) -> list[str]:
+def run_completion(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """The script that completes commands and options in a shell."""
     try:
         import shtab
     except ImportError as error:
         raise InputError("`completion` needs shtab: pip install shtab") from error
-    return [shtab.complete(parser, shell)]
+    from .parser import make_parser
+
+    return _print([shtab.complete(make_parser(), arguments.shell)])
 
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _print(lines: Iterable[str]) -> int:
+    for line in lines:
+        print(line)
+    return 0

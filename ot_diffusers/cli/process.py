@@ -1,0 +1,60 @@
+"""What the commands share: their process, its device, and the arguments they pass on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import Any
+
+from ..errors import InputError
+
+SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
+"""Options that are passed on to the pipeline's call where they are given."""
+
+
+def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call: the recipe, if asked for, and what the user gave."""
+    given = {name: getattr(arguments, name) for name in SAMPLING_ARGUMENTS if getattr(arguments, name) is not None}
+    if not arguments.seed_recipe:
+        return given
+    from ..pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
+
+    return SEED_GUIDANCE | given
+
+
+def is_main_process() -> bool:
+    """Whether this process reports, where accelerate has launched several."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def chosen_device(name: str | None) -> Any:
+    """The named device, or accelerate's choice for this process."""
+    import torch
+    from accelerate import PartialState
+
+    if name is None:
+        return PartialState().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"`device` must be a device of this machine, such as cpu or cuda, got {name!r}") from error
+
+
+def stop_on_sigterm() -> None:
+    """End like an interrupt: the scripts that were started are stopped too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def prepare_libraries() -> None:
+    """Settings that must be made before the libraries underneath are imported, and no bars but our own."""
+    # Waiting threads that spin take the core from whoever works.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,132 @@
+"""`demo`, `train` and the studies: what runs for minutes or hours and leaves a folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import require
+from ..launch import run_command, training_command
+from .process import call_arguments, chosen_device, prepare_libraries, stop_on_sigterm
+
+
+def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Everything on digits."""
+    stop_on_sigterm()
+    prepare_libraries()
+    from ..demo import run_demo as run
+
+    run(arguments.output, seed=arguments.seed)
+    return 0
+
+
+def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Check the configuration here, then hand over to the script; its exit status is ours."""
+    command = training_command(
+        arguments.script,
+        overrides,
+        config=arguments.config,
+        num_processes=arguments.num_processes,
+        accelerate_config=arguments.accelerate_config,
+    )
+    return run_command(command)
+
+
+def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """Arms over paired seeds; exit status 3 where the time was over before all seeds were done."""
+    words = [*arguments.arms, *unknown]
+    options = [word for word in words if word.startswith("-")]
+    require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
+    names = [word for word in words if "=" not in word or Path(word).exists()]
+    given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
+    given["output_dir"] = arguments.output
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides += [word for word in words if word not in names]
+    stop_on_sigterm()
+    prepare_libraries()
+    from ..comparison import choose_arms, read_config, run_comparison
+
+    config = read_config(arguments.config, overrides, arguments.num_inference_steps)
+    results = run_comparison(choose_arms(config, names) if names else config, max_seconds=arguments.max_seconds)
+    return 0 if results["complete"] else 3
+
+
+def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Every checkpoint of the runs, in one report."""
+    prepare_libraries()
+    from ..evaluation.tracking import track_runs
+
+    output = Path(arguments.output)
+    track_runs(
+        _named_folders(arguments.runs),
+        output,
+        dataset=arguments.dataset,
+        evaluator=arguments.evaluator,
+        num_samples=arguments.num_samples,
+        features=arguments.features,
+        call=call_arguments(arguments),
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=chosen_device(arguments.device),
+    )
+    print(output / "report.html")
+    return 0
+
+
+def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
+    pairs = [run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run) for run in runs]
+    names = [name or Path(folder).name for name, _, folder in pairs]
+    if len(set(names)) < len(names):
+        names = [name or folder for name, _, folder in pairs]
+    require(len(set(names)) == len(names), "runs", "be different", list(runs))
+    return {name: Path(folder) for name, (_, _, folder) in zip(names, pairs, strict=True)}
+
+
+def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """Damaged real images under every metric."""
+    prepare_libraries()
+    from ..stress_study import run_stress_study
+
+    run_stress_study(
+        arguments.dataset,
+        arguments.evaluator,
+        Path(arguments.output),
+        num_samples=arguments.num_samples,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        device=chosen_device(arguments.device),
+    )
+    return 0
+
+
+def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """The study of priors."""
+    stop_on_sigterm()
+    prepare_libraries()
+    from ..config import load_config
+    from ..launch import preset_path
+    from ..truncation_study import TruncationConfig, run_study
+
+    preset = ["--config", str(preset_path(arguments.config))] if arguments.config else []
+    run_study(load_config(TruncationConfig, [*preset, *overrides]))
+    return 0
+
+
+def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """x_T' of every image of a split, as parquet files."""
+    prepare_libraries()
+    from diffusers import DDPMScheduler
+
+    from ..data import load_images
+    from ..sampling import load_pipeline
+    from ..schedules import truncated_scheduler
+    from ..truncated_set import export_truncated_set
+
+    full = load_pipeline(arguments.denoiser).scheduler if arguments.denoiser else DDPMScheduler()
+    scheduler = truncated_scheduler(full, arguments.truncation_timestep)
+    images = load_images(arguments.dataset, arguments.split)
+    options = {"num_epochs": arguments.num_epochs, "seed": arguments.seed}
+    print(export_truncated_set(images, scheduler, arguments.output, **options))
+    return 0
