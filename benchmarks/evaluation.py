@@ -50,6 +50,6 @@ def against_torch_fidelity(features: torch.Tensor, real: torch.Tensor) -> Row:
         metrics.kernel_distance(features, real)
         metrics.precision_recall(features, real)
 
-    seconds = interleave({"torch-fidelity": theirs, "ours": ours}, 2)
+    seconds = interleave({"torch-fidelity": theirs, "ours": ours}, 2 if len(features) < 10_000 else 5)
     name = "FID, KID, precision and recall: torch-fidelity / ours"
     return ratio_row(name, seconds, "torch-fidelity", "ours", target=5.0, at_least=True)

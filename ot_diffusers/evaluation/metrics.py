@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -120,19 +122,23 @@ def kernel_distance(
     size = min(subset_size, len(x), len(y))
     if size == len(x) == len(y):
         num_subsets = 1  # every subset is the whole
-    generator = np.random.RandomState(seed)
-    subsets = [[generator.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(num_subsets)]
 
-    # The products are too small to share: a subset is the work of one thread.
+    def draws() -> Iterator[list[np.ndarray]]:
+        generator = np.random.RandomState(seed)
+        for _ in range(num_subsets):
+            yield [generator.choice(len(rows), size, replace=False) for rows in (x, y)]
+
+    def distance(dtype: type, draw: list[np.ndarray]) -> float:
+        return _squared_mmd(*(rows[chosen].astype(dtype) for rows, chosen in zip((x, y), draw, strict=True)))
+
+    # The products are too small to share: a subset is the work of one thread, while further ones are drawn.
     with worker_threads() as pool:
-
-        def distances(x: np.ndarray, y: np.ndarray) -> list[float]:
-            return list(pool.map(lambda rows: _squared_mmd(x[rows[0]], y[rows[1]]), subsets))
-
-        values = distances(x.astype(np.float32), y.astype(np.float32))
-        error = abs(values[0] - _squared_mmd(*(rows[draw] for rows, draw in zip((x, y), subsets[0], strict=True))))
-        if not error <= KERNEL_ERROR * np.std(values):  # nor where float32 overflows
-            values = distances(x, y)
+        exact = pool.submit(distance, np.float64, next(draws()))
+        if num_subsets == 1:
+            return exact.result()
+        values = list(pool.map(partial(distance, np.float32), draws()))
+        if not abs(values[0] - exact.result()) <= KERNEL_ERROR * np.std(values):  # nor where float32 overflows
+            values = list(pool.map(partial(distance, np.float64), draws()))
     return math.fsum(values) / num_subsets
 
 
