@@ -111,6 +111,7 @@ class OTGuidance:
             names = ("guidance_scale", "num_correction_steps", *RECORDED)
             check_recorded_for(guidance_field, reference_bank, **{name: getattr(self, name) for name in names})
         self.pixel_scale = reference_bank.config.pixel_scale
+        self.thumbnail_size = (reference_bank.config.thumbnail_shape or (0, 0, 0))[1:]
         self._potentials: DivergencePotentials | None = None
         self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.thumbnails)
 

@@ -206,6 +206,20 @@ def test_the_interval_of_guided_steps(options, expected, monkeypatch):
     assert pipe.num_timesteps == 25
 
 
+@pytest.mark.parametrize("side, expected", [(8, 10), (16, 10), (20, 8), (32, 8)])
+def test_the_model_cleans_up_where_thumbnails_are_coarse(side, expected):
+    """Thumbnails are 8×8: of more than 2×2 pixels each, and the last fifth of the chain is not guided."""
+    images = torch.nn.functional.interpolate(_references(), size=side)
+    network = ConvFeatureExtractor(sample_size=side, block_out_channels=(8, 16), feature_dim=32)
+    features = network.extract(images)
+    bank = ReferenceBank.from_features(features, feature_scale=median_distance(features), images=images)
+    pipe = OTGuidedDDIMPipeline(_unet(sample_size=side), DDIMScheduler(), network, bank)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = _images(pipe, num_inference_steps=10)
+    assert np.array_equal(chosen, _images(pipe, num_inference_steps=10, num_guidance_steps=expected))
+    assert not np.array_equal(chosen, _images(pipe, num_inference_steps=10, num_guidance_steps=expected - 1))
+
+
 # --- saving, devices, dtypes ----------------------------------------------------------------------------------------
 
 

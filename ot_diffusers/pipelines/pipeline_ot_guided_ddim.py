@@ -113,9 +113,10 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
             guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 where the
                 pipeline has the parts for it, else 0.
-            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step` (with
-                `pixel_weight` 0 all but the last 8%, since features alone do not see what guidance leaves in the
-                pixels). A guidance field guides those of them that it was recorded at.
+            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step`, but for those
+                in which the model cleans up what guidance does not see: the last fifth where a pixel of the thumbnails
+                is more than 2 of the image's on a side, the last 8% with `pixel_weight` 0. A guidance field guides
+                those of them that it was recorded at.
             guidance_start_step: first guided step, counted from the start of the chain.
             num_correction_steps: correction steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
@@ -169,7 +170,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             pixel_weight=pixel_weight,
             step_rule=step_rule,
         )
-        guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
+        guided = guided_steps(guidance, shape[2:], num_inference_steps, num_guidance_steps, guidance_start_step)
 
         # 2. Prepare latents and timesteps.
         device = self._execution_device

@@ -168,7 +168,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
             pixel_weight=pixel_weight,
             step_rule=step_rule,
         )
-        guided = guided_steps(guidance, num_inference_steps, num_guidance_steps, guidance_start_step)
+        size = self.prior.image_shape[1:]
+        guided = guided_steps(guidance, size, num_inference_steps, num_guidance_steps, guidance_start_step)
         prior_timesteps = self._prior_timesteps(guidance, latents, num_prior_guidance_steps)
         # A copy: sampling leaves marks on a scheduler.
         scheduler = copy.deepcopy(self.scheduler)
