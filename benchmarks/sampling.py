@@ -58,7 +58,7 @@ def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
     fast = device.type == "cuda"
     call: dict[str, Any] = {
         "batch_size": 500 if fast else 16 if quick else 64,
-        "num_inference_steps": 50 if fast else 4,
+        "num_inference_steps": 50 if fast else 12,
         "output_type": "pt",
     }
     guided.set_progress_bar_config(disable=True)
@@ -68,7 +68,7 @@ def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
         "joint batch": lambda: guided(joint_batch=True, **call),
         "guidance field": lambda: guided(**call),
     }
-    seconds = interleave(candidates, 2 if fast or quick else 5)
+    seconds = interleave(candidates, 2 if fast or quick else 3)
     title = f"{call['batch_size']} images, {call['num_inference_steps']} steps"
     return [
         ratio_row(f"OT-guided DDIM, {name} / plain DDIM, {title}", seconds, name, "plain", target=1.1)

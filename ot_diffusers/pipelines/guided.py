@@ -18,9 +18,9 @@ from .portable import PortablePipeline
 
 logger = logging.get_logger(__name__)
 
-# Shares of the chain that stay unguided at its end by default, so that the model itself cleans up what is left there:
-# where guidance does not see the pixels, and where it sees them in thumbnails of more than so many on a side.
-BLIND_SHARE, COARSE_SHARE, FINE_BLOCK = 0.08, 0.2, 2
+# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what is left there, if
+# guidance does not see the pixels, or in thumbnails of which a pixel is more than so many of the image's on a side.
+CLEAN_SHARE, FINE_BLOCK = 0.08, 2
 # Below this joint batch the transport problem says little about the distribution.
 SMALL_BATCH = 16
 
@@ -170,20 +170,18 @@ def guided_steps(
     """
     require(guidance_start_step >= 0, "guidance_start_step", "be at least 0", guidance_start_step)
     if num_guidance_steps is None:
-        clean = _clean_steps(guidance, image_size, num_inference_steps)
+        clean = 0 if _sees_all(guidance, image_size) else max(1, round(CLEAN_SHARE * num_inference_steps))
         num_guidance_steps = max(0, num_inference_steps - clean - guidance_start_step)
     require(num_guidance_steps >= 0, "num_guidance_steps", "be at least 0", num_guidance_steps)
     return range(guidance_start_step, guidance_start_step + num_guidance_steps) if guidance else range(0)
 
 
-def _clean_steps(guidance: OTGuidance | None, image_size: tuple[int, int], num_inference_steps: int) -> int:
-    """How many steps are left to the model; a guidance field knows the steps it was recorded at."""
+def _sees_all(guidance: OTGuidance | None, image_size: tuple[int, int]) -> bool:
+    """Whether guidance may go on to the last step; a field does to the last that it was recorded at."""
     if guidance is None or guidance.guidance_field is not None:
-        return 0
-    if guidance.pixel_weight == 0:
-        return max(1, round(BLIND_SHARE * num_inference_steps))
-    blocks = (size / small for size, small in zip(image_size, guidance.thumbnail_size, strict=True))
-    return round(COARSE_SHARE * num_inference_steps) if max(blocks) > FINE_BLOCK else 0
+        return True
+    fine = all(size <= FINE_BLOCK * small for size, small in zip(image_size, guidance.thumbnail_size, strict=True))
+    return fine and guidance.pixel_weight > 0
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -113,10 +113,10 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
             guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 where the
                 pipeline has the parts for it, else 0.
-            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step`, but for those
-                in which the model cleans up what guidance does not see: the last fifth where a pixel of the thumbnails
-                is more than 2 of the image's on a side, the last 8% with `pixel_weight` 0. A guidance field guides
-                those of them that it was recorded at.
+            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step`, but for the
+                last 8% where guidance does not see what it leaves in the pixels: with `pixel_weight` 0, or where a
+                pixel of the thumbnails is more than 2 of the image's on a side. A guidance field guides those of them
+                that it was recorded at.
             guidance_start_step: first guided step, counted from the start of the chain.
             num_correction_steps: correction steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
