@@ -18,8 +18,8 @@ from .portable import PortablePipeline
 
 logger = logging.get_logger(__name__)
 
-# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what is left there, if
-# guidance does not see the pixels, or in thumbnails of which a pixel is more than so many of the image's on a side.
+# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what is left there:
+# where guidance does not see the pixels, or in thumbnails of which one is more than so many of the image's on a side.
 CLEAN_SHARE, FINE_BLOCK = 0.08, 2
 # Below this joint batch the transport problem says little about the distribution.
 SMALL_BATCH = 16
@@ -162,8 +162,8 @@ def guided_steps(
     num_guidance_steps: int | None,
     guidance_start_step: int,
 ) -> range:
-    """The steps of a chain that are guided: by default all, but for its end where guidance does not see the pixels of
-    images of such height and width, or coarsely.
+    """The steps of a chain that are guided: by default all, but for its end where guidance does not see the pixels, or
+    coarsely in images of this height and width.
 
     Raises:
         InputError: a negative number.
