@@ -19,7 +19,7 @@ from .portable import PortablePipeline
 logger = logging.get_logger(__name__)
 
 # Share of the chain that stays unguided at its end by default, so that the model itself cleans up what is left there:
-# where guidance does not see the pixels, or in thumbnails of which one is more than so many of the image's on a side.
+# where guidance does not see the pixels, or in thumbnails whose pixels are more than so many of the image's on a side.
 CLEAN_SHARE, FINE_BLOCK = 0.08, 2
 # Below this joint batch the transport problem says little about the distribution.
 SMALL_BATCH = 16
