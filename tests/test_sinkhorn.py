@@ -452,6 +452,17 @@ def test_autocast_does_not_reach_inside():
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("sizes", [(280, 7), (100, 100), (128, 1000)])
+@pytest.mark.parametrize("ratio", [1.0, 3.0, 10.0])
+def test_the_values_uncertainty_in_float32(sizes, ratio):
+    """What the docstring states: 1e-6 blur², beside the rounding of the costs, for clouds of one mean."""
+    x, y = (torch.randn(size, 32, generator=torch.Generator().manual_seed(size)) for size in sizes)
+    x, y = x - x.mean(0), y - y.mean(0)
+    blur = ratio * torch.cdist(x, y).median().item()
+    error = sinkhorn_divergence(x, y, blur=blur).item() - sinkhorn_divergence(x.double(), y.double(), blur=blur).item()
+    assert abs(error) < 1e-6 * blur**2 + 1e-6 * x.square().sum(1).max().item()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_points_are_solved_in_float32(dtype):
     x, y = (cloud.to(dtype) for cloud in _half_problem())
