@@ -41,7 +41,7 @@ class DataFacts:
 DATA = {
     "digits": DataFacts(
         "Optical recognition of handwritten digits (UCI; scikit-learn's copy)",
-        "sklearn-docs/digits",
+        HUB_IDS["digits"],
         "1,797 grey pictures of 8×8 pixels by 13 writers: a toy that shows the method, not handwriting at large.",
     ),
     "mnist": DataFacts(

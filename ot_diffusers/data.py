@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 DATASETS_VARIABLE = "OT_DIFFUSERS_DATASETS"
-HUB_IDS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+HUB_IDS = {"digits": "sklearn-docs/digits", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 SPLITS = ("train", "validation", "test")
 VALIDATION_NAMES = ("validation", "valid", "val")
 TEST_FRACTION = 1 / 6
@@ -99,9 +99,18 @@ def load_images(
     column = _find_image_column(table, image_column)
     decoder = _Decoder(_undecoded(table, column), column, f"{dataset} {split}", image_size, channels)
 
+    folder = local_folder(dataset)
+    name = dataset if folder is None else folder.resolve().name
+    hub_id = HUB_IDS.get(dataset, dataset if folder is None else None)
     if len(decoder) * int(np.prod(decoder.image_shape)) > max_resident_bytes:
-        return StreamedImages(dataset, origin, labels, decoder)
-    return ResidentImages(dataset, origin, labels, decoder.decode_all())
+        return StreamedImages(name, origin, labels, decoder, hub_id=hub_id)
+    return ResidentImages(name, origin, labels, decoder.decode_all(), hub_id)
+
+
+def local_folder(dataset: str) -> Path | None:
+    """The folder that `dataset` names on this machine; None for a name of the table above, or a Hub id."""
+    folder = Path(dataset).expanduser()
+    return folder if dataset not in HUB_IDS and folder.is_dir() else None
 
 
 @dataclass
@@ -109,16 +118,18 @@ class ResidentImages:
     """All images of a split in one uint8 tensor, on any device.
 
     Attributes:
-        name: the data set, as the user named it.
+        name: the data set: a name of the table above, a Hub id, or the last part of a local folder's path.
         split: the split, and in brackets how it was cut if the data set does not come with it.
         labels: int64 [N] on the CPU, or None.
         pixels: uint8 [N, C, H, W], on the device of the last `to`.
+        hub_id: the data set's id on the Hub; None for a local one.
     """
 
     name: str
     split: str
     labels: Tensor | None
     pixels: Tensor
+    hub_id: str | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -158,6 +169,7 @@ class StreamedImages:
     labels: Tensor | None
     decoder: _Decoder
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    hub_id: str | None = None
 
     def __len__(self) -> int:
         return len(self.decoder)
@@ -244,14 +256,13 @@ def _open(dataset: str) -> datasets.DatasetDict:
     """The splits of `dataset` under the names they come with."""
     import datasets
 
-    known = ", ".join(["digits", *HUB_IDS])
+    known = ", ".join(HUB_IDS)
     require(dataset != "", "dataset", f"be {known}, a folder or a Hub id", dataset)
-    folder = Path(dataset).expanduser()
     if dataset == "digits":
         return _load_digits()
-    if dataset in HUB_IDS:
-        folder = Path(os.environ.get(DATASETS_VARIABLE, os.devnull)) / dataset
-    if folder.is_dir():
+    mirror = Path(os.environ.get(DATASETS_VARIABLE, os.devnull)) / dataset
+    folder = mirror if dataset in HUB_IDS and mirror.is_dir() else local_folder(dataset)
+    if folder is not None:
         return _open_folder(folder)
     looks_like_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     require(not looks_like_path, "dataset", f"be {known}, an existing folder or a Hub id", dataset)

@@ -133,7 +133,12 @@ def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -
         record = {
             "script": type(config).__doc__,
             "config": _as_json(config),
-            "data": {"name": images.name, "fingerprint": images.fingerprint, "num_samples": len(images)},
+            "data": {
+                "name": images.name,
+                "hub_id": images.hub_id,
+                "fingerprint": images.fingerprint,
+                "num_samples": len(images),
+            },
             "num_processes": accelerator.num_processes,
             "batch": batch,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
