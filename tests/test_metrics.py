@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import re
 import warnings
@@ -84,24 +83,13 @@ class TestKernelDistance:
         # The standard error of MMD² at 400 rows of this kernel is about .01; the shift's population value is near 1.
         assert abs(same) < 0.05 < shifted
 
-    def test_blocks_of_the_kernel_do_not_change_the_value(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        pair = gaussian(100), gaussian(90, seed=1)
-        whole = metrics.kernel_distance(*pair, num_subsets=3, subset_size=70)
-        monkeypatch.setattr(metrics, "KERNEL_BLOCK", 32)  # 70 = 32 + 32 + 6
-        found = metrics.kernel_distance(*pair, num_subsets=3, subset_size=70)
-        assert found == pytest.approx(whole, rel=1e-6)  # float32 sums in another order
-
-    def test_float32_is_left_where_it_loses_the_difference(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Features far from the origin: kernels of 1e12 that differ by 1e7, which float32 cannot tell apart."""
+    def test_far_from_the_origin(self) -> None:
+        """Kernels of 1e12 that differ by 1e7: float64 sums in another order leave less than a millionth of that."""
         pair = gaussian(300, mean=100.0), gaussian(300, seed=1, mean=100.0)
-        expected = fidelity_kernel(*pair, 50, 5)[0]
-        distance = functools.partial(metrics.kernel_distance, *pair, num_subsets=7, subset_size=50, seed=5)
-        # float64 sums of 1e12 in another order leave 1e-4: far less than a millionth of 1e7.
-        assert distance() == pytest.approx(expected, rel=1e-6)
-        monkeypatch.setattr(metrics, "KERNEL_ERROR", math.inf)
-        assert distance() != pytest.approx(expected, rel=1e-6)
+        found = metrics.kernel_distance(*pair, num_subsets=7, subset_size=50, seed=5)
+        assert found == pytest.approx(fidelity_kernel(*pair, 50, 5)[0], rel=1e-6)
 
-    def test_float32_is_left_where_it_overflows(self) -> None:
+    def test_huge_features(self) -> None:
         pair = gaussian(60) * 1e9, gaussian(60, seed=1) * 1e9
         found = metrics.kernel_distance(*pair, num_subsets=7, subset_size=20, seed=5)
         assert found == pytest.approx(fidelity_kernel(*pair, 20, 5)[0], rel=1e-9)
@@ -192,8 +180,8 @@ class TestAgainstTorchFidelity:
         size = min(subset_size, rows, reference_rows)  # theirs refuses subsets larger than a set
         expected, deviation = fidelity_kernel(x, y, size, 5)
         found = metrics.kernel_distance(x, y, num_subsets=7, subset_size=subset_size, seed=5)
-        # Allowed to float32 is a thousandth of the deviation; the rest is for float64 sums in another order.
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-3 * deviation)
+        # Float64 sums in another order.
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-9 * deviation)
 
     @sizes
     @pytest.mark.parametrize("num_neighbors", [1, 3, 7])
@@ -248,8 +236,8 @@ def tight_clusters(offset: float, rows: int, seed: int) -> Tensor:
     return gaussian(rows, 4, seed) + offset * torch.arange(rows)[:, None].remainder(3)
 
 
-class TestFloat32Neighbors:
-    """Float32 is a filter only: the answer is that of float64."""
+class TestNeighbors:
+    """Distances by matrix products decide as differences do."""
 
     @pytest.mark.parametrize(
         ("x", "y"),
@@ -268,7 +256,7 @@ class TestFloat32Neighbors:
             pytest.param(gaussian(200, 2048, 1).exp(), gaussian(150, 2048, 2).exp(), id="2048 dimensions"),
         ],
     )
-    def test_is_what_float64_says(self, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_what_differences_say(self, x: Tensor, y: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = BruteForce(x, y, 3)
         for entries in (neighbors.BLOCK_ENTRIES, 6000):  # in one block, and in many
             monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", entries)
@@ -282,23 +270,11 @@ class TestFloat32Neighbors:
     @pytest.mark.parametrize("size", [2, 5, 16, 17, 99, 1000])
     @pytest.mark.parametrize("num_neighbors", [1, 4])
     def test_radii_of_any_number_of_rows(self, size: int, num_neighbors: int) -> None:
-        """Groups of neighbours of every length, the last ones shorter than the others."""
         num_neighbors = min(num_neighbors, size - 1)
-        x, _ = neighbors.to_unit_ball(gaussian(size, 3), gaussian(size, 3))
-        expected = BruteForce.squared(torch.from_numpy(x), torch.from_numpy(x)).sort(dim=1).values[:, num_neighbors]
-        # A product in float64 of rows of length at most 1.
-        assert neighbors.squared_radii(x, num_neighbors) == pytest.approx(expected.numpy(), abs=1e-14)
-
-    def test_the_bound_holds_and_is_of_use(self) -> None:
-        """Margins in float32 are off by less than the bound, which leaves few of 2,000 rows to float64."""
-        x, y = neighbors.to_unit_ball(gaussian(1000, 64, 1), gaussian(1000, 64, 2, mean=0.3))
-        x_radii, y_radii = (neighbors.squared_radii(rows, 3) for rows in (x, y))
-        margins = neighbors._margins(x, x_radii, y, y_radii)
-        distances = BruteForce.squared(torch.from_numpy(x), torch.from_numpy(y)).numpy()
-        exact = (distances - y_radii).min(axis=1), (distances - x_radii[:, None]).min(axis=0)
-        error = np.abs(np.concatenate(margins) - np.concatenate(exact)).max()
-        assert 0 < error < neighbors._doubt(x) == 3 * neighbors.float32_error(64) < 6e-5  # 12·82·2⁻²⁴
-        assert (np.abs(np.concatenate(margins)) < neighbors._doubt(x)).sum() < 20
+        x = gaussian(size, 3).double()
+        expected = BruteForce.squared(x, x).sort(dim=1).values[:, num_neighbors]
+        # A product in float64 of rows of squared length at most 30.
+        assert torch.allclose(neighbors.squared_radii(x, num_neighbors), expected, rtol=0, atol=1e-13)
 
 
 class TestSinkhornDistance:

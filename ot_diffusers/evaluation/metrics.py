@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,13 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError, require
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
-from .neighbors import count_members, in_each_others_balls, nearest_rows, worker_threads
-
-KERNEL_BLOCK = 500
-"""Rows of a block of the kernel matrix: 2 MB of float64."""
-
-KERNEL_ERROR = 1e-3
-"""Error allowed to float32 in the first subset's kernel distance, as a share of the subsets' standard deviation."""
+from .neighbors import count_members, in_each_others_balls, nearest_rows
 
 Normalization = Literal["l2", "median", "none"]
 
@@ -104,9 +96,7 @@ def kernel_distance(
     """Kernel distance: unbiased squared MMD, kernel (⟨x, y⟩/D + 1)³, mean over random subsets.
 
     The subsets are torch-fidelity's for the same seed. Unlike the Fréchet distance it is unbiased in N, and may be
-    slightly negative for equal distributions. Its matrix products are in float32 where that is harmless, which is
-    measured: if the first subset comes out otherwise than in float64, by more than a thousandth of the standard
-    deviation between subsets, all are formed in float64.
+    slightly negative for equal distributions.
 
     Args:
         features: [N, D].
@@ -118,28 +108,13 @@ def kernel_distance(
     Reference: [Binkowski2018].
     """
     features, reference_features = _checked_pair(features, reference_features)
-    x, y = _cubic_kernel_rows(features), _cubic_kernel_rows(reference_features)
-    size = min(subset_size, len(x), len(y))
-    if size == len(x) == len(y):
+    size = min(subset_size, len(features), len(reference_features))
+    if size == len(features) == len(reference_features):
         num_subsets = 1  # every subset is the whole
-
-    def draws() -> Iterator[list[np.ndarray]]:
-        generator = np.random.RandomState(seed)
-        for _ in range(num_subsets):
-            yield [generator.choice(len(rows), size, replace=False) for rows in (x, y)]
-
-    def distance(dtype: type, draw: list[np.ndarray]) -> float:
-        return _squared_mmd(*(rows[chosen].astype(dtype) for rows, chosen in zip((x, y), draw, strict=True)))
-
-    # The products are too small to share: a subset is the work of one thread, while further ones are drawn.
-    with worker_threads() as pool:
-        exact = pool.submit(distance, np.float64, next(draws()))
-        if num_subsets == 1:
-            return exact.result()
-        values = list(pool.map(partial(distance, np.float32), draws()))
-        if not abs(values[0] - exact.result()) <= KERNEL_ERROR * np.std(values):  # nor where float32 overflows
-            values = list(pool.map(partial(distance, np.float64), draws()))
-    return math.fsum(values) / num_subsets
+    sets = [rows.double() / math.sqrt(rows.shape[1]) for rows in (features, reference_features)]
+    draws = np.random.RandomState(seed)
+    subsets = ([rows[draws.choice(len(rows), size, replace=False)] for rows in sets] for _ in range(num_subsets))
+    return math.fsum(_squared_mmd(*subset) for subset in subsets) / num_subsets
 
 
 def precision_recall(features: Tensor, reference_features: Tensor, *, num_neighbors: int = 3) -> PrecisionRecall:
@@ -344,35 +319,9 @@ def _random_rows(features: Tensor, count: int, seed: int) -> Tensor:
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def _cubic_kernel_rows(features: Tensor) -> np.ndarray:
-    """[N, D + 1], float64, whose inner products are ⟨x, y⟩/D + 1."""
-    rows = features.double().numpy() / math.sqrt(features.shape[1])
-    return np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
-
-
-def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD of equally many rows [S, ·], kernel ⟨x, y⟩³; the diagonals of K_xx, K_yy stay out.
-
-    Blocks stay in the cache, those below the diagonals are those above, and NumPy's product of a matrix with its own
-    transpose takes half the time of another. Sums of more than a block's row are in float64.
-    """
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    """Unbiased squared MMD of equally many rows [S, D], kernel (⟨x, y⟩ + 1)³; the diagonals of K_xx, K_yy stay out."""
     size = len(x)
-    blocks = [(x[i : i + KERNEL_BLOCK], y[i : i + KERNEL_BLOCK]) for i in range(0, size, KERNEL_BLOCK)]
-    memory = np.empty((2, min(size, KERNEL_BLOCK) ** 2), x.dtype)  # touching new memory at every block is slow
-
-    def sum_of_cubes(a: np.ndarray, b: np.ndarray) -> float:
-        k, k2 = (part[: len(a) * len(b)].reshape(len(a), len(b)) for part in memory)
-        np.matmul(a, b.T, out=k)
-        if a is b:
-            np.fill_diagonal(k, 0)
-        return float(np.einsum("ij,ij->i", k, np.multiply(k, k, out=k2)).sum(dtype=np.float64))
-
-    within, across = 0.0, 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for i, (x_rows, y_rows) in enumerate(blocks):
-            within += sum_of_cubes(x_rows, x_rows) + sum_of_cubes(y_rows, y_rows)
-            across += sum_of_cubes(x_rows, y_rows)
-            for x_later, y_later in blocks[i + 1 :]:
-                within += 2 * (sum_of_cubes(x_rows, x_later) + sum_of_cubes(y_rows, y_later))
-                across += sum_of_cubes(x_rows, y_later) + sum_of_cubes(x_later, y_rows)
+    within = sum((rows @ rows.T).add_(1).pow_(3).fill_diagonal_(0).sum().item() for rows in (x, y))
+    across = (x @ y.T).add_(1).pow_(3).sum().item()
     return within / (size * (size - 1)) - 2 * across / size**2
