@@ -180,9 +180,8 @@ class DiffusionConfig(TrainingConfig):
     timestep_sampler: str = option("uniform", "uniform, or quadratic (t = T·u², more of the late, clean steps)")
     max_timestep: int | None = option(None, "train on t < max_timestep only (for truncated chains)")
     noise_coupling: str = option(
-        "none", "none; assignment: noise goes to images by optimal transport; nearest: an image takes its nearest draw"
+        "none", "none, or assignment: assign a batch's noise to its images by optimal transport"
     )
-    noise_candidates: int = option(4, "nearest: draws for each image")
     ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
     num_validation_samples: int = option(1000, "validation images per epoch")
     num_inference_steps: int = option(50, "DDIM steps of the sample grids")
@@ -196,10 +195,9 @@ class DiffusionConfig(TrainingConfig):
             "be uniform or quadratic",
             self.timestep_sampler,
         )
-        couplings = ("none", "assignment", "nearest")
+        couplings = ("none", "assignment")
         known = self.noise_coupling in couplings
         require(known, "noise_coupling", f"be one of {', '.join(couplings)}", self.noise_coupling)
-        require(self.noise_candidates >= 2, "noise_candidates", "be at least 2", self.noise_candidates)
         for name in ("num_train_timesteps", "num_validation_samples", "sample_epochs"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         in_chain = 1 <= self.num_inference_steps <= self.num_train_timesteps
@@ -258,9 +256,6 @@ class OTConfig(BaselineConfig):
     output_dir: str = option("runs/ot", "folder of the run: an OT-guided pipeline and all that belongs to it")
     feature_extractor: str = option("runs/features", "folder or Hub id of a feature network trained on the same data")
     ot_weight: float = option(0.03, "λ, weight of the transport term; 0 trains the baseline")
-    ot_gradient_share: float | None = option(
-        None, "bound of the transport term's gradient at the model's output, as a share of the denoising term's"
-    )
     num_reference_samples: int = option(2000, "real images the batch is compared with, none of them in the batch")
     blur: float = option(0.3, "blur of the Sinkhorn divergence, a length in feature space")
     scaling: float = option(0.7, "ratio of successive blurs in the solver")
@@ -279,8 +274,6 @@ class OTConfig(BaselineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.ot_weight >= 0, "ot_weight", "be at least 0", self.ot_weight)
-        share = self.ot_gradient_share
-        require(share is None or share > 0, "ot_gradient_share", "be positive or none", share)
         require(self.blur > 0, "blur", "be a positive length", self.blur)
         require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
         require(
@@ -299,31 +292,6 @@ class OTConfig(BaselineConfig):
     @property
     def compares_distributions(self) -> bool:
         return self.ot_weight > 0 or super().compares_distributions
-
-
-@dataclass
-class DistilledConfig(DiffusionConfig):
-    """train/train_distilled.py"""
-
-    output_dir: str = option("runs/distilled", "folder of the run: a diffusers pipeline and all that belongs to it")
-    teacher: str = option("runs/baseline", "folder or Hub id of a trained pipeline; its UNet is guided, and goes on")
-    feature_extractor: str = option("runs/features", "folder or Hub id of the feature network that guides")
-    num_reference_samples: int = option(2000, "real images that the guidance moves towards")
-    distillation_weight: float = option(2.0, "λ, weight of the guided steps; 0 goes on with the data alone")
-    num_distilled_samples: int = option(1000, "images whose guided chains are learnt; all of them are one joint batch")
-    guidance_scale: float = option(1.0, "strength of the guidance that is learnt")
-    pixel_weight: float = option(1.0, "of the thumbnails beside the features in that guidance; 0 for features alone")
-    learning_rate: float = option(3e-4, "peak learning rate")
-    lr_scheduler: str = option("cosine", "diffusers' names: constant, cosine, constant_with_warmup, …")
-    ema_decay: float = option(0.99, "upper bound of the averaging of weights; it starts lower on short runs")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.distillation_weight >= 0, "distillation_weight", "be at least 0", self.distillation_weight)
-        require(self.guidance_scale > 0, "guidance_scale", "be positive", self.guidance_scale)
-        require(self.pixel_weight >= 0, "pixel_weight", "be at least 0", self.pixel_weight)
-        for name, least in (("num_distilled_samples", 16), ("num_reference_samples", 2)):
-            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
 
 
 TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")

@@ -11,14 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .config import BaselineConfig, DistilledConfig, FeaturesConfig, OTConfig, PriorConfig, load_config
+from .config import BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, load_config
 from .errors import require
 
 SCRIPTS: dict[str, tuple[str, type[Any]]] = {
     "features": ("train_features.py", FeaturesConfig),
     "baseline": ("train_baseline.py", BaselineConfig),
     "ot": ("train_ot.py", OTConfig),
-    "distilled": ("train_distilled.py", DistilledConfig),
     "prior": ("train_prior.py", PriorConfig),
 }
 """Name on the command line to script and configuration class."""

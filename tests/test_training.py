@@ -20,15 +20,14 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from diffusers import DDIMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
-from ot_diffusers.config import BaselineConfig, DistilledConfig, FeaturesConfig, OTConfig, make_config, run_script
+from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config, run_script
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.tracking import find_checkpoints
 from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.losses import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator
@@ -42,14 +41,12 @@ from ot_diffusers.training import (
     make_noise_scheduler,
     make_unet,
     plan,
-    with_bounded_gradient,
 )
-from ot_diffusers.training.coupling import assigned_noise, nearest_noise
-from ot_diffusers.training.distillation import CHAINS, load_teacher, record_chains
+from ot_diffusers.training.coupling import assigned_noise
 from ot_diffusers.transport import median_distance
 
 ROOT = Path(__file__).parent.parent
-CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig, "distilled": DistilledConfig}
+CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
 
 # A UNet of 30,000 parameters on the real digits: an update takes a few hundredths of a second.
 COMMON: dict[str, Any] = {"dataset": "digits", "train_batch_size": 8, "report_to": "none"}
@@ -66,9 +63,6 @@ TINY: dict[str, dict[str, Any]] = {
     "features": COMMON | {"block_out_channels": [4, 8], "feature_dim": 16, "num_reference_samples": 50},
     "baseline": COMMON | TINY_UNET,
     "ot": COMMON | TINY_UNET | {"num_reference_samples": 50, "ot_weight": 0.1},
-    "distilled": COMMON
-    | {name: TINY_UNET[name] for name in ("num_inference_steps", "num_validation_samples", "learning_rate")}
-    | {"num_reference_samples": 50, "num_distilled_samples": 16},
 }
 
 
@@ -118,11 +112,9 @@ def features(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def needed(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def needed(features: Path) -> dict[str, dict[str, Any]]:
     """The runs that each script builds on."""
-    teacher = train("baseline", tmp_path_factory.mktemp("teacher") / "run", max_train_steps=20)
-    network = {"feature_extractor": str(features)}
-    return {"baseline": {}, "ot": network, "distilled": network | {"teacher": str(teacher)}}
+    return {"baseline": {}, "ot": {"feature_extractor": str(features)}}
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -167,7 +159,7 @@ def first_moments(run: Path, update: int) -> Tensor:
     return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("exp_avg")])
 
 
-@pytest.mark.parametrize("script", ["baseline", "ot", "distilled"])
+@pytest.mark.parametrize("script", ["baseline", "ot"])
 def test_two_processes_compute_what_one_computes(
     script: str, needed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -178,11 +170,8 @@ def test_two_processes_compute_what_one_computes(
     differ by tenths.
     """
     values: dict[str, Any] = needed[script] | {"max_train_steps": 2, "checkpointing_steps": 1}
-    match script:
-        case "baseline":
-            values["noise_coupling"] = "nearest"
-        case "ot":
-            values |= {"ot_weight": 3.0, "ot_gradient_share": 0.5}  # as strong as the denoising term, then bounded
+    if script == "ot":
+        values["ot_weight"] = 3.0  # as strong as the denoising term
     two = launch(script, tmp_path / "two", "two_cpu_processes", **values, train_batch_size=8)
     one = train(script, tmp_path / "one", **values, train_batch_size=16)
     assert json.loads((two / "run.json").read_text())["num_processes"] == 2
@@ -310,7 +299,6 @@ def test_zero_weight_trains_the_baseline_bit_for_bit(features: Path, tmp_path: P
     [
         ("baseline", {"dropout": 0.2, "gradient_accumulation_steps": 2, "lr_scheduler": "constant_with_warmup"}),
         ("ot", {}),
-        ("distilled", {"gradient_accumulation_steps": 2, "lr_scheduler": "constant"}),
     ],
 )
 def test_interrupted_run_ends_like_the_uninterrupted(
@@ -451,63 +439,31 @@ def test_other_predictions_train_and_are_remembered(prediction_type: str, featur
     assert np.isfinite(metrics(run)[0]["loss"])
 
 
-def test_couplings_are_the_optimal_ones() -> None:
-    generator = torch.Generator().manual_seed(0)
-    clean, *candidates = torch.randn(4, 5, 1, 2, 2, generator=generator)
-    distances = torch.stack([(clean[:, None] - draw[None]).square().flatten(2).sum(2) for draw in candidates])
-    best = min(itertools.permutations(range(5)), key=lambda order: distances[0][range(5), order].sum().item())
-    assert torch.equal(assigned_noise(clean, candidates[0]), candidates[0][list(best)])
-    found = nearest_noise(clean, torch.stack(candidates))
-    for row, noise in enumerate(found):
-        own = distances[:, row, row]
-        assert torch.equal(noise, candidates[int(own.argmin())][row])
+def test_assignment_is_the_optimal_one() -> None:
+    clean, noise = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    distances = (clean[:, None] - noise[None]).square().flatten(2).sum(2)
+    best = min(itertools.permutations(range(5)), key=lambda order: distances[range(5), order].sum().item())
+    assert torch.equal(assigned_noise(clean, noise), noise[list(best)])
 
 
-@pytest.mark.parametrize("coupling", ["assignment", "nearest"])
-def test_couplings_bring_noise_closer_and_leave_images_and_timesteps(coupling: str) -> None:
+def test_assignment_brings_noise_closer_and_leaves_images_and_timesteps() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (64, 1, 4, 4), generator=generator, dtype=torch.uint8)
     images = ResidentImages("noise", "train", None, pixels)
     scheduler, schedule = DDPMScheduler(), Schedule(32, 32, updates_per_epoch=2, num_updates=4)
-    options = {"train_batch_size": 32, "noise_candidates": 3}
 
     def batches(coupling: str) -> Any:
-        config = BaselineConfig(noise_coupling=coupling, **options)
+        config = BaselineConfig(noise_coupling=coupling, train_batch_size=32)
         return diffusion_batches(images, scheduler, config, schedule, process(0, 1))
 
-    for batch, plain in zip(batches(coupling), batches("none"), strict=True):
+    for batch, plain in zip(batches("assignment"), batches("none"), strict=True):
         assert torch.equal(batch.indices, plain.indices) and torch.equal(batch.timesteps, plain.timesteps)
         clean = images.fetch(batch.indices)
         near, far = (torch.nn.functional.mse_loss(found.target, clean) for found in (batch, plain))
         assert near < 0.95 * far
-        if coupling == "assignment":  # the same noise, in another order
-            assert torch.equal(*(found.target.flatten(1).sort(dim=0).values for found in (batch, plain)))
-    assert BaselineConfig(noise_coupling=coupling).compares_distributions == (coupling == "assignment")
-
-
-def test_bounded_gradient_of_the_transport_term(features: Path, tmp_path: Path) -> None:
-    """The value of the term stays, its gradient at the model's output is a share of the other's."""
-    at = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    AcceleratorState._reset_state(True)
-    accelerator = make_accelerator(BaselineConfig(report_to="none"))
-    other, term = at.square().sum(), 100 * (at - 2).square().sum()
-    (yardstick,), (own,) = torch.autograd.grad(other, at, retain_graph=True), torch.autograd.grad(term, at)
-    for share in (0.25, 1e6):
-        term = 100 * (at - 2).square().sum()
-        bounded = with_bounded_gradient(term, at.square().sum(), at, share, accelerator)
-        assert torch.equal(bounded, term)
-        (found,) = torch.autograd.grad(bounded, at)
-        expected = own if share > 1 else own * (share * yardstick.norm() / own.norm())
-        assert torch.allclose(found, expected, rtol=1e-5)
-    # In a run, a bound that is never reached changes nothing but rounding; a small one does.
-    values: dict[str, Any] = {"feature_extractor": str(features), "ot_weight": 1.0, "max_train_steps": 1}
-    values["checkpointing_steps"] = 1
-    free, wide, narrow = (
-        first_moments(train("ot", tmp_path / str(share), **values, ot_gradient_share=share), 1)
-        for share in (None, 1e6, 1e-3)
-    )
-    assert (wide - free).norm() < 1e-5 * free.norm()
-    assert (narrow - free).norm() > 1e-2 * free.norm()
+        # The same noise, in another order.
+        assert torch.equal(*(found.target.flatten(1).sort(dim=0).values for found in (batch, plain)))
+    assert BaselineConfig(noise_coupling="assignment").compares_distributions
 
 
 def test_bf16_changes_rounding_only(tmp_path: Path) -> None:
@@ -570,79 +526,6 @@ def test_refusal_leaves_nothing(values: dict[str, Any], expected: str, tmp_path:
 def test_ot_refuses_a_batch_that_leaves_no_references(features: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`train_batch_size` must leave references in a data set of 1152, got 1152"):
         train("ot", tmp_path / "run", train_batch_size=1152, feature_extractor=str(features))
-    assert not list(tmp_path.iterdir())
-
-
-# --- Distilled guidance -----------------------------------------------------------------------------------------------
-
-
-GUIDED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "pixel_weight": 0.0}
-
-
-def teacher_of(needed: dict[str, dict[str, Any]]) -> tuple[OTGuidedDDIMPipeline, DistilledConfig]:
-    AcceleratorState._reset_state(True)
-    config = make_config(DistilledConfig, TINY["distilled"] | needed["distilled"] | GUIDED)
-    accelerator = make_accelerator(config)
-    return load_teacher(config, load_split(config, "train", accelerator), accelerator), config
-
-
-def test_chains_are_those_of_the_guided_pipeline(needed: dict[str, dict[str, Any]]) -> None:
-    """Each recorded output leads the scheduler from one recorded sample to the next, and at last to the image."""
-    teacher, config = teacher_of(needed)
-    chains = record_chains(teacher, config)
-    assert chains.samples.shape == chains.targets.shape == (4, 16, 1, 8, 8)
-    scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
-    pipeline = OTGuidedDDIMPipeline(teacher.unet, scheduler, teacher.feature_extractor, teacher.reference_bank)
-    pipeline.set_progress_bar_config(disable=True)
-    generator = keyed_generator("cpu", 0, "guided chains")
-    ends = pipeline(16, generator=generator, **GUIDED, output_type="latent").images
-    steps = zip(chains.samples, chains.timesteps, chains.targets, [*chains.samples[1:], ends], strict=True)
-    for sample, timestep, target, after in steps:
-        assert torch.equal(scheduler.step(target, timestep, sample).prev_sample, after)
-    with torch.no_grad():
-        plain = [teacher.unet(x, t).sample for x, t in zip(chains.samples, chains.timesteps, strict=True)]
-    guided = [not torch.allclose(output, target) for output, target in zip(plain, chains.targets, strict=True)]
-    assert guided == [True, True, True, False]  # the last step is left to the model
-
-
-def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """The error to the guided outputs falls for a network that learns them, and hardly for one that goes on with the
-    data alone."""
-    teacher, config = teacher_of(needed)
-    chains = record_chains(teacher, config)
-
-    def error(unet: Any) -> float:
-        with torch.no_grad():
-            outputs = [unet(x, t).sample for x, t in zip(chains.samples, chains.timesteps, strict=True)]
-        return float((torch.stack(outputs) - chains.targets)[:-1].square().mean())
-
-    before, ends = error(teacher.unet), {}
-    values = GUIDED | needed["distilled"] | {"max_train_steps": 60}
-    for weight in (0, 5):
-        run = train("distilled", tmp_path / str(weight), **values, distillation_weight=weight)
-        ends[weight] = error(DDIMPipeline.from_pretrained(run).unet)
-    assert ends[5] < 0.8 * before and ends[5] < 0.8 * ends[0]
-    assert not (tmp_path / "0" / CHAINS).exists() and "distillation" not in metrics(tmp_path / "0")[-1]
-    last = metrics(tmp_path / "5")[-1]
-    assert last["loss"] == pytest.approx(last["mse"] + last["distillation"])
-    with pytest.raises(InputError, match="`run` must be the folder of a train_baseline"):
-        find_checkpoints(tmp_path / "5")
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"teacher": "./absent"}, "`teacher` must be a folder with a model_index.json"),
-        ({"num_train_timesteps": 500}, "`num_train_timesteps` must be 1000, as in the teacher's chain, got 500"),
-        ({"channels": 3}, r"`teacher` must be trained on images of shape \(3, 8, 8\), got \(1, 8, 8\)"),
-        ({"num_distilled_samples": 8}, "`num_distilled_samples` must be at least 16, got 8"),
-    ],
-)
-def test_distillation_refuses(
-    values: dict[str, Any], expected: str, needed: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=expected):
-        train("distilled", tmp_path / "run", **needed["distilled"] | values)
     assert not list(tmp_path.iterdir())
 
 

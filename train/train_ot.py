@@ -40,7 +40,6 @@ from ot_diffusers.training import (
     save_results,
     save_sample_grid,
     validation_loss,
-    with_bounded_gradient,
 )
 from ot_diffusers.transport import check_backend, median_distance
 
@@ -93,10 +92,6 @@ def main(config: OTConfig) -> None:
                     record,
                 )
                 terms["ot"] = config.ot_weight * transport
-                if config.ot_gradient_share is not None:
-                    terms["ot"] = with_bounded_gradient(
-                        terms["ot"], terms["mse"], model_output, config.ot_gradient_share, accelerator
-                    )
             loss = sum(terms.values(), start=batch.noisy.new_zeros(()))
             state.backward(accelerator, loss, config.max_grad_norm)
         record.add(loss=loss, **terms)

@@ -36,10 +36,7 @@ from .models import (
     make_optimizer,
     make_unet,
 )
-from .processes import (
-    gather_rows,
-    with_bounded_gradient,
-)
+from .processes import gather_rows
 from .records import (
     Record,
     averaged_weights,
@@ -75,6 +72,5 @@ __all__ = [
     "save_results",
     "save_sample_grid",
     "validation_loss",
-    "with_bounded_gradient",
     "write_json",
 ]

@@ -15,7 +15,7 @@ from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
 from ..schedules import alpha_sigma, training_target
 from ..seeds import key, keyed_generator
-from .coupling import coupled_noise
+from .coupling import assigned_noise
 
 Images = ResidentImages | StreamedImages
 
@@ -117,9 +117,9 @@ def diffusion_batches(
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
         generator = keyed_generator(accelerator.device, config.seed, "noise", update)
         noise, timesteps = draw_noise(len(indices), clean.shape[1:], config, generator)
-        coupled = coupled_noise(clean, noise, part, config, generator)
+        own = assigned_noise(clean, noise[part]) if config.noise_coupling == "assignment" else noise[part]
         torch.manual_seed(key(config.seed, "dropout", update, part.start))
-        yield noised_batch(clean, coupled, timesteps[part], scheduler, indices, indices[part], update)
+        yield noised_batch(clean, own, timesteps[part], scheduler, indices, indices[part], update)
 
 
 def noised_batch(

@@ -63,28 +63,3 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> Tensor:
     result is the gradient of one process on the whole batch.
     """
     return rows if accelerator.num_processes == 1 else _GatherRows.apply(rows, accelerator)
-
-
-def with_bounded_gradient(term: Tensor, other: Tensor, at: Tensor, share: float, accelerator: Accelerator) -> Tensor:
-    """`term` with its value, and its gradient at `at` scaled down to `share` of that of `other`, where it is larger.
-
-    Args:
-        term, other: 0-d, functions of `at`.
-        at: the model's output, [B, C, H, W]; norms are over all processes' rows.
-        share: positive.
-
-    Returns:
-        0-d tensor, linear in `at`: going back through it does not go through `term` again.
-
-    Example:
-        >>> at = torch.tensor([1.0], requires_grad=True)
-        >>> with_bounded_gradient(50 * at.sum(), at.sum(), at, 0.25, Accelerator()).backward()
-        >>> at.grad
-        tensor([0.2500])
-    """
-    (gradient,) = torch.autograd.grad(term, at)
-    (yardstick,) = torch.autograd.grad(other, at, retain_graph=True)
-    squares = torch.stack([gradient.float().square().sum(), yardstick.float().square().sum()])
-    own, allowed = accelerator.reduce(squares, "sum").sqrt().unbind()
-    factor = (share * allowed / own.clamp(min=torch.finfo(own.dtype).tiny)).clamp(max=1)
-    return term.detach() + factor * ((at - at.detach()) * gradient).sum()
