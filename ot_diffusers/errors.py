@@ -7,6 +7,9 @@ import os
 import re
 from collections.abc import Mapping
 
+SHOWN = 300
+"""Characters of a value that a message shows."""
+
 
 class InputError(ValueError):
     """Bad input from the user. Commands print the line and exit with status 2; libraries can catch it as
@@ -29,7 +32,21 @@ def require(condition: bool, argument: str, requirement: str, value: object) -> 
         ot_diffusers.errors.InputError: `blur` must be positive, got -1
     """
     if not condition:
-        raise InputError(f"`{argument}` must {requirement}, got {value!r}")
+        raise InputError(f"`{argument}` must {requirement}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and short. Of an array, shape and type are shown.
+
+    Example:
+        >>> shown("ot"), shown([0.5] * 1000)[-5:]
+        ("'ot'", '0.5 …')
+    """
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) > 0:
+        return f"{type(value).__name__} of shape {tuple(shape)} and type {getattr(value, 'dtype', None)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip(' ,')} …"
 
 
 def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], argument: str) -> None:
@@ -48,6 +65,7 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
 
 # What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 _PEER = (
     "connection closed by peer",
@@ -69,9 +87,11 @@ def surroundings(error: BaseException) -> str | None:
     """
     text = " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else _number_in(text)
+    place = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
     if number in _DISK:
-        place = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
         return f"cannot write{place}: {os.strerror(number)}"
+    if place and number in _PLACE:
+        return f"cannot use{place}: {os.strerror(number)}"
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
         return (
             "out of memory: lower train_batch_size and raise gradient_accumulation_steps by the same factor, "
