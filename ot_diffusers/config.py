@@ -567,7 +567,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             require(isinstance(value, bool), key, "be true or false", value)
             return value
         if target is int:
-            whole = not isinstance(value, bool) and (isinstance(value, int) or int(value) == float(value))
+            whole = not isinstance(value, bool) and (not isinstance(value, float) or value.is_integer())
             require(whole, key, "be a whole number", value)
             number = int(value)
             require(key == "seed" or abs(number) <= LARGEST, key, f"be a whole number up to {LARGEST:,}", value)

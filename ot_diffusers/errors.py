@@ -6,7 +6,9 @@ import errno
 import os
 import re
 from collections.abc import Mapping
+from numbers import Integral
 
+MOST = 10**8
 SHOWN = 300
 """Characters of a value that a message shows."""
 
@@ -33,6 +35,23 @@ def require(condition: bool, argument: str, requirement: str, value: object) -> 
     """
     if not condition:
         raise InputError(f"`{argument}` must {requirement}, got {shown(value)}")
+
+
+def require_sizes(least: int = 1, **sizes: object) -> None:
+    """Raise `InputError` unless every size is a whole number from `least` to a hundred million: before memory is taken
+    for what a file asks for.
+
+    Example:
+        >>> require_sizes(num_samples=10**15)
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `num_samples` must be at most 100,000,000, got 1000000000000000
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise InputError(f"`{name}` must be a whole number, got {shown(size)}")
+        require(size >= least, name, f"be at least {least}", size)
+        require(size <= MOST, name, f"be at most {MOST:,}", size)
 
 
 def shown(value: object) -> str:

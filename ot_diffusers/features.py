@@ -52,7 +52,7 @@ def load_feature_extractor(path: str | Path) -> FeatureExtractor:
 def _load_network(kind: Any, folder: str) -> FeatureExtractor:
     try:
         return kind.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"`feature_extractor` must be complete, got {folder!r} ({reason})") from error
 
@@ -69,7 +69,7 @@ def load_reference_bank(path: str | Path) -> ReferenceBank:
     folder = place if inside else os.path.join(place, "reference_bank")
     try:
         return ReferenceBank.from_pretrained(folder, use_safetensors=True, **inside)
-    except (OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"`features` must hold a network and its `reference_bank`, got {str(path)!r}") from error
 
 

@@ -61,7 +61,7 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
         features = local_or_hub(features, "features")
     try:
         pipeline = PIPELINES[name].from_pretrained(place, use_safetensors=True)
-    except (OSError, ValueError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
     return pipeline if features is None else with_guidance(pipeline, str(features))
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ..config import SILENCE_SECONDS
 from ..errors import SHOWN, InputError, TrainingError, require, surroundings
-from ..files import is_first_process
+from ..files import is_first_process, local_or_hub
 from .parser import make_parser
 
 __all__ = ["main", "make_parser"]
@@ -22,6 +22,9 @@ BAD_INPUT, BROKEN, INTERRUPTED, NOBODY_READS = 2, 1, 130, 141
 """Exit statuses; the last is that of a program that SIGPIPE ends."""
 
 WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+INPUTS = ("pipeline", "images", "run", "features", "denoiser")
+"""Arguments that name a folder or a Hub id."""
 
 SHARED_OUT = ("sample", "evaluate")
 """Commands that several processes of a launcher do together."""
@@ -68,6 +71,9 @@ def _run(argv: Sequence[str] | None) -> int:
     require(alone, "num_processes", f"be 1 for `{arguments.name}`, which is not shared out", processes)
     if arguments.check_output is not None and arguments.output is not None:
         arguments.output = arguments.check_output(arguments.output)
+    for name in INPUTS:
+        if getattr(arguments, name, None) is not None:
+            local_or_hub(getattr(arguments, name), name)
     return arguments.command(arguments, unknown)
 
 

@@ -29,29 +29,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         option, _, problem = message.partition(": ")
-        if problem.startswith("must "):  # from `whole_number` and `number`
+        if problem.startswith("must "):  # from `whole` and `number`
             message = f"`{option.removeprefix('argument --').replace('-', '_')}` {problem}"
         raise InputError(message)
 
 
-def whole_number(least: int, most: int | None = LARGEST) -> Callable[[str], int]:
-    """The type of an option that is a whole number in that range."""
-    bounds = f"be a whole number from {least}" + ("" if most is None else f" to {most:,}")
+def whole(least: int, most: int | None = LARGEST) -> Callable[[str], int]:
+    """The type of an option that is a whole number in that range; any number from `least` on without `most`."""
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"must {bounds}, got {shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {shown(text)}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {shown(value)}")
         return value
 
     return convert
 
 
 def number(least: float, *, above: bool = False) -> Callable[[str], float]:
-    """The type of an option that is a finite number, `least` or more, or above `least`."""
+    """The type of an option that is a finite number: `least` or more, or above `least`."""
 
     def convert(text: str) -> float:
         try:
@@ -59,7 +60,8 @@ def number(least: float, *, above: bool = False) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < least or (above and value == least):
-            raise argparse.ArgumentTypeError(f"must be a number {'above' if above else 'from'} {least}, got {text}")
+            bound = f"above {least}" if above else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, got {shown(text)}")
         return value
 
     return convert
@@ -96,7 +98,7 @@ def _add_demo(commands: Any) -> None:
         demo, check_folder, default="runs/demo", help="folder for everything, report.html among it (%(default)s)"
     )
     demo.add_argument(
-        "--seed", type=whole_number(0, None), default=0, help="of the models and of the starting noise (%(default)s)"
+        "--seed", type=whole(0, None), default=0, help="of the models and of the starting noise (%(default)s)"
     )
     demo.set_defaults(command=run_demo)
 
@@ -115,7 +117,7 @@ def _add_train(commands: Any) -> None:
         )
         script.add_argument("--config", metavar="FILE", help="YAML file, or a preset such as mnist/ot.yaml")
         script.add_argument("--accelerate-config", metavar="FILE", help="file of `accelerate config`")
-        script.add_argument("--num-processes", type=whole_number(1), default=1, help="on this machine (%(default)s)")
+        script.add_argument("--num-processes", type=whole(1), default=1, help="on this machine (%(default)s)")
         script.set_defaults(command=run_train, takes_overrides=True)
 
 
@@ -126,7 +128,7 @@ def _presets(command: str) -> str:
 def _add_sample(commands: Any) -> None:
     sample = commands.add_parser("sample", help="write images and a grid from a saved pipeline", allow_abbrev=False)
     sample.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
-    sample.add_argument("--num-images", type=whole_number(1), default=64, help="how many (%(default)s)")
+    sample.add_argument("--num-images", type=whole(1), default=64, help="how many (%(default)s)")
     _add_output(sample, check_folder, default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
     sample.add_argument("--json", action="store_true", help="print folder, number, time and network calls as JSON")
     _add_sampling_options(sample)
@@ -141,7 +143,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
     evaluate.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
     evaluate.add_argument(
-        "--num-samples", type=whole_number(2), help="how many images; default: as many as there are test images"
+        "--num-samples", type=whole(2), help="how many images; default: as many as there are test images"
     )
     _add_output(evaluate, check_file, metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
@@ -166,9 +168,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--evaluator", help=f"{EVALUATOR_HELP}; or a preset to train once")
     compare.add_argument("--seeds", help="how many seeds (5)")
     compare.add_argument("--num-samples", help="images of each arm and seed; default: as many as there are test images")
-    compare.add_argument(
-        "--num-inference-steps", type=whole_number(1), help="denoising steps; default: each pipeline's own"
-    )
+    compare.add_argument("--num-inference-steps", type=whole(1), help="denoising steps; default: each pipeline's own")
     _add_output(compare, check_folder, help="folder for everything, report.html among it (runs/comparison)")
     compare.add_argument(
         "--max-seconds", type=number(0, above=True), help="stop cleanly after this long; the same command goes on"
@@ -182,7 +182,7 @@ def _add_track(commands: Any) -> None:
     track.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
     track.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
     track.add_argument(
-        "--num-samples", type=whole_number(2), help="images of each checkpoint; default: as the smaller real split"
+        "--num-samples", type=whole(2), help="images of each checkpoint; default: as the smaller real split"
     )
     _add_output(
         track, check_folder, default="runs/tracking", help="folder for report.html and tracking.json (%(default)s)"
@@ -195,19 +195,17 @@ def _add_stress(commands: Any) -> None:
     stress = commands.add_parser("stress", help="do the metrics see what they should?", allow_abbrev=False)
     stress.add_argument("--dataset", required=True, help="real images with labels: digits, mnist, cifar10, a Hub id, …")
     stress.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
-    stress.add_argument(
-        "--num-samples", type=whole_number(2), default=1000, help="images damaged, at most (%(default)s)"
-    )
+    stress.add_argument("--num-samples", type=whole(2), default=1000, help="images damaged, at most (%(default)s)")
     stress.add_argument(
         "--repeats",
-        type=whole_number(3),
+        type=whole(3),
         default=3,
         help="draws of each damage, at least 3 for intervals (%(default)s)",
     )
     _add_output(
         stress, check_folder, default="runs/stress", help="folder for report.html, stress.json, pictures (%(default)s)"
     )
-    stress.add_argument("--seed", type=whole_number(0, None), default=0, help="of the draws (%(default)s)")
+    stress.add_argument("--seed", type=whole(0, None), default=0, help="of the draws (%(default)s)")
     stress.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
     stress.set_defaults(command=run_stress)
 
@@ -231,12 +229,10 @@ def _add_truncated_set(commands: Any) -> None:
     )
     export.add_argument("--dataset", required=True, help="digits, mnist, cifar10, a Hub id or a folder")
     export.add_argument("--split", default="train", help="train, validation or test (%(default)s)")
-    export.add_argument("--truncation-timestep", type=whole_number(1), default=10, help="T' (%(default)s)")
+    export.add_argument("--truncation-timestep", type=whole(1), default=10, help="T' (%(default)s)")
     export.add_argument("--denoiser", help="pipeline whose noise levels to take; default: T = 1000, linear betas")
-    export.add_argument(
-        "--num-epochs", type=whole_number(1), default=1, help="independent noises of each image (%(default)s)"
-    )
-    export.add_argument("--seed", type=whole_number(0, None), default=0, help="of the noise (%(default)s)")
+    export.add_argument("--num-epochs", type=whole(1), default=1, help="independent noises of each image (%(default)s)")
+    export.add_argument("--seed", type=whole(0, None), default=0, help="of the noise (%(default)s)")
     _add_output(export, check_folder, required=True, help="new folder")
     export.set_defaults(command=run_truncated_set)
 
@@ -278,10 +274,10 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--arm", help="the arm of the results that is this pipeline")
     options.add_argument("--dtype", default="float32", help="of the stored weights: float32 or float16 (%(default)s)")
     options.add_argument(
-        "--num-images", type=whole_number(0), default=64, help="pictures on the card, 0 for none (%(default)s)"
+        "--num-images", type=whole(0), default=64, help="pictures on the card, 0 for none (%(default)s)"
     )
     options.add_argument(
-        "--num-inference-steps", type=whole_number(1), help="their denoising steps; default: the pipeline's own"
+        "--num-inference-steps", type=whole(1), help="their denoising steps; default: the pipeline's own"
     )
 
 
@@ -303,16 +299,14 @@ def _add_completion(commands: Any) -> None:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument("--features", help="run of train_features.py; guides any pipeline by its network and bank")
-    options.add_argument(
-        "--num-inference-steps", type=whole_number(1), help="denoising steps; default: the pipeline's own"
-    )
+    options.add_argument("--num-inference-steps", type=whole(1), help="denoising steps; default: the pipeline's own")
     options.add_argument("--guidance-scale", type=number(0), help="strength of the guidance, 0 for none")
-    options.add_argument("--num-guidance-steps", type=whole_number(0), help="how many steps are guided")
-    options.add_argument("--guidance-start-step", type=whole_number(0), help="first guided step, from 0")
+    options.add_argument("--num-guidance-steps", type=whole(0), help="how many steps are guided")
+    options.add_argument("--guidance-start-step", type=whole(0), help="first guided step, from 0")
     options.add_argument("--seed-recipe", action="store_true", help="the source study's guidance; other options win")
-    options.add_argument("--seed", type=whole_number(0, None), default=0, help="of the starting noise (%(default)s)")
+    options.add_argument("--seed", type=whole(0, None), default=0, help="of the starting noise (%(default)s)")
     options.add_argument(
-        "--batch-size", type=whole_number(1), help="images at once; default: what the memory holds, up to 1,000"
+        "--batch-size", type=whole(1), help="images at once; default: what the memory holds, up to 1,000"
     )
     options.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
 

@@ -181,7 +181,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     Raises:
         InputError: no checkpoint with averaged weights there, or a run that did not make its own UNet and chain.
     """
-    folders = sorted(run.glob("checkpoints/update-*/ema.safetensors"))
+    folders = sorted(run.glob(f"checkpoints/update-{'[0-9]' * 8}/ema.safetensors"))
     record = run / "run.json"
     options = json.loads(record.read_text(encoding="utf-8"))["config"] if record.is_file() else {}
     own = "beta_schedule" in options

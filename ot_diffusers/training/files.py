@@ -31,7 +31,7 @@ __all__ = [
 CHECKSUMS = "SHA256SUMS"
 """Name of the list of checksums in a checkpoint; `sha256sum -c SHA256SUMS` checks it too."""
 
-WRITTEN = r"(update|damaged)-[0-9]+|(run|results|state)[.]json|metrics[.]jsonl"
+WRITTEN = r"(update|damaged)-[0-9]+|model|(run|results|state)[.]json|metrics[.]jsonl"
 """Names in the folder of a run, and in that of its checkpoints, that are first written under another name."""
 
 
