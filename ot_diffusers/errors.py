@@ -84,7 +84,8 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
 
 # What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
+PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
+"""What is wrong with a path rather than with the disk."""
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 _PEER = (
     "connection closed by peer",
@@ -109,7 +110,7 @@ def surroundings(error: BaseException) -> str | None:
     place = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
     if number in _DISK:
         return f"cannot write{place}: {os.strerror(number)}"
-    if place and number in _PLACE:
+    if place and number in PLACE:
         return f"cannot use{place}: {os.strerror(number)}"
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
         return (

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from ..config import SILENCE_SECONDS
-from ..errors import SHOWN, InputError, TrainingError, require, surroundings
+from ..errors import PLACE, SHOWN, InputError, TrainingError, require, surroundings
 from ..files import is_first_process, local_or_hub
 from .parser import make_parser
 
@@ -20,8 +20,6 @@ __all__ = ["main", "make_parser"]
 
 BAD_INPUT, BROKEN, INTERRUPTED, NOBODY_READS = 2, 1, 130, 141
 """Exit statuses; the last is that of a program that SIGPIPE ends."""
-
-WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 INPUTS = ("pipeline", "images", "run", "features", "denoiser")
 """Arguments that name a folder or a Hub id."""
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
         line = surroundings(error) or " ".join(str(error).split())[:SHOWN]
-        return _fail(line, BAD_INPUT if isinstance(error, WRONG_PLACE) else BROKEN)
+        return _fail(line, BAD_INPUT if error.errno in PLACE else BROKEN)
     except RuntimeError as error:
         if type(error) not in (RuntimeError, TrainingError):
             raise

@@ -40,7 +40,7 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     words = [expand_home(word) for word in (*arguments.arms, *unknown)]
     options = [word for word in words if word.startswith("-")]
     require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
-    names = [word for word in words if "=" not in word or Path(word).exists()]
+    names = [word for word in words if "=" not in word or os.path.exists(word)]
     given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
     given["output_dir"] = arguments.output
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -78,7 +78,7 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
     """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
-    pairs = [run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run) for run in runs]
+    pairs = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
     names = [name or Path(folder).name for name, _, folder in pairs]
     if len(set(names)) < len(names):
         names = [name or folder for name, _, folder in pairs]
