@@ -62,11 +62,11 @@ def local_or_hub(path: str | Path, argument: str) -> str:
         >>> local_or_hub("runs/nothing", "pipeline")
         Traceback (most recent call last):
         ...
-        ot_diffusers.errors.InputError: `pipeline` must be an existing folder or a Hub id, got 'runs/nothing'
+        ot_diffusers.errors.InputError: `pipeline` must be a folder that exists, or a Hub id, got 'runs/nothing'
     """
     text = expand_home(str(path))
     there = os.path.exists(text) or not looks_local(text)
-    require(there, argument, "be an existing folder or a Hub id", str(path))
+    require(there, argument, "be a folder that exists, or a Hub id", str(path))
     return text
 
 

@@ -348,7 +348,9 @@ def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) ->
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml")]
     command = [*launch, "-m", "ot_diffusers.cli", "sample", *sample, str(tmp_path / "two"), "--batch-size", "2"]
-    subprocess.run(command, check=True, capture_output=True)
+    finished = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
+    # Processes that know nothing of each other would both write, and both say so.
+    assert json.loads(finished.stdout)["num_images"] == 5
     assert cli.main(["sample", *sample, str(tmp_path / "one")]) == 0
     images = [read_images(tmp_path / name, channels=1).int() for name in ("one", "two")]
     assert images[0].shape == (5, 1, 8, 8)

@@ -464,7 +464,7 @@ def test_a_path_that_is_not_there_is_an_error_at_once(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     for load in (load_pipeline, load_feature_extractor, load_reference_bank):
-        with pytest.raises(InputError, match="must be an existing folder or a Hub id"):
+        with pytest.raises(InputError, match="must be a folder that exists, or a Hub id"):
             load(text)
     with pytest.raises(InputError, match="`evaluator` must be a folder or Hub id"):
         load_evaluator(text)
