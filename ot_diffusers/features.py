@@ -31,7 +31,7 @@ def load_feature_extractor(path: str | Path) -> FeatureExtractor:
     Raises:
         InputError: no feature network there.
     """
-    place = local_or_hub(path, "feature_extractor")
+    place = local_or_hub(path, "feature_extractor", "be a folder or Hub id of a feature network")
     inside = os.path.join(place, "feature_extractor")
     folder = inside if os.path.isdir(inside) else place
     try:
@@ -63,7 +63,7 @@ def load_reference_bank(path: str | Path) -> ReferenceBank:
     Raises:
         InputError: no reference bank there.
     """
-    place = local_or_hub(path, "features")
+    place = local_or_hub(path, "features", "hold a network and its `reference_bank`")
     # With `subfolder` on a local folder, diffusers would take weights at its root for the bank's.
     inside = {} if os.path.isdir(place) else {"subfolder": "reference_bank"}
     folder = place if inside else os.path.join(place, "reference_bank")

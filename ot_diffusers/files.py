@@ -50,7 +50,7 @@ def user_path(path: str | Path) -> Path:
     return Path(expand_home(str(path)))
 
 
-def local_or_hub(path: str | Path, argument: str) -> str:
+def local_or_hub(path: str | Path, argument: str, requirement: str = "be a folder that exists, or a Hub id") -> str:
     """A folder that exists, with `~` as the home folder, or a Hub id as it stands.
 
     Raises:
@@ -66,7 +66,7 @@ def local_or_hub(path: str | Path, argument: str) -> str:
     """
     text = expand_home(str(path))
     there = os.path.exists(text) or not looks_local(text)
-    require(there, argument, "be a folder that exists, or a Hub id", str(path))
+    require(there, argument, requirement, str(path))
     return text
 
 

@@ -32,6 +32,7 @@ from .seeds import keyed_generator
 PIPELINES: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (OTGuidedDDIMPipeline, TruncatedPriorPipeline, DDIMPipeline, DDPMPipeline)
 }
+INDEXED = "be a folder with a model_index.json, or a Hub id"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAX_BATCH_SIZE = 1000
 GRID_IMAGES = 400
@@ -54,7 +55,7 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     Raises:
         InputError: no such pipeline, or feature network and UNet do not fit.
     """
-    place = local_or_hub(path, "pipeline")
+    place = local_or_hub(path, "pipeline", INDEXED)
     name = pipeline_class_name(place)
     require(name in PIPELINES, "pipeline", f"be one of {', '.join(PIPELINES)}", name)
     if features is not None:
@@ -106,9 +107,9 @@ def pipeline_class_name(path: str) -> str:
     Raises:
         InputError: no `model_index.json` there.
     """
-    place = local_or_hub(path, "pipeline")
+    place = local_or_hub(path, "pipeline", INDEXED)
     found = not os.path.exists(place) or os.path.isfile(f"{place}/model_index.json")
-    require(found, "pipeline", "be a folder with a model_index.json, or a Hub id", path)
+    require(found, "pipeline", INDEXED, path)
     try:
         return str(DiffusionPipeline.load_config(place)["_class_name"])
     except (OSError, ValueError, KeyError) as error:
