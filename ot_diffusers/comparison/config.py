@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import load_config, option
+from ..config import Options, load_config, option
 from ..errors import require
 from ..evaluation import report
 from ..evaluation.extractors import load_evaluator
@@ -23,7 +23,7 @@ RESERVED = (*NETWORKS, "seed", "logs")
 
 
 @dataclass
-class Arm:
+class Arm(Options):
     """One way to make images: a pipeline that exists, or one that is trained anew for every seed.
 
     In `pipeline`, `features` and `overrides`, `{name}` stands for the run of an earlier arm with the same seed,
@@ -42,6 +42,7 @@ class Arm:
     description: str = option("", "a sentence for the report")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one = (self.pipeline is None) != (self.train is None)
         require(one, "arms", "have either a pipeline or a script to train", (self.pipeline, self.train))
         known = self.train is None or self.train in SCRIPTS
@@ -57,7 +58,7 @@ class Arm:
 
 
 @dataclass
-class ComparisonConfig:
+class ComparisonConfig(Options):
     """A comparison of arms."""
 
     output_dir: str = option("runs/comparison", "folder of the comparison")
@@ -77,6 +78,7 @@ class ComparisonConfig:
     overrides: tuple[str, ...] = option((), "key=value for every training script, such as max_train_steps=4")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.seeds >= 1, "seeds", "be at least 1", self.seeds)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
         check_dtype(self.dtype)

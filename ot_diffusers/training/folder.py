@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, set_seed
 from ..config import TrainingConfig
 from ..data import load_images
 from ..errors import InputError, require
+from ..files import check_folder
 from .batches import Images
 from .files import damage, delete_partial, write_json
 
@@ -64,10 +65,8 @@ def check_output_dir(config: TrainingConfig) -> None:
         problem = damage(Path(config.resume_from_checkpoint))
         requirement = f"be latest, none or a checkpoint's folder as it was written ({problem})"
         require(problem is None, "resume_from_checkpoint", requirement, config.resume_from_checkpoint)
-    folder = Path(config.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(existing.is_dir(), "output_dir", "be a folder", config.output_dir)
-    if existing != folder:
+    folder = check_folder(config.output_dir, "output_dir")
+    if not folder.exists():
         return
     record = folder / "run.json"
     if not record.is_file() and all(path.name.endswith((".partial", LOCK)) for path in folder.iterdir()):
