@@ -74,8 +74,10 @@ def labels_of(images: ResidentImages | StreamedImages) -> Tensor:
     """Class labels, int64 [N] on the CPU.
 
     Raises:
-        InputError: the data set has none, or more than one column could be meant.
+        InputError: the data set has none, some images have none, or all are of one class.
     """
+    if images.label_problem is not None:
+        raise InputError(f"{images.label_problem} (data set {images.name!r}, {images.split})")
     if images.labels is None:
         raise InputError(f"`label_column` must name a column with class labels, got none for {images.name!r}")
     return images.labels
@@ -93,7 +95,7 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
     return network(
         sample_size=height,
         in_channels=channels,
-        num_classes=int(labels.max()) + 1,
+        num_classes=int(labels.max()) + 1 if images.class_names is None else len(images.class_names),
         block_out_channels=config.block_out_channels,
         feature_dim=config.feature_dim,
         dataset=images.name,

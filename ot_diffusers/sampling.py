@@ -17,6 +17,8 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from .data.decode import Decoder
+from .data.pictures import list_folder, picture_table
 from .errors import InputError, require
 from .features import load_feature_extractor, load_reference_bank
 from .models.backbone_extractor import BackboneFeatureExtractor
@@ -33,7 +35,6 @@ MAX_BATCH_SIZE = 1000
 GRID_NAME = "grid.png"
 GRID_IMAGES = 400
 GRID_TILE = 48
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 # --- Pipelines --------------------------------------------------------------------------------------------------------
@@ -268,28 +269,20 @@ def image_grid(images: Tensor) -> PIL.Image.Image:
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:
-    """The pictures of a folder in the order of their names, uint8 [N, C, H, W]; `grid.png` is not one of them.
+    """All pictures of a folder in the order of their paths, uint8 [N, C, H, W], read as those of a data set.
 
     Args:
-        folder: what `save_images` wrote, or any folder of pictures of one size.
+        folder: what `save_images` wrote, without its `grid.png`, or any folder with pictures of one size.
         channels: 1 converts to grey, 3 to RGB.
 
     Raises:
-        InputError: no picture, an unreadable one, or one of another size.
+        InputError: fewer than two pictures, an unreadable one, or one of another size.
     """
-    files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    files = [file for file in files if file.name != GRID_NAME]
-    require(len(files) >= 2, "images", "be a saved pipeline, or a folder with at least 2 pictures", str(folder))
-    images: list[Tensor] = []
-    for file in files:
-        try:
-            with PIL.Image.open(file) as picture:
-                images.append(_to_tensor(picture.convert("L" if channels == 1 else "RGB")))
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise InputError(f"`images` must hold readable pictures, got {str(file)!r} ({_one_line(error)})") from error
-        size = tuple(images[0].shape[1:])
-        require(tuple(images[-1].shape[1:]) == size, "images", f"all have size {size}", f"{file.name} of another size")
-    return torch.stack(images)
+    listing = list_folder(folder, "images")
+    enough = len(listing.pictures) >= 2
+    require(enough, "images", "be a saved pipeline, or a folder with at least 2 pictures", str(folder))
+    listing.warn()
+    return Decoder(picture_table(listing), "image", str(folder), None, channels, "images").decode_all()
 
 
 def _to_tensor(picture: PIL.Image.Image) -> Tensor:

@@ -81,6 +81,7 @@ def run_stress_study(
     repeats: int = 3,
     seed: int = 0,
     device: Any = "cpu",
+    data_options: Mapping[str, Any] | None = None,
     announce: Announce = print,
 ) -> dict[str, Any]:
     """Run all tests; write `stress.json`, `stress.md`, `report.html` and pictures; returns what `stress.json` holds.
@@ -93,6 +94,7 @@ def run_stress_study(
         repeats: draws of each damage, at least 3: intervals from fewer say nothing.
         seed: decides which images and all draws.
         device: of the evaluator.
+        data_options: of `load_images`, such as `label_column`.
         announce: takes the lines that tell how far it is.
 
     Raises:
@@ -101,7 +103,8 @@ def run_stress_study(
     require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
     require(repeats >= 3, "repeats", "be at least 3", repeats)
     extractor = load_evaluator(evaluator).to(device)
-    test, train = (load_split(dataset, split, extractor, num_samples, seed) for split in ("test", "train"))
+    options = dict(data_options or {})
+    test, train = (load_split(dataset, split, extractor, num_samples, seed, **options) for split in ("test", "train"))
     count = min(num_samples, len(test.labels) // 2)
     damaged, reference = test.rows(slice(count)), test.rows(slice(count, 2 * count))
     pool = train.rows(slice(count))
@@ -114,6 +117,7 @@ def run_stress_study(
         "num_samples": count,
         "repeats": repeats,
         "seed": seed,
+        "data_options": options or None,
     }
     file = output / "stress.json"
     results = open_results(file, settings, evaluator_facts(extractor, test.images.features.shape[1]))
@@ -138,9 +142,11 @@ def run_stress_study(
 # --- The tests --------------------------------------------------------------------------------------------------------
 
 
-def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int) -> Split:
+def load_split(
+    dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any
+) -> Split:
     """As many images of a split as the tests need, drawn by `seed`."""
-    images = load_real_images(dataset, split, extractor)
+    images = load_real_images(dataset, split, extractor, **options)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
     return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows])
@@ -152,7 +158,7 @@ def metric_tests(
     """Every damage under every metric."""
     damages: dict[str, Damage] = {
         "noise": add_noise,
-        "missing classes": drop_classes(damaged.labels),
+        "missing classes": drop_classes(class_numbers(damaged)),
         "mode collapse": collapse_modes,
         "memorisation": memorise(train.images.images),
     }
@@ -165,6 +171,11 @@ def metric_tests(
         return stress_test(damaged.images.images, damages[name], amounts, measure, repeats=repeats, seed=seed)
 
     return {name: partial(curves, name) for name in damages}
+
+
+def class_numbers(split: Split) -> Tensor:
+    """Its labels without the numbers of classes that have no image."""
+    return split.labels.unique(return_inverse=True)[1]
 
 
 def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]] = AMOUNTS) -> tuple[float, ...]:
@@ -187,7 +198,7 @@ def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str
         )
 
     def missing_classes() -> Curves:
-        damage, amounts = drop_classes(train.labels), amounts_of("missing classes", train, SOURCE_AMOUNTS)
+        damage, amounts = drop_classes(class_numbers(train)), amounts_of("missing classes", train, SOURCE_AMOUNTS)
         return stress_test(second, damage, amounts, partial(source_distances, first), repeats=repeats, seed=seed)
 
     return {"noise": noise, "missing classes": missing_classes}

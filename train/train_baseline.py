@@ -18,7 +18,7 @@ from ot_diffusers.training import (
     averaged_weights,
     check_output_dir,
     diffusion_batches,
-    load_split,
+    load_splits,
     make_accelerator,
     make_noise_scheduler,
     make_unet,
@@ -36,8 +36,7 @@ def main(config: BaselineConfig) -> None:
     # Accelerator and data.
     check_output_dir(config)
     accelerator = make_accelerator(config)
-    images = load_split(config, "train", accelerator)
-    validation_images = load_split(config, "validation", accelerator)
+    images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = plan(config, accelerator, images)
 
     # Model, averaged weights, noising chain.

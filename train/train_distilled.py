@@ -25,7 +25,7 @@ from ot_diffusers.training import (
     averaged_weights,
     check_output_dir,
     diffusion_batches,
-    load_split,
+    load_splits,
     make_accelerator,
     open_run,
     plan,
@@ -42,8 +42,7 @@ def main(config: DistilledConfig) -> None:
     # Accelerator and data.
     check_output_dir(config)
     accelerator = make_accelerator(config)
-    images = load_split(config, "train", accelerator)
-    validation_images = load_split(config, "validation", accelerator)
+    images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = plan(config, accelerator, images)
 
     # Guided teacher; model, averaged weights, noising chain.

@@ -29,7 +29,7 @@ from ot_diffusers.training import (
     check_output_dir,
     diffusion_batches,
     gather_rows,
-    load_split,
+    load_splits,
     make_accelerator,
     make_noise_scheduler,
     make_unet,
@@ -50,8 +50,7 @@ def main(config: OTConfig) -> None:
     check_output_dir(config)
     accelerator = make_accelerator(config)
     check_backend(config.ot_backend, accelerator.device, "ot_backend")
-    images = load_split(config, "train", accelerator)
-    validation_images = load_split(config, "validation", accelerator)
+    images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = plan(config, accelerator, images)
 
     # Model, averaged weights, noising chain.

@@ -35,7 +35,7 @@ from ot_diffusers.training import (
     TrainingState,
     averaged_weights,
     check_output_dir,
-    load_split,
+    load_splits,
     make_accelerator,
     open_run,
     plan,
@@ -62,7 +62,7 @@ def main(config: PriorConfig) -> None:
     # Accelerator and data.
     check_output_dir(config)
     accelerator = make_accelerator(config)
-    images = load_split(config, "train", accelerator)
+    (images,) = load_splits(config, accelerator, "train")
 
     # Frozen denoiser, and the end of its chain.
     unet, scheduler = load_denoiser(config, images, accelerator)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import require
-from .process import call_arguments, chosen_device, is_main_process, prepare_libraries
+from .process import call_arguments, chosen_device, data_options, is_main_process, prepare_libraries
 
 
 def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -65,7 +65,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from ..experiment import sample_count
 
     evaluator = load_evaluator(arguments.evaluator).to(chosen_device(arguments.device))
-    train, test = (load_real_images(arguments.dataset, split, evaluator) for split in ("train", "test"))
+    options = data_options(arguments)
+    train, test = (load_real_images(arguments.dataset, split, evaluator, **options) for split in ("train", "test"))
     count = sample_count(arguments.num_samples, len(train), len(test))
     images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
     if not is_main_process():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import require
 from ..launch import run_command, training_command
-from .process import call_arguments, chosen_device, prepare_libraries, stop_on_sigterm
+from .process import call_arguments, chosen_device, data_options, prepare_libraries, stop_on_sigterm
 
 
 def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -69,6 +69,7 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         device=chosen_device(arguments.device),
+        data_options=data_options(arguments),
     )
     print(output / "report.html")
     return 0
@@ -97,6 +98,7 @@ def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         repeats=arguments.repeats,
         seed=arguments.seed,
         device=chosen_device(arguments.device),
+        data_options=data_options(arguments),
     )
     return 0
 
@@ -126,7 +128,7 @@ def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
     full = load_pipeline(arguments.denoiser).scheduler if arguments.denoiser else DDPMScheduler()
     scheduler = truncated_scheduler(full, arguments.truncation_timestep)
-    images = load_images(arguments.dataset, arguments.split)
+    images = load_images(arguments.dataset, arguments.split, **data_options(arguments))
     options = {"num_epochs": arguments.num_epochs, "seed": arguments.seed}
     print(export_truncated_set(images, scheduler, arguments.output, **options))
     return 0

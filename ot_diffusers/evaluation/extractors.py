@@ -62,16 +62,26 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def load_real_images(dataset: str, split: str, evaluator: nn.Module) -> ResidentImages | StreamedImages:
+def load_real_images(
+    dataset: str, split: str, evaluator: nn.Module, **options: Any
+) -> ResidentImages | StreamedImages:
     """A split as the evaluator takes it: in the size and colours of an own network; the others resize by themselves.
 
+    Args:
+        dataset: real images.
+        split: of them.
+        evaluator: of `load_evaluator`.
+        options: of `load_images`; size and colours must be those of an own network.
+
     Raises:
-        InputError: an own network that was trained on another data set.
+        InputError: an own network that was trained on another data set, or takes other images.
     """
     if not isinstance(evaluator, FeatureExtractor):
-        return load_images(dataset, split)
+        return load_images(dataset, split, **options)
     shape = {"image_size": evaluator.config.sample_size, "channels": evaluator.config.in_channels}
-    images = load_images(dataset, split, **shape)
+    for name, value in shape.items():
+        require(options.get(name) in (None, value), name, f"be left out, or the evaluator's {value}", options.get(name))
+    images = load_images(dataset, split, **options | shape)
     if split == "train":
         check_trained_on(evaluator, images)
     return images

@@ -92,9 +92,9 @@ class RealImages:
     test: ImageSet
 
     @classmethod
-    def load(cls, dataset: str, extractor: Any, num_samples: int | None) -> RealImages:
+    def load(cls, dataset: str, extractor: Any, num_samples: int | None, **options: Any) -> RealImages:
         """`num_samples` evenly spaced images of both splits; by default as many as the smaller one has."""
-        splits = {split: load_real_images(dataset, split, extractor) for split in ("train", "test")}
+        splits = {split: load_real_images(dataset, split, extractor, **options) for split in ("train", "test")}
         most = min(map(len, splits.values()))
         count = num_samples or most
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
@@ -116,6 +116,7 @@ def track_runs(
     batch_size: int | None = None,
     seed: int = 0,
     device: Any = "cpu",
+    data_options: Mapping[str, Any] | None = None,
     announce: Announce = print,
 ) -> dict[str, Track]:
     """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` and a report.
@@ -133,6 +134,7 @@ def track_runs(
         call: arguments of the pipeline's call.
         batch_size, seed: see `sample_images`.
         device: where the images are made.
+        data_options: of `load_images`, such as `image_size`.
         announce: takes the lines that tell how far it is.
 
     Raises:
@@ -140,7 +142,7 @@ def track_runs(
     """
     checkpoints = {name: find_checkpoints(run) for name, run in runs.items()}
     extractor = load_evaluator(evaluator).to(device)
-    real = RealImages.load(dataset, extractor, num_samples)
+    real = RealImages.load(dataset, extractor, num_samples, **(data_options or {}))
     settings = {
         "dataset": dataset,
         "evaluator": weights_fingerprint(extractor),
@@ -148,6 +150,7 @@ def track_runs(
         "features": features,
         "call": dict(call or {}),
         "seed": seed,
+        "data_options": dict(data_options or {}) or None,
     }
     file = output / RECORD_NAME
     tracks = read_tracks(file, settings)

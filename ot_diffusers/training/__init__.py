@@ -27,6 +27,7 @@ from .checkpoints import (
 from .folder import (
     check_output_dir,
     load_split,
+    load_splits,
     make_accelerator,
     open_run,
     write_json,
@@ -63,6 +64,7 @@ __all__ = [
     "image_batches",
     "index_batches",
     "load_split",
+    "load_splits",
     "make_accelerator",
     "make_noise_scheduler",
     "make_optimizer",

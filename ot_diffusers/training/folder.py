@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 
 from ..config import TrainingConfig
-from ..data import load_images
+from ..data import SPLITS, ImageSource, StreamedImages, open_images
 from ..errors import InputError, require
 from .batches import Images
 from .files import damage, delete_partial, write_json
@@ -229,12 +229,35 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def load_split(config: TrainingConfig, split: str, accelerator: Accelerator) -> Images:
     """One split of the configured data set, on the training device if it is small enough to be held decoded."""
-    images = load_images(
+    return _open_images(config).load(split).to(accelerator.device)
+
+
+def load_splits(config: TrainingConfig, accelerator: Accelerator, *needed: str) -> list[Images]:
+    """The needed splits, as `load_split` gives them. Every other split is decoded as well, so that a damaged image is
+    found before training, wherever it is.
+
+    Raises:
+        InputError: an unreadable image in any split, or needed splits with images of different shape.
+    """
+    source = _open_images(config)
+    splits = {split: source.load(split) for split in SPLITS if split in needed or source.has(split)}
+    for split, images in splits.items():
+        if isinstance(images, StreamedImages) and split != "train":  # which is decoded for its fingerprint
+            for _ in images.stream(torch.arange(len(images)).split(config.train_batch_size), config.num_workers):
+                pass
+    first, *others = (splits[split].to(accelerator.device) for split in needed)
+    for images in others:
+        shapes = f"{first.image_shape} in {first.split}, {images.image_shape} in {images.split}"
+        argument = "channels" if first.image_shape[1:] == images.image_shape[1:] else "image_size"
+        require(first.image_shape == images.image_shape, argument, "be given for splits of different shape", shapes)
+    return [first, *others]
+
+
+def _open_images(config: TrainingConfig) -> ImageSource:
+    return open_images(
         config.dataset,
-        split,
         image_column=config.image_column,
         label_column=config.label_column,
         image_size=config.image_size,
         channels=config.channels,
     )
-    return images.to(accelerator.device)
