@@ -142,9 +142,7 @@ def run_stress_study(
 # --- The tests --------------------------------------------------------------------------------------------------------
 
 
-def load_split(
-    dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any
-) -> Split:
+def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any) -> Split:
     """As many images of a split as the tests need, drawn by `seed`."""
     images = load_real_images(dataset, split, extractor, **options)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)

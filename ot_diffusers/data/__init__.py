@@ -16,11 +16,12 @@ Every data set has the splits `train`, `validation` and `test`. What it lacks is
 always in the same way: 1/6 for `test`, then 1/12 of the remaining images for `validation`. A test split that exists is
 used as it is.
 
-Pictures become what one sees of them: upright as their EXIF orientation says, transparent parts on white, 16 bits scaled
-to 8, the first frame of an animation. What has no known range of values, such as floating-point TIFF, is refused.
+Pictures become what one sees of them: upright as their EXIF orientation says, transparent parts on white, 16 bits
+scaled to 8, the first frame of an animation. Where black and white are not known, as in floating-point TIFF, they are
+refused.
 
-Labels are the integers, texts or booleans of a column, or the class folders of pictures. They are numbered 0, 1, 2, … in
-sorted order over all splits; a column of the type `datasets.ClassLabel` keeps its own numbers.
+Labels are the integers, texts or booleans of a column, or the class folders of pictures. They are numbered 0, 1, 2, …
+in sorted order over all splits; a column of the type `datasets.ClassLabel` keeps its own numbers.
 """
 
 from ..images import to_model_range, to_uint8, to_unit_range

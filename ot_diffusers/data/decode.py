@@ -21,6 +21,9 @@ DECODE_CHUNK = 1000
 WORD_MODES = ("I;16", "I;16B", "I;16L", "I;16N")  # 0 … 65535
 GREY_MODES = ("1", "L", "LA", "I", "F", *WORD_MODES)
 
+LOW_LEVELS = {"L;2": 85, "L;4": 17}
+"""Steps of grey in PNG of 2 and 4 bits. Pillow scales pixels by them, but not the grey level that is transparent."""
+
 
 class Decoder(torch.utils.data.Dataset):
     """uint8 pixels of a table of encoded pictures, all of the shape of the first.
@@ -98,9 +101,8 @@ class Decoder(torch.utils.data.Dataset):
         if self.argument != "dataset":
             return InputError(f"`{self.argument}` must have one shape, here {first}, got {this} in {place}")
         argument = "channels" if shape[1:] == self.image_shape[1:] else "image_size"
-        return InputError(
-            f"`{argument}` must be given for images of different shape (image 0 is {first}, {place} is {this}), got None"
-        )
+        shapes = f"image 0 is {first}, {place} is {this}"
+        return InputError(f"`{argument}` must be given for images of different shape ({shapes}), got None")
 
 
 class UnknownRangeError(ValueError):
@@ -113,15 +115,14 @@ def open_picture(value: dict[str, Any]) -> PIL.Image.Image:
         import datasets
 
         return datasets.Image().decode_example(value)
-    picture = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-    key = picture.info.get("transparency")
-    if picture.format == "PNG" and isinstance(key, int) and picture.tile and picture.tile[0].args in ("L;2", "L;4"):
-        # Pillow scales the grey levels of these files to 0 … 255, but not the one that is transparent.
-        picture.info["transparency"] = key * {"L;2": 85, "L;4": 17}[picture.tile[0].args]
-    picture.load()  # closes the file
+    with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as picture:
+        key = picture.info.get("transparency")
+        if picture.format == "PNG" and isinstance(key, int) and picture.tile[0].args in LOW_LEVELS:
+            picture.info["transparency"] = key * LOW_LEVELS[picture.tile[0].args]
+        picture.load()
+        orientation = picture.getexif().get(PIL.Image.ExifTags.Base.Orientation)
     if picture.mode == "I" and picture.format == "PPM":
-        picture = picture.convert("I;16")  # Pillow scales the grey levels of PGM to 0 … 65535
-    orientation = picture.getexif().get(PIL.Image.ExifTags.Base.Orientation)
+        return picture.convert("I;16")  # Pillow scales the grey levels of PGM to 0 … 65535
     return picture if orientation is None else PIL.ImageOps.exif_transpose(picture)
 
 
@@ -168,6 +169,6 @@ def chunks(num_samples: int) -> Iterator[range]:
         yield range(start, min(start + DECODE_CHUNK, num_samples))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Type and message of an error, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -22,7 +22,7 @@ class ResidentImages:
     """All images of a split in one uint8 tensor, on any device.
 
     Attributes:
-        name: the data set: a name of the table in `ot_diffusers.data`, a Hub id, or the last part of a local folder's path.
+        name: the data set: `digits`, `mnist` or `cifar10`, a Hub id, or the last part of a local folder's path.
         split: the split, and in brackets how it was cut if the data set does not come with it.
         labels: int64 [N] on the CPU, from 0 to the number of classes − 1, or None.
         pixels: uint8 [N, C, H, W], on the device of the last `to`.

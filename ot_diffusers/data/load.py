@@ -175,7 +175,9 @@ def _open_folder(folder: Path) -> datasets.DatasetDict:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         requirement = "be a folder with parquet, arrow or image files"
-        raise InputError(f"`dataset` must {requirement}, got {str(folder)!r} ({first_line(error)})") from error
+        raise InputError(
+            f"`dataset` must {requirement}, got {str(folder)!r} ({first_line(error.__cause__ or error)})"
+        ) from error
 
 
 def _load_files(listing: Listing) -> datasets.DatasetDict:
@@ -184,7 +186,7 @@ def _load_files(listing: Listing) -> datasets.DatasetDict:
 
     if _has_configs(listing.folder):
         return datasets.load_dataset(listing.folder)
-    files = listing.tables or sum(listing.left_out.values(), [])
+    files = listing.tables or [file for files in listing.left_out.values() for file in files]
     if len(files) == 1 and not _names_split(files[0]):
         data_files = {"train": [glob.escape(files[0])]}
         return datasets.load_dataset(listing.folder, data_files=data_files)

@@ -15,6 +15,7 @@ Whatever else lies there is counted in a warning, but for hidden files, READMEs 
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 import warnings
@@ -84,7 +85,8 @@ def list_folder(folder: str | Path, argument: str = "dataset") -> Listing:
     try:
         files = sorted(_files(listing))
     except OSError as error:
-        raise InputError(f"`{argument}` must be a readable folder, got {str(folder)!r} ({first_line(error)})") from error
+        place = f"{str(folder)!r} ({first_line(error)})"
+        raise InputError(f"`{argument}` must be a readable folder, got {place}") from error
     for file in files:
         name = posixpath.basename(file)
         suffix = posixpath.splitext(name)[1].lower()
@@ -141,9 +143,9 @@ def picture_tables(listing: Listing) -> datasets.DatasetDict:
     """
     import datasets
 
-    split_of, class_of = _splits_and_classes(listing)
     rows, image_columns = _described_rows(listing)
     rows = rows or [{"image": picture} for picture in listing.pictures]
+    split_of, class_of = _splits_and_classes(listing, [row["image"] for row in rows])
     if class_of and not any("label" in row for row in rows):
         rows = [row | {"label": class_of[row["image"]]} for row in rows]
         outside = [picture for picture, name in class_of.items() if name is None]
@@ -182,9 +184,9 @@ def _table(
     return table
 
 
-def _splits_and_classes(listing: Listing) -> tuple[dict[str, str], dict[str, str | None]]:
-    """The split of each picture, and its class; no classes where all pictures of a split lie in one folder."""
-    folders = {picture: picture.split("/")[:-1] for picture in listing.pictures}
+def _splits_and_classes(listing: Listing, pictures: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
+    """The split of each picture, and its class; no classes where the pictures of all splits lie in one folder."""
+    folders = {picture: picture.split("/")[:-1] for picture in pictures}
     tops = {"".join(parts[:1]) for parts in folders.values()}
     splits = {top: SPLIT_OF[top.lower()] for top in tops if top.lower() in SPLIT_OF}
     are_splits = len(splits) == len(tops)
@@ -194,20 +196,21 @@ def _splits_and_classes(listing: Listing) -> tuple[dict[str, str], dict[str, str
         split_of = {picture: splits[parts[0]] for picture, parts in folders.items()}
         folders = {picture: parts[1:] for picture, parts in folders.items()}
     else:
-        split_of = dict.fromkeys(listing.pictures, "train")
-    _note_split_words(listing, folders.values())
+        split_of = dict.fromkeys(pictures, "train")
+    different = {tuple(parts) for parts in folders.values()}
+    _note_split_words(listing, {part for parts in different for part in parts if part.lower() in SPLIT_OF})
 
-    depth = len(os.path.commonprefix(list(folders.values())))
+    # The folders in which all pictures lie tell nothing apart.
+    depth = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, zip(*different, strict=False))))
     classes = {picture: parts[depth] if len(parts) > depth else None for picture, parts in folders.items()}
     return split_of, classes if any(classes.values()) else {}
 
 
-def _note_split_words(listing: Listing, folders: Collection[list[str]]) -> None:
+def _note_split_words(listing: Listing, names: Collection[str]) -> None:
     """A note on folders that are called like splits but are none."""
-    words = sorted({part for parts in {tuple(parts) for parts in folders} for part in parts if part.lower() in SPLIT_OF})
-    if words:
+    if names:
         rule = "splits are top-level folders with nothing but splits beside them"
-        listing.notes.append(f"folders called {', '.join(words)} are taken for classes, not for splits: {rule}")
+        listing.notes.append(f"folders called {', '.join(sorted(names))} are taken for classes, not for splits: {rule}")
 
 
 def _described_rows(listing: Listing) -> tuple[list[dict[str, Any]], list[str]]:

@@ -62,9 +62,7 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def load_real_images(
-    dataset: str, split: str, evaluator: nn.Module, **options: Any
-) -> ResidentImages | StreamedImages:
+def load_real_images(dataset: str, split: str, evaluator: nn.Module, **options: Any) -> ResidentImages | StreamedImages:
     """A split as the evaluator takes it: in the size and colours of an own network; the others resize by themselves.
 
     Args:
