@@ -81,7 +81,7 @@ FOLDERS: dict[str, tuple[list[str], tuple[int, int, int], tuple[str, ...] | None
         [*numbered("train", count=12), *numbered("test"), "README.md", "LICENSE", ".DS_Store", "notes/a.txt"],
         (11, 1, 6),
         None,
-        r"1 \.txt \(notes/a\.txt\)",
+        r"1 × \.txt \(notes/a\.txt\)",
     ),
     "a picture beside splits": (
         [*numbered("train", "test"), *numbered("", count=12)],
@@ -95,7 +95,7 @@ FOLDERS: dict[str, tuple[list[str], tuple[int, int, int], tuple[str, ...] | None
         numbered("train/a", "train/b") + numbered("test"),
         (11, 1, 6),
         ("a", "b"),
-        "6 without a class folder",
+        "without a label, outside the class folders: 6",
     ),
     "a class of one split": (numbered("train/a", "train/b", "test/a", "test/c"), (11, 1, 12), ("a", "b", "c"), None),
     "folders in classes": (numbered("cat", "dog/old"), CUT[12], ("cat", "dog"), None),
@@ -105,31 +105,31 @@ FOLDERS: dict[str, tuple[list[str], tuple[int, int, int], tuple[str, ...] | None
     "classes that differ in case": (numbered("cat", "Cat"), CUT[12], ("Cat", "cat"), None),
     "classes of any letters": (numbered("Ärger und Öl", "猫"), CUT[12], ("Ärger und Öl", "猫"), None),
     "brackets and stars": (numbered("a[1]", "b {2} *"), CUT[12], ("a[1]", "b {2} *"), None),
-    "an empty class": ([*numbered("cat", "dog"), "emu/"], CUT[12], ("cat", "dog"), r"1 empty folder \(emu\)"),
-    "an empty split": ([*numbered("train", count=12), "test/"], CUT[12], None, r"1 empty folder \(test\)"),
+    "an empty class": ([*numbered("cat", "dog"), "emu/"], CUT[12], ("cat", "dog"), r"1 × empty folder \(emu\)"),
+    "an empty split": ([*numbered("train", count=12), "test/"], CUT[12], None, r"1 × empty folder \(test\)"),
     "a picture outside the classes": (
         [*numbered("a", "b", count=5), "1.png", "2.png"],
         CUT[12],
         ("a", "b"),
-        r"2 without a class folder have no label \(1\.png\)",
+        r"without a label, outside the class folders: 2 \(1\.png\)",
     ),
     "captions": (
         numbered("", count=12) + numbered("", count=12, suffix=".txt"),
         CUT[12],
         None,
-        r"left out: 12 \.txt \(0\.txt\)",
+        r"left out: 12 × \.txt \(0\.txt\)",
     ),
     "annotations": (
         numbered("", count=12) + numbered("", count=13, suffix=".json"),
         CUT[12],
         None,
-        r"13 \.json \(0\.json\)",
+        r"13 × \.json \(0\.json\)",
     ),
     "many sidecars": (
         [*numbered("", count=12), "a.txt", "b.zip", "c.csv", "d.HEIC", "list"],
         CUT[12],
         None,
-        r"left out: 1 \.csv .*1 \.heic \(d\.HEIC\).*1 \.txt.*1 \.zip.*1 without a suffix \(list\)",
+        r"left out: 1 × \.csv .*1 × \.heic \(d\.HEIC\).*1 × \.txt.*1 × \.zip.*1 × file without a suffix \(list\)",
     ),
     "hidden files": ([*numbered("", count=12), ".cache/1.png", "__MACOSX/._1.png", "Thumbs.db"], CUT[12], None, None),
     "suffixes of all kinds": (
@@ -188,7 +188,7 @@ def test_links_are_followed_and_broken_ones_counted(tmp_path: Path) -> None:
     counts, names, (text,) = opened(folder)
     # 13 cats, 3 dogs, 3 emus by way of the dogs; there the walk is back at the dogs.
     assert sum(counts.values()) == 19 and names == ("cat", "dog")
-    assert text == ("left out: 1 broken link (cat/gone.png), 2 link to a folder above it (cat/round)")
+    assert text == ("left out: 1 × broken link (cat/gone.png), 2 × link to a folder above it (cat/round)")
 
 
 def test_pictures_keep_the_order_and_the_numbers_of_imagefolder(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_metadata_label_the_pictures(name: str, tmp_path: Path) -> None:
     describe(tmp_path, [*rows, {"file_name": "more/3.png", "label": "y", "size": 0}], name)
     counts, names, (text,) = opened(tmp_path)
     assert sum(counts.values()) == 13 and names == ("x", "y", "z")
-    assert text == "left out: 11 picture without a metadata row (more/0.png)"
+    assert text == "left out: 11 × picture without a metadata row (more/0.png)"
     train = load_images(str(tmp_path))
     # Row k holds the picture 11 − k, whose pixels are of that value; the last row holds picture 12 + 3.
     expected = {11 - index: index % 3 for index in range(12)} | {15: 1}
@@ -250,7 +250,7 @@ def test_metadata_in_every_split(tmp_path: Path) -> None:
         describe(tmp_path / split, [*rows, {"file_name": "12.png", "label": 0}, {"file_name": "../x", "label": 0}])
     counts, names, (text,) = opened(tmp_path)
     assert tuple(counts.values()) == (11, 1, 12) and names == ("0", "1")
-    assert text == "left out: 4 metadata row without a picture (test/12.png)"
+    assert text == "left out: 4 × metadata row without a picture (test/12.png)"
 
 
 def test_metadata_of_something_else_are_counted(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_metadata_of_something_else_are_counted(tmp_path: Path) -> None:
     describe(tmp_path, [{"isic_id": "7", "age": 40}], "metadata.csv")
     counts, names, (text,) = opened(tmp_path)
     assert sum(counts.values()) == 12 and names == ("a", "b")
-    assert text == "left out: 1 metadata file without file_name (metadata.csv)"
+    assert text == "left out: 1 × metadata file without file_name (metadata.csv)"
 
 
 def test_two_columns_of_pictures(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ TABLES: dict[str, tuple[list[str], tuple[int, int, int], str | None]] = {
     "two tables": (["train.parquet", "test.parquet"], (11, 1, 12), None),
     "shards": (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], CUT[24], None),
     "folders": (["train/0.parquet", "test/0.parquet"], (11, 1, 12), None),
-    "a table left out": (["train.parquet", "test.parquet", "more.parquet"], (11, 1, 12), r"1 \.parquet \(more"),
+    "a table left out": (["train.parquet", "test.parquet", "more.parquet"], (11, 1, 12), r"1 × \.parquet \(more"),
 }
 
 
@@ -311,7 +311,7 @@ def test_tables_and_pictures_do_not_mix(tmp_path: Path) -> None:
     """With the Hub's `data/train-…-of-…` it is clear which count; otherwise the user decides."""
     hub = write(tables(tmp_path / "hub", ["data/train-00000-of-00001.parquet"]), ["thumbnail.png"])
     counts, _, (text,) = opened(hub)
-    assert tuple(counts.values()) == CUT[12] and text == "left out: 1 .png (thumbnail.png)"
+    assert tuple(counts.values()) == CUT[12] and text == "left out: 1 × .png (thumbnail.png)"
     mixed = write(tables(tmp_path / "mixed", ["embeddings.parquet", "more.parquet"]), numbered(""))
     assert "`dataset` must hold pictures or tables, not both, got" in refusal(mixed)
     both = tables(tmp_path / "both", ["train_test.parquet", "train.parquet"])

@@ -68,7 +68,7 @@ class Listing:
 
     def warn(self) -> None:
         """One line with the numbers of what is left out, and with the notes, if there is anything to say."""
-        kinds = [f"{len(files)} {kind} ({min(files)})" for kind, files in sorted(self.left_out.items())]
+        kinds = [f"{len(files)} × {kind} ({min(files)})" for kind, files in sorted(self.left_out.items())]
         lines = [f"left out: {', '.join(kinds)}"] if kinds else []
         if lines or self.notes:
             warnings.warn(f"{self.folder}: {'; '.join([*lines, *self.notes])}", stacklevel=2)
@@ -97,7 +97,7 @@ def list_folder(folder: str | Path, argument: str = "dataset") -> Listing:
         elif suffix in TABLE_SUFFIXES:
             listing.tables.append(file)
         elif not name.lower().startswith(SILENT_NAMES):
-            listing.left_out[suffix or "without a suffix"].append(file)
+            listing.left_out[suffix or "file without a suffix"].append(file)
     if FIRST_SAMPLE in listing.pictures and GRID in listing.pictures:
         listing.pictures.remove(GRID)  # the overview that `ot-diffusers sample` writes
     return listing
@@ -150,7 +150,7 @@ def picture_tables(listing: Listing) -> datasets.DatasetDict:
         rows = [row | {"label": class_of[row["image"]]} for row in rows]
         outside = [picture for picture, name in class_of.items() if name is None]
         if outside:
-            listing.notes.append(f"{len(outside)} without a class folder have no label ({min(outside)})")
+            listing.notes.append(f"without a label, outside the class folders: {len(outside)} ({min(outside)})")
     by_split = {split: [row for row in rows if split_of[row["image"]] == split] for split in SPLITS}
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return datasets.DatasetDict(
