@@ -48,8 +48,10 @@ class TrainingConfig:
         "runs/run", "folder of the run: model, checkpoints, samples, metrics.jsonl, TensorBoard logs"
     )
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    image_column: str | None = option(None, "column of the images, found by itself where there is only one")
-    label_column: str | None = option(None, "column of the class labels")
+    image_column: str | None = option(None, "column of the images; None is image, or the only one there is")
+    label_column: str | None = option(
+        None, "column of the class labels; None is label, or the class folders of pictures"
+    )
     image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size")
     channels: int | None = option(None, "1 (grey) or 3 (RGB); None keeps the data's own")
     num_workers: int = option(0, "decoding processes for data too large to be held decoded")

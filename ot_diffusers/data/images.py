@@ -119,7 +119,7 @@ class StreamedImages:
             yield indices, to_model_range(images.to(self.device, non_blocking=True))
 
 
-def _as_decoded(batch: tuple[Tensor, Tensor | InputError]) -> tuple[Tensor, Tensor | InputError]:
+def _as_decoded(batch: Any) -> Any:
     """What the decoder returns is a batch already. A named function, so that it can go to spawned processes."""
     return batch
 

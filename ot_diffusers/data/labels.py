@@ -35,12 +35,13 @@ class LabelReader:
 
     def __init__(self, tables: datasets.DatasetDict, label_column: str | None) -> None:
         self.class_names: tuple[str, ...] | None = None
+        self.problem: str | None = None
         self.codes: dict[Any, int] = {}
         columns = list(dict.fromkeys(name for table in tables.values() for name in table.column_names))
         known = label_column is None or label_column in columns
         require(known, "label_column", f"be one of the columns {', '.join(columns)}", label_column)
-        self.column = label_column or next((name for name in LABEL_COLUMNS if name in columns), None)
-        if self.column is None:
+        self.column = label_column or next((name for name in LABEL_COLUMNS if name in columns), "")
+        if not self.column:
             self.problem = f"`label_column` must name a column with class labels, got none among {', '.join(columns)}"
             return
         self.problem = self._number_classes([table for table in tables.values() if self.column in table.column_names])
@@ -49,7 +50,7 @@ class LabelReader:
 
     def read(self, table: datasets.Dataset) -> tuple[Tensor | None, str | None]:
         """Labels of a table, int64 [N] on the CPU or None, and the problem with them."""
-        if self.column is None or self.class_names is None:
+        if self.class_names is None:
             return None, self.problem
         if self.column not in table.column_names:
             return None, f"`label_column` must be in every split, got {self.column!r}"

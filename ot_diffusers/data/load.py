@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -113,7 +113,7 @@ class ImageSource:
         decoder = Decoder(_undecoded(table, column), column, where, self.image_size, self.channels)
 
         folder = local_folder(self.dataset)
-        facts = {
+        facts: dict[str, Any] = {
             "hub_id": HUB_IDS.get(self.dataset, self.dataset if folder is None else None),
             "class_names": self.labels.class_names,
             "label_problem": problem,

@@ -111,7 +111,8 @@ def _picture_suffixes() -> frozenset[str]:
 
 def _files(listing: Listing) -> Iterator[str]:
     """Paths of the regular files below a folder; what is neither file nor folder goes to `left_out`."""
-    pending = [("", (os.path.realpath(listing.folder),))]  # folders, each with the real paths from the top down to it
+    # Folders to visit, each with the real paths from the top down to it.
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(listing.folder),))]
     while pending:
         prefix, places = pending.pop()
         with os.scandir(places[-1]) as scan:
@@ -215,7 +216,7 @@ def _note_split_words(listing: Listing, names: Collection[str]) -> None:
 
 def _described_rows(listing: Listing) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each picture that metadata describe, and the columns that hold pictures; no rows where none does."""
-    pictures, described = set(listing.pictures), set()
+    pictures, described = set(listing.pictures), set[str | None]()
     rows, image_columns = [], {"image": True}
     for file in listing.metadata:
         table = _read_metadata(listing.path(file))
@@ -234,7 +235,7 @@ def _described_rows(listing: Listing) -> tuple[list[dict[str, Any]], list[str]]:
                 rows.append(row | named)
                 described.update(named.values())
     if rows and described < pictures:
-        listing.left_out["picture without a metadata row"] += pictures - described
+        listing.left_out["picture without a metadata row"] += sorted(pictures - described)
     return rows, list(image_columns)
 
 
