@@ -185,10 +185,14 @@ def test_links_are_followed_and_broken_ones_counted(tmp_path: Path) -> None:
     (folder / "cat" / "round").symlink_to(folder)
     (other / "dog" / "round").symlink_to(other / "emu")
     (other / "emu" / "round").symlink_to(other / "dog")
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"")
     counts, names, (text,) = opened(folder)
     # 13 cats, 3 dogs, 3 emus by way of the dogs; there the walk is back at the dogs.
     assert sum(counts.values()) == 19 and names == ("cat", "dog")
-    assert text == ("left out: 1 × broken link (cat/gone.png), 2 × link to a folder above it (cat/round)")
+    assert text == (
+        "left out: 1 × broken link (cat/gone.png), 2 × link to a folder above it (cat/round), "
+        "1 × name that is not UTF-8 (\udcff.png)"
+    )
 
 
 def test_pictures_keep_the_order_and_the_numbers_of_imagefolder(tmp_path: Path) -> None:
@@ -314,8 +318,22 @@ def test_tables_and_pictures_do_not_mix(tmp_path: Path) -> None:
     assert tuple(counts.values()) == CUT[12] and text == "left out: 1 × .png (thumbnail.png)"
     mixed = write(tables(tmp_path / "mixed", ["embeddings.parquet", "more.parquet"]), numbered(""))
     assert "`dataset` must hold pictures or tables, not both, got" in refusal(mixed)
+    few = write(tables(tmp_path / "few", ["embeddings.parquet"]), numbered(""))
+    assert "`dataset` must hold pictures or tables, not both, got" in refusal(few)
     both = tables(tmp_path / "both", ["train_test.parquet", "train.parquet"])
     assert "`dataset` must have each file in one split, got" in refusal(both)
+
+
+def test_a_readme_decides(tmp_path: Path) -> None:
+    """The files of each split, as the Hub's data sets state them."""
+    write(tmp_path, numbered("a", count=12) + numbered("b", count=5))
+    configs = (
+        "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: a/*}\n  - {split: test, path: b/*}"
+    )
+    (tmp_path / "README.md").write_text(f"---\n{configs}\n---\n")
+    assert tuple(opened(tmp_path)[0].values()) == (11, 1, 5)
+    (tmp_path / "README.md").write_bytes(b"---\n\xff: [\n---\n")
+    assert sum(opened(tmp_path)[0].values()) == 17
 
 
 def test_a_zip_of_pictures_is_a_data_set(tmp_path: Path) -> None:

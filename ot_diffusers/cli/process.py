@@ -13,12 +13,11 @@ from ..errors import InputError
 SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
 """Options that are passed on to the pipeline's call where they are given."""
 
-DATA_OPTIONS = ("image_column", "label_column", "image_size", "channels")
-"""Options that are passed on to `load_images`."""
-
 
 def data_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those options of `load_images` that the user gave."""
+    from ..data import DATA_OPTIONS
+
     return {name: getattr(arguments, name) for name in DATA_OPTIONS if getattr(arguments, name) is not None}
 
 

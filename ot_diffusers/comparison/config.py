@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..config import load_config, option
+from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation import report
 from ..evaluation.extractors import load_evaluator
@@ -74,7 +77,7 @@ class ComparisonConfig:
     dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
     primary_metric: str = option("frechet_distance", "the metric that decides, fixed beforehand")
     metrics: tuple[str, ...] = option(report.HEADLINE, "the family of metrics whose differences are tested")
-    overrides: tuple[str, ...] = option((), "key=value for every training script, such as max_train_steps=4")
+    overrides: tuple[str, ...] = option((), "key=value for every training script, such as image_size=32")
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, "seeds", "be at least 1", self.seeds)
@@ -93,6 +96,12 @@ class ComparisonConfig:
     def reported(self) -> dict[str, Arm]:
         """The arms as the report lists them: first the one that the others are compared with."""
         return {name: self.arms[name] for name in sorted(self.arms, key=lambda name: name != self.compare_with)}
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The overrides that say how the data set is read, which hold for the real images as well."""
+        given = (override.partition("=") for override in self.overrides)
+        return {name: yaml.safe_load(value) for name, _, value in given if name in DATA_OPTIONS}
 
     @property
     def family(self) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ class Study:
         return self.real_images("test")
 
     def real_images(self, split: str) -> ImageSet:
-        images = load_real_images(self.config.dataset, split, self.extractor)
+        images = load_real_images(self.config.dataset, split, self.extractor, **self.config.data_options)
         return describe_images(pixels_of(images), self.extractor, cache=True)
 
     @cached_property

@@ -26,11 +26,12 @@ in sorted order over all splits; a column of the type `datasets.ClassLabel` keep
 
 from ..images import to_model_range, to_uint8, to_unit_range
 from .images import ResidentImages, StreamedImages, evenly_spaced, pixels_of, training_order
-from .load import DATASETS_VARIABLE, HUB_IDS, ImageSource, load_images, local_folder, open_images
+from .load import DATA_OPTIONS, DATASETS_VARIABLE, HUB_IDS, ImageSource, load_images, local_folder, open_images
 from .splits import SPLITS
 
 __all__ = [
     "DATASETS_VARIABLE",
+    "DATA_OPTIONS",
     "HUB_IDS",
     "SPLITS",
     "ImageSource",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
+import yaml
 
 from ..errors import InputError, require
 from .decode import Decoder, first_line
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 DATASETS_VARIABLE = "OT_DIFFUSERS_DATASETS"
 HUB_IDS = {"digits": "sklearn-docs/digits", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 MAX_RESIDENT_BYTES = 2 * 2**30
+DATA_OPTIONS = ("image_column", "label_column", "image_size", "channels")
+"""How `load_images` reads a data set, as commands take it."""
 
 
 def load_images(
@@ -157,7 +160,7 @@ def _open(dataset: str) -> datasets.DatasetDict:
 
 
 def _open_folder(folder: Path) -> datasets.DatasetDict:
-    """Tables if there are any, else pictures, else what `datasets` makes of the files."""
+    """What the folder's README says, else tables if there are any, else pictures, else what `datasets` makes of it."""
     import datasets
 
     try:
@@ -166,7 +169,7 @@ def _open_folder(folder: Path) -> datasets.DatasetDict:
         if (folder / "state.json").exists():
             return datasets.DatasetDict(train=datasets.load_from_disk(str(folder)))
         listing = list_folder(folder)
-        if listing.pictures and not listing.tables:
+        if listing.pictures and not listing.tables and not _has_configs(listing.folder):
             tables = picture_tables(listing)
             listing.warn()
             return tables
@@ -175,9 +178,8 @@ def _open_folder(folder: Path) -> datasets.DatasetDict:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         requirement = "be a folder with parquet, arrow or image files"
-        raise InputError(
-            f"`dataset` must {requirement}, got {str(folder)!r} ({first_line(error.__cause__ or error)})"
-        ) from error
+        reason = first_line(error.__cause__ or error)
+        raise InputError(f"`dataset` must {requirement}, got {str(folder)!r} ({reason})") from error
 
 
 def _load_files(listing: Listing) -> datasets.DatasetDict:
@@ -187,20 +189,21 @@ def _load_files(listing: Listing) -> datasets.DatasetDict:
     if _has_configs(listing.folder):
         return datasets.load_dataset(listing.folder)
     files = listing.tables or [file for files in listing.left_out.values() for file in files]
-    if len(files) == 1 and not _names_split(files[0]):
-        data_files = {"train": [glob.escape(files[0])]}
-        return datasets.load_dataset(listing.folder, data_files=data_files)
     if listing.tables:
         _check_tables(listing)
+    if len(files) == 1 and not _names_split(files[0]):
+        return datasets.load_dataset(listing.folder, data_files={"train": [glob.escape(files[0])]})
     return datasets.load_dataset(listing.folder)
 
 
 def _has_configs(folder: str) -> bool:
     """Whether the folder's README says which file belongs to which split."""
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import metadata_load
 
-    readme = os.path.join(folder, "README.md")
-    return os.path.isfile(readme) and bool(DatasetCard.load(readme).data.get("configs"))
+    try:
+        return bool((metadata_load(os.path.join(folder, "README.md")) or {}).get("configs"))
+    except (OSError, ValueError, yaml.YAMLError):  # no README, or one of something else
+        return False
 
 
 def _names_split(file: str) -> bool:

@@ -90,7 +90,9 @@ def list_folder(folder: str | Path, argument: str = "dataset") -> Listing:
     for file in files:
         name = posixpath.basename(file)
         suffix = posixpath.splitext(name)[1].lower()
-        if name in METADATA_NAMES:
+        if file.encode(errors="ignore").decode() != file:
+            listing.left_out["name that is not UTF-8"].append(file)
+        elif name in METADATA_NAMES:
             listing.metadata.append(file)
         elif suffix in suffixes:
             listing.pictures.append(file)
