@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import remembered
 from ..errors import InputError, require
-from ..features import cache_folder, save_aside, weights_fingerprint
+from ..features import weights_fingerprint
 from ..images import to_model_range
 from . import metrics as feature_metrics
 from . import pixels
@@ -71,10 +70,7 @@ def describe_images(
     _check_images(images, name)
     fingerprint = weights_fingerprint(extractor)
     if cache:
-        file = _cache_file(images, fingerprint)
-        if not file.is_file():
-            save_aside(_run(extractor, images, batch_size), file)
-        found = load_file(file)
+        found = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
     else:
         found = _run(extractor, images, batch_size)
     return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint)
@@ -98,10 +94,10 @@ def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in outputs.items() if parts}
 
 
-def _cache_file(images: Tensor, fingerprint: str) -> Path:
+def _key(images: Tensor, fingerprint: str) -> str:
     digest = hashlib.sha256(f"{fingerprint} {tuple(images.shape)}".encode())
     digest.update(images.cpu().contiguous().numpy().data)
-    return cache_folder() / "descriptions" / f"{digest.hexdigest()}.safetensors"
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

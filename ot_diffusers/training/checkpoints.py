@@ -18,11 +18,12 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import save_tensors
 from ..config import TrainingConfig
 from ..errors import TrainingError
 from .averages import Averages
 from .batches import Schedule
-from .files import damage, delete, delete_partial, save_tensors, write_json, written_aside
+from .files import damage, delete, delete_partial, write_json, written_aside
 from .models import make_optimizer
 
 logger = logging.getLogger(__name__)

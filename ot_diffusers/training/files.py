@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the list of checksums in a checkpoint; `sha256sum -c SHA256SUMS` checks it too."""
@@ -27,7 +23,7 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, content: str) -> None:
     """As `write_json`, for any text."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(content, encoding="utf-8")
         sync(partial)
@@ -36,17 +32,6 @@ def write_text(file: Path, content: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(file.parent)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file; a full disk is an `OSError`, as it is for every other file."""
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
 
 
 @contextmanager
