@@ -58,8 +58,8 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
 
 
 def read_verified(file: Path) -> dict[str, Tensor] | None:
-    """The tensors that `save_aside` wrote, on the CPU; None where there is no file, or with a warning, where it is not as
-    it was written."""
+    """The tensors that `save_aside` wrote, on the CPU; None where there is no file or, with a warning, where it is not
+    as it was written."""
     if not os.path.lexists(file):
         return None
     try:
@@ -76,8 +76,8 @@ def read_verified(file: Path) -> dict[str, Tensor] | None:
 
 
 def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file with its checksum under a name of its own, then rename it, so that no reader meets half a
-    file, however many write it at once.
+    """Write a safetensors file with its checksum under a name of its own, then rename it, so that no reader meets half
+    a file, however many write it at once.
 
     Raises:
         OSError: no space, or no permission.

@@ -1,4 +1,4 @@
-"""Kept tensors: read back as they were written, or computed again with a warning; never something else, never an error."""
+"""Kept tensors: read back as they were written, or computed again with a warning; never other contents or an error."""
 
 from __future__ import annotations
 

@@ -122,16 +122,33 @@ def test_damaged_checkpoints_are_passed_over_and_kept(
         train("baseline", parts, **SEVEN)
     warned = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
     assert ["model.safetensors has changed" in warned[0], "state.json has changed" in warned[1]] == [True, True]
+    assert all(line.endswith("update-00000003 is taken") for line in warned)
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names[:2] == ["damaged-00000004", "damaged-00000005"] and names[-1] == "update-00000007"
     assert_same_end(parts, whole)
 
 
-def test_a_run_without_any_good_checkpoint_begins_again(whole: Path, tmp_path: Path) -> None:
-    parts = copy_until(whole, 1, tmp_path / "run")
-    flip(parts / "checkpoints" / "update-00000001" / "ema.safetensors", 0)
-    train("baseline", parts, **SEVEN)
-    assert_same_end(parts, whole)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_without_any_good_checkpoint_is_refused_as_often_as_it_is_tried(
+    updates: int, whole: Path, tmp_path: Path
+) -> None:
+    """What has been trained is not begun again before somebody has looked."""
+    parts = copy_until(whole, updates, tmp_path / "run")
+    for checkpoint in (parts / "checkpoints").iterdir():
+        flip(checkpoint / "ema.safetensors", 0)
+    before = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    records = (parts / "metrics.jsonl").read_text()
+    for _ in range(2):
+        with pytest.raises(InputError) as refusal:
+            train("baseline", parts, **SEVEN)
+        assert f"all {updates} are damaged (update-0000000{updates}: ema.safetensors has changed" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+        assert sorted(path.name for path in (parts / "checkpoints").iterdir()) == before
+        assert (parts / "metrics.jsonl").read_text() == records
+    (parts / "checkpoints").rename(tmp_path / "damaged")  # as the message says
+    if updates == 1:
+        train("baseline", parts, **SEVEN)
+        assert_same_end(parts, whole)
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused(whole: Path, tmp_path: Path) -> None:

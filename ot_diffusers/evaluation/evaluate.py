@@ -22,6 +22,7 @@ from ..cache import remembered
 from ..errors import InputError, require
 from ..features import weights_fingerprint
 from ..images import to_model_range
+from ..seeds import seeded_generator
 from . import metrics as feature_metrics
 from . import pixels
 
@@ -246,7 +247,7 @@ def real_floor(
     train = _described(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train), generator=seeded_generator(seed))
     drawn, rest = (train.rows(rows) for rows in order.tensor_split([num_samples]))
     return evaluate_images(
         drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed

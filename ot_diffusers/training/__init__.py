@@ -29,6 +29,7 @@ from .folder import (
     load_split,
     make_accelerator,
     open_run,
+    saved_model,
     write_json,
 )
 from .models import (
@@ -46,6 +47,7 @@ from .records import (
     save_results,
     save_sample_grid,
     validation_loss,
+    wants_grid,
 )
 
 __all__ = [
@@ -74,7 +76,9 @@ __all__ = [
     "save_checkpoint",
     "save_results",
     "save_sample_grid",
+    "saved_model",
     "validation_loss",
+    "wants_grid",
     "with_bounded_gradient",
     "write_json",
 ]

@@ -52,6 +52,28 @@ def written_aside(folder: Path) -> Iterator[Path]:
     sync(folder.parent)
 
 
+@contextmanager
+def placed_in(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write into, whose files go to the same places in `folder` when the block ends, and vanish where it
+    fails. The file called `last` is absent while the others are put in place."""
+    partial = folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        files = sorted(_files(partial), key=lambda file: (file == partial / last, file))
+        for file in files:
+            sync(file)
+        (folder / last).unlink(missing_ok=True)
+        for file in files:
+            place = folder / file.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+            sync(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def delete(folder: Path) -> None:
     """Rename the folder, then delete it: what is half deleted never passes for the whole."""
     doomed = folder.with_name(f".{folder.name}.partial")
