@@ -121,18 +121,19 @@ def launched(config: C, environment: Mapping[str, str] = os.environ) -> C:
     require(precision in PRECISIONS, "ACCELERATE_MIXED_PRECISION", f"be one of {', '.join(PRECISIONS)}", precision)
     counted = steps is None or (steps.isdecimal() and int(steps) >= 1)
     require(counted, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "be a whole number of at least 1", steps)
-    decided = {
-        "mixed_precision": None if precision == "no" else precision,
-        "gradient_accumulation_steps": None if steps is None else int(steps),
-    }
-    for name, value in decided.items():
-        own = getattr(config, name)
-        agreed = value is None or own in (None, value)
-        require(agreed, name, f"be left out or {value}, which the launcher has decided", own)
+    decided_precision = None if precision == "no" else precision
+    decided_steps = None if steps is None else int(steps)
+    own_precision, own_steps = config.mixed_precision, config.gradient_accumulation_steps
+    for name, decided, own in (
+        ("mixed_precision", decided_precision, own_precision),
+        ("gradient_accumulation_steps", decided_steps, own_steps),
+    ):
+        agreed = decided is None or own in (None, decided)
+        require(agreed, name, f"be left out or {decided}, which the launcher has decided", own)
     return dataclasses.replace(
         config,
-        mixed_precision=decided["mixed_precision"] or config.mixed_precision or "no",
-        gradient_accumulation_steps=decided["gradient_accumulation_steps"] or config.gradient_accumulation_steps or 1,
+        mixed_precision=decided_precision or own_precision or "no",
+        gradient_accumulation_steps=decided_steps or own_steps or 1,
     )
 
 

@@ -222,7 +222,11 @@ def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: A
     check_claim(config)
     if state.saved_update == state.update:
         return
-    state.save(_folder(config) / f"update-{state.update:08d}", accelerator)
+    try:
+        state.save(_folder(config) / f"update-{state.update:08d}", accelerator)
+    except FileNotFoundError:
+        check_claim(config)
+        raise
     state.saved_update = state.update
     if accelerator.is_main_process:
         for folder in checkpoints(config)[: -config.checkpoints_total_limit]:

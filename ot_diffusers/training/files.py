@@ -39,7 +39,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` in one step when the block ends, and vanishes where it fails."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
+    partial.mkdir()
     try:
         yield partial
         write_checksums(partial)

@@ -92,7 +92,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     )
     for names, kind, is_kind in ((FILES, "file", Path.is_file), (FOLDERS, "folder", Path.is_dir)):
         for path in (folder / name for name in names if os.path.lexists(folder / name)):
-            require(is_kind(path), "output_dir", f"hold a {kind} where it holds {path.name}", config.output_dir)
+            require(is_kind(path), "output_dir", f"hold {path.name} as a {kind}", config.output_dir)
             require(os.access(path, os.W_OK), "output_dir", f"let {path.name} be written to", config.output_dir)
     earlier, now = _read_record(folder)["config"], _as_json(config)
     for name in sorted((earlier.keys() | now.keys()) - RESUMABLE):
@@ -289,6 +289,7 @@ def saved_model(config: TrainingConfig) -> Iterator[Path]:
     check_claim(config)
     with placed_in(Path(config.output_dir), last=INDEX) as folder:
         yield folder
+        check_claim(config)
 
 
 def _as_json(config: TrainingConfig) -> dict[str, Any]:
