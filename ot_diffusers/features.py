@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .cache import remembered
 from .config import FeaturesConfig
 from .data import ResidentImages, StreamedImages, evenly_spaced, pixels_of
 from .errors import InputError, require
@@ -151,20 +149,8 @@ def cached_features(
     The key is a hash of the network's weights, the data's fingerprint and `squash`.
     """
     key = hashlib.sha256(f"{weights_fingerprint(network)} {images.fingerprint} {squash}".encode()).hexdigest()
-    file = cache_folder() / "features" / f"{key}.safetensors"
-    if file.is_file():
-        return load_file(file, device=str(network.device))["features"]
-    features = extract_features(network, images, squash=squash)
-    save_aside({"features": features}, file)
-    return features
-
-
-def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file under another name and rename it, so that no reader meets half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)
+    found = remembered("features", key, lambda: {"features": extract_features(network, images, squash=squash)})
+    return found["features"].to(network.device)
 
 
 def make_reference_bank(
@@ -181,11 +167,6 @@ def make_reference_bank(
         data_fingerprint=network.config.data_fingerprint,
         images=to_model_range(pixels_of(images, rows)),
     )
-
-
-def cache_folder() -> Path:
-    """`$OT_DIFFUSERS_CACHE`, or `~/.cache/ot_diffusers`."""
-    return Path(os.environ.get("OT_DIFFUSERS_CACHE", "~/.cache/ot_diffusers")).expanduser()
 
 
 def weights_fingerprint(network: nn.Module) -> str:

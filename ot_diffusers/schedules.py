@@ -172,6 +172,7 @@ def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch:
     Returns:
         x_T', [B, C, H, W], like `images`.
     """
+    require(seed >= 0, "seed", "be at least 0", seed)
     matched = indices.shape == images.shape[:1]
     require(matched, "indices", f"hold one index for each of the {len(images)} images", tuple(indices.shape))
     # Apple's GPUs lack float64.

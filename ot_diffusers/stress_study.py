@@ -30,6 +30,7 @@ from .evaluation.metrics import frechet_distance, sinkhorn_distance
 from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
 from .features import labels_of, weights_fingerprint
+from .seeds import seeded_generator
 from .training import write_json
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
@@ -146,7 +147,7 @@ def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed:
     """As many images of a split as the tests need, drawn by `seed`."""
     images = load_real_images(dataset, split, extractor, **options)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
+    rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
     return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows])
 
 

@@ -50,6 +50,7 @@ def export_truncated_set(
 
     folder = Path(folder)
     require(not folder.exists(), "output", "be a new folder", str(folder))
+    require(seed >= 0, "seed", "be at least 0", seed)
     require(num_epochs >= 1, "num_epochs", "be at least 1", num_epochs)
     columns = {
         "sample": datasets.Array3D(images.image_shape, "float16"),

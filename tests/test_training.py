@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
@@ -627,6 +627,26 @@ def test_distillation_learns_the_guided_steps(needed: dict[str, dict[str, Any]],
     assert last["loss"] == pytest.approx(last["mse"] + last["distillation"])
     with pytest.raises(InputError, match="`run` must be the folder of a train_baseline"):
         find_checkpoints(tmp_path / "5")
+
+
+def test_guided_chains_are_verified_and_belong_to_their_teacher(
+    needed: dict[str, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = shutil.copytree(needed["distilled"]["teacher"], tmp_path / "teacher")
+    values = needed["distilled"] | {"teacher": str(teacher), "max_train_steps": 1}
+    run = train("distilled", tmp_path / "run", **values)
+    content = (run / CHAINS).read_bytes()
+    for damaged in (content[:-5], content[:-5] + bytes([content[-5] ^ 0x40]) + content[-4:]):
+        (run / CHAINS).write_bytes(damaged)
+        caplog.clear()
+        train("distilled", run, **values)
+        assert f"{CHAINS} is damaged" in caplog.text and (run / CHAINS).read_bytes() == content
+    file = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="`teacher` must hold the weights that the run began with"):
+        train("distilled", run, **values)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ot_diffusers.config import DistilledConfig, run_script
+from ot_diffusers.launch import launched
 from ot_diffusers.losses import denoising_loss
 from ot_diffusers.training import (
     Record,
@@ -33,6 +34,7 @@ from ot_diffusers.training import (
     save_checkpoint,
     save_results,
     save_sample_grid,
+    saved_model,
     validation_loss,
 )
 from ot_diffusers.training.distillation import chain_batches, guided_chains, load_teacher
@@ -40,6 +42,7 @@ from ot_diffusers.training.distillation import chain_batches, guided_chains, loa
 
 def main(config: DistilledConfig) -> None:
     # Accelerator and data.
+    config = launched(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images = load_splits(config, accelerator, "train", "validation")
@@ -53,7 +56,7 @@ def main(config: DistilledConfig) -> None:
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
-    open_run(config, accelerator, images)
+    open_run(config, accelerator, images, teacher=teacher.unet, feature_extractor=teacher.feature_extractor)
     resume(state, config, accelerator)
     guided: Iterator[tuple[Tensor, Tensor, Tensor] | None] = itertools.repeat(None)
     if config.distillation_weight > 0:
@@ -90,14 +93,14 @@ def main(config: DistilledConfig) -> None:
 
     # Save.
     save_checkpoint(state, config, accelerator)
-    save_sample_grid(state, scheduler, config, accelerator)
     if accelerator.is_main_process:
-        with averaged_weights(state):
+        with averaged_weights(state), saved_model(config) as folder:
             pipeline = DDIMPipeline(
                 accelerator.unwrap_model(state.model, keep_torch_compile=False),
                 DDIMScheduler.from_config(teacher.scheduler.config),
             )
-            pipeline.save_pretrained(config.output_dir)
+            pipeline.save_pretrained(folder)
+    save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
     accelerator.end_training()
 

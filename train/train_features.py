@@ -23,6 +23,7 @@ from ot_diffusers.features import (
     make_reference_bank,
 )
 from ot_diffusers.images import random_crop_and_flip
+from ot_diffusers.launch import launched
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Record,
@@ -36,11 +37,13 @@ from ot_diffusers.training import (
     resume,
     save_checkpoint,
     save_results,
+    saved_model,
 )
 
 
 def main(config: FeaturesConfig) -> None:
     # Accelerator and data.
+    config = launched(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images, test_images = load_splits(config, accelerator, *SPLITS)
@@ -94,9 +97,10 @@ def main(config: FeaturesConfig) -> None:
     network.eval().requires_grad_(False)
     test_accuracy = classification_accuracy(network, test_images)
     if accelerator.is_main_process:
-        network.save_pretrained(f"{config.output_dir}/feature_extractor")
         bank = make_reference_bank(network, images, config.num_reference_samples)
-        bank.save_pretrained(f"{config.output_dir}/reference_bank")
+        with saved_model(config) as folder:
+            network.save_pretrained(folder / "feature_extractor")
+            bank.save_pretrained(folder / "reference_bank")
     save_results(state, config, schedule, accelerator, test_accuracy=test_accuracy)
     accelerator.print(f"test accuracy {test_accuracy:.2%}")
     accelerator.end_training()

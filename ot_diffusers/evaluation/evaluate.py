@@ -13,16 +13,16 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import remembered
 from ..errors import InputError, require
-from ..features import cache_folder, save_aside, weights_fingerprint
+from ..features import weights_fingerprint
 from ..images import to_model_range
+from ..seeds import seeded_generator
 from . import metrics as feature_metrics
 from . import pixels
 
@@ -71,10 +71,7 @@ def describe_images(
     _check_images(images, name)
     fingerprint = weights_fingerprint(extractor)
     if cache:
-        file = _cache_file(images, fingerprint)
-        if not file.is_file():
-            save_aside(_run(extractor, images, batch_size), file)
-        found = load_file(file)
+        found = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
     else:
         found = _run(extractor, images, batch_size)
     return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint)
@@ -98,10 +95,10 @@ def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in outputs.items() if parts}
 
 
-def _cache_file(images: Tensor, fingerprint: str) -> Path:
+def _key(images: Tensor, fingerprint: str) -> str:
     digest = hashlib.sha256(f"{fingerprint} {tuple(images.shape)}".encode())
     digest.update(images.cpu().contiguous().numpy().data)
-    return cache_folder() / "descriptions" / f"{digest.hexdigest()}.safetensors"
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,7 @@ def real_floor(
     train = _described(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train), generator=seeded_generator(seed))
     drawn, rest = (train.rows(rows) for rows in order.tensor_split([num_samples]))
     return evaluate_images(
         drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed

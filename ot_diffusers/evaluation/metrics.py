@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, require
+from ..seeds import folded, seeded_generator
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
 from .neighbors import count_members, in_each_others_balls, nearest_rows, worker_threads
 
@@ -124,7 +125,7 @@ def kernel_distance(
         num_subsets = 1  # every subset is the whole
 
     def draws() -> Iterator[list[np.ndarray]]:
-        generator = np.random.RandomState(seed)
+        generator = np.random.RandomState(folded(seed, 32))
         for _ in range(num_subsets):
             yield [generator.choice(len(rows), size, replace=False) for rows in (x, y)]
 
@@ -341,7 +342,7 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> flo
 
 
 def _random_rows(features: Tensor, count: int, seed: int) -> Tensor:
-    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
+    return features[torch.randperm(len(features), generator=seeded_generator(seed))[:count]]
 
 
 def _cubic_kernel_rows(features: Tensor) -> np.ndarray:

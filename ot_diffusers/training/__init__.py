@@ -30,6 +30,7 @@ from .folder import (
     load_splits,
     make_accelerator,
     open_run,
+    saved_model,
     write_json,
 )
 from .models import (
@@ -47,6 +48,7 @@ from .records import (
     save_results,
     save_sample_grid,
     validation_loss,
+    wants_grid,
 )
 
 __all__ = [
@@ -76,7 +78,9 @@ __all__ = [
     "save_checkpoint",
     "save_results",
     "save_sample_grid",
+    "saved_model",
     "validation_loss",
+    "wants_grid",
     "with_bounded_gradient",
     "write_json",
 ]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import read_verified, save_aside
 from ..config import DistilledConfig
-from ..errors import InputError, require
-from ..features import check_trained_on, load_feature_extractor, make_reference_bank, save_aside
+from ..errors import InputError, TrainingError, require
+from ..features import check_trained_on, load_feature_extractor, make_reference_bank
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..sampling import load_pipeline
 from ..seeds import keyed_generator
@@ -78,13 +78,20 @@ def load_teacher(config: DistilledConfig, images: Images, accelerator: Accelerat
 
 
 def guided_chains(teacher: OTGuidedDDIMPipeline, config: DistilledConfig, accelerator: Accelerator) -> GuidedChains:
-    """The chains of the run, on the training device: recorded by its first process, kept in its folder, read by all."""
+    """The chains of the run, on the training device: recorded by its first process, kept in its folder, read by all.
+
+    Raises:
+        TrainingError: the file does not keep what is written to it.
+    """
     file = Path(config.output_dir) / CHAINS
-    if accelerator.is_main_process and not file.is_file():
+    if accelerator.is_main_process and read_verified(file) is None:
         chains = record_chains(teacher, config)
         save_aside({name: getattr(chains, name) for name in GuidedChains.__annotations__}, file)
     accelerator.wait_for_everyone()
-    return GuidedChains(**{name: tensor.to(accelerator.device) for name, tensor in load_file(file).items()})
+    found = read_verified(file)
+    if found is None:
+        raise TrainingError(f"the guided chains in {str(file)!r} are not as they were written")
+    return GuidedChains(**{name: tensor.to(accelerator.device) for name, tensor in found.items()})
 
 
 @torch.no_grad()

@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the list of checksums in a checkpoint; `sha256sum -c SHA256SUMS` checks it too."""
@@ -27,7 +23,7 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, content: str) -> None:
     """As `write_json`, for any text."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(content, encoding="utf-8")
         sync(partial)
@@ -38,23 +34,13 @@ def write_text(file: Path, content: str) -> None:
     sync(file.parent)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file; a full disk is an `OSError`, as it is for every other file."""
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
-
-
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` in one step when the block ends, and vanishes where it fails."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
+    partial.mkdir()
     try:
         yield partial
         write_checksums(partial)
@@ -65,6 +51,28 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(folder.parent)
+
+
+@contextmanager
+def placed_in(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write into, whose files go to the same places in `folder` when the block ends, and vanish where it
+    fails. The file called `last` is absent while the others are put in place."""
+    partial = folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        files = sorted(_files(partial), key=lambda file: (file == partial / last, file))
+        for file in files:
+            sync(file)
+        (folder / last).unlink(missing_ok=True)
+        for file in files:
+            place = folder / file.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+            sync(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def delete(folder: Path) -> None:
