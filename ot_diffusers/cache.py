@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import name_aside
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
         OSError: no space, or no permission.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    partial = name_aside(file)
     tensors = _on_cpu(tensors)
     try:
         save_tensors(tensors, partial, {CHECKSUM: _checksum(tensors, file.name)})

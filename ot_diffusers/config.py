@@ -10,7 +10,9 @@ known one.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
+import math
 import os
 import signal
 import sys
@@ -24,7 +26,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import InputError, TrainingError, require, surroundings
+from .errors import InputError, TrainingError, require, shown, surroundings
+from .files import expand_home
 from .signals import end_with_launcher, stop_on_signals
 
 C = TypeVar("C")
@@ -36,13 +39,30 @@ SILENCE_SECONDS = 10.0
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
+LARGEST = 10**9
+"""Of a whole number: more images, updates or channels no machine holds. A random seed may be any."""
+
+
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its line of `--help`."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class TrainingConfig:
+class Options:
+    """A configuration. In every text, `~` at the beginning of a path is the home folder."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, str):
+                setattr(self, entry.name, expand_home(value))
+            elif isinstance(value, tuple):
+                setattr(self, entry.name, tuple(expand_home(v) if isinstance(v, str) else v for v in value))
+
+
+@dataclass
+class TrainingConfig(Options):
     """What every training script takes."""
 
     output_dir: str = option(
@@ -80,6 +100,7 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "train_batch_size",
             "num_train_epochs",
@@ -422,9 +443,19 @@ def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
         else:
             key, equals, value = argument.removeprefix("--").partition("=")
             if not equals:
-                raise InputError(f"arguments are `--config FILE` and `key=value`, got {argument!r}")
+                raise InputError(_not_an_override(config_class, key, argument, remaining))
             overrides[key] = _read_value(value, typing.get_type_hints(config_class).get(key))
     return make_config(config_class, values | overrides)
+
+
+def _not_an_override(config_class: Any, key: str, argument: str, following: Sequence[str]) -> str:
+    """What to write in place of `--key value` and `--key`."""
+    name = key.replace("-", "_")
+    line = f"arguments are `--config FILE` and `key=value`, got {shown(argument)}"
+    if argument == key or name not in typing.get_type_hints(config_class):
+        return line
+    value = following[0] if following and not following[0].startswith("--") else "…"
+    return f"{line}; write {name}={value}"
 
 
 def make_config(config_class: type[C], values: dict[str, Any]) -> C:
@@ -485,14 +516,27 @@ def run_script(main: Callable[[C], None], config_class: type[C], launch_line: st
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    file = Path(path)
-    require(file.is_file(), "--config", "be an existing YAML file", path)
+    file = expand_home(path)
+    require(os.path.isfile(file), "--config", "be an existing YAML file", path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _Loader(Path(file).read_text(encoding="utf-8")).get_single_data() or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise InputError(f"`--config` must be valid YAML, got {path!r}: {' '.join(str(error).split())}") from error
     require(isinstance(values, dict), "--config", "hold `key: value` lines", path)
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which no key may be given twice: which of the two is meant, nobody can know."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
+            seen |= {name} if name is not None else set()
+        return super().construct_mapping(node, deep)
 
 
 def _read_value(text: str, kind: Any) -> Any:
@@ -523,12 +567,14 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         if target is int:
             whole = not isinstance(value, bool) and (not isinstance(value, float) or value.is_integer())
             require(whole, key, "be a whole number", value)
-            return int(value)
+            number = int(value)
+            require(key == "seed" or abs(number) <= LARGEST, key, f"be a whole number up to {LARGEST:,}", value)
+            return number
         if target is float:
             require(not isinstance(value, bool), key, "be a number", value)
-            number = float(value)
-            require(number == number and abs(number) != float("inf"), key, "be finite", value)
-            return number
+            real = float(value)
+            require(math.isfinite(real), key, "be finite", value)
+            return real
         if typing.get_origin(target) is dict:
             require(isinstance(value, dict), key, "hold `name: value` lines", value)
             kind = typing.get_args(target)[1]
@@ -541,12 +587,14 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
                 value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
             )
             return tuple(_coerce(key, item, typing.get_args(target)[0]) for item in items)
-        # YAML 1.1 reads a bare `no` as False.
+        # YAML 1.1 reads a bare `no` as False, and dates and numbers as such.
+        plain = isinstance(value, (str, int, float, datetime.date)) and value is not True
+        require(plain, key, f"be {_name(arms)}, in quotes where YAML reads something else", value)
         return "no" if value is False else str(value)
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"`{key}` must be {_name(arms)}, got {value!r}") from error
+        raise InputError(f"`{key}` must be {_name(arms)}, got {shown(value)}") from error
 
 
 def _name(arms: tuple[Any, ...]) -> str:

@@ -22,6 +22,7 @@ from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, rea
 from .evaluation.page import provenance
 from .experiment import Announce, Sampled, claim_folder, read_json, stage, train, write_results
 from .features import load_feature_extractor
+from .files import user_path
 from .launch import training_command
 from .pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 from .sampling import load_pipeline, network_calls, sample_images
@@ -94,7 +95,7 @@ def run_demo(
         InputError: a folder that holds something else.
         RuntimeError: a training script that failed, with the end of its log.
     """
-    output = Path(output)
+    output = user_path(output)
     require(seed >= 0, "seed", "be at least 0", seed)
     claim_folder(output / "demo.json", {"seed": seed, "overrides": list(overrides)})
     started = time.monotonic()

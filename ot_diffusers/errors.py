@@ -6,6 +6,11 @@ import errno
 import os
 import re
 from collections.abc import Mapping
+from numbers import Integral
+
+MOST = 10**8
+SHOWN = 300
+"""Characters of a value that a message shows."""
 
 
 class InputError(ValueError):
@@ -29,7 +34,38 @@ def require(condition: bool, argument: str, requirement: str, value: object) -> 
         ot_diffusers.errors.InputError: `blur` must be positive, got -1
     """
     if not condition:
-        raise InputError(f"`{argument}` must {requirement}, got {value!r}")
+        raise InputError(f"`{argument}` must {requirement}, got {shown(value)}")
+
+
+def require_sizes(least: int = 1, **sizes: object) -> None:
+    """Raise `InputError` unless every size is a whole number from `least` to a hundred million: before memory is taken
+    for what a file asks for.
+
+    Example:
+        >>> require_sizes(num_samples=10**15)
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `num_samples` must be at most 100,000,000, got 1000000000000000
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise InputError(f"`{name}` must be a whole number, got {shown(size)}")
+        require(size >= least, name, f"be at least {least}", size)
+        require(size <= MOST, name, f"be at most {MOST:,}", size)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and short. Of an array, shape and type are shown.
+
+    Example:
+        >>> shown("ot"), shown([0.5] * 1000)[-5:]
+        ("'ot'", '0.5 …')
+    """
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) > 0:
+        return f"{type(value).__name__} of shape {tuple(shape)} and type {getattr(value, 'dtype', None)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip(' ,')} …"
 
 
 def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], argument: str) -> None:
@@ -48,6 +84,8 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
 
 # What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
+"""What is wrong with a path rather than with the disk."""
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 _PEER = (
     "connection closed by peer",
@@ -69,9 +107,11 @@ def surroundings(error: BaseException) -> str | None:
     """
     text = " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else _number_in(text)
+    place = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
     if number in _DISK:
-        place = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
         return f"cannot write{place}: {os.strerror(number)}"
+    if place and number in PLACE:
+        return f"cannot use{place}: {os.strerror(number)}"
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
         return (
             "out of memory: lower train_batch_size and raise gradient_accumulation_steps by the same factor, "

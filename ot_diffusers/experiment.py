@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import require
+from .errors import InputError, require
 from .features import weights_fingerprint
+from .files import check_folder, is_name_aside, write_json, write_text
 
 LOG_LINES = 12
 
@@ -98,9 +100,10 @@ def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "out
     Raises:
         InputError: the folder holds something else.
     """
+    check_study_folder(record, argument)
     folder, kind = record.parent, record.stem
     if record.is_file():
-        earlier = read_json(record)
+        earlier = _read_settings(record, argument)
         differing = {name: earlier.get(name) for name, value in settings.items() if earlier.get(name) != value}
         wanted = {name: settings[name] for name in differing}
         require(
@@ -109,12 +112,38 @@ def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "out
             f"be a new folder, or of a {kind} with {wanted}",
             f"{folder} of one with {differing}",
         )
+        (folder / "logs").mkdir(exist_ok=True)
         return
-    require(not folder.exists() or folder.is_dir(), argument, "be a folder", str(folder))
-    empty = not folder.exists() or not any(folder.iterdir())
-    require(empty, argument, f"be a new or empty folder, or an earlier {kind}'s", str(folder))
-    (folder / "logs").mkdir(parents=True)
-    record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, dict(settings))
+    (folder / "logs").mkdir()
+
+
+def check_study_folder(record: Path, argument: str = "output") -> None:
+    """Refuse, before the work, a folder that cannot be written into, or that holds something else than what belongs to
+    `record`.
+
+    Raises:
+        InputError: naming the folder.
+    """
+    folder = check_folder(record.parent, argument)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    own = record.is_file() or all(is_name_aside(name, re.escape(record.name)) for name in names)
+    require(own, argument, f"be a new or empty folder, or an earlier {record.stem}'s", str(folder))
+
+
+def _read_settings(record: Path, argument: str) -> dict[str, Any]:
+    """What an earlier call wrote.
+
+    Raises:
+        InputError: somebody else wrote it.
+    """
+    try:
+        settings = read_json(record)
+    except ValueError as error:
+        raise InputError(f"`{argument}` must hold a readable {record.name}, got {str(record.parent)!r}") from error
+    require(isinstance(settings, dict), argument, f"be an earlier {record.stem}'s", str(record.parent))
+    return settings
 
 
 def train(runs: Mapping[str, Sequence[str]], output: Path, title: str, announce: Announce) -> None:
@@ -167,9 +196,7 @@ def end_of_log(file: Path) -> str:
 
 def write_results(results: Mapping[str, Any], output: Path) -> None:
     """`results.json`, written aside and renamed."""
-    partial = output / ".results.json"
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(output / "results.json")
+    write_text(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .cache import remembered
 from .config import FeaturesConfig
 from .data import ResidentImages, StreamedImages, evenly_spaced, pixels_of
 from .errors import InputError, require
+from .files import local_or_hub
 from .images import to_model_range
 from .losses import image_features
 from .models.backbone_extractor import BackboneFeatureExtractor
@@ -21,51 +23,53 @@ from .models.reference_bank import ReferenceBank
 from .transport import median_distance
 
 
-def load_feature_extractor(path: str) -> FeatureExtractor:
+def load_feature_extractor(path: str | Path) -> FeatureExtractor:
     """The feature network of a `train_features.py` run, or one saved by itself in a folder or under a Hub id: this
     package's, or a vision backbone of transformers.
 
     Raises:
         InputError: no feature network there.
     """
-    inside = Path(path) / "feature_extractor"
-    folder = str(inside) if inside.is_dir() else path
+    place = local_or_hub(path, "feature_extractor")
+    inside = os.path.join(place, "feature_extractor")
+    folder = inside if os.path.isdir(inside) else place
     try:
         config = FeatureExtractor.load_config(folder)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"`feature_extractor` must be a folder or Hub id of a feature network, got {path!r}"
+            f"`feature_extractor` must be a folder or Hub id of a feature network, got {str(path)!r}"
         ) from error
     if "model_type" in config:  # transformers' own
         return BackboneFeatureExtractor.from_transformers(folder)
     for network in (BackboneFeatureExtractor, ConvFeatureExtractor, ResidualFeatureExtractor):
         if network.__name__ == config.get("_class_name"):
             return _load_network(network, folder)
-    found = f"{config.get('_class_name')!r} in {path!r}"
+    found = f"{config.get('_class_name')!r} in {str(path)!r}"
     raise InputError(f"`feature_extractor` must be a feature network of this package or a vision backbone, got {found}")
 
 
 def _load_network(kind: Any, folder: str) -> FeatureExtractor:
     try:
         return kind.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"`feature_extractor` must be complete, got {folder!r} ({reason})") from error
 
 
-def load_reference_bank(path: str) -> ReferenceBank:
+def load_reference_bank(path: str | Path) -> ReferenceBank:
     """The reference bank of a `train_features.py` run, or of a published pipeline by its Hub id.
 
     Raises:
         InputError: no reference bank there.
     """
+    place = local_or_hub(path, "features")
     # With `subfolder` on a local folder, diffusers would take weights at its root for the bank's.
-    place = {} if Path(path).is_dir() else {"subfolder": "reference_bank"}
-    folder = path if place else str(Path(path) / "reference_bank")
+    inside = {} if os.path.isdir(place) else {"subfolder": "reference_bank"}
+    folder = place if inside else os.path.join(place, "reference_bank")
     try:
-        return ReferenceBank.from_pretrained(folder, use_safetensors=True, **place)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`features` must hold a network and its `reference_bank`, got {path!r}") from error
+        return ReferenceBank.from_pretrained(folder, use_safetensors=True, **inside)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"`features` must hold a network and its `reference_bank`, got {str(path)!r}") from error
 
 
 def labels_of(images: ResidentImages | StreamedImages) -> Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 
 from .cards import KINDS, MARK, CardFacts, Records, render_card
 from .errors import InputError, require
+from .files import check_folder, local_or_hub, user_path
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .sampling import load_pipeline, sample_images, save_grid
 
@@ -63,8 +64,11 @@ def export_run(
     Raises:
         InputError: bad input; nothing is written then.
     """
-    output, run = Path(output), Path(run)
+    output, run = check_folder(output), Path(local_or_hub(run, "run"))
     require(not output.exists() or _is_empty(output), "output", "be a new or empty folder", str(output))
+    outside = run.resolve() not in output.resolve().parents
+    require(outside, "output", "lie outside the run, which is copied", str(output))
+    features = None if features is None else user_path(features)
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     require(num_images >= 0, "num_images", "be at least 0", num_images)
     evaluation = read_results(results) if results is not None else None
@@ -125,7 +129,7 @@ def read_results(file: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, or one without arms.
     """
-    file = Path(file)
+    file = user_path(file)
     require(file.is_file(), "results", "be an existing file", str(file))
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -251,7 +255,7 @@ def push_pipeline(
 
 def repository_files(folder: str | Path) -> dict[str, int]:
     """Path in the repository to size in bytes of everything in a folder, hidden files and folders apart."""
-    folder = Path(folder)
+    folder = user_path(folder)
     paths = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
     shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     return {path.as_posix(): (folder / path).stat().st_size for path in shown}
@@ -287,6 +291,7 @@ def push_folder(
         InputError: no token, no permission, no network, no such name; the repository has no half of the files then.
     """
     check_repo_id(repo_id)
+    folder = user_path(folder)
     files = repository_files(folder)
     require("model_index.json" in files, "folder", "hold a saved pipeline", str(folder))
     token = token or get_token()

@@ -27,6 +27,7 @@ from .config import (
     load_config,
 )
 from .errors import InputError, require
+from .files import expand_home
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -52,12 +53,28 @@ def script_path(name: str) -> Path:
 
 def preset_path(name: str) -> Path:
     """A file as it is; otherwise the preset of that name, such as `digits/ot.yaml` or `configs/mnist/ot.yaml`."""
-    if Path(name).is_file():
+    name = expand_home(name)
+    if os.path.isfile(name):
         return Path(name)
+    preset = presets_folder() / name.removeprefix("configs/")
+    return preset if os.path.isfile(preset) else Path(name)
+
+
+def presets_folder() -> Path:
+    """`configs/` of a checkout or of an installed package."""
     checkout = (CHECKOUT / "configs").is_dir() and (CHECKOUT / "train").is_dir()
-    presets = (CHECKOUT if checkout else PACKAGE) / "configs"
-    preset = presets / name.removeprefix("configs/")
-    return preset if preset.is_file() else Path(name)
+    return (CHECKOUT if checkout else PACKAGE) / "configs"
+
+
+def presets_of(command: str) -> list[str]:
+    """The presets of a training script or study, such as `digits/ot.yaml`, in order."""
+    words = {"features": ("features", "evaluator")}.get(command, (command,))
+    folder = presets_folder()
+    files = [file for file in sorted(folder.glob("*/*.yaml")) if file.parent.name != "accelerate"]
+    studies = {file for file in files if "\narms:" in file.read_text(encoding="utf-8")}
+    of_scripts = [file for file in files if file not in studies and file.stem.split("_")[0] in words]
+    chosen = sorted(studies) if command == "compare" else of_scripts
+    return [file.relative_to(folder).as_posix() for file in chosen]
 
 
 def training_command(
@@ -85,6 +102,7 @@ def training_command(
     values = load_config(SCRIPTS[name][1], arguments)
     script = [str(script_path(name)), *arguments]
     if accelerate_config is not None:
+        accelerate_config = expand_home(accelerate_config)
         launched(values, _environment_of(accelerate_config))
         count = ["--num_processes", str(num_processes)] if num_processes > 1 else []
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]

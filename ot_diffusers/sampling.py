@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from .data.decode import Decoder
 from .data.pictures import list_folder, picture_table
 from .errors import InputError, require
 from .features import load_feature_extractor, load_reference_bank
+from .files import GRID_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
 from .models.backbone_extractor import BackboneFeatureExtractor
 from .models.feature_extractor import FeatureExtractor
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -32,7 +36,6 @@ PIPELINES: dict[str, type[Any]] = {
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAX_BATCH_SIZE = 1000
-GRID_NAME = "grid.png"
 GRID_IMAGES = 400
 GRID_TILE = 48
 
@@ -52,12 +55,14 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     Raises:
         InputError: no such pipeline, or feature network and UNet do not fit.
     """
-    kind = PIPELINES.get(pipeline_class_name(str(path)))
-    require(kind is not None, "pipeline", f"be one of {', '.join(PIPELINES)}", pipeline_class_name(str(path)))
-    assert kind is not None
+    place = local_or_hub(path, "pipeline")
+    name = pipeline_class_name(place)
+    require(name in PIPELINES, "pipeline", f"be one of {', '.join(PIPELINES)}", name)
+    if features is not None:
+        features = local_or_hub(features, "features")
     try:
-        pipeline = kind.from_pretrained(str(path), use_safetensors=True)
-    except (OSError, ValueError) as error:
+        pipeline = PIPELINES[name].from_pretrained(place, use_safetensors=True)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
     return pipeline if features is None else with_guidance(pipeline, str(features))
 
@@ -102,12 +107,11 @@ def pipeline_class_name(path: str) -> str:
     Raises:
         InputError: no `model_index.json` there.
     """
-    folder = Path(path).expanduser()
-    looks_like_path = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
-    found = not looks_like_path or (folder / "model_index.json").is_file()
+    place = local_or_hub(path, "pipeline")
+    found = not os.path.exists(place) or os.path.isfile(f"{place}/model_index.json")
     require(found, "pipeline", "be a folder with a model_index.json, or a Hub id", path)
     try:
-        return str(DiffusionPipeline.load_config(str(folder) if looks_like_path else path)["_class_name"])
+        return str(DiffusionPipeline.load_config(place)["_class_name"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"`pipeline` must be a saved diffusers pipeline, got {path!r} ({_one_line(error)})") from error
 
@@ -161,7 +165,7 @@ def sample_images(
     require(seed >= 0, "seed", "be at least 0", seed)
     check_dtype(dtype)
     check_call_arguments(pipeline, call_arguments)
-    state = PartialState()
+    state = process_state()
     share = torch.arange(num_images).tensor_split(state.num_processes)[state.process_index]
     at_once = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
     pending = list(share.tensor_split(math.ceil(len(share) / at_once))) if len(share) else []
@@ -179,6 +183,13 @@ def sample_images(
             pending = [half for rows in pending for half in rows.tensor_split(2) if len(half)]
             clear_device_cache(garbage_collection=True)
     return torch.cat(gather_object(batches))
+
+
+def process_state() -> PartialState:
+    """accelerate's state of this process. On a machine without a GPU, accelerate joins the processes that a launcher
+    has started only where it is told to use the CPU."""
+    in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return PartialState(cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()))
 
 
 def check_dtype(dtype: str) -> None:
@@ -216,8 +227,10 @@ def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:
         InputError: naming the argument.
     """
     known = inspect.signature(pipeline.__call__).parameters
+    guided = inspect.signature(OTGuidedDDIMPipeline.__call__).parameters
     for name, value in call_arguments.items():
-        require(name in known, name, f"be left out for a {type(pipeline).__name__}", value)
+        hint = ", or come with the features that guide (--features RUN)" if name in guided else ""
+        require(name in known, name, f"be left out for a {type(pipeline).__name__}{hint}", value)
     steps, length = call_arguments.get("num_inference_steps"), pipeline.scheduler.config.num_train_timesteps
     require(steps is None or 1 <= steps <= length, "num_inference_steps", f"lie in 1 … {length}", steps)
 
@@ -238,15 +251,23 @@ def network_calls(pipeline: Any) -> int:
 def save_images(images: Tensor, folder: str | Path) -> Path:
     """Write uint8 images [N, C, H, W] as `00000.png`, `00001.png`, … and `grid.png`; returns the grid's path.
 
-    Pictures that an earlier call left in the folder are removed.
+    What an earlier call wrote into the folder is replaced, once all new pictures are on the disk. A hidden file lists
+    the pictures and their checksums: others are left alone.
+
+    Raises:
+        InputError: a picture of one of these names that this function did not write, or that has changed since.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("[0-9]*.png"):
-        earlier.unlink()
+    replace_own(folder, SAMPLE, _pictures(images), SAMPLE_NAMES)
+    return folder / GRID_NAME
+
+
+def _pictures(images: Tensor) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """File name of each picture and of the grid, with what writes it."""
     for index, image in enumerate(images):
-        _to_picture(image).save(folder / f"{index:05d}.png")
-    return save_grid(images, folder / GRID_NAME)
+        yield f"{index:05d}.png", partial(_to_picture(image).save, format="PNG")
+    yield GRID_NAME, partial(image_grid(images).save, format="PNG")
 
 
 def save_grid(images: Tensor, file: Path) -> Path:

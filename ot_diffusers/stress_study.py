@@ -29,9 +29,10 @@ from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_im
 from .evaluation.metrics import frechet_distance, sinkhorn_distance
 from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
+from .experiment import check_study_folder
 from .features import labels_of, weights_fingerprint
+from .files import user_path, write_json
 from .seeds import seeded_generator
-from .training import write_json
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),
@@ -103,6 +104,8 @@ def run_stress_study(
     """
     require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
     require(repeats >= 3, "repeats", "be at least 3", repeats)
+    file = user_path(output) / "stress.json"
+    check_study_folder(file)
     extractor = load_evaluator(evaluator).to(device)
     options = dict(data_options or {})
     test, train = (load_split(dataset, split, extractor, num_samples, seed, **options) for split in ("test", "train"))
@@ -120,7 +123,7 @@ def run_stress_study(
         "seed": seed,
         "data_options": options or None,
     }
-    file = output / "stress.json"
+    output = file.parent
     results = open_results(file, settings, evaluator_facts(extractor, test.images.features.shape[1]))
 
     tests = {
@@ -224,7 +227,6 @@ def open_results(file: Path, settings: Mapping[str, Any], extractor: Mapping[str
         InputError: other settings.
     """
     if not file.is_file():
-        require(not file.parent.exists() or file.parent.is_dir(), "output", "be a folder", str(file.parent))
         file.parent.mkdir(parents=True, exist_ok=True)
         frame = {"settings": dict(settings), "extractor": dict(extractor), "source figures": {}, "curves": {}}
         return frame | {"provenance": provenance()}

@@ -5,7 +5,7 @@ Training draws x_T' on the fly and needs none of this. It is for other programs,
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from .data import ResidentImages, StreamedImages
 from .errors import require
+from .files import check_folder, new_folder, write_json
 from .schedules import truncated_samples
 
 CHUNK = 1000
@@ -48,8 +49,8 @@ def export_truncated_set(
     """
     import datasets
 
-    folder = Path(folder)
-    require(not folder.exists(), "output", "be a new folder", str(folder))
+    folder = check_folder(folder)
+    require(not os.path.lexists(folder), "output", "be a new folder", str(folder))
     require(seed >= 0, "seed", "be at least 0", seed)
     require(num_epochs >= 1, "num_epochs", "be at least 1", num_epochs)
     columns = {
@@ -60,27 +61,25 @@ def export_truncated_set(
     if images.labels is not None:
         columns["label"] = datasets.Value("int64")
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     split = images.split.split()[0]
     rows = [(epoch, index) for epoch in range(num_epochs) for index in range(0, len(images), SHARD_SIZE)]
-    for shard, (epoch, first) in enumerate(rows):
-        indices = torch.arange(first, min(first + SHARD_SIZE, len(images)))
-        table = datasets.Dataset.from_generator(
-            _rows,
-            features=datasets.Features(columns),
-            gen_kwargs={"images": images, "indices": indices, "scheduler": scheduler, "epoch": epoch, "seed": seed},
-            cache_dir=str(partial / "cache"),
-            split=split,
-        )
-        table.to_parquet(str(partial / "data" / f"{split}-{shard:05d}-of-{len(rows):05d}.parquet"))
-    shutil.rmtree(partial / "cache")
     settings = {"dataset": images.name, "split": images.split, "seed": seed, "num_epochs": num_epochs}
     settings |= {"truncation_timestep": scheduler.config.num_train_timesteps, "fingerprint": images.fingerprint}
-    (partial / "truncated_set.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    scheduler.save_pretrained(partial / "scheduler")
-    return partial.rename(folder)
+    with new_folder(folder) as partial:
+        for shard, (epoch, first) in enumerate(rows):
+            indices = torch.arange(first, min(first + SHARD_SIZE, len(images)))
+            table = datasets.Dataset.from_generator(
+                _rows,
+                features=datasets.Features(columns),
+                gen_kwargs={"images": images, "indices": indices, "scheduler": scheduler, "epoch": epoch, "seed": seed},
+                cache_dir=str(partial / "cache"),
+                split=split,
+            )
+            table.to_parquet(str(partial / "data" / f"{split}-{shard:05d}-of-{len(rows):05d}.parquet"))
+        shutil.rmtree(partial / "cache")
+        write_json(partial / "truncated_set.json", settings)
+        scheduler.save_pretrained(partial / "scheduler")
+    return folder
 
 
 def _rows(

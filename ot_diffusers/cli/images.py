@@ -11,49 +11,59 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import require
-from .process import call_arguments, chosen_device, data_options, is_main_process, prepare_libraries
+from ..files import GRID_NAME, SAMPLE, SAMPLE_NAMES, is_first_process, is_own, not_own, record_of, recorded, write_own
+from .process import call_arguments, chosen_device, data_options, prepare_libraries
+
+EVALUATE = "evaluate"
+"""Under this name `evaluate` lists what it has written."""
 
 
 def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Images of a pipeline into a folder."""
-    require(arguments.num_images >= 1, "num_images", "be at least 1", arguments.num_images)
-    output = Path(arguments.output)
-    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    allowed = empty or (arguments.overwrite and output.is_dir())
-    require(allowed, "output", "be a new or empty folder without --overwrite", arguments.output)
+    output: Path = arguments.output
+    if is_first_process():
+        _check_sample_folder(output, arguments.overwrite)
     prepare_libraries()
     from ..sampling import network_calls, save_images
 
     started = time.monotonic()
     pipeline, images = _sample(arguments, arguments.pipeline, arguments.num_images)
     seconds = round(time.monotonic() - started, 2)
-    if is_main_process():
+    if is_first_process():
         grid = save_images(images, output)
         cost = {"num_images": len(images), "nfe": network_calls(pipeline), "seconds": seconds}
         print(json.dumps({"output": str(output), "grid": str(grid), **cost}, indent=2) if arguments.json else grid)
     return 0
 
 
+def _check_sample_folder(output: Path, overwrite: bool) -> None:
+    """Refuse a folder with anything that would be lost, or that would stand between the pictures."""
+    listed = record_of(output, SAMPLE)
+    used = output.is_dir() and any(path != listed for path in output.iterdir())
+    require(overwrite or not used, "output", "be a new or empty folder without --overwrite", str(output))
+    others = not_own(output, SAMPLE, SAMPLE_NAMES)
+    requirement = "hold only what `sample` wrote there and nobody has changed since, with --overwrite"
+    require(not others, "output", requirement, ", ".join(map(str, others[:1])))
+
+
 def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Metrics of generated images against the test split, beside those of real images."""
-    output = Path(arguments.output) if arguments.output else None
-    free = output is None or not output.exists() or (arguments.overwrite and output.is_file())
-    require(free, "output", "be a new file without --overwrite", arguments.output)
-    requested = arguments.num_samples
-    require(requested is None or requested >= 2, "num_samples", "be at least 2", requested)
+    output: Path | None = arguments.output
+    if output is not None and os.path.lexists(output) and is_first_process():
+        require(arguments.overwrite, "output", "be a new file without --overwrite", str(output))
+        own = is_own(output, EVALUATE)
+        require(own, "output", "be a file that `evaluate` wrote and nobody has changed since", str(output))
     prepare_libraries()
     results = _evaluate(arguments)
     if results is None:
         return 0
-    text = json.dumps(results, indent=2, ensure_ascii=False)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.{os.getpid()}")
-        partial.write_text(f"{text}\n", encoding="utf-8")
-        partial.replace(output)
     from ..evaluation.report import text_table
 
-    print(text if arguments.json else text_table(results))
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    print(text if arguments.json else text_table(results), flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_own(output, f"{text}\n", EVALUATE)
     return 0
 
 
@@ -69,7 +79,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     train, test = (load_real_images(arguments.dataset, split, evaluator, **options) for split in ("train", "test"))
     count = sample_count(arguments.num_samples, len(train), len(test))
     images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
-    if not is_main_process():
+    if not is_first_process():
         return None
 
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
@@ -91,8 +101,9 @@ def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int
     """uint8 images [N, C, H, W], read or sampled, and what sampling them cost."""
     from ..sampling import network_calls, read_images
 
-    folder = Path(arguments.images).expanduser()
+    folder = Path(arguments.images)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        _check_complete(folder)
         images = read_images(folder, channels)
         enough = arguments.num_samples is None or count <= len(images)
         require(enough, "num_samples", f"be at most {len(images)}, the images in the folder", count)
@@ -100,6 +111,14 @@ def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int
     started = time.monotonic()
     pipeline, images = _sample(arguments, arguments.images, count)
     return images, {"nfe": network_calls(pipeline), "seconds": round(time.monotonic() - started, 2)}
+
+
+def _check_complete(folder: Path) -> None:
+    """Refuse pictures of `sample` that were not all written."""
+    missing = [name for name in recorded(folder, SAMPLE) if name != GRID_NAME and not (folder / name).exists()]
+    listed = record_of(folder, SAMPLE).name
+    requirement = f"be complete: {''.join(missing[:1])} of the pictures listed in {listed} is not there"
+    require(not missing, "images", requirement, str(folder))
 
 
 def _describe(images: Any, evaluator: Any) -> Any:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from ..config import describe
-from ..errors import InputError
-from ..launch import SCRIPTS
+from .. import __version__
+from ..config import LARGEST, describe
+from ..errors import InputError, shown
+from ..files import check_file, check_folder, expand_home
+from ..launch import SCRIPTS, presets_of
 from .images import run_evaluate, run_sample
 from .publishing import run_card, run_completion, run_info, run_push, run_report
 from .studies import run_compare, run_demo, run_stress, run_track, run_train, run_truncated_set, run_truncation
@@ -16,17 +21,58 @@ EVALUATOR_HELP = "network that no loss has seen: folder, Hub id, or a name such 
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that reports errors like everything else here."""
+    """An `ArgumentParser` that reports errors like everything else here, and in whose texts `~` is the home folder."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", None, expand_home)
 
     def error(self, message: str) -> NoReturn:
+        option, _, problem = message.partition(": ")
+        if problem.startswith("must "):  # from `whole` and `number`
+            message = f"`{option.removeprefix('argument --').replace('-', '_')}` {problem}"
         raise InputError(message)
+
+
+def whole(least: int, most: int | None = LARGEST) -> Callable[[str], int]:
+    """The type of an option that is a whole number in that range; any number from `least` on without `most`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {shown(text)}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {shown(value)}")
+        return value
+
+    return convert
+
+
+def number(least: float, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a finite number: `least` or more, or above `least`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            bound = f"above {least}" if above else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, got {shown(text)}")
+        return value
+
+    return convert
 
 
 def make_parser() -> Parser:
     """The parser of all commands."""
     parser = Parser(prog="ot-diffusers", description="Optimal transport in diffusion models.", allow_abbrev=False)
-    parser.set_defaults(takes_overrides=False)
-    commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"ot-diffusers {__version__}")
+    parser.set_defaults(takes_overrides=False, check_output=None)
+    commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
@@ -48,8 +94,12 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo", help="train, sample and compare on handwritten digits, on the CPU", allow_abbrev=False
     )
-    demo.add_argument("--output", default="runs/demo", help="folder for everything, report.html among it (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the models and of the starting noise (%(default)s)")
+    _add_output(
+        demo, check_folder, default="runs/demo", help="folder for everything, report.html among it (%(default)s)"
+    )
+    demo.add_argument(
+        "--seed", type=whole(0, None), default=0, help="of the models and of the starting noise (%(default)s)"
+    )
     demo.set_defaults(command=run_demo)
 
 
@@ -61,21 +111,25 @@ def _add_train(commands: Any) -> None:
             name,
             help=file,
             usage=f"ot-diffusers train {name} [--config FILE] [key=value ...]",
-            epilog=f"keys and their defaults:\n{describe(config_class)}",
+            epilog=f"keys and their defaults:\n{describe(config_class)}\n\n{_presets(name)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         script.add_argument("--config", metavar="FILE", help="YAML file, or a preset such as mnist/ot.yaml")
         script.add_argument("--accelerate-config", metavar="FILE", help="file of `accelerate config`")
-        script.add_argument("--num-processes", type=int, default=1, help="on this machine (%(default)s)")
+        script.add_argument("--num-processes", type=whole(1), default=1, help="on this machine (%(default)s)")
         script.set_defaults(command=run_train, takes_overrides=True)
+
+
+def _presets(command: str) -> str:
+    return "presets for --config:\n" + "\n".join(f"  {name}" for name in presets_of(command))
 
 
 def _add_sample(commands: Any) -> None:
     sample = commands.add_parser("sample", help="write images and a grid from a saved pipeline", allow_abbrev=False)
     sample.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
-    sample.add_argument("--num-images", type=int, default=64, help="how many (%(default)s)")
-    sample.add_argument("--output", default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
+    sample.add_argument("--num-images", type=whole(1), default=64, help="how many (%(default)s)")
+    _add_output(sample, check_folder, default="runs/samples", help="folder for 00000.png … and grid.png (%(default)s)")
     sample.add_argument("--json", action="store_true", help="print folder, number, time and network calls as JSON")
     _add_sampling_options(sample)
     _add_speed_options(sample)
@@ -88,8 +142,10 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("images", help="folder or Hub id of a saved pipeline, or a folder of images")
     evaluate.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
     evaluate.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
-    evaluate.add_argument("--num-samples", type=int, help="how many images; default: as many as there are test images")
-    evaluate.add_argument("--output", metavar="FILE", help="write results.json here")
+    evaluate.add_argument(
+        "--num-samples", type=whole(2), help="how many images; default: as many as there are test images"
+    )
+    _add_output(evaluate, check_file, metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
     _add_data_options(evaluate)
     _add_sampling_options(evaluate)
@@ -103,6 +159,8 @@ def _add_compare(commands: Any) -> None:
         "compare",
         help="paired differences between arms over several seeds",
         usage="ot-diffusers compare [ARM ...] [--config FILE] [options] [key=value ...]",
+        epilog=_presets("compare"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     compare.add_argument("arms", nargs="*", metavar="ARM", help="saved pipelines, or names of arms in the YAML file")
@@ -111,9 +169,11 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--evaluator", help=f"{EVALUATOR_HELP}; or a preset to train once")
     compare.add_argument("--seeds", help="how many seeds (5)")
     compare.add_argument("--num-samples", help="images of each arm and seed; default: as many as there are test images")
-    compare.add_argument("--num-inference-steps", type=int, help="denoising steps; default: each pipeline's own")
-    compare.add_argument("--output", help="folder for everything, report.html among it (runs/comparison)")
-    compare.add_argument("--max-seconds", type=float, help="stop cleanly after this long; the same command goes on")
+    compare.add_argument("--num-inference-steps", type=whole(1), help="denoising steps; default: each pipeline's own")
+    _add_output(compare, check_folder, help="folder for everything, report.html among it (runs/comparison)")
+    compare.add_argument(
+        "--max-seconds", type=number(0, above=True), help="stop cleanly after this long; the same command goes on"
+    )
     compare.set_defaults(command=run_compare, takes_overrides=True)
 
 
@@ -122,9 +182,11 @@ def _add_track(commands: Any) -> None:
     track.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folder of a train_baseline.py or train_ot.py run")
     track.add_argument("--dataset", required=True, help="real images: digits, mnist, cifar10, a Hub id or a folder")
     track.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
-    track.add_argument("--num-samples", type=int, help="images of each checkpoint; default: as the smaller real split")
     track.add_argument(
-        "--output", default="runs/tracking", help="folder for report.html and tracking.json (%(default)s)"
+        "--num-samples", type=whole(2), help="images of each checkpoint; default: as the smaller real split"
+    )
+    _add_output(
+        track, check_folder, default="runs/tracking", help="folder for report.html and tracking.json (%(default)s)"
     )
     _add_data_options(track)
     _add_sampling_options(track)
@@ -135,12 +197,17 @@ def _add_stress(commands: Any) -> None:
     stress = commands.add_parser("stress", help="do the metrics see what they should?", allow_abbrev=False)
     stress.add_argument("--dataset", required=True, help="real images with labels: digits, mnist, cifar10, a Hub id, …")
     stress.add_argument("--evaluator", required=True, help=EVALUATOR_HELP)
-    stress.add_argument("--num-samples", type=int, default=1000, help="images damaged, at most (%(default)s)")
-    stress.add_argument("--repeats", type=int, default=3, help="draws of each damage, for intervals (%(default)s)")
+    stress.add_argument("--num-samples", type=whole(2), default=1000, help="images damaged, at most (%(default)s)")
     stress.add_argument(
-        "--output", default="runs/stress", help="folder for report.html, stress.json, pictures (%(default)s)"
+        "--repeats",
+        type=whole(3),
+        default=3,
+        help="draws of each damage, at least 3 for intervals (%(default)s)",
     )
-    stress.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    _add_output(
+        stress, check_folder, default="runs/stress", help="folder for report.html, stress.json, pictures (%(default)s)"
+    )
+    stress.add_argument("--seed", type=whole(0, None), default=0, help="of the draws (%(default)s)")
     stress.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
     _add_data_options(stress)
     stress.set_defaults(command=run_stress)
@@ -151,6 +218,8 @@ def _add_truncation(commands: Any) -> None:
         "truncation",
         help="train, sample and compare the priors of the truncated chain",
         usage="ot-diffusers truncation [--config FILE] [key=value ...]",
+        epilog=_presets("truncation"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     truncation.add_argument("--config", metavar="FILE", help="YAML file, or a preset such as digits/truncation.yaml")
@@ -163,11 +232,11 @@ def _add_truncated_set(commands: Any) -> None:
     )
     export.add_argument("--dataset", required=True, help="digits, mnist, cifar10, a Hub id or a folder")
     export.add_argument("--split", default="train", help="train, validation or test (%(default)s)")
-    export.add_argument("--truncation-timestep", type=int, default=10, help="T' (%(default)s)")
+    export.add_argument("--truncation-timestep", type=whole(1), default=10, help="T' (%(default)s)")
     export.add_argument("--denoiser", help="pipeline whose noise levels to take; default: T = 1000, linear betas")
-    export.add_argument("--num-epochs", type=int, default=1, help="independent noises of each image (%(default)s)")
-    export.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    export.add_argument("--output", required=True, help="new folder")
+    export.add_argument("--num-epochs", type=whole(1), default=1, help="independent noises of each image (%(default)s)")
+    export.add_argument("--seed", type=whole(0, None), default=0, help="of the noise (%(default)s)")
+    _add_output(export, check_folder, required=True, help="new folder")
     _add_data_options(export)
     export.set_defaults(command=run_truncated_set)
 
@@ -175,7 +244,7 @@ def _add_truncated_set(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="results.json as a table and an HTML file", allow_abbrev=False)
     report.add_argument("results", help="results.json, or the folder of a demo, study or comparison that holds it")
-    report.add_argument("--output", metavar="FILE", help="HTML file; default: report.html beside the results")
+    _add_output(report, check_file, metavar="FILE", help="HTML file; default: report.html beside the results")
     report.add_argument("--json", action="store_true", help="print the results and write nothing")
     report.set_defaults(command=run_report)
 
@@ -183,7 +252,7 @@ def _add_report(commands: Any) -> None:
 def _add_card(commands: Any) -> None:
     card = commands.add_parser("card", help="write a run as the folder that goes to the Hub", allow_abbrev=False)
     card.add_argument("run", help="folder of a training run, or any saved pipeline")
-    card.add_argument("--output", required=True, help="new folder")
+    _add_output(card, check_folder, required=True, help="new folder")
     card.add_argument("--repo", metavar="USER/NAME", help="where it will be loaded from; default: the folder's name")
     _add_card_options(card)
     card.set_defaults(command=run_card)
@@ -208,8 +277,12 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--results", metavar="FILE", help="results.json of an evaluation, comparison or demo")
     options.add_argument("--arm", help="the arm of the results that is this pipeline")
     options.add_argument("--dtype", default="float32", help="of the stored weights: float32 or float16 (%(default)s)")
-    options.add_argument("--num-images", type=int, default=64, help="pictures on the card, 0 for none (%(default)s)")
-    options.add_argument("--num-inference-steps", type=int, help="their denoising steps; default: the pipeline's own")
+    options.add_argument(
+        "--num-images", type=whole(0), default=64, help="pictures on the card, 0 for none (%(default)s)"
+    )
+    options.add_argument(
+        "--num-inference-steps", type=whole(1), help="their denoising steps; default: the pipeline's own"
+    )
 
 
 def _add_info(commands: Any) -> None:
@@ -230,13 +303,15 @@ def _add_completion(commands: Any) -> None:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument("--features", help="run of train_features.py; guides any pipeline by its network and bank")
-    options.add_argument("--num-inference-steps", type=int, help="denoising steps; default: the pipeline's own")
-    options.add_argument("--guidance-scale", type=float, help="strength of the guidance, 0 for none")
-    options.add_argument("--num-guidance-steps", type=int, help="how many steps are guided")
-    options.add_argument("--guidance-start-step", type=int, help="first guided step, from 0")
+    options.add_argument("--num-inference-steps", type=whole(1), help="denoising steps; default: the pipeline's own")
+    options.add_argument("--guidance-scale", type=number(0), help="strength of the guidance, 0 for none")
+    options.add_argument("--num-guidance-steps", type=whole(0), help="how many steps are guided")
+    options.add_argument("--guidance-start-step", type=whole(0), help="first guided step, from 0")
     options.add_argument("--seed-recipe", action="store_true", help="the source study's guidance; other options win")
-    options.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
-    options.add_argument("--batch-size", type=int, help="images at once; default: what the memory holds, up to 1,000")
+    options.add_argument("--seed", type=whole(0, None), default=0, help="of the starting noise (%(default)s)")
+    options.add_argument(
+        "--batch-size", type=whole(1), help="images at once; default: what the memory holds, up to 1,000"
+    )
     options.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
 
 
@@ -258,4 +333,12 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="allow an output that exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what this command wrote there before, and nothing else"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, check: Callable[[str], Path], **options: Any) -> None:
+    """`--output`, which is tried by `check` before the command begins."""
+    parser.add_argument("--output", **options)
+    parser.set_defaults(check_output=check)

@@ -31,24 +31,20 @@ def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return SEED_GUIDANCE | given
 
 
-def is_main_process() -> bool:
-    """Whether this process reports, where accelerate has launched several."""
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
 def chosen_device(name: str | None) -> Any:
     """The named device, or accelerate's choice for this process."""
     import torch
-    from accelerate import PartialState
+
+    from ..sampling import process_state
 
     if name is None:
-        return PartialState().device
+        return process_state().device
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(name)
+        float(torch.zeros(1, device=device) + 1)  # what holds no numbers cannot sample
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"`device` must be a device of this machine, such as cpu or cuda, got {name!r}") from error
+    return device
 
 
 def stop_on_sigterm() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, require
+from ..files import check_file, is_own
 from .process import prepare_libraries
 
 MEGABYTE = 1e6
@@ -115,6 +117,7 @@ def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """`results.json` as a table and as one HTML file with the pictures beside it."""
     prepare_libraries()
     from ..comparison import tables
+    from ..evaluation.page import REPORT
     from ..evaluation.report import text_table, write_report
     from ..hub import read_results
 
@@ -123,8 +126,9 @@ def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     results = read_results(file)
     if arguments.json:
         return _print([_json(results)])
-    output = Path(arguments.output) if arguments.output else file.with_name("report.html")
-    require(not output.is_dir(), "output", "be a file", str(output))
+    output = check_file(file.with_name("report.html") if arguments.output is None else arguments.output)
+    free = not os.path.lexists(output) or is_own(output, REPORT)
+    require(free, "output", "be a new file, or a page of ot-diffusers that nobody has changed since", str(output))
     pictures = {picture.stem.replace("_", " ").capitalize(): picture for picture in sorted(file.parent.glob("*.png"))}
     further = tables(results) if results.get("differences") else {}
     return _print([text_table(results), str(write_report(results, pictures, output, tables=further))])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import require
+from ..files import expand_home
 from ..launch import run_command, training_command
 from .process import call_arguments, chosen_device, data_options, prepare_libraries, stop_on_sigterm
 
@@ -35,10 +37,10 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     """Arms over paired seeds; exit status 3 where the time was over before all seeds were done."""
-    words = [*arguments.arms, *unknown]
+    words = [expand_home(word) for word in (*arguments.arms, *unknown)]
     options = [word for word in words if word.startswith("-")]
     require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
-    names = [word for word in words if "=" not in word or Path(word).exists()]
+    names = [word for word in words if "=" not in word or os.path.exists(word)]
     given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
     given["output_dir"] = arguments.output
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -57,7 +59,7 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     prepare_libraries()
     from ..evaluation.tracking import track_runs
 
-    output = Path(arguments.output)
+    output: Path = arguments.output
     track_runs(
         _named_folders(arguments.runs),
         output,
@@ -77,7 +79,7 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
     """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
-    pairs = [run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run) for run in runs]
+    pairs = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
     names = [name or Path(folder).name for name, _, folder in pairs]
     if len(set(names)) < len(names):
         names = [name or folder for name, _, folder in pairs]
@@ -93,7 +95,7 @@ def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     run_stress_study(
         arguments.dataset,
         arguments.evaluator,
-        Path(arguments.output),
+        arguments.output,
         num_samples=arguments.num_samples,
         repeats=arguments.repeats,
         seed=arguments.seed,
@@ -118,6 +120,8 @@ def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
 
 def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """x_T' of every image of a split, as parquet files."""
+    output: Path = arguments.output
+    require(not os.path.lexists(output), "output", "be a new folder", str(output))
     prepare_libraries()
     from diffusers import DDPMScheduler
 
@@ -130,5 +134,5 @@ def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     scheduler = truncated_scheduler(full, arguments.truncation_timestep)
     images = load_images(arguments.dataset, arguments.split, **data_options(arguments))
     options = {"num_epochs": arguments.num_epochs, "seed": arguments.seed}
-    print(export_truncated_set(images, scheduler, arguments.output, **options))
+    print(export_truncated_set(images, scheduler, output, **options))
     return 0

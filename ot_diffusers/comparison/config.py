@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..config import load_config, option
+from ..config import Options, load_config, option
 from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation import report
@@ -26,7 +26,7 @@ RESERVED = (*NETWORKS, "seed", "logs")
 
 
 @dataclass
-class Arm:
+class Arm(Options):
     """One way to make images: a pipeline that exists, or one that is trained anew for every seed.
 
     In `pipeline`, `features` and `overrides`, `{name}` stands for the run of an earlier arm with the same seed,
@@ -45,6 +45,7 @@ class Arm:
     description: str = option("", "a sentence for the report")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one = (self.pipeline is None) != (self.train is None)
         require(one, "arms", "have either a pipeline or a script to train", (self.pipeline, self.train))
         known = self.train is None or self.train in SCRIPTS
@@ -60,7 +61,7 @@ class Arm:
 
 
 @dataclass
-class ComparisonConfig:
+class ComparisonConfig(Options):
     """A comparison of arms."""
 
     output_dir: str = option("runs/comparison", "folder of the comparison")
@@ -80,6 +81,7 @@ class ComparisonConfig:
     overrides: tuple[str, ...] = option((), "key=value for every training script, such as image_size=32")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.seeds >= 1, "seeds", "be at least 1", self.seeds)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
         check_dtype(self.dtype)

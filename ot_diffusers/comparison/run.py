@@ -8,7 +8,7 @@ from typing import Any
 from ..data import load_images
 from ..errors import require
 from ..evaluation import report
-from ..experiment import Announce, claim_folder, stage, write_results
+from ..experiment import Announce, check_study_folder, claim_folder, stage, write_results
 from ..launch import training_command
 from ..sampling import check_call_arguments, load_pipeline
 from .arms import run_seed, train_networks
@@ -37,8 +37,9 @@ def run_comparison(
     """
     require(len(config.arms) >= 2, "arms", "be at least two", list(config.arms))
     require(max_seconds is None or max_seconds > 0, "max_seconds", "be positive", max_seconds)
-    check_arms(config)
     output = Path(config.output_dir)
+    check_study_folder(output / "comparison.json", "output_dir")
+    check_arms(config)
     claim_folder(output / "comparison.json", settings(config), "output_dir")
     study = Study(config, output, Clock(max_seconds), announce)
     try:

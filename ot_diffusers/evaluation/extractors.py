@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data import ResidentImages, StreamedImages, load_images
 from ..errors import InputError, require
 from ..features import check_trained_on, load_feature_extractor
+from ..files import expand_home, looks_local
 from ..images import to_uint8, to_unit_range
 from ..models.feature_extractor import FeatureExtractor
 
@@ -45,10 +46,11 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     """
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+    name_or_path = expand_home(name_or_path)
     name, _, weights = name_or_path.partition("=")
     if name in FEATURE_EXTRACTORS_REGISTRY:
         network: nn.Module = FidelityExtractor(name, weights or None)
-    elif _is_transformers(name_or_path):
+    elif not _is_missing(name_or_path) and _is_transformers(name_or_path):
         network = BackboneExtractor(name_or_path)
     else:
         try:
@@ -193,6 +195,11 @@ def _side_lengths(processor: Any) -> tuple[int, int]:
     if "shortest_edge" in size:
         return int(size["shortest_edge"]), int(size["shortest_edge"])
     return int(size["height"]), int(size["width"])
+
+
+def _is_missing(name_or_path: str) -> bool:
+    """Whether it can only be meant as a path, and nothing is there."""
+    return looks_local(name_or_path) and not Path(name_or_path).exists()
 
 
 def _is_transformers(name_or_path: str) -> bool:

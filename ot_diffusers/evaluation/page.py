@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import require
+from ..files import write_own
 
 PACKAGES = (
     "ot-diffusers",
@@ -24,6 +25,9 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
+
+REPORT = "report"
+"""Under this name pages are listed as written, so that `report` may replace them."""
 
 Rows = Sequence[Sequence[str]]
 """A table as text: the header, then the lines, each with its name in front."""
@@ -47,7 +51,7 @@ def write_page(path: Path, title: str, sections: Mapping[str, str], *, facts: Se
     )
     page = _PAGE.replace("{{title}}", escape(title)).replace("{{style}}", _STYLE).replace("{{body}}", body)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_own(path, page, REPORT)
     return path
 
 

@@ -28,10 +28,12 @@ from torch import Tensor
 from ..config import BaselineConfig, make_config
 from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
+from ..experiment import check_study_folder
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
+from ..files import user_path, write_json
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..sampling import sample_images
-from ..training import make_noise_scheduler, make_unet, write_json
+from ..training import make_noise_scheduler, make_unet
 from . import metrics, plots
 from .evaluate import ImageSet, describe_images
 from .extractors import evaluator_facts, load_evaluator, load_real_images
@@ -140,6 +142,9 @@ def track_runs(
     Raises:
         InputError: a folder that is no such run, or an `output` measured with other settings.
     """
+    file = user_path(output) / RECORD_NAME
+    check_study_folder(file)
+    output, runs = file.parent, {name: user_path(run) for name, run in runs.items()}
     checkpoints = {name: find_checkpoints(run) for name, run in runs.items()}
     extractor = load_evaluator(evaluator).to(device)
     real = RealImages.load(dataset, extractor, num_samples, **(data_options or {}))
@@ -152,7 +157,6 @@ def track_runs(
         "seed": seed,
         "data_options": dict(data_options or {}) or None,
     }
-    file = output / RECORD_NAME
     tracks = read_tracks(file, settings)
     base_line = measure(real.train, real.test)
     for name, folders in checkpoints.items():
@@ -180,7 +184,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     Raises:
         InputError: no checkpoint with averaged weights there, or a run that did not make its own UNet and chain.
     """
-    folders = sorted(run.glob("checkpoints/update-*/ema.safetensors"))
+    folders = sorted(run.glob(f"checkpoints/update-{'[0-9]' * 8}/ema.safetensors"))
     record = run / "run.json"
     options = json.loads(record.read_text(encoding="utf-8"))["config"] if record.is_file() else {}
     own = "beta_schedule" in options

@@ -9,10 +9,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..errors import require
+from ..errors import require, require_sizes
 from ..images import to_unit_range
 from .portable import PortableModel
 
+MOST_LAYERS = 1000
 NORM_TYPES = ("group_norm", "batch_norm")
 
 
@@ -98,6 +99,8 @@ class ConvFeatureExtractor(FeatureExtractor):
         data_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
+        require_sizes(sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
+        require_sizes(feature_dim=feature_dim)
         require(sample_size % 4 == 0, "sample_size", "be a multiple of 4", sample_size)
         first, second = block_out_channels
         self.backbone = nn.Sequential(
@@ -147,6 +150,9 @@ class ResidualFeatureExtractor(FeatureExtractor):
         norm_type: str = "group_norm",
     ) -> None:
         super().__init__()
+        require_sizes(sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
+        require_sizes(feature_dim=feature_dim, layers_per_block=layers_per_block)
+        require(layers_per_block <= MOST_LAYERS, "layers_per_block", f"be at most {MOST_LAYERS}", layers_per_block)
         require(norm_type in NORM_TYPES, "norm_type", f"be one of {', '.join(NORM_TYPES)}", norm_type)
         stages: list[nn.Module] = [nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)]
         width = block_out_channels[0]

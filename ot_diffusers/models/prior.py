@@ -23,9 +23,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ..errors import require
+from ..errors import require, require_sizes
 from .portable import PortableModel
 
+LATENT_ENTRIES = 10**9
+"""Numbers in the covariances of a mixture of latents, at most: 4 GB."""
 PRIOR_PREDICTION_TYPES = ("sample", "noisy_sample")
 
 
@@ -172,8 +174,11 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         num_latent_components: int = 0,
     ) -> None:
         super().__init__()
-        require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
-        require(latent_dim >= 1, "latent_dim", "be at least 1", latent_dim)
+        require_sizes(truncation_timestep=truncation_timestep, out_channels=out_channels, latent_dim=latent_dim)
+        require_sizes(0, num_latent_components=num_latent_components)
+        entries = num_latent_components * latent_dim**2
+        fits = f"be at most {LATENT_ENTRIES // latent_dim**2} with latent_dim={latent_dim}"
+        require(entries <= LATENT_ENTRIES, "num_latent_components", fits, num_latent_components)
         allowed = prediction_type in PRIOR_PREDICTION_TYPES
         require(allowed, "prediction_type", f"be one of {', '.join(PRIOR_PREDICTION_TYPES)}", prediction_type)
         height, width = smallest_map(sample_size, len(block_out_channels))
@@ -263,7 +268,8 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         rank: int = 0,
     ) -> None:
         super().__init__()
-        require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
+        require_sizes(truncation_timestep=truncation_timestep, out_channels=out_channels)
+        require_sizes(0, num_components=num_components, rank=rank)
         height, width = _height_width(sample_size)
         dim, count = out_channels * height * width, max(1, num_components)
         require(0 <= rank <= dim, "rank", f"be from 0 to {dim}", rank)
@@ -379,6 +385,8 @@ def smallest_map(sample_size: int | Sequence[int], num_blocks: int) -> tuple[int
 def _height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
     """(H, W) of a size that may be one number for both."""
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    require_sizes(sample_size=height)
+    require_sizes(sample_size=width)
     return height, width
 
 

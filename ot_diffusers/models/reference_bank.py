@@ -9,7 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..errors import require
+from ..errors import require, require_sizes
 from ..images import thumbnails
 from ..transport import median_distance
 from .portable import PortableModel
@@ -61,12 +61,14 @@ class ReferenceBank(PortableModel, ConfigMixin):
         pixel_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        require_sizes(num_samples=num_samples, feature_dim=feature_dim)
         require(num_samples >= 2, "num_samples", "be at least 2 (a distribution, not a point)", num_samples)
         require(feature_scale > 0, "feature_scale", "be positive", feature_scale)
         require(pixel_scale > 0, "pixel_scale", "be positive", pixel_scale)
         self.features = nn.Parameter(torch.zeros(num_samples, feature_dim), requires_grad=False)
         self.thumbnails: nn.Parameter | None = None
         if thumbnail_shape is not None:
+            require_sizes(**{f"thumbnail_shape[{axis}]": size for axis, size in enumerate(thumbnail_shape)})
             self.thumbnails = nn.Parameter(torch.zeros(num_samples, *thumbnail_shape), requires_grad=False)
 
     @classmethod

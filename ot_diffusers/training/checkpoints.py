@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -209,7 +210,7 @@ class TrainingState:
 
 def checkpoints(config: TrainingConfig) -> list[Path]:
     """Checkpoints of the run, oldest first."""
-    return sorted(_folder(config).glob("update-*"))
+    return sorted(folder for folder in _folder(config).glob("update-*") if re.fullmatch(r"update-\d{8}", folder.name))
 
 
 def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: Accelerator) -> None:

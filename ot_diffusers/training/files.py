@@ -1,55 +1,44 @@
-"""Files that survive: written aside, synced to the disk, renamed when complete, and known by their checksums."""
+"""Checkpoints that survive: written aside, synced to the disk, renamed when complete, and known by their checksums."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from ..files import name_aside, new_folder, sha256, sync, write_json, write_text
+
+__all__ = [
+    "CHECKSUMS",
+    "damage",
+    "delete",
+    "delete_partial",
+    "placed_in",
+    "sync",
+    "write_checksums",
+    "write_json",
+    "write_text",
+    "written_aside",
+]
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the list of checksums in a checkpoint; `sha256sum -c SHA256SUMS` checks it too."""
 
-
-def write_json(file: Path, content: Any) -> None:
-    """Write aside, sync, then rename, so that a reader never meets half a file."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, content: str) -> None:
-    """As `write_json`, for any text."""
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        sync(partial)
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(file.parent)
+WRITTEN = r"(update|damaged)-[0-9]+|model|(run|results|state)[.]json|metrics[.]jsonl"
+"""Names in the folder of a run, and in that of its checkpoints, that are first written under another name."""
 
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` in one step when the block ends, and vanishes where it fails."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
-    partial.mkdir()
-    try:
+    """As `new_folder`, with a list of checksums, and on the disk when it has its name."""
+    with new_folder(folder) as partial:
         yield partial
         write_checksums(partial)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     sync(folder.parent)
 
 
@@ -57,8 +46,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 def placed_in(folder: Path, last: str) -> Iterator[Path]:
     """A folder to write into, whose files go to the same places in `folder` when the block ends, and vanish where it
     fails. The file called `last` is absent while the others are put in place."""
-    partial = folder / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = name_aside(folder / "model")
     partial.mkdir()
     try:
         yield partial
@@ -77,21 +65,21 @@ def placed_in(folder: Path, last: str) -> Iterator[Path]:
 
 def delete(folder: Path) -> None:
     """Rename the folder, then delete it: what is half deleted never passes for the whole."""
-    doomed = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = name_aside(folder)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def delete_partial(folder: Path) -> None:
-    """Delete what a killed process had written aside in `folder`."""
+    """Delete what a killed process of a run had written aside in `folder`; files of other names are left alone."""
     for path in folder.glob(".*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if re.fullmatch(rf"\.({WRITTEN})(\.[0-9a-f]+)?\.partial", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_checksums(folder: Path) -> None:
     """List every file of the folder in `SHA256SUMS`."""
-    lines = [f"{_sha256(file)}  {file.relative_to(folder)}\n" for file in _files(folder)]
+    lines = [f"{sha256(file)}  {file.relative_to(folder)}\n" for file in _files(folder)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -104,26 +92,12 @@ def damage(folder: Path) -> str | None:
         for name in sorted(listed.keys() ^ found.keys()):
             return f"{name} is {'missing' if name in listed else 'not listed'}"
         for name, file in found.items():
-            if _sha256(file) != listed[name]:
+            if sha256(file) != listed[name]:
                 return f"{name} has changed since it was written"
     except (OSError, UnicodeDecodeError) as error:
         return f"{type(error).__name__} on reading it"
     return None if lines and not rest else f"{CHECKSUMS} is cut short"
 
 
-def sync(path: Path) -> None:
-    """Wait until the file, or the list of a folder's files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ from ..config import TrainingConfig
 from ..data import SPLITS, ImageSource, StreamedImages, open_images
 from ..errors import InputError, TrainingError, require
 from ..features import weights_fingerprint
+from ..files import check_folder
 from ..launch import launched
 from ..seeds import folded
 from .batches import Images
@@ -75,10 +76,8 @@ def check_output_dir(config: TrainingConfig) -> None:
         problem = damage(Path(config.resume_from_checkpoint))
         requirement = f"be latest, none or a checkpoint's folder as it was written ({problem})"
         require(problem is None, "resume_from_checkpoint", requirement, config.resume_from_checkpoint)
-    folder = Path(config.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(existing.is_dir(), "output_dir", "be a folder", config.output_dir)
-    if existing != folder:
+    folder = check_folder(config.output_dir, "output_dir")
+    if not folder.exists():
         return
     record = folder / "run.json"
     if not record.is_file() and all(path.name.endswith((".partial", LOCK)) for path in folder.iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import option
+from ..config import Options, option
 from ..errors import require
 
 HEADLINE = (
@@ -40,7 +40,7 @@ GOAL_METRICS = {
 
 
 @dataclass
-class TruncationConfig:
+class TruncationConfig(Options):
     """The study of priors."""
 
     output_dir: str = option("runs/truncation", "folder of the study")
@@ -67,6 +67,7 @@ class TruncationConfig:
     seed: int = option(0, "of the models and of the starting noise")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("truncation_timestep", "curve_steps"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("timesteps", "full_steps"):

@@ -10,7 +10,7 @@ from typing import Any
 from ..data import load_images, pixels_of
 from ..evaluation import report
 from ..evaluation.evaluate import describe_images, evaluate_images, real_floor
-from ..experiment import Announce, Sampled, as_json, claim_folder, stage, write_results
+from ..experiment import Announce, Sampled, as_json, check_study_folder, claim_folder, stage, write_results
 from ..features import load_feature_extractor
 from ..sampling import best_device
 from .config import METRICS, TruncationConfig
@@ -34,6 +34,7 @@ def run_study(config: TruncationConfig, announce: Announce = print, *, overrides
         RuntimeError: a training script that failed, with the end of its log.
     """
     output = Path(config.output_dir)
+    check_study_folder(output / "study.json", "output_dir")
     started = time.monotonic()
     data = {split: load_images(config.dataset, split) for split in ("train", "test")}
     study = Study(config, output, data["train"], data["test"], announce, overrides)

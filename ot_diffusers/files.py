@@ -1,0 +1,301 @@
+"""Paths that users give and files that commands write.
+
+`~` is the home folder in every path. Outputs are tried before the work begins. Files are written under another name and
+renamed when they are complete. A command that may replace files lists them, with their checksums, in a hidden file
+beside them: what it did not write, or what has changed since, is never deleted or overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, require
+
+WEIGHTS_AND_TABLES = (".bin", ".ckpt", ".json", ".pt", ".pth", ".safetensors", ".yaml", ".yml")
+"""Endings of files, which Hub ids do not have."""
+
+DEFAULT_FOLDER = "runs"
+"""Where commands write unless they are told otherwise, and therefore no user of the Hub."""
+
+
+# --- Paths ------------------------------------------------------------------------------------------------------------
+
+
+def expand_home(text: str) -> str:
+    """A path, a Hub id or `name=path`, with `~` and `~user` at the beginning of the path as that home folder.
+
+    Example:
+        >>> expand_home("~/runs/ot") == os.path.expanduser("~/runs/ot")
+        True
+        >>> expand_home("before=~/a") == "before=" + os.path.expanduser("~/a")
+        True
+        >>> expand_home("user/name~1"), expand_home("~ 3 hours")
+        ('user/name~1', '~ 3 hours')
+    """
+    found = re.fullmatch(r"([^/~]*=)?(~[^/\s]*(?:/.*)?)", text, re.DOTALL)
+    return text if found is None else (found[1] or "") + os.path.expanduser(found[2])
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user has given; `~` is the home folder."""
+    return Path(expand_home(str(path)))
+
+
+def local_or_hub(path: str | Path, argument: str) -> str:
+    """A folder that exists, with `~` as the home folder, or a Hub id as it stands.
+
+    Raises:
+        InputError: it can only be meant as a path, and nothing is there; nobody asks the Hub for it.
+
+    Example:
+        >>> local_or_hub("google/ddpm-cifar10-32", "pipeline")
+        'google/ddpm-cifar10-32'
+        >>> local_or_hub("runs/nothing", "pipeline")
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `pipeline` must be a folder that exists, or a Hub id, got 'runs/nothing'
+    """
+    text = expand_home(str(path))
+    there = os.path.exists(text) or not looks_local(text)
+    require(there, argument, "be a folder that exists, or a Hub id", str(path))
+    return text
+
+
+def looks_local(text: str) -> bool:
+    """Whether a text can only be meant as a path: it is not `user/name`, has the ending of a file, or begins with a
+    folder that exists.
+
+    Example:
+        >>> [looks_local(text) for text in ("user/name", "user/v1.5", "./name", "a/b/c", "name", "user/weights.pth")]
+        [False, False, True, True, True, True]
+    """
+    first, _, rest = text.partition("/")
+    a_path = text.startswith((".", "~")) or "\\" in text or text.endswith(WEIGHTS_AND_TABLES)
+    return a_path or not first or not rest or "/" in rest or first == DEFAULT_FOLDER or os.path.isdir(first)
+
+
+# --- Outputs, tried before the work -----------------------------------------------------------------------------------
+
+
+def check_folder(path: str | Path, argument: str = "output") -> Path:
+    """Try whether files can be written into a folder, which may not exist yet; leaves no trace.
+
+    Raises:
+        InputError: naming the path and the reason.
+    """
+    return _check_output(path, argument, "be a folder", lambda path: path.is_dir(), lambda path: path / "trial")
+
+
+def check_file(path: str | Path, argument: str = "output") -> Path:
+    """As `check_folder`, for a file, which may exist."""
+    return _check_output(path, argument, "be a file", lambda path: path.is_file(), lambda path: path)
+
+
+def _check_output(
+    path: str | Path, argument: str, kind: str, is_kind: Callable[[Path], bool], trial: Callable[[Path], Path]
+) -> Path:
+    folder = user_path(path)
+    unknown = not str(path) or str(folder).startswith("~")
+    require(not unknown, argument, f"{kind} that has a name, in a home folder that exists", str(path))
+    if not is_first_process():
+        return folder
+    try:
+        require(not os.path.lexists(folder) or is_kind(folder), argument, kind, str(path))
+        _try_to_write(trial(folder))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        exists = isinstance(error, FileExistsError)
+        reason = f"{error.filename} is not a folder" if exists else getattr(error, "strerror", None) or error
+        raise InputError(f"`{argument}` must {kind} that can be written, got {str(path)!r} ({reason})") from error
+    return folder
+
+
+def _try_to_write(file: Path) -> None:
+    """Make a file under another name, and the folders above it; delete what was made."""
+    made: list[Path] = []
+    try:
+        for folder in reversed(file.parents):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        trial = name_aside(file)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # another process has begun to use it
+                folder.rmdir()
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of those that a launcher has started together."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+# --- Writing under another name ---------------------------------------------------------------------------------------
+
+
+def name_aside(path: Path) -> Path:
+    """A new hidden name beside `path`, to write under until all is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def is_name_aside(name: str, of: str) -> bool:
+    """Whether a name was made by `name_aside` for a name that the regular expression `of` matches.
+
+    Example:
+        >>> is_name_aside(".00007.png.0123abcd.partial", r"[0-9]{5}[.]png"), is_name_aside(".backup.partial", ".*")
+        (True, False)
+    """
+    return re.fullmatch(rf"\.({of})\.[0-9a-f]+\.partial", name) is not None
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write aside, sync, then rename, so that a reader never meets half a file."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, content: str) -> None:
+    """As `write_json`, for any text."""
+    partial = name_aside(file)
+    try:
+        partial.write_text(content, encoding="utf-8")
+        sync(partial)
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` in one step when the block ends, and vanishes where it fails."""
+    partial = name_aside(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Files that a command may replace ---------------------------------------------------------------------------------
+
+SAMPLE = "sample"
+"""Under this name `sample` and `save_images` list what they have written."""
+GRID_NAME = "grid.png"
+SAMPLE_NAMES = r"[0-9]{5,}[.]png|grid[.]png"
+
+
+def record_of(folder: Path, command: str) -> Path:
+    """The list of what a command has written in a folder; `sha256sum -c` checks it too."""
+    return folder / f".ot-diffusers-{command}.sha256"
+
+
+def recorded(folder: Path, command: str) -> dict[str, str]:
+    """File name to checksum of what a command has written in a folder; empty where there is no such list."""
+    try:
+        lines = record_of(folder, command).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def is_own(file: Path, command: str) -> bool:
+    """Whether a command has recorded that it wrote this file, and the file is as it was written."""
+    return _is_own(file, command, recorded(file.parent, command), names="(?!)")
+
+
+def not_own(folder: Path, command: str, names: str = "(?!)") -> list[Path]:
+    """What a command has not written in a folder, or what has changed since it was written.
+
+    Args:
+        folder: may not exist.
+        command: that keeps a list there.
+        names: regular expression of the file names that the command writes. What it leaves under `name_aside` of such
+            a name when it is killed is its own.
+    """
+    if not folder.is_dir():
+        return []
+    listed = recorded(folder, command)
+    return [path for path in sorted(folder.iterdir()) if not _is_own(path, command, listed, names)]
+
+
+def _is_own(path: Path, command: str, listed: Mapping[str, str], names: str) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path == record_of(path.parent, command) or is_name_aside(path.name, names):
+        return True
+    return path.name in listed and listed[path.name] == sha256(path)
+
+
+def write_own(file: Path, content: str, command: str) -> None:
+    """As `write_text`, and recorded as what the command wrote."""
+    write_text(file, content)
+    checksums = {name: value for name, value in recorded(file.parent, command).items() if name != file.name}
+    _write_record(file.parent, command, checksums | {file.name: sha256(file)})
+
+
+def replace_own(folder: Path, command: str, files: Iterator[tuple[str, Callable[[Path], None]]], names: str) -> None:
+    """Write files into a folder in place of those that the command has recorded there.
+
+    First all are written aside: where that fails, everything is as it was. Then the earlier ones are deleted, the list
+    of the new ones is written, and they are renamed: a file of the list that is not there tells of an interruption.
+
+    Args:
+        folder: exists.
+        command: that keeps a list there.
+        files: name and a function that writes the file.
+        names: see `not_own`.
+
+    Raises:
+        InputError: one of the names belongs to a file that is not the command's own.
+    """
+    others = {path.name for path in not_own(folder, command, names)}
+    earlier = [path for path in folder.iterdir() if path.name not in {*others, record_of(folder, command).name}]
+    written: dict[str, Path] = {}
+    try:
+        for name, write in files:
+            require(name not in others, "output", f"hold no file of yours named {name}", str(folder))
+            written[name] = name_aside(folder / name)
+            write(written[name])
+        checksums = {name: sha256(partial) for name, partial in written.items()}
+        for path in earlier:
+            path.unlink(missing_ok=True)
+        _write_record(folder, command, checksums)
+        for name, partial in written.items():
+            os.replace(partial, folder / name)
+    except BaseException:
+        for partial in written.values():
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_record(folder: Path, command: str, checksums: Mapping[str, str]) -> None:
+    write_text(record_of(folder, command), "".join(f"{value}  {name}\n" for name, value in checksums.items()))
