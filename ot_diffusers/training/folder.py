@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, set_seed
 from ..config import TrainingConfig
 from ..data import load_images
 from ..errors import InputError, require
+from ..outgoing import without_local_paths
 from .batches import Images
 from .files import damage, delete_partial, write_json
 
@@ -145,7 +146,8 @@ def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -
         }
         write_json(folder / "run.json", record)
     accelerator.wait_for_everyone()
-    flat = {key: str(value) if isinstance(value, list) else value for key, value in _as_json(config).items()}
+    public = without_local_paths(_as_json(config), [images.hub_id] if images.hub_id else [])
+    flat = {key: str(value) if isinstance(value, list) else value for key, value in public.items()}
     accelerator.init_trackers("ot_diffusers", config={key: value for key, value in flat.items() if value is not None})
 
 
