@@ -389,10 +389,14 @@ def push_files(
         commit = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
+    except InputError:
+        raise
     except OfflineModeIsEnabled as error:
         raise InputError(f"`repo` {repo_id!r} cannot be reached: HF_HUB_OFFLINE is set") from error
     except HfHubHTTPError as error:
         raise InputError(f"`repo` {repo_id!r} refused the push: {_reason(error)}") from error
+    except ValueError as error:  # a card's metadata
+        raise InputError(f"`repo` {repo_id!r} refused the push: {_first_line(error)}") from error
     except (HTTPError, OSError, RuntimeError) as error:
         raise InputError(f"`repo` {repo_id!r} cannot be reached: {_first_line(error)}") from error
     return str(commit.pr_url or commit.commit_url)

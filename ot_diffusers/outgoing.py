@@ -35,10 +35,18 @@ from .launch import preset_path
 
 logger = logging.getLogger(__name__)
 
-PATH_OPTIONS = frozenset(
-    ["_name_or_path", "dataset", "denoiser", "evaluator", "feature_extractor", "features"]
-    + ["output", "output_dir", "pipeline", "resume_from_checkpoint"]
-)
+PATH_OPTIONS = {
+    "_name_or_path",
+    "dataset",
+    "denoiser",
+    "evaluator",
+    "feature_extractor",
+    "features",
+    "output",
+    "output_dir",
+    "pipeline",
+    "resume_from_checkpoint",
+}
 """Options whose values name places on this machine, unless they are known to be on the Hub."""
 HUB_ID_KEYS = ("hub_id", "dataset_hub_id")
 """Where records keep the Hub id of a data set."""
@@ -56,7 +64,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif")
 UNREADABLE = (EOFError, OSError, RuntimeError, SyntaxError, ValueError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 UNREADABLE += (PIL.Image.DecompressionBombError,)
 """What the libraries raise for damaged pictures, tables and archives."""
-EVENTS = re.compile(r"(events\.out\.tfevents\.\d+)\..+?((?:\.\d+)?)$")
+EVENTS = re.compile(r"(events\.out\.tfevents\.\d+)\..*[A-Za-z_-].*?((?:\.\d+)?)$")
 """File names of tensorboard: time, host, process and number."""
 
 _PART = r"[^\s\"'`<>|*?:;,()\[\]{}\\/]+"
@@ -169,7 +177,7 @@ class LocalPaths:
         roots = [f"/{name}/" for name in (*HOMES, *VOLUMES)] + [r":\Users" + "\\", r":\\Users" + r"\\", "file:///"]
         texts = [*self.places, *(text for text in self.named if len(_parts(text)) > 1), *roots]
         forms = [(text, form) for text in texts for form in _spellings(text)]
-        return [(text, form.encode(code)) for text, form in forms for code in ("utf-8", "utf-16-le")]
+        return [(text, form.encode(code)) for text, form in forms for code in ("utf-8", "utf-16-le", "utf-32-le")]
 
     def _pattern(self, named: Iterable[str]) -> re.Pattern[str]:
         relative = [text for text in named if not _is_absolute(text) and len(_parts(text)) > 1]
