@@ -217,16 +217,16 @@ def _copy_training(run: Path, features: Path | None, output: Path) -> Records:
         for file in (file for file in RECORDS if (folder / file).is_file()):
             shutil.copyfile(folder / file, target / file)
         records[name] = _read_json(target / "run.json"), _read_json(target / "results.json")
-    for file in _pictures_and_logs(run):
-        target = output / file.relative_to(run)
+    for recorded in _pictures_and_logs(run):
+        target = output / recorded.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        shutil.copyfile(recorded, target)
     return records
 
 
 def _pictures_and_logs(run: Path) -> Iterator[Path]:
     """What training wrote into the run's folder, and nothing that somebody else has put beside it."""
-    for file in (file for pattern in PICTURES_AND_LOGS for file in sorted(run.glob(pattern))):
+    for file in sorted(path for pattern in PICTURES_AND_LOGS for path in run.glob(pattern)):
         if file.is_symlink() or not file.is_file():
             logger.warning("%s is left out: it is no file of the run", file.relative_to(run))
         else:

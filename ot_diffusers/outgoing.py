@@ -61,8 +61,17 @@ STRUCTURED = (".json", ".ipynb", ".jsonl", ".yaml", ".yml")
 DECOMPRESS: Mapping[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 OPAQUE = (".7z", ".br", ".lz4", ".rar", ".zst")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif")
-UNREADABLE = (EOFError, OSError, RuntimeError, SyntaxError, ValueError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
-UNREADABLE += (PIL.Image.DecompressionBombError,)
+UNREADABLE = (
+    EOFError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    PIL.Image.DecompressionBombError,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 """What the libraries raise for damaged pictures, tables and archives."""
 EVENTS = re.compile(r"(events\.out\.tfevents\.\d+)\..*[A-Za-z_-].*?((?:\.\d+)?)$")
 """File names of tensorboard: time, host, process and number."""

@@ -314,6 +314,8 @@ BAD_INPUT = {
     "several arms": ("push {run} --repo a/b --results {run}/../results.json", "OT-guided"),
     "no such arm": ("card {run} --output {new} --results {run}/../results.json --arm best", "'best'"),
     "card into a used folder": ("card {run} --output {run}", "output"),
+    "card into a file": ("card {run} --output {run}/run.json/card", "output"),
+    "card for no repository": ("card {run} --output {new} --repo a/b/c", "a/b/c"),
     "unknown precision": ("card {run} --output {new} --dtype int3", "int3"),
     "negative pictures": ("card {run} --output {new} --num-images -1", "-1"),
     "info of nothing": ("info {new}", "new"),

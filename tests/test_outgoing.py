@@ -60,6 +60,7 @@ def held(contents: dict[str, Path | bytes], *secrets: object) -> list[str]:
 
 
 def train(script: str, **values: Any) -> None:
+    """A run in this process, with the logs of tensorboard."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     kind = {"features": FeaturesConfig, "ot": OTConfig}[script]
@@ -77,7 +78,7 @@ def write_pictures(folder: Path, count: int = 20) -> None:
 
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 def test_a_whole_run_tells_no_place(
-    relative: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    relative: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path / "cache"))
     base = Path("clients") if relative else home / "clients"
@@ -88,6 +89,8 @@ def test_a_whole_run_tells_no_place(
     (Path(run) / "samples" / ".env").write_text("KEY=1")
     (Path(run) / "samples" / "holiday.png").write_bytes(b"mine")
     (Path(run) / "logs" / "notes.txt").write_text("mine")
+    (Path(run) / "logs" / "events.out.tfevents.1.box.2.0").write_bytes(b"\0" + data.encode())  # of an older version
+    (Path(run) / "logs" / "hparams.yml").write_text(f"dataset: {data}\n")
     (Path(run) / "samples" / "update-99999999.png").symlink_to(home / "nothing")
     options = ("--dataset", data, "--evaluator", features, "--num-samples", "8", "--num-inference-steps", "2")
     assert command("evaluate", run, *options, "--output", "r.json") == 0
@@ -100,12 +103,15 @@ def test_a_whole_run_tells_no_place(
     assert held(sent, home, tmp_path, tmp_path.name, "müller", "clients", "acme", "secret", "holiday", "KEY=1") == []
     assert set(repository_files("card")) == {str(file.relative_to("card")) for file in Path("card").rglob("*.*")
                                              if file.is_file()}  # fmt: skip
+    assert (
+        "logs/events.out.tfevents.1.0" not in sent and Path("card/logs/hparams.yml").read_text() == "dataset: mnist\n"
+    )
     card = ModelCard.load("card/README.md")
     assert card.data.datasets is None and card.data.eval_results[0].dataset_type == "local"
     assert "MNIST" not in card.text and "mnist" not in card.text
     assert json.loads(Path("card/training/pipeline/run.json").read_text())["config"]["feature_extractor"] == "f"
     assert json.loads((Path(run) / "run.json").read_text())["config"]["dataset"] == data  # to go on with the run
-    assert "update-99999999.png" in capfd.readouterr().err
+    assert "update-99999999.png" in caplog.text
     OTGuidedDDIMPipeline.from_pretrained("card")
 
 
