@@ -15,6 +15,7 @@ import json
 import logging
 import lzma
 import mmap
+import os
 import re
 import tempfile
 import zipfile
@@ -150,7 +151,7 @@ class LocalPaths:
         hub_ids = {text for record in records for key, text in _texts(record) if key in HUB_ID_KEYS}
         named = {text for record in records for key, text in _texts(record) if key in PATH_OPTIONS}
         self.named = {text for text in named if _is_local(text, hub_ids)}
-        here = [Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *places]
+        here = [_home(), Path.cwd(), Path(tempfile.gettempdir()), *places]
         here = [form for place in here for form in (place.absolute(), place.resolve())]
         self.places = {str(folder) for place in here for folder in (place, *place.parents) if len(folder.parts) > 2}
 
@@ -184,7 +185,8 @@ class LocalPaths:
     def _codes(self) -> list[tuple[str, bytes]]:
         """Texts that only a path holds, each with its bytes."""
         roots = [f"/{name}/" for name in (*HOMES, *VOLUMES)] + [r":\Users" + "\\", r":\\Users" + r"\\", "file:///"]
-        texts = [*self.places, *(text for text in self.named if len(_parts(text)) > 1), *roots]
+        above = {str(Path(*Path(place).parts[:3])) for place in self.places}  # every longer path begins with one
+        texts = [*above, *(text for text in self.named if len(_parts(text)) > 1), *roots]
         forms = [(text, form) for text in texts for form in _spellings(text)]
         return [(text, form.encode(code)) for text, form in forms for code in ("utf-8", "utf-16-le", "utf-32-le")]
 
@@ -200,7 +202,7 @@ class LocalPaths:
             rf"file:/+{_PART}{_REST}",
             rf"(?<![\w/.~\-])/(?:{roots})[\\/]+{_PART}{_REST}",
             rf"(?<![\w/.~\-:])(?:/{_PART})*/(?:{user})(?![\w-]){_REST}",
-            rf"(?<![\w/.~\-])(?:{_either([str(Path.home())])})(?![\w-])",
+            rf"(?<![\w/.~\-])(?:{_either([str(_home())] if _home().name else [])})(?![\w-])",
             rf"(?<![\w/.~\-])~/{_PART}{_REST}",
             rf"(?<!\w)[A-Za-z]:[\\/]{{1,2}}{_PART}[\\/]+{_PART}{_REST}",
         ]
@@ -237,8 +239,10 @@ def _is_local(text: str, hub_ids: set[str]) -> bool:
     """Whether the value of a path option tells where something lies here; a bare name does not."""
     if len(_parts(text)) < 2:
         return re.match(r"[\\/~]|\.{1,2}[\\/]|[A-Za-z]:", text) is not None
-    if not _like_id(text) or "\n" in text:
-        return "\n" not in text and preset_path(text) == Path(text)
+    if "\n" in text or max(map(len, _parts(text))) > 255:
+        return False
+    if not _like_id(text):
+        return preset_path(text) == Path(text)
     known = text in hub_ids or text in HUB_IDS.values()
     return not known and (Path(text).exists() or not (_is_cached(text) or preset_path(text).is_file()))
 
@@ -266,12 +270,16 @@ def _core(path: str) -> str:
     return re.sub(r"^(?:\.{1,2}[\\/]+)+", "", path).rstrip("\\/")
 
 
+def _home() -> Path:
+    return Path(os.path.expanduser("~"))  # as it stands where the system knows no home
+
+
 def _own_names() -> set[str]:
     """Names of the user, as far as the system knows any."""
     try:
-        return {getpass.getuser(), Path.home().name}
+        return {getpass.getuser(), _home().name} - {""}
     except (KeyError, OSError, ImportError):
-        return {Path.home().name}
+        return {_home().name} - {""}
 
 
 # --- The door ---------------------------------------------------------------------------------------------------------
@@ -387,7 +395,7 @@ def _in_header(file: Path, paths: LocalPaths) -> str | None:
         header = stream.read(min(int.from_bytes(stream.read(8), "little"), 100_000_000))
     try:
         metadata = dict(json.loads(header)).get("__metadata__")
-    except ValueError:
+    except (TypeError, ValueError):
         return paths.find(header)
     return next((text for text in _strings(metadata) if paths.replaced(text) != text), None)
 

@@ -165,6 +165,17 @@ def test_what_is_no_path_stays(text: str, home: Path) -> None:
     assert paths.replaced(text) == text and paths.replace(text, prose=True) == text
 
 
+@pytest.mark.parametrize("root", ["/", "~"])
+def test_who_has_no_home_or_name_loses_no_words(root: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run as a user whom the system does not know."""
+    monkeypatch.setenv("HOME", root)
+    monkeypatch.setenv("LOGNAME", "nobody")
+    paths = LocalPaths([{"dataset": "long/" + 300 * "x", "features": "words / and words\nin lines"}])
+    for text in OTHERS:
+        assert paths.replaced(text) == text and paths.replace(text, prose=True) == text
+    assert paths.replace("/tmp/x/y") == "y"
+
+
 def test_a_configuration_for_a_tracker_names_no_place(home: Path) -> None:
     config = {"dataset": "data/classes", "denoiser": str(home / "base"), "evaluator": "digits/evaluator.yaml",
               "output_dir": "..", "seed": 1, "learning_rate": 1e-3, "betas": [0.9, 0.95]}  # fmt: skip
