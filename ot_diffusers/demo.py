@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data import load_images, pixels_of
+from .data import HUB_IDS, load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
@@ -24,6 +24,7 @@ from .experiment import Announce, Sampled, claim_folder, read_json, stage, train
 from .features import load_feature_extractor
 from .files import user_path
 from .launch import training_command
+from .outgoing import without_local_paths
 from .pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 from .sampling import load_pipeline, network_calls, sample_images
 from .truncation_study import TruncationConfig, run_study
@@ -205,6 +206,7 @@ def collect(
     return {
         "title": "Optimal transport in diffusion models: handwritten digits",
         "dataset": DATASET,
+        "dataset_hub_id": HUB_IDS[DATASET],
         "num_samples": len(next(iter(samples.values())).images),
         "extractor": {
             "name": f"an independent {evaluator['architecture']} network",
@@ -220,7 +222,7 @@ def collect(
             "training seconds": ", ".join(f"{name} {run['training_seconds']:.0f}" for name, run in runs.items()),
             "sampling": {name: {"num_inference_steps": NUM_INFERENCE_STEPS, **arm.call} for name, arm in ARMS.items()},
         }
-        | configs,
+        | without_local_paths(configs),
     }
 
 

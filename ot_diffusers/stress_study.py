@@ -65,13 +65,14 @@ Curves = dict[str, StressCurve]
 
 @dataclass
 class Split:
-    """Real images and their labels, described by the evaluator."""
+    """Real images of the data set of that name and their labels, described by the evaluator."""
 
     images: ImageSet
     labels: Tensor
+    name: str
 
     def rows(self, rows: slice) -> Split:
-        return Split(self.images.rows(rows), self.labels[rows])
+        return Split(self.images.rows(rows), self.labels[rows], self.name)
 
 
 def run_stress_study(
@@ -116,7 +117,7 @@ def run_stress_study(
         empty = sorted(set(train.labels.tolist()) - set(drawn.labels.tolist()))
         require(not empty, "num_samples", f"be enough to draw every class, also {empty}", count)
     settings = {
-        "dataset": dataset,
+        "dataset": test.name,
         "evaluator": weights_fingerprint(extractor),
         "num_samples": count,
         "repeats": repeats,
@@ -151,7 +152,7 @@ def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed:
     images = load_real_images(dataset, split, extractor, **options)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
-    return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows])
+    return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows], images.name)
 
 
 def metric_tests(

@@ -70,9 +70,10 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The contents of `results.json` for one arm; None in a process that helped to sample only."""
     from ..evaluation.evaluate import evaluate_images, real_floor
-    from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+    from ..evaluation.extractors import dataset_facts, evaluator_facts, load_evaluator, load_real_images
     from ..evaluation.page import provenance
     from ..experiment import sample_count
+    from ..outgoing import last_name, public_name
 
     evaluator = load_evaluator(arguments.evaluator).to(chosen_device(arguments.device))
     options = data_options(arguments)
@@ -87,11 +88,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     floor = real_floor(reference, training, len(images), extractor=evaluator)
     sampling = call_arguments(arguments)
     return {
-        "title": f"{arguments.images} against {arguments.dataset}",
-        "dataset": arguments.dataset,
+        "title": f"{public_name(arguments.images)} against {test.name}",
+        **dataset_facts(test),
         "num_samples": len(images),
         "extractor": evaluator_facts(evaluator, reference.features.shape[1]),
-        "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
+        "arms": {last_name(arguments.images): {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "dtype": arguments.dtype, "sampling": sampling},
     }

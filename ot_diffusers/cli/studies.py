@@ -78,11 +78,12 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
+    """`NAME=FOLDER` as it says; a folder alone by its name, and by those above where two have one name."""
+    from ..outgoing import distinct_names
+
     pairs = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
-    names = [name or Path(folder).name for name, _, folder in pairs]
-    if len(set(names)) < len(names):
-        names = [name or folder for name, _, folder in pairs]
+    by_folder = distinct_names([folder for *_, folder in pairs])
+    names = [name or found for (name, _, _), found in zip(pairs, by_folder, strict=True)]
     require(len(set(names)) == len(names), "runs", "be different", list(runs))
     return {name: Path(folder) for name, (_, _, folder) in zip(names, pairs, strict=True)}
 

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,6 +17,7 @@ from ..evaluation import report
 from ..evaluation.extractors import load_evaluator
 from ..features import load_feature_extractor
 from ..launch import SCRIPTS, preset_path
+from ..outgoing import distinct_names
 from ..pipelines.guided import SMALL_BATCH
 from ..sampling import check_dtype
 
@@ -140,10 +140,8 @@ def twin(config: ComparisonConfig, name: str) -> str | None:
 
 
 def pipeline_arms(pipelines: Sequence[str]) -> dict[str, Arm]:
-    """Arms for saved pipelines, named by their folders, or by their whole paths where two folders have one name."""
-    names = [Path(path).name for path in pipelines]
-    if len(set(names)) < len(names):
-        names = [path.strip("./").replace("/", "-") for path in pipelines]
+    """Arms for saved pipelines, named by their folders, and by those above where two have one name."""
+    names = distinct_names(pipelines)
     require(len(set(names)) == len(names), "arms", "be different pipelines", list(pipelines))
     return {name: Arm(pipeline=path) for name, path in zip(names, pipelines, strict=True)}
 

@@ -12,6 +12,7 @@ from ..evaluation.extractors import evaluator_facts
 from ..evaluation.page import Rows, provenance
 from ..experiment import read_json
 from ..launch import SCRIPTS
+from ..outgoing import without_local_paths
 from .config import Arm, ComparisonConfig
 from .study import Study, settings
 
@@ -30,12 +31,13 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         for name, arm in config.reported.items()
     }
     paired = len(seeds) >= 2
+    num_test_images = len(study.test_images)
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
     results = {
-        "title": f"{' · '.join(config.reported)}: {config.dataset}",
-        "dataset": config.dataset,
+        "title": f"{' · '.join(config.reported)}: {study.data['dataset']}",
+        **study.data,
         "num_samples": study.num_samples,
-        "num_test_images": len(study.test_images),
+        "num_test_images": num_test_images,
         "seeds": list(seeds),
         "complete": len(seeds) == config.seeds,
         "extractor": evaluator_facts(study.extractor, study.test_images.features.shape[1]),
@@ -49,6 +51,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "per_seed": {name: dict(found) for name, found in values.items()} | {"real vs real": floor},
         "provenance": provenance() | {"comparison": settings(config)},
     }
+    results = without_local_paths(results)
     return results | ({"summary": summary(results)} if results["differences"] else {})
 
 

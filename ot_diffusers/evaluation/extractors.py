@@ -87,6 +87,11 @@ def load_real_images(dataset: str, split: str, evaluator: nn.Module, **options: 
     return images
 
 
+def dataset_facts(images: ResidentImages | StreamedImages) -> dict[str, Any]:
+    """What results say of the data: `{"dataset": name, "dataset_hub_id": id on the Hub, or None}`."""
+    return {"dataset": images.name, "dataset_hub_id": images.hub_id}
+
+
 def evaluator_facts(evaluator: nn.Module, feature_dim: int) -> dict[str, Any]:
     """What `results.json` says of the evaluator: `{"name": …, "feature_dim": …}`."""
     own = isinstance(evaluator, FeatureExtractor)

@@ -2,7 +2,7 @@
 
 The file's contents:
 
-    {"title": str, "dataset": str, "num_samples": int,
+    {"title": str, "dataset": str, "dataset_hub_id": str or null, "num_samples": int,
      "extractor": {"name": str, "feature_dim": int, "test_accuracy": float},
      "arms": {arm: {"metrics": {metric: value}, "nfe": int, "seconds": float, "description": str}},
      "floor": {"metrics": {metric: value}},

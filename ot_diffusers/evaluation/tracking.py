@@ -88,10 +88,11 @@ class Track:
 
 @dataclass(frozen=True)
 class RealImages:
-    """As many training as test images, described by the evaluator."""
+    """As many training as test images of the data set of that name, described by the evaluator."""
 
     train: ImageSet
     test: ImageSet
+    name: str
 
     @classmethod
     def load(cls, dataset: str, extractor: Any, num_samples: int | None, **options: Any) -> RealImages:
@@ -103,7 +104,7 @@ class RealImages:
         described = {}
         for split, images in splits.items():
             described[split] = describe_images(pixels_of(images, evenly_spaced(images, count)), extractor)
-        return cls(**described)
+        return cls(**described, name=splits["test"].name)
 
 
 def track_runs(
@@ -149,10 +150,10 @@ def track_runs(
     extractor = load_evaluator(evaluator).to(device)
     real = RealImages.load(dataset, extractor, num_samples, **(data_options or {}))
     settings = {
-        "dataset": dataset,
+        "dataset": real.name,
         "evaluator": weights_fingerprint(extractor),
         "num_samples": len(real.test),
-        "features": features,
+        "features": weights_fingerprint(load_feature_extractor(features)) if features else None,
         "call": dict(call or {}),
         "seed": seed,
         "data_options": dict(data_options or {}) or None,

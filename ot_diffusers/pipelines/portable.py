@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
+from ..models.portable import HUB_OPTIONS, to_json, without_origin
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
 
@@ -37,9 +38,6 @@ PARTS = (
 
 # diffusers asks the module that a part is loaded from, which is this one, for the base class of models as well.
 __all__ = ["PARTS", "ModelMixin", "PortablePipeline", "register", *(part.__name__ for part in PARTS)]
-
-HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
-"""What `save_pretrained(push_to_hub=True)` passes on."""
 
 CODE_NAME = "pipeline.py"
 CODE = '''"""For `DiffusionPipeline.from_pretrained(…, custom_pipeline="pipeline", trust_remote_code=True)`."""
@@ -74,9 +72,9 @@ class PortablePipeline(DiffusionPipeline):
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         for part in folder.glob("*/config.json"):
-            part.write_text(_without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
+            part.write_text(without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
         if push:
-            options.setdefault("repo_id", folder.name)
+            options.setdefault("repo_id", folder.resolve().name)
             self.push_to_hub(variant=kwargs.get("variant"), **options)
 
     def push_to_hub(
@@ -96,7 +94,8 @@ class PortablePipeline(DiffusionPipeline):
         """Push weights and a model card as one commit; returns the commit's address.
 
         Args:
-            repo_id: `user/name`; it is created where it does not exist.
+            repo_id: `user/name`, or a name among the token's owner's repositories; it is created where it does not
+                exist.
             commit_message: first line of the commit's message.
             private: create it private. An existing public repository is refused.
             token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
@@ -134,8 +133,8 @@ class PortablePipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         """The contents of `model_index.json`."""
-        config = json.loads(_without_origin(super().to_json_string()))
-        return _to_json({name: _unlocated(entry) for name, entry in config.items()})
+        config = json.loads(without_origin(super().to_json_string()))
+        return to_json({name: _unlocated(entry) for name, entry in config.items()})
 
 
 def register(kind: type[Pipeline]) -> type[Pipeline]:
@@ -161,13 +160,3 @@ def _names_part(entry: Any) -> bool:
     library, name = entry
     ours = library is None or str(library).split(".")[0] == __name__.split(".")[0]
     return ours and name in {part.__name__ for part in PARTS}
-
-
-def _without_origin(config: str) -> str:
-    """A JSON configuration without the place it was loaded from, which means nothing elsewhere."""
-    return _to_json({name: value for name, value in json.loads(config).items() if name != "_name_or_path"})
-
-
-def _to_json(config: dict[str, Any]) -> str:
-    """As diffusers writes configurations."""
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"

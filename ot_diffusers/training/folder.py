@@ -24,6 +24,7 @@ from ..errors import InputError, TrainingError, require
 from ..features import weights_fingerprint
 from ..files import check_folder
 from ..launch import launched
+from ..outgoing import without_local_paths
 from ..seeds import folded
 from .batches import Images
 from .files import damage, delete_partial, placed_in, write_json
@@ -176,7 +177,8 @@ def open_run(
         delete_partial(folder)
         write_json(folder / "run.json", record)
     accelerator.wait_for_everyone()
-    flat = {key: str(value) if isinstance(value, list) else value for key, value in _as_json(config).items()}
+    public = without_local_paths(_as_json(config), [images.hub_id] if images.hub_id else [])
+    flat = {key: str(value) if isinstance(value, list) else value for key, value in public.items()}
     accelerator.init_trackers("ot_diffusers", config={key: value for key, value in flat.items() if value is not None})
 
 

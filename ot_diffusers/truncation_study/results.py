@@ -8,9 +8,11 @@ from typing import Any
 
 from ..evaluation import report
 from ..evaluation.evaluate import ImageSet, describe_images
+from ..evaluation.extractors import dataset_facts
 from ..evaluation.metrics import frechet_distance
 from ..evaluation.page import provenance
 from ..experiment import Sampled, as_json, read_json
+from ..outgoing import without_local_paths
 from .config import COSTS, DESCRIPTIONS, GOAL_METRICS, HEADLINE, LABELS, ORACLE
 from .sampling import goal_label, guided_label
 from .study import Study
@@ -58,7 +60,7 @@ def collect(
     accuracy = {"test_accuracy": read_json(evaluator)["test_accuracy"]} if evaluator.is_file() else {}
     results = {
         "title": f"Priors of the truncated chain, T' = {main}: {study.train_images.name}",
-        "dataset": study.train_images.name,
+        **dataset_facts(study.train_images),
         "num_samples": study.num_samples,
         "num_test_images": len(study.test_images),
         "truncation_timestep": main,
@@ -77,7 +79,7 @@ def collect(
         "notes": unfinished(study),
         "provenance": provenance() | {"study": as_json(study.config, "output_dir")},
     }
-    return results | ({"summary": goal(study, arms)} if study.config.goal_timestep else {})
+    return without_local_paths(results | ({"summary": goal(study, arms)} if study.config.goal_timestep else {}))
 
 
 def describe(name: str) -> str:
