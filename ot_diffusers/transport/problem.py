@@ -13,6 +13,9 @@ from . import geometry
 from .geometry import Cost, centred
 from .semidual import SemiDual
 
+# The ladder of temperatures: a solution must be a start for the next one.
+SMALLEST_SCALING = 0.5
+
 
 @dataclass(frozen=True)
 class Potentials:
@@ -48,6 +51,10 @@ class Potentials:
 
         error = merged(self.marginal_error, others.marginal_error)
         return Potentials(merged(self.f, others.f), merged(self.g, others.g), error, iterations)
+
+    def to(self, dtype: torch.dtype) -> Potentials:
+        """The same solution, rounded."""
+        return Potentials(self.f.to(dtype), self.g.to(dtype), self.marginal_error.to(dtype), self.iterations)
 
     @classmethod
     def join(cls, parts: Sequence[Potentials]) -> Potentials:
@@ -124,8 +131,8 @@ class Problem:
         if self.reach is None:
             return (self.a * potentials.f).sum(-1) + (self.b * potentials.g).sum(-1)
         rho = self.reach**2
-        mass = self.row_mass(potentials.f).sum(-1) + self.T.row_mass(potentials.g).sum(-1)
-        return rho * (2 - mass) + self.eps * (1 - mass / 2)
+        lost = (self.a * torch.expm1(-potentials.f / rho)).sum(-1) + (self.b * torch.expm1(-potentials.g / rho)).sum(-1)
+        return -(rho + self.eps / 2) * lost
 
 
 def as_batch(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +154,11 @@ def problems(
         yield part, Problem(Cost(*centred(x[part], y[part])), a[part], b[part], blur, reach)
 
 
-def annealing_ladder(diameter: float, blur: float, scaling: float) -> list[float]:
-    """Temperatures from diameter² to blur², each `scaling`² times the one before."""
-    levels = max(0, math.ceil(math.log(blur / max(diameter, blur)) / math.log(scaling)))
+def annealing_ladder(diameter: float, blur: float, scaling: float, max_levels: int) -> list[float]:
+    """Temperatures from diameter² to blur², each `scaling`² times the one before, within what suits the solver: not
+    below `SMALLEST_SCALING`, and not on more than so many levels above the last, which are spread evenly instead."""
+    scaling, ratio = max(scaling, SMALLEST_SCALING), blur / max(diameter, blur)
+    levels = math.ceil(math.log(ratio) / math.log(scaling))
+    if levels > max_levels:
+        levels, scaling = max_levels, ratio ** (1 / max(1, max_levels))
     return [(blur / scaling**level) ** 2 for level in range(levels, -1, -1)]

@@ -23,21 +23,25 @@ size; a single one is a batch of one.
 
 from __future__ import annotations
 
-import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..errors import require
 from .blockwise import blockwise_loop
-from .checks import check_clouds, normalised_weights
+from .checks import check_clouds, is_readable, normalised_weights
 from .dense import PASSES_PER_PLAN, dense_loop
-from .precision import full_precision, weighted_columns
+from .precision import full_precision, resolve, result_dtype, weighted_columns
 from .problem import Potentials, Problem, annealing_ladder, problems
 from .semidual import MAX_MOVE
 
 # Passes that a warm start may take before the problem is solved from the top of the ladder after all.
 WARM_PASSES = 30
+# One level of the ladder of temperatures for so many passes at most: the others are left for the last temperature.
+PASSES_PER_LEVEL = 8
+# The `marginal_error` up to which value and gradient are right to the documented tolerance.
+LARGEST_ERROR = 1e-3
 
 
 def sinkhorn_potentials(
@@ -81,18 +85,20 @@ def sinkhorn_potentials(
         12.5
     """
     check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    x, y = x.detach().to(dtype), y.detach().to(dtype)
-    a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
     is_single = x.ndim == y.ndim == 2
     if initial is not None and is_single:
         initial = initial[None]
     found = []
     with torch.no_grad(), full_precision(x):
+        dtype = result_dtype(x, y)
+        solved_in, blur, reach = resolve((x, y), blur, reach, looks=True)
+        x, y = x.to(solved_in), y.to(solved_in)
+        a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
         for part, problem in problems(x, y, a, b, blur, reach):
             start = initial[part] if initial is not None else None
             found.append(solve(problem, scaling, tolerance, max_iterations, start))
-    joined = Potentials.join(found)
+    joined = Potentials.join(found).to(dtype)
+    warn_of_errors([joined.marginal_error], tolerance, "raise blur or max_iterations")
     return joined[0] if is_single else joined
 
 
@@ -111,11 +117,25 @@ def self_potential(
     Reference: [Feydy2019].
     """
     check_clouds(x, x, blur=blur, reach=reach)
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    a = normalised_weights(x_weights, x, "x_weights")
     with torch.no_grad(), full_precision(x):
+        dtype = result_dtype(x)
+        solved_in, blur, reach = resolve((x,), blur, reach, looks=True)
+        x = x.to(solved_in)
+        a = normalised_weights(x_weights, x, "x_weights")
         parts = (problem for _, problem in problems(x, x, a, a, blur, reach))
-        return torch.cat([solve_self(part, tolerance, max_iterations) for part in parts]).view(a.shape)
+        return torch.cat([solve_self(part, tolerance, max_iterations) for part in parts]).view(a.shape).to(dtype)
+
+
+def warn_of_errors(errors: Iterable[Tensor], tolerance: float, cure: str) -> None:
+    """One warning where a `marginal_error` that the host has seen is too large for the documented tolerance."""
+    seen = [error.max() for error in errors if is_readable(error)]
+    worst = torch.stack(seen).max().item() if seen else 0.0
+    if not worst <= max(LARGEST_ERROR, tolerance):
+        warnings.warn(
+            f"the transport problem is not solved: its marginal error is {worst:.2g}, and value and gradient are wrong "
+            f"by about as much; {cure}",
+            stacklevel=3,
+        )
 
 
 def solve(
@@ -135,8 +155,7 @@ def solve(
         if bool((warm.marginal_error < tolerance).all()):
             return warm
     diameter = problem.cost.diameter().max().item()
-    require(math.isfinite(diameter), "points", "be finite and at finite distances", diameter)
-    ladder = annealing_ladder(diameter, problem.blur, scaling)
+    ladder = annealing_ladder(diameter, problem.blur, scaling, max_iterations // PASSES_PER_LEVEL)
     return loop(problem, torch.zeros_like(a), ladder, tolerance, max_iterations)
 
 
