@@ -181,7 +181,7 @@ class Solver:
             start = initial[part] if initial is not None else None
             if self.num_iterations is None:
                 potentials = solve(problem, self.scaling, initial=start)
-                self.errors.append(potentials.marginal_error)
+                self.errors.append(problem.misplaced(potentials))
                 yield problem, potentials
             else:
                 yield problem, fixed_potentials(problem, self.num_iterations, start)

@@ -115,6 +115,14 @@ class Problem:
         """Mass of the rows at the solution, [P, N]: a, or what is left of it within reach."""
         return self.a if self.reach is None else self.a * torch.exp(-f / self.reach**2)
 
+    def misplaced(self, potentials: Potentials) -> Tensor:
+        """The marginal error in units of all mass, [P], where part of it may be out of reach."""
+        error = potentials.marginal_error
+        if self.reach is None:
+            return error
+        mass = self.row_mass(potentials.f).sum(-1).to(error)
+        return torch.where(mass <= torch.finfo(mass.dtype).tiny, 0.0, error * mass)
+
     def displacement(self, potentials: Potentials) -> Tensor:
         """∂OT/∂x, [P, N, D]: row mass × (x − T(x)).
 
