@@ -27,7 +27,9 @@ def to_model_range(images: Tensor) -> Tensor:
         >>> to_model_range(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-1.,  1.])
     """
-    require(images.dtype == torch.uint8, "images", "be uint8 in 0 … 255 (floats in [0, 1]: 2 * images - 1)", images.dtype)
+    require(
+        images.dtype == torch.uint8, "images", "be uint8 in 0 … 255 (floats in [0, 1]: 2 * images - 1)", images.dtype
+    )
     return images.to(torch.float32) / 127.5 - 1
 
 
@@ -50,10 +52,12 @@ def require_model_range(images: Tensor, argument: str = "images") -> None:
     low, high = torch.stack(torch.aminmax(images.detach())).tolist()
     require(math.isfinite(low) and math.isfinite(high), argument, "be finite", "NaN or Inf")
     if low < -1 - HALF_LEVEL or high > 1 + HALF_LEVEL:
-        hint = f" (from 0 … 255: {argument} / 127.5 - 1)" if 0 <= low and high <= 255 else ""
+        hint = f" (from 0 … 255: {argument} / 127.5 - 1)" if low >= 0 and high <= 255 else ""
         raise InputError(f"`{argument}` must lie in [-1, 1]{hint}, got {low:.3g} … {high:.3g}")
     if low >= 0 and len(images) >= SEVERAL:
-        warnings.warn(f"no value of `{argument}` is below 0: if they are in [0, 1], pass 2 * {argument} - 1", stacklevel=3)
+        warnings.warn(
+            f"no value of `{argument}` is below 0: if they are in [0, 1], pass 2 * {argument} - 1", stacklevel=3
+        )
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from .checks import check_clouds, check_iterations, is_readable, normalised_weights
+from .checks import check_clouds, check_iterations, is_finite, is_readable, normalised_weights
 from .fixed_schedule import fixed_potentials
 from .geometry import half_squared_distances
-from .precision import full_precision, resolve, result_dtype
+from .precision import full_precision, narrowed, resolve, result_dtype
 from .problem import Potentials, Problem, as_batch, problems
 from .sinkhorn import solve, solve_self, warn_of_errors
 
@@ -129,7 +129,7 @@ def sinkhorn_divergence(
         if debias:
             value = value - _half_self_term(solver, x, a, x_pair) - _reference_term(solver, y, b, y_self_cost, value)
         solver.warn()
-        return _narrowed(value, dtype)
+        return narrowed(value, dtype)
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ def self_transport_cost(
     with full_precision(y):
         solver, dtype = Solver.of((y,), blur, reach=reach)
         y = y.to(solver.dtype)
-        return _narrowed(solver.self_transport_cost(y, normalised_weights(y_weights, y, "y_weights")), dtype)
+        return narrowed(solver.self_transport_cost(y, normalised_weights(y_weights, y, "y_weights")), dtype)
 
 
 def _half_self_term(solver: Solver, x: Tensor, a: Tensor, x_pair: Tensor | None) -> Tensor:
@@ -349,23 +349,13 @@ def _reference_term(solver: Solver, y: Tensor, b: Tensor, known: Tensor | float 
     """½ OT(y, y), of which a known value replaces the value and not the gradient."""
     if known is None:
         return solver.self_transport_cost(y, b) / 2
-    if isinstance(known, Tensor):
-        require(known.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(known.shape))
-        known = known.detach().to(like)
+    known = torch.as_tensor(known, dtype=like.dtype, device=like.device).detach()
+    require(known.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(known.shape))
+    require(not is_readable(known) or is_finite(known), "y_self_cost", "be finite", "NaN or Inf")
     if not (y.requires_grad and torch.is_grad_enabled()):
         return known / 2
     term = solver.self_transport_cost(y, b)
     return (term - term.detach() + known) / 2
-
-
-def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A value in the type of the clouds, which may have been too narrow for the way to it."""
-    if value.dtype == dtype:
-        return value
-    narrow = value.to(dtype)
-    is_held = not is_readable(narrow) or bool(narrow.isfinite().all())
-    require(is_held, "points", f"have a transport cost that {dtype} holds", f"{value.abs().max().item():.3g}")
-    return narrow
 
 
 class _TransportCost(torch.autograd.Function):

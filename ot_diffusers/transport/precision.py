@@ -46,8 +46,8 @@ def resolve(
     Raises:
         InputError: points or a blur whose squares no type holds.
     """
-    dtype = result_dtype(*clouds)
-    radius = _radius(clouds, dtype) if looks else None
+    dtype, has_float64 = result_dtype(*clouds), clouds[0].device.type != "mps"  # Apple's GPUs lack it
+    radius = largest_radius(clouds, dtype) if looks and has_float64 else None
     if radius == 0:  # all points are one, and no length matters
         return dtype, 1.0, None
     low, high = LENGTHS[torch.float64]
@@ -64,7 +64,8 @@ def resolve(
     require(low < blur < high, "blur", f"lie between {low:g} and {high:g}", blur)
     if reach is not None:
         reach = None if reach > LARGEST_REACH * blur else max(reach, SMALLEST_REACH * blur)
-    return (dtype if _is_resolved(radius, blur, reach) else torch.float64), blur, reach
+    is_narrow = _is_resolved(radius, blur, reach) or not has_float64
+    return (dtype if is_narrow else torch.float64), blur, reach
 
 
 def _is_resolved(radius: float | None, blur: float, reach: float | None) -> bool:
@@ -77,7 +78,7 @@ def _is_resolved(radius: float | None, blur: float, reach: float | None) -> bool
     return radius is None or (blur < LARGE_BLUR * radius and radius < MAX_BLURS[torch.float32] * blur)
 
 
-def _radius(clouds: Sequence[Tensor], dtype: torch.dtype) -> float:
+def largest_radius(clouds: Sequence[Tensor], dtype: torch.dtype) -> float:
     """The largest distance of a point from the centre of the last cloud."""
     low, high = LENGTHS[dtype]
     centre = clouds[-1].to(dtype).mean(-2, keepdim=True)
@@ -86,8 +87,18 @@ def _radius(clouds: Sequence[Tensor], dtype: torch.dtype) -> float:
     if low < radius < high or not centre.numel():
         return radius
     if dtype != torch.float64:
-        return _radius(clouds, torch.float64)
+        return largest_radius(clouds, torch.float64)
     return max(offset.abs().amax().item() for offset in offsets)  # zero, or a length whose square is no number
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value in the type of the clouds, which may have been too narrow for the way to it."""
+    if value.dtype == dtype:
+        return value
+    narrow = value.to(dtype)
+    is_held = narrow.device.type != "cpu" or bool(narrow.isfinite().all())
+    require(is_held, "points", f"have a transport cost that {dtype} holds", f"{value.abs().max().item():.3g}")
+    return narrow
 
 
 @contextmanager

@@ -127,6 +127,12 @@ def self_potential(
         return torch.cat([solve_self(part, tolerance, max_iterations) for part in parts]).view(a.shape).to(dtype)
 
 
+def _warn_of_last_step(move: Tensor, tolerance: float) -> None:
+    """The averaged iteration moves a potential by half of what its row lacks; without a tolerance none is promised."""
+    if tolerance > 0:
+        warn_of_errors([2 * move.abs()], tolerance, "raise max_iterations")
+
+
 def warn_of_errors(errors: Iterable[Tensor], tolerance: float, cure: str) -> None:
     """One warning where a `marginal_error` that the host has seen is too large for the documented tolerance."""
     seen = [error.max() for error in errors if is_readable(error)]
@@ -184,6 +190,8 @@ def _dense_self_loop(problem: Problem, f: Tensor, tolerance: float, max_iteratio
         is_due = tolerance > 0 and step % PASSES_PER_PLAN == 0
         if is_due and (factors / before).log().abs().max() < tolerance / 2:
             break
+    else:
+        _warn_of_last_step((factors / before).log(), tolerance)
     return -share * eps * weighted_columns(stored, factors).log()
 
 
@@ -196,4 +204,6 @@ def _blockwise_self_loop(problem: Problem, f: Tensor, tolerance: float, max_iter
         is_due = tolerance > 0 and step % PASSES_PER_PLAN == 0
         if is_due and (f - before).abs().max() < tolerance * eps / 2:
             break
+    else:
+        _warn_of_last_step((f - before) / eps, tolerance)
     return share * problem.cost.softmin(f, log_a, eps)
