@@ -44,7 +44,9 @@ def dense_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: floa
         if stuck and left > 2 * len(ladder):
             between = [math.sqrt(hot * cold) for hot, cold in pairwise(ladder)]
             finer = sorted([*ladder, *between], reverse=True)
-            found = _finished(found, stuck, problem, f, finer, tolerance, left)
+            again = newton_loop(problem.take(stuck), f[stuck], finer, tolerance, left)
+            better = (again.marginal_error < found.marginal_error[stuck]).nonzero()[:, 0].tolist()
+            found = found.put([stuck[position] for position in better], again[better])
     return found
 
 

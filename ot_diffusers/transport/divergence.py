@@ -66,31 +66,41 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased entropic transport cost between two clouds, for ½‖x − y‖² and eps = blur².
 
-    Computed in float32 (float64 for float64 clouds) whatever the input, with autocast and TF32 off; gradients come back
-    in the dtype of the input. The gradient mode of the caller is respected and left as it was. In float32 the value,
-    not the gradient, is uncertain by about 1e-6 blur², which shows where clouds of one mean meet a large blur.
+    Computed in float32 whatever the input, with autocast and TF32 off, and in float64 for float64 clouds and where
+    float32 does not resolve the problem: points more than 180 blurs from the centre of `y`, such as outliers, a blur
+    above twice the largest such distance, a reach below .03 blur, or lengths whose squares float32 does not hold.
+    Results come back in the dtype of the input (float32 for half precision), gradients as well. The gradient mode of
+    the caller is respected and left as it was. In float32 the value, not the gradient, is uncertain by about
+    1e-6 blur², which shows where clouds of one mean meet a large blur.
+
+    The value is right to a thousandth (of OT, where debiasing cancels most of it), the gradient to a cosine of .999.
+    Where the solver ends farther from the solution, a warning names the marginal error.
 
     Args:
         x: [N, D] points, or [P, N, D], the clouds of P problems; gradient flows.
         y: [M, D] points, or [P, M, D]; gradient flows if required. One cloud beside P others belongs to all of them.
         blur: length in the units of the points. Below about a third of the median nearest-neighbour distance the
             same-batch debiasing has no effect on the gradient; see `x_pair`.
-        scaling: ratio of successive blurs of the annealing, in (0, 1).
+        scaling: ratio of successive blurs of the annealing, in (0, 1). The result does not depend on it: ratios below
+            .5, and ladders of more levels than the solver has time for, are replaced by the nearest that suit it.
         debias: subtract the self-terms. `False` gives OT(x, y) alone.
-        reach: length of unbalanced transport, `None` for balanced.
+        reach: length of unbalanced transport, any positive number; `None` for balanced.
         x_weights, y_weights: [N], [M] or [P, N], [P, M], positive, sum 1 (uniform by default); no gradient flows to
             them.
         x_pair: [K, D] or [P, K, D], an independent second sample of x's law, for the self-term OT(x, x_pair) instead of
             OT(x, x). If it carries no gradient, x receives the whole gradient of the self-term, as in the same-batch
             form.
-        y_self_cost: OT(y, y) where it is known (`self_transport_cost`), or 0 to leave it out: it shifts the value only.
+        y_self_cost: OT(y, y) where it is known (`self_transport_cost`), or 0 to leave it out, 0-d or [P]: it shifts the
+            value only. A `y` that requires a gradient gets that of the term all the same.
         backend: `"native"`; `"geomloss"` to reproduce results obtained with `SamplesLoss("sinkhorn", p=2)`, whose
             gradient is unconverged at the usual `scaling`; or `"flash-sinkhorn"`, that library's CUDA kernels with the
             same schedule, for clouds of tens of thousands of points on a GPU.
         num_iterations: Sinkhorn steps, at least 1, in place of a solve to convergence: no value is read back, so that a
             GPU does not wait and `torch.compile(fullgraph=True)` traces the call. 20 give the gradient of the converged
             problem to a cosine of .999 from a blur of .3 of the median distance on, 100 from .1 on, and 200 from .05
-            on, there but for clusters of unequal shares. None converges.
+            on, there but for clusters of unequal shares. No warning says how far they got, and on a GPU and in
+            compiled code the values of the clouds do not decide the precision: pass float64 clouds where it matters,
+            such as beside outliers. None converges.
 
     Returns:
         0-d tensor, or [P] for batches; float32 or float64.

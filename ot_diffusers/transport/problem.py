@@ -65,7 +65,7 @@ class Potentials:
         error = torch.cat([part.marginal_error for part in parts])
         return cls(f, g, error, max(part.iterations for part in parts))
 
-    def __getitem__(self, index: int | slice | None) -> Potentials:
+    def __getitem__(self, index: int | slice | list[int] | None) -> Potentials:
         """One problem of a batch, or some; None makes a batch of one."""
         return Potentials(self.f[index], self.g[index], self.marginal_error[index], self.iterations)
 

@@ -63,12 +63,14 @@ def sinkhorn_potentials(
         x: [N, D] points, or [P, N, D], the clouds of P problems. No gradient flows through this function.
         y: [M, D] points, or [P, M, D]; one cloud beside P others belongs to all of them.
         blur: length; eps = blur².
-        scaling: in (0, 1), ratio of successive blurs on the way down from the diameter (geomloss' meaning).
+        scaling: in (0, 1), ratio of successive blurs on the way down from the diameter (geomloss' meaning), not taken
+            below .5, nor so near 1 that the ladder has more than one level for 8 of `max_iterations`.
         x_weights, y_weights: [N], [M] or [P, N], [P, M], positive, sum 1; uniform by default.
         reach: length beyond which mass is rather destroyed than moved (KL penalty of strength reach²); `None` is
             balanced.
         tolerance: stop when `marginal_error` falls below it, for each problem on its own.
-        max_iterations: bound on the passes over the plan.
+        max_iterations: bound on the passes over the plan. A warning names the `marginal_error` where it ends above
+            both the tolerance and 1e-3.
         initial: potentials of a similar problem, tried first at the final eps.
 
     Raises:
