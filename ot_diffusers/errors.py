@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -30,6 +32,32 @@ def require(condition: bool, argument: str, requirement: str, value: object) -> 
     """
     if not condition:
         raise InputError(f"`{argument}` must {requirement}, got {value!r}")
+
+
+def require_integer(argument: str, value: object, at_least: int) -> None:
+    """Raise `InputError` unless `value` is an integer of at least `at_least`.
+
+    Example:
+        >>> require_integer("batch_size", "4", at_least=1)
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `batch_size` must be an integer, got '4'
+    """
+    require(isinstance(value, Integral) and not isinstance(value, bool), argument, "be an integer", value)
+    require(value >= at_least, argument, f"be at least {at_least}", value)  # type: ignore[operator]
+
+
+def require_number(argument: str, value: object, at_least: float) -> None:
+    """Raise `InputError` unless `value` is a finite number of at least `at_least`.
+
+    Example:
+        >>> require_number("guidance_scale", float("inf"), at_least=0)
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `guidance_scale` must be a finite number, got inf
+    """
+    require(isinstance(value, Real) and math.isfinite(value), argument, "be a finite number", value)
+    require(value >= at_least, argument, f"be at least {at_least}", value)  # type: ignore[operator]
 
 
 def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], argument: str) -> None:
