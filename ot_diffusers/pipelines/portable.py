@@ -8,14 +8,18 @@ class.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
 
+from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
@@ -59,6 +63,43 @@ class PortablePipeline(DiffusionPipeline):
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **parts: Any,
+    ) -> Self:
+        """A pipeline that shares the parts of another one.
+
+        diffusers' own drops parts whose class is not exactly that of the annotation, and makes all that are left
+        float32, in the other pipeline as well; here they stay what they are.
+
+        Args:
+            pipeline: any pipeline whose UNet is a `UNet2DModel`.
+            dtype: of all parts, which changes them in `pipeline` as well; by default each keeps its own.
+            torch_dtype: an older name of `dtype`.
+            parts: by their names, in place of those of `pipeline`.
+
+        Raises:
+            InputError: a part that this pipeline does not have, or one that it needs and does not get.
+        """
+        needed = {name: one for name, one in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+        unknown = [name for name in parts if name not in needed]
+        require(not unknown, unknown[0] if unknown else "", f"be one of {', '.join(needed)}", "another argument")
+        kinds = cls._get_signature_types()
+        shared = {name: part for name, part in pipeline.components.items() if name in needed}
+        if not isinstance(pipeline, PortablePipeline):
+            shared = {name: part for name, part in shared.items() if _fits(part, kinds[name])}
+        chosen = shared | parts
+        for name, parameter in needed.items():
+            given = parameter.default is not parameter.empty or chosen.get(name) is not None
+            require(given, name, f"be given, as no part of a {type(pipeline).__name__} fits", None)
+        made = cls(**chosen)
+        return made.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else made
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
@@ -141,6 +182,11 @@ def register(kind: type[Pipeline]) -> type[Pipeline]:
     """Class decorator: an attribute of `diffusers`, where `DiffusionPipeline.from_pretrained` looks for the class."""
     setattr(diffusers, kind.__name__, kind)
     return kind
+
+
+def _fits(part: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a pipeline takes over a part: one of these classes or a derived one, or a wrapped module."""
+    return isinstance(part, (*kinds, type(None))) or (isinstance(part, nn.Module) and not isinstance(part, ModelMixin))
 
 
 def _located(entry: Any) -> Any:
