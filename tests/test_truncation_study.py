@@ -133,7 +133,7 @@ def test_a_second_call_keeps_what_is_there(study: tuple[Path, list[str]], capsys
     ("option", "message"),
     [
         ("denoiser=./nowhere", "`pipeline` must be a folder"),
-        ("evaluator=./nowhere", "`feature_extractor` must be a folder"),
+        ("evaluator=./nowhere", "`evaluator` must be a folder"),
         ("presets=nowhere", "`--config` must be an existing YAML file"),
         ("num_samples=1151", "`num_samples` must be at most 1150, two fewer than the training images"),
     ],
