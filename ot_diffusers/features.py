@@ -17,7 +17,7 @@ from .errors import InputError, require
 from .files import local_or_hub
 from .images import to_model_range
 from .losses import image_features
-from .models.backbone_extractor import BackboneFeatureExtractor
+from .models.backbone_extractor import PREPROCESSING, BackboneFeatureExtractor
 from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
 from .models.reference_bank import ReferenceBank
 from .transport import median_distance
@@ -174,25 +174,30 @@ def make_reference_bank(
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """sha256 of class and weights: the same for the same function, wherever it was loaded from."""
+    """sha256 of class and weights, and of a backbone's resizing and normalisation: the same for the same function,
+    wherever it was loaded from."""
     digest = hashlib.sha256(type(network).__name__.encode())
+    if isinstance(network, BackboneFeatureExtractor):
+        digest.update(repr([list(network.config[name]) for name in PREPROCESSING]).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_trained_on(network: FeatureExtractor, images: ResidentImages | StreamedImages) -> None:
-    """Refuse a feature network that does not fit the images, or was trained on another data set."""
+def check_trained_on(
+    network: FeatureExtractor, images: ResidentImages | StreamedImages, argument: str = "feature_extractor"
+) -> None:
+    """Refuse a feature network, which `argument` names, that does not fit the images or was trained on others."""
     if isinstance(network, BackboneFeatureExtractor):
         return  # takes images of any size, and was trained on neither
     config = network.config
     size = (config.in_channels, config.sample_size, config.sample_size)
-    require(size == images.image_shape, "feature_extractor", f"take images of shape {images.image_shape}", size)
+    require(size == images.image_shape, argument, f"take images of shape {images.image_shape}", size)
     known = config.data_fingerprint is not None
     require(
         not known or config.data_fingerprint == images.fingerprint,
-        "feature_extractor",
+        argument,
         f"be trained on the training split of {images.name!r}",
         f"a network of {config.dataset!r}",
     )

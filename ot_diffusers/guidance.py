@@ -30,7 +30,7 @@ from torch import Tensor
 from .errors import require, require_integer, require_number
 from .images import thumbnails
 from .models.feature_extractor import FeatureExtractor
-from .models.guidance_field import Correction, GuidanceField
+from .models.guidance_field import Correction, GuidanceField, completed
 from .models.reference_bank import ReferenceBank
 from .transport import DivergencePotentials, divergence_gradient
 
@@ -220,15 +220,17 @@ class OTGuidance:
         if self.guidance_field is not None:
             assert step is not None
             return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
-        initial = self._warm_start(len(features), features.device)
+        cloud, weights = (features, None) if self.history is None else completed(features, references)
+        initial = self._warm_start(len(cloud), features.device)
         num_iterations = self._num_iterations(features.device, initial is not None)
         gradient, self._potentials = divergence_gradient(
-            features, references, blur=self.blur, initial=initial, num_iterations=num_iterations
+            cloud, references, blur=self.blur, x_weights=weights, initial=initial, num_iterations=num_iterations
         )
         if self.history is not None:
             assert step is not None
             self.history.append(Correction(step, features, self._potentials))
-        return gradient * len(features)
+        scale = len(features) if weights is None else 1 / weights[0]
+        return gradient[: len(features)] * scale
 
     def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""

@@ -26,6 +26,7 @@ from .errors import require, require_same
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
 from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+from .evaluation.health import evaluator_line, evaluator_properties
 from .evaluation.metrics import frechet_distance, sinkhorn_distance
 from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
@@ -125,7 +126,7 @@ def run_stress_study(
         "data_options": options or None,
     }
     output = file.parent
-    results = open_results(file, settings, evaluator_facts(extractor, test.images.features.shape[1]))
+    results = open_results(file, settings, evaluator_facts(extractor, reference.images))
 
     tests = {
         "source figures": source_tests(damaged, pool, repeats, seed),
@@ -152,7 +153,8 @@ def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed:
     images = load_real_images(dataset, split, extractor, **options)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
-    return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows], images.name)
+    labels = labels_of(images)[rows]
+    return Split(describe_images(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
 
 
 def metric_tests(
@@ -261,10 +263,10 @@ def source_rows(results: Mapping[str, Any]) -> Rows:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The verdicts: metrics down, damages across, each with its first and last mean."""
-    settings, extractor = results["settings"], results["extractor"]
+    settings = results["settings"]
     lead = (
-        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others, in the "
-        f"{extractor['feature_dim']} features of {extractor['name']}; {settings['repeats']} draws. {READING}"
+        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others; "
+        f"{settings['repeats']} draws. {evaluator_line(results['extractor'])} {READING}"
     )
     verdicts, source = (report.markdown_rows(rows) for rows in (verdict_rows(results), source_rows(results)))
     return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {SOURCE_HEADING}", source]) + "\n"
@@ -275,14 +277,15 @@ def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file:
     settings, extractor = results["settings"], results["extractor"]
     tables = verdict_rows(results), source_rows(results)
     verdicts, source = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
-    sections = {"Verdicts": verdicts + paragraphs([READING, *blind_spots(results)]), SOURCE_HEADING: source}
+    notes = [evaluator_line(extractor), READING, *blind_spots(results)]
+    sections = {"Verdicts": verdicts + paragraphs(notes), SOURCE_HEADING: source}
     sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
     sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
     facts = [
         f"{settings['num_samples']:,} damaged test images against as many others",
         f"{settings['repeats']} draws",
         f"evaluated by {extractor['name']}",
-        f"{extractor['feature_dim']} features",
+        *evaluator_properties(extractor),
     ]
     return write_page(file, title_of(results), sections, facts=facts)
 

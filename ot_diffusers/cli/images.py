@@ -91,7 +91,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "title": f"{public_name(arguments.images)} against {test.name}",
         **dataset_facts(test),
         "num_samples": len(images),
-        "extractor": evaluator_facts(evaluator, reference.features.shape[1]),
+        "extractor": evaluator_facts(evaluator, reference),
         "arms": {last_name(arguments.images): {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "dtype": arguments.dtype, "sampling": sampling},
@@ -127,7 +127,7 @@ def _describe(images: Any, evaluator: Any) -> Any:
     from ..data import pixels_of
     from ..evaluation.evaluate import describe_images
 
-    return describe_images(pixels_of(images), evaluator, cache=True)
+    return describe_images(pixels_of(images), evaluator, labels=images.labels, cache=True)
 
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:

@@ -101,7 +101,7 @@ class Study:
     def real_images(self, split: str) -> ImageSet:
         images = load_real_images(self.config.dataset, split, self.extractor, **self.config.data_options)
         self.data = dataset_facts(images)
-        return describe_images(pixels_of(images), self.extractor, cache=True)
+        return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
     @cached_property
     def num_samples(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -188,10 +188,12 @@ def sinkhorn_distance(
     features, reference_features = _checked_pair(features, reference_features)
     match normalize:
         case "l2":
-            features, reference_features = (torch.nn.functional.normalize(x) for x in (features, reference_features))
+            pair = (_shrunk(x, x.abs().amax(1, keepdim=True)) for x in (features, reference_features))
+            features, reference_features = (torch.nn.functional.normalize(x) for x in pair)
         case "median":
+            largest = reference_features.abs().max()
+            features, reference_features = (_shrunk(x, largest) for x in (features, reference_features))
             scale = median_distance(reference_features)
-            require(scale > 0, "reference_features", "hold more than copies of one row", scale)
             features, reference_features = features / scale, reference_features / scale
         case "none":
             pass
@@ -286,8 +288,16 @@ def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
 
 
 def tensor_summary(value: object) -> object:
-    """What an error message shows of a tensor: dtype and shape instead of its numbers; other values as they are."""
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+    """What an error message shows of a tensor or array: dtype and shape instead of its numbers; of a list or another
+    collection its type and length; other values as they are."""
+    if isinstance(value, Tensor | np.ndarray):
+        return (value.dtype, tuple(value.shape))
+    return (type(value), len(value)) if isinstance(value, Collection) and not isinstance(value, str) else value
+
+
+def _shrunk(features: Tensor, largest: Tensor) -> Tensor:
+    """Features over the power of 2 next to `largest`: without rounding, so that squares neither overflow nor vanish."""
+    return torch.ldexp(features.double(), -torch.frexp(largest).exponent).float()
 
 
 def _checked_pair(

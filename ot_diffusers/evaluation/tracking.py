@@ -37,6 +37,7 @@ from ..training import make_noise_scheduler, make_unet
 from . import metrics, plots
 from .evaluate import ImageSet, describe_images
 from .extractors import evaluator_facts, load_evaluator, load_real_images
+from .health import evaluator_line, evaluator_properties
 from .page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .report import METRICS, format_number
 
@@ -103,7 +104,9 @@ class RealImages:
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
         described = {}
         for split, images in splits.items():
-            described[split] = describe_images(pixels_of(images, evenly_spaced(images, count)), extractor)
+            rows = evenly_spaced(images, count)
+            labels = None if images.labels is None else images.labels[rows]
+            described[split] = describe_images(pixels_of(images, rows), extractor, labels=labels)
         return cls(**described, name=splits["test"].name)
 
 
@@ -175,7 +178,7 @@ def track_runs(
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
             write_tracks(file, settings, tracks)
     tracks = {name: tracks[name] for name in runs}
-    write_report(tracks, output, settings, evaluator_facts(extractor, real.test.features.shape[1]))
+    write_report(tracks, output, settings, evaluator_facts(extractor, real.test))
     return tracks
 
 
@@ -264,6 +267,7 @@ def write_report(
     sections = {caption: picture(caption, curves)}
     sections |= {f"{titles[name]} distance": rows_table(stand_rows(tracks, name)) for name in DISTANCES}
     notes = [
+        evaluator_line(extractor),
         "Fidelity is the distance to test images, coverage that to training images, and the gap the former less the "
         "latter. All take as many real images of either split as are generated.",
         "A gap that grows while coverage falls below the base line is a model that returns its training images.",
@@ -274,7 +278,7 @@ def write_report(
         f"data set {settings['dataset']}",
         f"{settings['num_samples']:,} images per checkpoint and split",
         f"evaluated by {extractor['name']}",
-        f"{extractor['feature_dim']} features",
+        *evaluator_properties(extractor),
     ]
     return write_page(output / "report.html", f"Along training: {' · '.join(tracks)}", sections, facts=facts)
 

@@ -289,13 +289,20 @@ def divergence_gradient(
 
 @torch.no_grad()
 def divergence_gradient_at(
-    points: Tensor, x: Tensor, y: Tensor, reference_potential: Tensor, own_potential: Tensor, *, blur: float
+    points: Tensor,
+    x: Tensor,
+    y: Tensor,
+    reference_potential: Tensor,
+    own_potential: Tensor,
+    *,
+    blur: float,
+    x_weights: Tensor | None = None,
 ) -> Tensor:
-    """The direction N ∂S/∂x_i that a further point of the cloud x would have, for each of `points` alone.
+    """The direction ∂S/∂x_i / a_i that a further point of the cloud x would have, for each of `points` alone.
 
     Potentials of a solved problem S(x, y) extend to any place: with them T_xy needs one softmax over y and no solve. In
-    T_xx the point meets itself, too. Its own potential f solves e^(−f/eps) = Σ_j e^((f_j − C_j)/eps)/N + e^(f/eps)/N, a
-    quadratic equation in e^(f/eps), so that it keeps as much of its own mass as a point of x does.
+    T_xx the point meets itself, too. Its potential f solves e^(−f/eps) = Σ_j a_j e^((f_j − C_j)/eps) + a_1 e^(f/eps), a
+    quadratic equation in e^(f/eps), so that it keeps as much of its own mass as the first point of x does.
 
     Args:
         points: [B, D].
@@ -304,6 +311,7 @@ def divergence_gradient_at(
         reference_potential: [M], `potentials.cross.g` of `divergence_gradient(x, y)`.
         own_potential: [N], `potentials.own`.
         blur: that of the solved problem.
+        x_weights: [N], its weights a, positive, sum 1 (uniform by default).
 
     Returns:
         [B, D]; row i depends on point i alone.
@@ -317,7 +325,9 @@ def divergence_gradient_at(
     """
     check_clouds(points, y, blur=blur, names=("points", "y"))
     check_clouds(points, x, blur=blur, names=("points", "x"))
-    log_size, dtype = math.log(len(x)), points.dtype
+    dtype = points.dtype
+    log_size = math.log(len(x)) if x_weights is None else -x_weights[0].log()
+    log_ratios = 0.0 if x_weights is None else x_weights.log() + log_size
     with full_precision(points):
         # Not by the values: what a point gets does not depend on the others.
         solved_in, blur, _ = resolve((points, x, y), blur, None, looks=False)
@@ -325,9 +335,9 @@ def divergence_gradient_at(
         mean = y.mean(0)
         points, x, y = points - mean, x - mean, y - mean
         towards = torch.softmax((reference_potential - half_squared_distances(points, y)) / eps, dim=1) @ y
-        scores = (own_potential - half_squared_distances(points, x)) / eps
+        scores = (own_potential - half_squared_distances(points, x)) / eps + log_ratios
         log_others = torch.logsumexp(scores, dim=1) - log_size
-        root = torch.logaddexp(2 * log_others, log_others.new_full((), math.log(4) - log_size)) / 2
+        root = torch.logaddexp(2 * log_others, log_others.new_zeros(()) + (math.log(4) - log_size)) / 2
         kept = torch.exp(2 * (math.log(2) - torch.logaddexp(log_others, root)) - log_size)[:, None]
         return (kept * points + (1 - kept) * (torch.softmax(scores, dim=1) @ x) - towards).to(dtype)
 
