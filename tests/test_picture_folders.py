@@ -387,7 +387,7 @@ def test_evaluate_refuses_in_one_line(tmp_path: Path, evaluator: str, capsys: py
     (tmp_path / "damaged" / "a" / "3.png").write_bytes(b"")
     for name, said in {
         "one": "`images` must be a saved pipeline, or a folder with at least 2 pictures",
-        "sizes": "`images` must have one shape, here 1×4×4, got 1×4×5 in image 6",
+        "sizes": "`images` must have one shape, here 1×4×4, got image 6",
         "damaged": "`images` must hold readable images, got image 3",
     }.items():
         assert main(["evaluate", str(tmp_path / name), "--dataset", "digits", "--evaluator", evaluator]) == 2

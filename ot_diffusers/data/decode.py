@@ -99,7 +99,9 @@ class Decoder(torch.utils.data.Dataset):
     def _other_shape(self, shape: tuple[int, ...], place: str) -> InputError:
         first, this = ("×".join(map(str, size)) for size in (self.image_shape, shape))
         if self.argument != "dataset":
-            return InputError(f"`{self.argument}` must have one shape, here {first}, got {this} in {place}")
+            return InputError(
+                f"`{self.argument}` must have one shape, here {first}, got {place} of another size, {this}"
+            )
         argument = "channels" if shape[1:] == self.image_shape[1:] else "image_size"
         shapes = f"image 0 is {first}, {place} is {this}"
         return InputError(f"`{argument}` must be given for images of different shape ({shapes}), got None")
