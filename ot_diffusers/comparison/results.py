@@ -34,7 +34,10 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     num_test_images = len(study.test_images)
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
     evaluator = evaluator_facts(study.extractor, study.test_images)
-    testing = {"primary": config.primary_metric, "family": tested, "trusted": evaluator_doubt(evaluator) is None}
+    trusted = evaluator_doubt(evaluator) is None
+    paired = {}
+    if len(seeds) >= 2:
+        paired = differences(values, primary=config.primary_metric, family=tested, trusted=trusted)
     results = {
         "title": f"{' · '.join(config.reported)}: {study.data['dataset']}",
         **study.data,
@@ -48,7 +51,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "costs": ["nfe", "seconds_per_1000"],
         "arms": arms,
         "floor": summarise(floor),
-        "differences": differences(values, **testing) if len(seeds) >= 2 else {},
+        "differences": paired,
         "notes": notes(config, len(seeds)),
         "per_seed": {name: dict(found) for name, found in values.items()} | {"real vs real": floor},
         "provenance": provenance() | {"comparison": settings(config)},
