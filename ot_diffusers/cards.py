@@ -29,34 +29,35 @@ class DataFacts:
 
     Attributes:
         title: its full name.
-        hub_id: of the data set on the Hub.
+        fingerprint: of the images of its training split, as `load_images` returns them.
         limits: what a model of it cannot know.
     """
 
     title: str
-    hub_id: str
+    fingerprint: str
     limits: str
 
 
 DATA = {
-    "digits": DataFacts(
+    HUB_IDS["digits"]: DataFacts(
         "Optical recognition of handwritten digits (UCI; scikit-learn's copy)",
-        HUB_IDS["digits"],
+        "9dfd7047b8126583a393ea6f2acd685966ed6c4994285df3768524744f34e48c",
         "1,797 grey pictures of 8×8 pixels by 13 writers: a toy that shows the method, not handwriting at large.",
     ),
-    "mnist": DataFacts(
+    HUB_IDS["mnist"]: DataFacts(
         "MNIST",
-        HUB_IDS["mnist"],
+        "4dd0ad946d6165ddb02fdfac60e262d3dfad24c121cfbf76c1c4c8fb896c73da",
         "Digits of American census workers and high-school students, centred and cleaned of noise; other ways of "
         "writing them, and other scripts, are absent.",
     ),
-    "cifar10": DataFacts(
+    HUB_IDS["cifar10"]: DataFacts(
         "CIFAR-10",
-        HUB_IDS["cifar10"],
+        "df6ca9fc01c95abc99fccef525fd44efc655d75b3f2fe98b0a90be4074d875d5",
         "Ten classes of photographs found on the web in the 2000s at 32×32 pixels; what the web showed too often or "
         "too rarely then, a model of it does too.",
     ),
 }
+"""By Hub id."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class CardFacts:
         repo_id: where the snippet loads from.
         class_name: of the pipeline.
         parameters: number of parameters of each part.
-        dataset: name of the training data, as `load_images` knows it, or None.
+        dataset: Hub id of the training data; None where it is not known to come from the Hub.
         config: configuration of the scheduler, with `truncation_timestep` for a truncated chain.
         runs: what its training runs recorded.
         results: contents of an evaluation's `results.json`, or None.
@@ -173,33 +174,38 @@ def render_card(facts: CardFacts) -> ModelCard:
     return ModelCard(f"---\n{metadata(facts).to_yaml()}\n---\n\n{text}\n")
 
 
+def render_part_card(repo_id: str, class_name: str) -> ModelCard:
+    """The card of a single part of a pipeline."""
+    data = ModelCardData(license=LICENSE, library_name="diffusers", tags=["diffusers", HOME])
+    snippet = f'from ot_diffusers import {class_name}\n\npart = {class_name}.from_pretrained("{repo_id}")'
+    text = f"# {repo_id.split('/')[-1]}\n\nA `{class_name}` of `pip install {HOME}`.\n\n```python\n{snippet}\n```"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n\n{MARK}\n")
+
+
 def metadata(facts: CardFacts) -> ModelCardData:
     """The card's metadata, with the results of the arm as a model index."""
-    known = DATA.get(facts.dataset or "")
-    hub_id = known.hub_id if known else facts.dataset if facts.dataset and facts.dataset.count("/") == 1 else None
-    results = _eval_results(facts, hub_id)
+    results = _eval_results(facts)
     return ModelCardData(
         license=LICENSE,
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=["diffusers", "diffusion", HOME, *KINDS[facts.class_name].tags],
-        datasets=[hub_id] if hub_id else None,
+        datasets=[facts.dataset] if facts.dataset else None,
         metrics=[result.metric_type for result in results] or None,
         model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
 
 
-def _eval_results(facts: CardFacts, hub_id: str | None) -> list[EvalResult]:
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
     if facts.results is None or facts.arm is None:
         return []
     entry = facts.results["arms"][facts.arm]
-    known = DATA.get(facts.dataset or "")
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=hub_id or str(facts.dataset),
-            dataset_name=known.title if known else str(facts.dataset),
+            dataset_type=facts.dataset or "local",
+            dataset_name=_data_title(facts),
             dataset_split="test",
             metric_type=name,
             metric_name=METRICS[name].label if name in METRICS else name,
@@ -246,13 +252,19 @@ def _use(facts: CardFacts) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    known = DATA.get(facts.dataset or "")
-    lines = [f"Data: {known.title if known else facts.dataset or 'not recorded'}."]
+    lines = [f"Data: {_data_title(facts)}."]
     lines += [_procedure(part, run, results) for part, (run, results) in facts.runs.items()]
     if facts.weights_dtype != "float32":
         lines.append(f"The weights are stored in {facts.weights_dtype}, rounded after training and evaluation.")
     sizes = ", ".join(f"{name} {number:,}" for name, number in facts.parameters.items())
     return "\n\n".join([" ".join(lines), f"Parameters: {sizes}. The configuration of each run is in `training/`."])
+
+
+def _data_title(facts: CardFacts) -> str:
+    """What the training data is called; a local data set keeps its name to itself."""
+    if facts.dataset is None:
+        return "a local data set" if facts.runs or facts.results else "not recorded"
+    return DATA[facts.dataset].title if facts.dataset in DATA else facts.dataset
 
 
 def _procedure(part: str, run: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ C = TypeVar("C")
 
 # diffusers' names of what needs no further options.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+PRECISIONS = ("no", "fp16", "bf16")
 SILENCE_SECONDS = 10.0
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
@@ -68,14 +69,16 @@ class TrainingConfig(Options):
         "runs/run", "folder of the run: model, checkpoints, samples, metrics.jsonl, TensorBoard logs"
     )
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    image_column: str | None = option(None, "column of the images, found by itself where there is only one")
-    label_column: str | None = option(None, "column of the class labels")
+    image_column: str | None = option(None, "column of the images; None is image, or the only one there is")
+    label_column: str | None = option(
+        None, "column of the class labels; None is label, or the class folders of pictures"
+    )
     image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size")
     channels: int | None = option(None, "1 (grey) or 3 (RGB); None keeps the data's own")
     num_workers: int = option(0, "decoding processes for data too large to be held decoded")
     seed: int = option(0, "of the initial weights, the data order and the noise")
     train_batch_size: int = option(128, "images per process and forward pass")
-    gradient_accumulation_steps: int = option(1, "forward passes per update")
+    gradient_accumulation_steps: int | None = option(None, "forward passes per update; none is the launcher's, or 1")
     num_train_epochs: int = option(35, "passes over the training data")
     max_train_steps: int | None = option(None, "updates; overrides num_train_epochs")
     max_train_seconds: float | None = option(None, "stop cleanly, with a checkpoint, after this long")
@@ -87,7 +90,7 @@ class TrainingConfig(Options):
     adam_weight_decay: float = option(0.0, "decoupled weight decay; 0 is plain Adam")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
     max_skipped_updates: int = option(0, "leave out so many updates at most whose gradient is not finite; 0 stops")
-    mixed_precision: str = option("no", "no, fp16 or bf16")
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; none is the launcher's, or no")
     report_to: str = option("tensorboard", "tracker by accelerate's name: tensorboard, wandb, …; none for none")
     logging_steps: int = option(20, "updates between records")
     checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch")
@@ -100,7 +103,6 @@ class TrainingConfig(Options):
         super().__post_init__()
         for name in (
             "train_batch_size",
-            "gradient_accumulation_steps",
             "num_train_epochs",
             "logging_steps",
             "checkpoints_total_limit",
@@ -112,7 +114,7 @@ class TrainingConfig(Options):
             require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
         known = self.lr_scheduler in LR_SCHEDULERS
         require(known, "lr_scheduler", f"be one of {', '.join(LR_SCHEDULERS)}", self.lr_scheduler)
-        for name in ("max_train_steps", "checkpointing_steps", "image_size"):
+        for name in ("gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "image_size"):
             require(
                 getattr(self, name) is None or getattr(self, name) >= 1,
                 name,
@@ -127,12 +129,8 @@ class TrainingConfig(Options):
         )
         require(self.learning_rate > 0, "learning_rate", "be positive", self.learning_rate)
         require(self.max_grad_norm > 0, "max_grad_norm", "be positive", self.max_grad_norm)
-        require(
-            self.mixed_precision in ("no", "fp16", "bf16"),
-            "mixed_precision",
-            "be no, fp16 or bf16",
-            self.mixed_precision,
-        )
+        known = self.mixed_precision in (None, *PRECISIONS)
+        require(known, "mixed_precision", "be no, fp16 or bf16", self.mixed_precision)
         require(self.channels in (None, 1, 3), "channels", "be 1, 3 or none", self.channels)
 
     @property

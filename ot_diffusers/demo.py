@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data import load_images, pixels_of
+from .data import HUB_IDS, load_images, pixels_of
 from .errors import require
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images, real_floor
+from .evaluation.extractors import evaluator_facts
 from .evaluation.page import provenance
 from .experiment import Announce, Sampled, claim_folder, read_json, stage, train, write_results
 from .features import load_feature_extractor
 from .files import user_path
 from .launch import training_command
+from .outgoing import without_local_paths
 from .pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 from .sampling import load_pipeline, network_calls, sample_images
 from .truncation_study import TruncationConfig, run_study
@@ -115,7 +117,8 @@ def run_demo(
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
         evaluator = load_feature_extractor(str(output / "evaluator"))
-        test = describe_images(pixels_of(load_images(DATASET, "test")), evaluator)
+        test_images = load_images(DATASET, "test")
+        test = describe_images(pixels_of(test_images), evaluator, labels=test_images.labels)
         train_images = describe_images(pixels_of(load_images(DATASET, "train")), evaluator)
         described = {name: describe_images(sampled.images, evaluator) for name, sampled in samples.items()}
         metrics = {
@@ -126,7 +129,8 @@ def run_demo(
 
     # Report.
     with stage("write the report", announce):
-        results = collect(output, samples, metrics, floor, seed, overrides)
+        facts = evaluator_facts(evaluator, test)
+        results = collect(output, samples, metrics, floor, facts, seed, overrides)
         write_results(results, output)
         pictures = draw(results, samples, described, test, output)
         report.write_report(results, pictures, output / "report.html")
@@ -191,6 +195,7 @@ def collect(
     samples: Mapping[str, Sampled],
     metrics: Mapping[str, Mapping[str, float]],
     floor: Mapping[str, float],
+    evaluator: Mapping[str, Any],
     seed: int,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
@@ -201,26 +206,22 @@ def collect(
         name: {"metrics": metrics[name], **sampled.cost, "description": ARMS[name].description}
         for name, sampled in samples.items()
     }
-    evaluator = configs["evaluator run"]
     return {
         "title": "Optimal transport in diffusion models: handwritten digits",
         "dataset": DATASET,
+        "dataset_hub_id": HUB_IDS[DATASET],
         "num_samples": len(next(iter(samples.values())).images),
-        "extractor": {
-            "name": f"an independent {evaluator['architecture']} network",
-            "feature_dim": evaluator["feature_dim"],
-            "test_accuracy": runs["evaluator"]["test_accuracy"],
-        },
+        "extractor": dict(evaluator),
         "arms": arms,
         "floor": {"metrics": floor},
         "provenance": provenance()
         | {
             "seed": seed,
-            "evaluator's seed": evaluator["seed"],
+            "evaluator's seed": configs["evaluator run"]["seed"],
             "training seconds": ", ".join(f"{name} {run['training_seconds']:.0f}" for name, run in runs.items()),
             "sampling": {name: {"num_inference_steps": NUM_INFERENCE_STEPS, **arm.call} for name, arm in ARMS.items()},
         }
-        | configs,
+        | without_local_paths(configs),
     }
 
 

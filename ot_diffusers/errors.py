@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 
 MOST = 10**8
 SHOWN = 300
@@ -48,10 +49,8 @@ def require_sizes(least: int = 1, **sizes: object) -> None:
         ot_diffusers.errors.InputError: `num_samples` must be at most 100,000,000, got 1000000000000000
     """
     for name, size in sizes.items():
-        if not isinstance(size, Integral) or isinstance(size, bool):
-            raise InputError(f"`{name}` must be a whole number, got {shown(size)}")
-        require(size >= least, name, f"be at least {least}", size)
-        require(size <= MOST, name, f"be at most {MOST:,}", size)
+        require_integer(name, size, at_least=least)
+        require(size <= MOST, name, f"be at most {MOST:,}", size)  # type: ignore[operator]
 
 
 def shown(value: object) -> str:
@@ -66,6 +65,32 @@ def shown(value: object) -> str:
         return f"{type(value).__name__} of shape {tuple(shape)} and type {getattr(value, 'dtype', None)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip(' ,')} …"
+
+
+def require_integer(argument: str, value: object, at_least: int) -> None:
+    """Raise `InputError` unless `value` is an integer of at least `at_least`.
+
+    Example:
+        >>> require_integer("batch_size", "4", at_least=1)
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `batch_size` must be an integer, got '4'
+    """
+    require(isinstance(value, Integral) and not isinstance(value, bool), argument, "be an integer", value)
+    require(value >= at_least, argument, f"be at least {at_least}", value)  # type: ignore[operator]
+
+
+def require_number(argument: str, value: object, at_least: float) -> None:
+    """Raise `InputError` unless `value` is a finite number of at least `at_least`.
+
+    Example:
+        >>> require_number("guidance_scale", float("inf"), at_least=0)
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `guidance_scale` must be a finite number, got inf
+    """
+    require(isinstance(value, Real) and math.isfinite(value), argument, "be a finite number", value)
+    require(value >= at_least, argument, f"be at least {at_least}", value)  # type: ignore[operator]
 
 
 def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], argument: str) -> None:

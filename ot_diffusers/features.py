@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .cache import remembered
 from .config import FeaturesConfig
 from .data import ResidentImages, StreamedImages, evenly_spaced, pixels_of
 from .errors import InputError, require
 from .files import local_or_hub
 from .images import to_model_range
 from .losses import image_features
-from .models.backbone_extractor import BackboneFeatureExtractor
+from .models.backbone_extractor import PREPROCESSING, BackboneFeatureExtractor
 from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
 from .models.reference_bank import ReferenceBank
 from .transport import median_distance
@@ -77,8 +76,10 @@ def labels_of(images: ResidentImages | StreamedImages) -> Tensor:
     """Class labels, int64 [N] on the CPU.
 
     Raises:
-        InputError: the data set has none, or more than one column could be meant.
+        InputError: the data set has none, some images have none, or all are of one class.
     """
+    if images.label_problem is not None:
+        raise InputError(f"{images.label_problem} (data set {images.name!r}, {images.split})")
     if images.labels is None:
         raise InputError(f"`label_column` must name a column with class labels, got none for {images.name!r}")
     return images.labels
@@ -96,7 +97,7 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
     return network(
         sample_size=height,
         in_channels=channels,
-        num_classes=int(labels.max()) + 1,
+        num_classes=int(labels.max()) + 1 if images.class_names is None else len(images.class_names),
         block_out_channels=config.block_out_channels,
         feature_dim=config.feature_dim,
         dataset=images.name,
@@ -152,20 +153,8 @@ def cached_features(
     The key is a hash of the network's weights, the data's fingerprint and `squash`.
     """
     key = hashlib.sha256(f"{weights_fingerprint(network)} {images.fingerprint} {squash}".encode()).hexdigest()
-    file = cache_folder() / "features" / f"{key}.safetensors"
-    if file.is_file():
-        return load_file(file, device=str(network.device))["features"]
-    features = extract_features(network, images, squash=squash)
-    save_aside({"features": features}, file)
-    return features
-
-
-def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file under another name and rename it, so that no reader meets half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)
+    found = remembered("features", key, lambda: {"features": extract_features(network, images, squash=squash)})
+    return found["features"].to(network.device)
 
 
 def make_reference_bank(
@@ -184,31 +173,31 @@ def make_reference_bank(
     )
 
 
-def cache_folder() -> Path:
-    """`$OT_DIFFUSERS_CACHE`, or `~/.cache/ot_diffusers`."""
-    return Path(os.environ.get("OT_DIFFUSERS_CACHE", "~/.cache/ot_diffusers")).expanduser()
-
-
 def weights_fingerprint(network: nn.Module) -> str:
-    """sha256 of class and weights: the same for the same function, wherever it was loaded from."""
+    """sha256 of class and weights, and of a backbone's resizing and normalisation: the same for the same function,
+    wherever it was loaded from."""
     digest = hashlib.sha256(type(network).__name__.encode())
+    if isinstance(network, BackboneFeatureExtractor):
+        digest.update(repr([list(network.config[name]) for name in PREPROCESSING]).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_trained_on(network: FeatureExtractor, images: ResidentImages | StreamedImages) -> None:
-    """Refuse a feature network that does not fit the images, or was trained on another data set."""
+def check_trained_on(
+    network: FeatureExtractor, images: ResidentImages | StreamedImages, argument: str = "feature_extractor"
+) -> None:
+    """Refuse a feature network, which `argument` names, that does not fit the images or was trained on others."""
     if isinstance(network, BackboneFeatureExtractor):
         return  # takes images of any size, and was trained on neither
     config = network.config
     size = (config.in_channels, config.sample_size, config.sample_size)
-    require(size == images.image_shape, "feature_extractor", f"take images of shape {images.image_shape}", size)
+    require(size == images.image_shape, argument, f"take images of shape {images.image_shape}", size)
     known = config.data_fingerprint is not None
     require(
         not known or config.data_fingerprint == images.fingerprint,
-        "feature_extractor",
+        argument,
         f"be trained on the training split of {images.name!r}",
         f"a network of {config.dataset!r}",
     )

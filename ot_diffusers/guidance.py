@@ -20,14 +20,17 @@ batch, which moves every image on its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from .errors import require
+from .errors import require, require_integer, require_number
 from .images import thumbnails
 from .models.feature_extractor import FeatureExtractor
-from .models.guidance_field import Correction, GuidanceField
+from .models.guidance_field import Correction, GuidanceField, completed
 from .models.reference_bank import ReferenceBank
 from .transport import DivergencePotentials, divergence_gradient
 
@@ -37,6 +40,8 @@ PIXELS_PER_STEP = 0.02
 SHARE_PER_STEP = 0.5
 # Where features change fast, a step is shortened to one that takes the image this much of its displacement along it.
 LONGEST_STEP = 1.5
+# Images of which no pixel is negative are taken for images in [0, 255] from here on.
+FARTHEST_PIXEL = 2.0
 STEP_RULES = ("displacement", "adam")
 # Solver steps of a correction where the host should not wait for a device: the first, and those that begin with the
 # potentials of the one before. They suffice from this blur on, in units of the median distance.
@@ -47,6 +52,9 @@ RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
 class OTGuidance:
     """Corrects x̂0; one object serves a pipeline or a sampling loop of your own.
+
+    Equal calls of `correct` give equal images: nothing is kept between them, but inside `chain()`, where a correction
+    starts its solver from the potentials of the one before. That is faster, and belongs to a single chain.
 
     Without a guidance field the transport problem couples the batch: an image depends on its companions, and the larger
     the batch, the better the guidance (a batch of one is pulled towards the mean of the data). With one, images are
@@ -93,8 +101,9 @@ class OTGuidance:
         guidance_field: GuidanceField | None = None,
         history: list[Correction] | None = None,
     ) -> None:
-        require(guidance_scale >= 0, "guidance_scale", "be at least 0", guidance_scale)
-        require(num_correction_steps >= 1, "num_correction_steps", "be at least 1", num_correction_steps)
+        require_number("guidance_scale", guidance_scale, at_least=0)
+        require_integer("num_correction_steps", num_correction_steps, at_least=1)
+        require_number("blur", blur, at_least=0)
         require(blur > 0, "blur", "be a positive length", blur)
         check_same_data(feature_extractor, reference_bank)
         self.feature_extractor = feature_extractor
@@ -113,26 +122,53 @@ class OTGuidance:
         self.pixel_scale = reference_bank.config.pixel_scale
         self.thumbnail_size = (reference_bank.config.thumbnail_shape or (0, 0, 0))[1:]
         self._potentials: DivergencePotentials | None = None
+        self._in_chain = False
         self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.thumbnails)
+        _require_finite("reference_bank", "hold finite features", self._references)
+
+    @contextmanager
+    def chain(self) -> Iterator[Self]:
+        """A context for the corrections of one chain of one batch, in their order.
+
+        Example:
+            >>> from ot_diffusers import ConvFeatureExtractor, OTGuidance, ReferenceBank
+            >>> network = ConvFeatureExtractor(sample_size=8, feature_dim=32)
+            >>> bank = ReferenceBank.from_features(network.extract(torch.rand(64, 1, 8, 8) * 2 - 1))
+            >>> images = torch.zeros(16, 1, 8, 8)
+            >>> with OTGuidance(network, bank).chain() as guidance:
+            ...     for timestep in (800, 600, 400):
+            ...         images = guidance.correct(images, timestep)
+        """
+        self._potentials, self._in_chain = None, True
+        try:
+            yield self
+        finally:
+            self._potentials, self._in_chain = None, False
 
     def correct(self, pred_original_sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The corrected batch.
 
         Args:
-            pred_original_sample: x̂0, [B, C, H, W], nominally in [-1, 1].
+            pred_original_sample: x̂0, [B, C, H, W], floating point, nominally in [-1, 1].
             timestep: of the denoising step, needed to follow or record a field; a step that the field does not have
                 returns the images as they are.
 
         Returns:
             [B, C, H, W] in [-1, 1], same dtype, without graph. Works inside `no_grad` and `inference_mode`, leaves the
             gradient mode alone.
+
+        Raises:
+            InputError: images of another shape or range. Values on a GPU are not looked at, which would be a wait.
         """
+        _check_images(pred_original_sample)
         needed = self.guidance_field is not None or self.history is not None
         require(timestep is not None or not needed, "timestep", "be given to follow or record a field", timestep)
         step = int(timestep) if timestep is not None and needed else None
         elsewhere = self.guidance_field is not None and step not in self.guidance_field.config.timesteps
         if self.guidance_scale == 0 or elsewhere:
             return pred_original_sample
+        if not self._in_chain:
+            self._potentials = None
         device = pred_original_sample.device
         references = self._references.to(device)
         with (
@@ -144,6 +180,7 @@ class OTGuidance:
             optimizer = self._optimizer(images)
             for correction in range(self.num_correction_steps):
                 features = self.features(images)
+                _require_finite("feature_extractor", "make finite features", features)
                 displacement = self._displacement(features.detach(), references, step, correction)
                 (gradient,) = torch.autograd.grad(features, images, grad_outputs=displacement)
                 images.grad = self._bounded(gradient, displacement)
@@ -183,15 +220,17 @@ class OTGuidance:
         if self.guidance_field is not None:
             assert step is not None
             return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
-        initial = self._warm_start(len(features), features.device)
+        cloud, weights = (features, None) if self.history is None else completed(features, references)
+        initial = self._warm_start(len(cloud), features.device)
         num_iterations = self._num_iterations(features.device, initial is not None)
         gradient, self._potentials = divergence_gradient(
-            features, references, blur=self.blur, initial=initial, num_iterations=num_iterations
+            cloud, references, blur=self.blur, x_weights=weights, initial=initial, num_iterations=num_iterations
         )
         if self.history is not None:
             assert step is not None
             self.history.append(Correction(step, features, self._potentials))
-        return gradient * len(features)
+        scale = len(features) if weights is None else 1 / weights[0]
+        return gradient[: len(features)] * scale
 
     def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
@@ -227,7 +266,7 @@ def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBan
     """
     if pixel_weight is None:
         return 1.0 if reference_bank.thumbnails is not None and normalize_features else 0.0
-    require(pixel_weight >= 0, "pixel_weight", "be at least 0", pixel_weight)
+    require_number("pixel_weight", pixel_weight, at_least=0)
     possible = pixel_weight == 0 or reference_bank.thumbnails is not None
     require(possible, "pixel_weight", "be 0 for a reference bank without thumbnails", pixel_weight)
     return pixel_weight
@@ -247,6 +286,17 @@ def chosen_step_rule(step_rule: str | None, reference_bank: ReferenceBank, pixel
     return step_rule
 
 
+def check_takes(feature_extractor: FeatureExtractor, image_shape: Sequence[int], argument: str) -> None:
+    """Refuse a network of other images than those of `image_shape`, [C, H, W]; a backbone takes any size."""
+    config = feature_extractor.config
+    if "sample_size" in config:
+        found = (config.in_channels, config.sample_size, config.sample_size)
+        wanted = f"take images of shape {tuple(image_shape)}, as the UNet makes them"
+        require(found == tuple(image_shape), argument, wanted, found)
+    else:
+        require(image_shape[0] in (1, 3), argument, "be left out for images of other than 1 or 3 channels", image_shape)
+
+
 def check_same_data(feature_extractor: FeatureExtractor, reference_bank: ReferenceBank) -> None:
     """Refuse a bank whose features another network made."""
     network, bank = feature_extractor.config, reference_bank.config
@@ -263,6 +313,22 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
         f"come from the data of the feature network ({network.dataset})",
         bank.dataset,
     )
+
+
+def _check_images(images: Tensor) -> None:
+    """Refuse what cannot be x̂0. It may lie far outside [-1, 1], where noise is subtracted, but then on both sides."""
+    name = "pred_original_sample"
+    require(images.is_floating_point(), name, "be floating point, in [-1, 1]", images.dtype)
+    _require_finite(name, "be finite", images)
+    if images.device.type == "cpu" and images.numel():
+        smallest, largest = (float(bound) for bound in images.aminmax())
+        in_range = smallest < 0 or largest <= FARTHEST_PIXEL
+        require(in_range, name, "lie in [-1, 1]", f"values from {smallest:g} to {largest:g}")
+
+
+def _require_finite(argument: str, requirement: str, tensor: Tensor) -> None:
+    """Refuse NaN and Inf on the CPU; to look at values elsewhere would be a wait."""
+    require(tensor.device.type != "cpu" or bool(tensor.isfinite().all()), argument, requirement, "NaN or Inf")
 
 
 def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float | str) -> None:

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from .cards import KINDS, MARK, CardFacts, Records, render_card
+from .cards import DATA, KINDS, MARK, CardFacts, Records, render_card, render_part_card
+from .data import HUB_IDS
 from .errors import InputError, require
 from .files import check_folder, local_or_hub, user_path
+from .outgoing import outgoing_files
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .sampling import load_pipeline, sample_images, save_grid
 
+CARD = "README.md"
 PICTURE = "samples.png"
 RECORDS = ("run.json", "results.json", "metrics.jsonl")
+PICTURES_AND_LOGS = ("samples/update-*.png", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml")
 """What a training script writes about a run."""
+
+Files = Mapping[str, Path | bytes]
+"""Path in the repository to content."""
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -65,6 +81,8 @@ def export_run(
         InputError: bad input; nothing is written then.
     """
     output, run = check_folder(output), Path(local_or_hub(run, "run"))
+    if repo_id is not None:
+        check_repo_id(repo_id)
     require(not output.exists() or _is_empty(output), "output", "be a new or empty folder", str(output))
     outside = run.resolve() not in output.resolve().parents
     require(outside, "output", "lie outside the run, which is copied", str(output))
@@ -73,20 +91,37 @@ def export_run(
     require(num_images >= 0, "num_images", "be at least 0", num_images)
     evaluation = read_results(results) if results is not None else None
     arm = choose_arm(evaluation, arm) if evaluation else None
-    pipeline = load_pipeline(run, features)
-    _cast(pipeline, DTYPES[dtype])
-
-    output.mkdir(parents=True, exist_ok=True)
-    runs = _copy_training(run, Path(features) if features else None, output)
-    picture = PICTURE if num_images else None
-    name = repo_id or output.resolve().name
-    write_repository(pipeline, output, name, runs=runs, results=evaluation, arm=arm, picture=picture)
-    if num_images:
-        _cast(pipeline, torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        steps: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-        save_grid(sample_images(pipeline, num_images, **steps), output / PICTURE)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}")
+    except OSError as error:
+        raise InputError(f"`output` must be a place to write to, got {str(output)!r} ({error.strerror})") from error
+    with scratch as name:
+        folder = Path(name)
+        pipeline = load_pipeline(run, features)
+        _cast(pipeline, DTYPES[dtype])
+        runs = _copy_training(run, Path(features) if features else None, folder)
+        picture = PICTURE if num_images else None
+        title = repo_id or output.resolve().name
+        write_repository(pipeline, folder, title, runs=runs, results=evaluation, arm=arm, picture=picture)
+        if num_images:
+            _cast(pipeline, torch.float32)
+            pipeline.set_progress_bar_config(disable=True)
+            steps: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+            save_grid(sample_images(pipeline, num_images, **steps), folder / PICTURE)
+        _move(outgoing_files(folder, run), output)
     return output
+
+
+def _move(files: Files, output: Path) -> None:
+    """Write files into a folder; those that lie elsewhere are moved there."""
+    for name, content in files.items():
+        target = output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            shutil.move(content, target)
+        else:
+            target.write_bytes(content)
 
 
 def write_repository(
@@ -103,12 +138,11 @@ def write_repository(
     """Write weights, evaluation and card of a pipeline into a folder; arguments as in `CardFacts`."""
     name = type(pipeline).__name__
     require(name in KINDS, "pipeline", f"be one of {', '.join(KINDS)}", name)
-    bank = getattr(pipeline, "reference_bank", None)
     facts = CardFacts(
         repo_id=repo_id,
         class_name=name,
         parameters=parameters(pipeline),
-        dataset=_dataset(runs, results) or (bank.config.dataset if bank is not None else None),
+        dataset=_hub_data_set(runs, results, getattr(pipeline, "reference_bank", None)),
         config=scheduler_facts(pipeline),
         runs=runs,
         results=results,
@@ -120,7 +154,7 @@ def write_repository(
     pipeline.save_pretrained(output, variant=variant)
     if results is not None:
         (output / "results.json").write_text(_json(results), encoding="utf-8")
-    card.save(output / "README.md")
+    card.save(output / CARD)
 
 
 def read_results(file: str | Path) -> dict[str, Any]:
@@ -186,12 +220,21 @@ def _copy_training(run: Path, features: Path | None, output: Path) -> Records:
         target.mkdir(parents=True)
         for file in (file for file in RECORDS if (folder / file).is_file()):
             shutil.copyfile(folder / file, target / file)
-        (target / "run.json").write_text(_json(_without_paths(_read_json(folder / "run.json"))), encoding="utf-8")
         records[name] = _read_json(target / "run.json"), _read_json(target / "results.json")
-    for name in ("samples", "logs"):
-        if (run / name).is_dir():
-            shutil.copytree(run / name, output / name)
+    for recorded in _pictures_and_logs(run):
+        target = output / recorded.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(recorded, target)
     return records
+
+
+def _pictures_and_logs(run: Path) -> Iterator[Path]:
+    """What training wrote into the run's folder, and nothing that somebody else has put beside it."""
+    for file in sorted(path for pattern in PICTURES_AND_LOGS for path in run.glob(pattern)):
+        if file.is_symlink() or not file.is_file():
+            logger.warning("%s is left out: it is no file of the run", file.relative_to(run))
+        else:
+            yield file
 
 
 def _runs_behind(run: Path, features: Path | None) -> dict[str, Path]:
@@ -210,17 +253,19 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _without_paths(value: Any) -> Any:
-    """A configuration in which absolute paths are names: the rest of a path means nothing elsewhere."""
-    if isinstance(value, dict):
-        return {name: _without_paths(entry) for name, entry in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _hub_data_set(runs: Records, results: Mapping[str, Any] | None, bank: Any) -> str | None:
+    """Hub id of the training data, where it came from the Hub: as the records have it, or as the bank's images tell.
 
-
-def _dataset(runs: Records, results: Mapping[str, Any] | None) -> str | None:
-    names = [run.get("data", {}).get("name") for run, _ in runs.values()]
-    names.append((results or {}).get("dataset"))
-    return next((str(name) for name in names if name), None)
+    Records without the entry know data sets of the Hub by the names that this package gives them.
+    """
+    data = [run.get("data", {}) for run, _ in runs.values()]
+    found = [(entry.get("name"), entry, "hub_id") for entry in data]
+    found.append(((results or {}).get("dataset"), results or {}, "dataset_hub_id"))
+    for name, record, key in found:
+        if name:
+            return record.get(key, HUB_IDS.get(name))
+    fingerprint = bank.config.data_fingerprint if bank is not None else None
+    return next((hub_id for hub_id, facts in DATA.items() if facts.fingerprint == fingerprint), None)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -250,39 +295,80 @@ def push_pipeline(
         return push_folder(folder, repo_id, commit_message=message, **options)
 
 
+def push_part(
+    part: Any,
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    commit_message: str | None = None,
+    **options: Any,
+) -> str:
+    """Push one part of a pipeline, with a short card unless it goes into a subfolder; `options` as of `push_files`."""
+    check_repo_id(repo_id)
+    name = type(part).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        part.save_pretrained(folder, variant=variant)
+        if not subfolder:
+            render_part_card(repo_id, name).save(Path(folder) / CARD)
+        files = {f"{subfolder}/{path}" if subfolder else path: file for path, file in outgoing_files(folder).items()}
+        return push_files(files, repo_id, commit_message=commit_message or f"Upload {name}", **options)
+
+
 # --- The Hub ----------------------------------------------------------------------------------------------------------
 
 
 def repository_files(folder: str | Path) -> dict[str, int]:
-    """Path in the repository to size in bytes of everything in a folder, hidden files and folders apart."""
+    """Path in the repository to size in bytes of everything in a folder that a push sends, see `outgoing_files`."""
+    return file_sizes(outgoing_files(user_path(folder)))
+
+
+def file_sizes(files: Files) -> dict[str, int]:
+    """Path in the repository to size in bytes."""
+    return {
+        path: len(content) if isinstance(content, bytes) else content.stat().st_size for path, content in files.items()
+    }
+
+
+def push_folder(folder: str | Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> str:
+    """Push a folder as one commit: what `export_run` wrote, or any saved pipeline.
+
+    `outgoing_files` says what of it goes; `options` are those of `push_files`.
+
+    Raises:
+        InputError: as `outgoing_files` and `push_files`, or a folder without a pipeline.
+    """
+    check_repo_id(repo_id)
     folder = user_path(folder)
-    paths = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
-    shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    return {path.as_posix(): (folder / path).stat().st_size for path in shown}
+    files = outgoing_files(folder)
+    require("model_index.json" in files, "folder", "hold a saved pipeline", str(folder))
+    message = commit_message or f"Upload {folder.resolve().name}"
+    return push_files(files, repo_id, commit_message=message, **options)
 
 
-def push_folder(
-    folder: str | Path,
+def push_files(
+    files: Files,
     repo_id: str,
     *,
+    commit_message: str,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str | None = None,
 ) -> str:
-    """Push a folder as one commit. Files that an interrupted push has left on the Hub are not sent again.
+    """Push files as one commit. Those that an interrupted push has left on the Hub are not sent again.
 
     A card in the repository that was not made by this package stays as it is.
 
     Args:
-        folder: what `export_run` wrote, or any model repository.
-        repo_id: `user/name`; it is created where it does not exist.
+        files: as `outgoing_files` returns them.
+        repo_id: `user/name`, or a name among the repositories of the token's owner; it is created where it does not
+            exist.
+        commit_message: first line of the commit's message.
         private: create it private. An existing public repository is refused.
         token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
         revision: branch to commit to, created where it does not exist.
         create_pr: open a pull request in place of a commit.
-        commit_message: first line of the commit's message.
 
     Returns:
         Address of the commit.
@@ -291,33 +377,31 @@ def push_folder(
         InputError: no token, no permission, no network, no such name; the repository has no half of the files then.
     """
     check_repo_id(repo_id)
-    folder = user_path(folder)
-    files = repository_files(folder)
-    require("model_index.json" in files, "folder", "hold a saved pipeline", str(folder))
-    token = token or get_token()
-    require(token is not None, "token", "be there to push: run `hf auth login`, or set HF_TOKEN", None)
-    operations = [CommitOperationAdd(path, _contents(Path(folder), path, repo_id)) for path in files]
-    api = HfApi(token=token)
+    api = HfApi(token=find_token(token))
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private:
             public = api.repo_info(repo_id).private is False
             require(not public, "private", f"be left out for {repo_id}, which is public", private)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if _has_card_of_its_own(api, repo_id, revision):
-            operations = [operation for operation in operations if operation.path_in_repo != "README.md"]
+        kept = {CARD} if _has_card_of_its_own(api, repo_id, revision) else set()
+        operations = [
+            CommitOperationAdd(path, _addressed(content, repo_id) if path == CARD else content)
+            for path, content in files.items()
+            if path not in kept
+        ]
         commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or f"Upload {Path(folder).resolve().name}",
-            revision=revision,
-            create_pr=create_pr,
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
+    except InputError:
+        raise
     except OfflineModeIsEnabled as error:
         raise InputError(f"`repo` {repo_id!r} cannot be reached: HF_HUB_OFFLINE is set") from error
     except HfHubHTTPError as error:
         raise InputError(f"`repo` {repo_id!r} refused the push: {_reason(error)}") from error
+    except ValueError as error:  # a card's metadata
+        raise InputError(f"`repo` {repo_id!r} refused the push: {_first_line(error)}") from error
     except (HTTPError, OSError, RuntimeError) as error:
         raise InputError(f"`repo` {repo_id!r} cannot be reached: {_first_line(error)}") from error
     return str(commit.pr_url or commit.commit_url)
@@ -335,21 +419,39 @@ def check_repo_id(repo_id: str) -> None:
         raise InputError(f"`repo` must be user/name, got {repo_id!r} ({_first_line(error)})") from error
 
 
-def _contents(folder: Path, path: str, repo_id: str) -> Path | bytes:
-    """A file of the folder; the card loads from where it is pushed to."""
-    if path != "README.md":
-        return folder / path
-    card = (folder / path).read_text(encoding="utf-8")
-    return re.sub(r'(Pipeline\.from_pretrained\()"[^"]+"', rf'\1"{repo_id}"', card).encode()
+def find_token(token: str | None = None) -> str:
+    """The token to push with: the given one, or the one that `hf auth login` stored or `HF_TOKEN` holds.
+
+    Raises:
+        InputError: there is none, or one that no request can carry.
+    """
+    token = token or get_token()
+    require(token is not None, "token", "be there to push: run `hf auth login`, or set HF_TOKEN", None)
+    sendable = token is not None and token.isascii() and token.isprintable()
+    require(sendable, "token", "have ASCII letters and digits only", "one with others")
+    return str(token)
+
+
+def _addressed(card: Path | bytes, repo_id: str) -> bytes:
+    """A card of this package as it loads from where it is pushed to; any other as it is."""
+    content = card.read_bytes() if isinstance(card, Path) else card
+    if MARK.encode() not in content:
+        return content
+    return re.sub(rb'(\.from_pretrained\()"[^"]+"', rb'\1"' + repo_id.encode() + b'"', content)
 
 
 def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether the repository's card was written by someone else."""
-    try:
-        file = api.hf_hub_download(repo_id, "README.md", revision=revision)
-    except (HfHubHTTPError, OSError):
-        return False
-    return MARK not in Path(file).read_text(encoding="utf-8")
+    """Whether the repository's card was written by someone else.
+
+    Raises:
+        HfHubHTTPError, OSError: the Hub does not tell.
+    """
+    with tempfile.TemporaryDirectory() as fresh:  # what an earlier call cached is not what is there
+        try:
+            file = api.hf_hub_download(repo_id, CARD, revision=revision, cache_dir=fresh)
+        except RemoteEntryNotFoundError:
+            return False
+        return MARK.encode() not in Path(file).read_bytes()
 
 
 def _reason(error: HfHubHTTPError) -> str:

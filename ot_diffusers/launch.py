@@ -1,19 +1,26 @@
-"""The training scripts as commands: where they and their presets lie, and how one of them is started."""
+"""The training scripts as commands: where they and their presets lie, how one of them is started, and what a launcher
+has decided for it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from .config import BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, load_config
-from .errors import require
+import yaml
+
+from .config import PRECISIONS, BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, TrainingConfig, load_config
+from .errors import InputError, require
 from .files import expand_home
+
+C = TypeVar("C", bound=TrainingConfig)
 
 SCRIPTS: dict[str, tuple[str, type[Any]]] = {
     "features": ("train_features.py", FeaturesConfig),
@@ -82,17 +89,60 @@ def training_command(
     """
     require(num_processes >= 1, "num_processes", "be at least 1", num_processes)
     arguments = (["--config", str(preset_path(config))] if config else []) + list(overrides)
-    load_config(SCRIPTS[name][1], arguments)
+    values = load_config(SCRIPTS[name][1], arguments)
     script = [str(script_path(name)), *arguments]
     if accelerate_config is not None:
         accelerate_config = expand_home(accelerate_config)
-        require(os.path.isfile(accelerate_config), "accelerate_config", "be an existing file", accelerate_config)
+        launched(values, _environment_of(accelerate_config))
         count = ["--num_processes", str(num_processes)] if num_processes > 1 else []
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
         return [*launcher, *count, *script]
     if num_processes > 1:
         return [sys.executable, "-m", "ot_diffusers.workers", str(num_processes), *script]
     return [sys.executable, *script]
+
+
+def _environment_of(accelerate_config: str) -> dict[str, str]:
+    """What a file of `accelerate config` leaves in the scripts' environment, as far as it concerns their options."""
+    require(Path(accelerate_config).is_file(), "accelerate_config", "be an existing file", accelerate_config)
+    try:
+        decided = yaml.safe_load(Path(accelerate_config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"`accelerate_config` must be valid YAML, got {accelerate_config!r}") from error
+    require(isinstance(decided, dict), "accelerate_config", "be a file of `accelerate config`", accelerate_config)
+    precision = decided.get("mixed_precision") or "no"  # YAML reads a bare `no` as False
+    return {"ACCELERATE_MIXED_PRECISION": str(precision)}
+
+
+def launched(config: C, environment: Mapping[str, str] = os.environ) -> C:
+    """The configuration with the launcher's mixed precision and gradient accumulation where it leaves them open;
+    without a launcher, in full precision and with one forward pass for an update.
+
+    `accelerate launch` says "no" to mixed precision wherever nobody has said anything else. So that is no decision, and
+    the configuration's prevails.
+
+    Raises:
+        InputError: launcher and configuration differ, or the launcher asks for what no script can do.
+    """
+    precision = (environment.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or None
+    require(precision in PRECISIONS, "ACCELERATE_MIXED_PRECISION", f"be one of {', '.join(PRECISIONS)}", precision)
+    counted = steps is None or (steps.isdecimal() and int(steps) >= 1)
+    require(counted, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "be a whole number of at least 1", steps)
+    decided_precision = None if precision == "no" else precision
+    decided_steps = None if steps is None else int(steps)
+    own_precision, own_steps = config.mixed_precision, config.gradient_accumulation_steps
+    for name, decided, own in (
+        ("mixed_precision", decided_precision, own_precision),
+        ("gradient_accumulation_steps", decided_steps, own_steps),
+    ):
+        agreed = decided is None or own in (None, decided)
+        require(agreed, name, f"be left out or {decided}, which the launcher has decided", own)
+    return dataclasses.replace(
+        config,
+        mixed_precision=decided_precision or own_precision or "no",
+        gradient_accumulation_steps=decided_steps or own_steps or 1,
+    )
 
 
 def run_command(command: Sequence[str]) -> int:

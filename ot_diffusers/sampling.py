@@ -20,11 +20,13 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from .errors import InputError, require
+from .data.decode import Decoder
+from .data.pictures import list_folder, picture_table
+from .errors import InputError, require, require_integer
 from .features import load_feature_extractor, load_reference_bank
 from .files import GRID_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
-from .models.backbone_extractor import BackboneFeatureExtractor
-from .models.feature_extractor import FeatureExtractor
+from .guidance import check_takes
+from .pipelines.call import unet_image_shape
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .seeds import keyed_generator
@@ -37,7 +39,6 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 MAX_BATCH_SIZE = 1000
 GRID_IMAGES = 400
 GRID_TILE = 48
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 # --- Pipelines --------------------------------------------------------------------------------------------------------
@@ -74,8 +75,9 @@ def with_guidance(pipeline: Any, features: str) -> Any:
         InputError: no such run, or a network of other images.
     """
     network, bank = load_feature_extractor(features), load_reference_bank(features)
-    _check_fits(network, pipeline.unet)
-    if isinstance(pipeline, TruncatedPriorPipeline):
+    truncated = isinstance(pipeline, TruncatedPriorPipeline)
+    check_takes(network, pipeline.prior.image_shape if truncated else unet_image_shape(pipeline.unet), "features")
+    if truncated:
         return TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
     return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
 
@@ -114,15 +116,6 @@ def pipeline_class_name(path: str) -> str:
         return str(DiffusionPipeline.load_config(place)["_class_name"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"`pipeline` must be a saved diffusers pipeline, got {path!r} ({_one_line(error)})") from error
-
-
-def _check_fits(network: FeatureExtractor, unet: Any) -> None:
-    if isinstance(network, BackboneFeatureExtractor):
-        return  # takes images of any size
-    wanted = (unet.config.in_channels, unet.config.sample_size)
-    config: Any = network.config
-    found = (config.in_channels, config.sample_size)
-    require(found == wanted, "features", f"take images of (channels, size) {wanted}, as the UNet makes them", found)
 
 
 # --- Images -----------------------------------------------------------------------------------------------------------
@@ -212,16 +205,17 @@ def _sample_rows(pipeline: Any, rows: Tensor, seed: int, call_arguments: dict[st
     """The images of these numbers; None where the memory does not suffice."""
     generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
     try:
-        pictures = pipeline(batch_size=len(rows), generator=generators, output_type="pil", **call_arguments).images
+        pixels = pipeline(batch_size=len(rows), generator=generators, output_type="np", **call_arguments).images
     except RuntimeError as error:
         if should_reduce_batch_size(error):
             return None
         raise
-    return torch.stack([_to_tensor(picture) for picture in pictures])
+    require(bool(np.isfinite(pixels).all()), "pipeline", "make finite images", "NaN")  # stock pipelines do not look
+    return torch.from_numpy(pixels).mul(255).round().to(torch.uint8).permute(0, 3, 1, 2).contiguous()
 
 
 def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the pipeline's call does not know, and step counts that no chain has.
+    """Refuse arguments that the pipeline's call does not know, and numbers of steps that no chain has.
 
     Raises:
         InputError: naming the argument.
@@ -232,7 +226,9 @@ def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:
         hint = ", or come with the features that guide (--features RUN)" if name in guided else ""
         require(name in known, name, f"be left out for a {type(pipeline).__name__}{hint}", value)
     steps, length = call_arguments.get("num_inference_steps"), pipeline.scheduler.config.num_train_timesteps
-    require(steps is None or 1 <= steps <= length, "num_inference_steps", f"lie in 1 … {length}", steps)
+    if steps is not None:
+        require_integer("num_inference_steps", steps, at_least=1)
+        require(steps <= length, "num_inference_steps", f"lie in 1 … {length}", steps)
 
 
 def best_device() -> str:
@@ -242,7 +238,7 @@ def best_device() -> str:
 
 def network_calls(pipeline: Any) -> int:
     """Calls of the denoiser, and of the prior where there is one, per image in the pipeline's last run."""
-    return pipeline.nfe if isinstance(pipeline, TruncatedPriorPipeline) else len(pipeline.scheduler.timesteps)
+    return pipeline.nfe if hasattr(pipeline, "nfe") else len(pipeline.scheduler.timesteps)
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -290,28 +286,20 @@ def image_grid(images: Tensor) -> PIL.Image.Image:
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:
-    """The pictures of a folder in the order of their names, uint8 [N, C, H, W]; `grid.png` is not one of them.
+    """All pictures of a folder in the order of their paths, uint8 [N, C, H, W], read as those of a data set.
 
     Args:
-        folder: what `save_images` wrote, or any folder of pictures of one size.
+        folder: what `save_images` wrote, without its `grid.png`, or any folder with pictures of one size.
         channels: 1 converts to grey, 3 to RGB.
 
     Raises:
-        InputError: no picture, an unreadable one, or one of another size.
+        InputError: fewer than two pictures, an unreadable one, or one of another size.
     """
-    files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    files = [file for file in files if file.name != GRID_NAME]
-    require(len(files) >= 2, "images", "be a saved pipeline, or a folder with at least 2 pictures", str(folder))
-    images: list[Tensor] = []
-    for file in files:
-        try:
-            with PIL.Image.open(file) as picture:
-                images.append(_to_tensor(picture.convert("L" if channels == 1 else "RGB")))
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise InputError(f"`images` must hold readable pictures, got {str(file)!r} ({_one_line(error)})") from error
-        size = tuple(images[0].shape[1:])
-        require(tuple(images[-1].shape[1:]) == size, "images", f"all have size {size}", f"{file.name} of another size")
-    return torch.stack(images)
+    listing = list_folder(folder, "images")
+    enough = len(listing.pictures) >= 2
+    require(enough, "images", "be a saved pipeline, or a folder with at least 2 pictures", str(folder))
+    listing.warn()
+    return Decoder(picture_table(listing), "image", str(folder), None, channels, "images").decode_all()
 
 
 def _to_tensor(picture: PIL.Image.Image) -> Tensor:

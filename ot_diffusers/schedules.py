@@ -7,18 +7,81 @@ Symbols (as in DDIM, arXiv 2010.02502, and progressive distillation, arXiv 2202.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError, require
+from .errors import InputError, require, require_integer
+from .images import require_model_range
 from .seeds import keyed_normal
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def alpha_sigma(scheduler: Any, timestep: Tensor | int, step_index: int | None = None) -> tuple[Tensor, Tensor]:
+def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device | str | None = None) -> list[int]:
+    """Prepare `scheduler` for a chain, and say which chain it is: one timestep for each call of the denoiser.
+
+    It is diffusers' own chain wherever that is a proper one. Two faults of its roundings are mended: the surplus
+    timestep −1 of some trailing spacings (61 of 1,000 steps, 13 of 15) is dropped, and a solver that would pass one
+    noise level twice (1,000 of 1,000 steps in DPM-Solver++ or UniPC), which is a division by zero, takes a step less.
+    A solver that calls the denoiser more than once in a step has more timesteps than steps (PNDM: 19 for 10 steps).
+
+    Args:
+        scheduler: a diffusers scheduler; its state is changed.
+        num_inference_steps: 1 … `num_train_timesteps`.
+        device: of `scheduler.timesteps`.
+
+    Raises:
+        InputError: a number of steps that this scheduler has no chain for, or a scheduler whose chain does not fall.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> set_timesteps(DDIMScheduler(num_train_timesteps=15, timestep_spacing="trailing"), 13)[-3:]
+        [2, 1, 0]
+    """
+    name, length = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    require_integer("num_inference_steps", num_inference_steps, at_least=1)
+    require(num_inference_steps <= length, "num_inference_steps", f"be from 1 to {length}", num_inference_steps)
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = scheduler.timesteps.tolist()
+    except (ArithmeticError, IndexError, ValueError):  # LCM takes 50 steps at most, PNDM 4 at least
+        timesteps = []
+    exists = bool(timesteps) and timesteps[0] < length
+    require(exists, "num_inference_steps", f"be a number of steps that {name} can take", num_inference_steps)
+    falling = all(later <= earlier for earlier, later in pairwise(timesteps))
+    require(falling, "scheduler", "walk from noise to images", name)
+    if timesteps[-1] < 0:
+        _drop_surplus(scheduler, num_inference_steps, sum(timestep >= 0 for timestep in timesteps))
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and bool((sigmas[1:-1] == sigmas[:-2]).any()):
+        return set_timesteps(scheduler, num_inference_steps - 1, device)
+    return scheduler.timesteps.tolist()
+
+
+def preserves_variance(scheduler: Any) -> bool:
+    """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow schedulers scale otherwise."""
+    return _has_betas(scheduler) and float(getattr(scheduler, "init_noise_sigma", 1.0)) == 1.0
+
+
+def reversible_steps(scheduler: Any, timesteps: Sequence[int]) -> set[int]:
+    """The steps of a chain at which the model output and x̂0 determine each other, by their positions.
+
+    An ε prediction says nothing of x̂0 where α = 0, the start of a schedule with zero terminal SNR; and where σ = 0 the
+    image is there already.
+    """
+    levels = alpha_sigma(scheduler, torch.tensor(timesteps), torch.arange(len(timesteps)))
+    alpha, sigma = (level.tolist() for level in levels)
+    divisors = {"epsilon": (alpha, sigma), "v_prediction": (sigma,)}.get(scheduler.config.prediction_type, ())
+    return {step for step in range(len(timesteps)) if all(divisor[step] > 0 for divisor in divisors)}
+
+
+def alpha_sigma(
+    scheduler: Any, timestep: Tensor | int, step_index: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
     """Signal and noise level (α_t, σ_t) that `scheduler` itself uses at `timestep`.
 
     Multistep solvers (DPM-Solver++, UniPC) place their noise levels on a grid of sigmas σ_t/α_t that need not coincide
@@ -28,7 +91,7 @@ def alpha_sigma(scheduler: Any, timestep: Tensor | int, step_index: int | None =
     Args:
         scheduler: a diffusers scheduler with `alphas_cumprod`.
         timestep: integer timestep(s), 0 … `num_train_timesteps` − 1; any shape.
-        step_index: position in the solver's own grid.
+        step_index: position in the solver's own grid, of the shape of `timestep`.
 
     Returns:
         α_t and σ_t, float32, of the shape of `timestep`, on the CPU unless `timestep` is a tensor elsewhere.
@@ -172,8 +235,11 @@ def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch:
     Returns:
         x_T', [B, C, H, W], like `images`.
     """
+    require(seed >= 0, "seed", "be at least 0", seed)
     matched = indices.shape == images.shape[:1]
     require(matched, "indices", f"hold one index for each of the {len(images)} images", tuple(indices.shape))
+    if images.device.type == "cpu":
+        require_model_range(images)
     # Apple's GPUs lack float64.
     device = "cpu" if images.device.type == "mps" else images.device
     noise = keyed_normal((seed, "truncated", epoch), indices.to(device), images.shape[1:])
@@ -182,6 +248,14 @@ def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch:
 
 
 _SIGMA_SPACINGS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"}
+
+
+def _drop_surplus(scheduler: Any, num_inference_steps: int, count: int) -> None:
+    """Keep the first `count` timesteps, and the noise level that the chain ends at."""
+    scheduler.timesteps = scheduler.timesteps[:count]
+    scheduler.num_inference_steps = num_inference_steps
+    if getattr(scheduler, "sigmas", None) is not None:
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:count], scheduler.sigmas[-1:]])
 
 
 def _has_betas(scheduler: Any) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .errors import require
+
 
 def key(*parts: int | str) -> int:
     """63 bits from `parts`.
@@ -23,6 +25,30 @@ def key(*parts: int | str) -> int:
 def keyed_generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """A generator on `device` that is a pure function of `parts`."""
     return torch.Generator(device).manual_seed(key(*parts))
+
+
+def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """PyTorch's generator of any seed that is not negative: its own up to 2⁶⁴, and that of a hash beyond.
+
+    Example:
+        >>> seeded_generator(3).initial_seed(), seeded_generator(10**30).initial_seed() < 2**64
+        (3, True)
+    """
+    return torch.Generator(device).manual_seed(folded(seed, 64))
+
+
+def folded(seed: int, bits: int) -> int:
+    """`seed` itself where it has at most that many bits, for generators that take no more; otherwise a hash of it.
+
+    Raises:
+        InputError: a negative one.
+
+    Example:
+        >>> folded(2**32 - 1, 32) == 2**32 - 1, folded(2**32, 32) < 2**32
+        (True, True)
+    """
+    require(seed >= 0, "seed", "be at least 0", seed)
+    return seed if seed < 2**bits else key(seed) % 2**bits
 
 
 def keyed_normal(parts: Sequence[int | str], indices: Tensor, shape: Sequence[int]) -> Tensor:

@@ -26,12 +26,14 @@ from .errors import require, require_same
 from .evaluation import plots, report
 from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
 from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+from .evaluation.health import evaluator_line, evaluator_properties
 from .evaluation.metrics import frechet_distance, sinkhorn_distance
 from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
 from .experiment import check_study_folder
 from .features import labels_of, weights_fingerprint
 from .files import user_path, write_json
+from .seeds import seeded_generator
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),
@@ -64,13 +66,14 @@ Curves = dict[str, StressCurve]
 
 @dataclass
 class Split:
-    """Real images and their labels, described by the evaluator."""
+    """Real images of the data set of that name and their labels, described by the evaluator."""
 
     images: ImageSet
     labels: Tensor
+    name: str
 
     def rows(self, rows: slice) -> Split:
-        return Split(self.images.rows(rows), self.labels[rows])
+        return Split(self.images.rows(rows), self.labels[rows], self.name)
 
 
 def run_stress_study(
@@ -82,6 +85,7 @@ def run_stress_study(
     repeats: int = 3,
     seed: int = 0,
     device: Any = "cpu",
+    data_options: Mapping[str, Any] | None = None,
     announce: Announce = print,
 ) -> dict[str, Any]:
     """Run all tests; write `stress.json`, `stress.md`, `report.html` and pictures; returns what `stress.json` holds.
@@ -94,6 +98,7 @@ def run_stress_study(
         repeats: draws of each damage, at least 3: intervals from fewer say nothing.
         seed: decides which images and all draws.
         device: of the evaluator.
+        data_options: of `load_images`, such as `label_column`.
         announce: takes the lines that tell how far it is.
 
     Raises:
@@ -104,7 +109,8 @@ def run_stress_study(
     file = user_path(output) / "stress.json"
     check_study_folder(file)
     extractor = load_evaluator(evaluator).to(device)
-    test, train = (load_split(dataset, split, extractor, num_samples, seed) for split in ("test", "train"))
+    options = dict(data_options or {})
+    test, train = (load_split(dataset, split, extractor, num_samples, seed, **options) for split in ("test", "train"))
     count = min(num_samples, len(test.labels) // 2)
     damaged, reference = test.rows(slice(count)), test.rows(slice(count, 2 * count))
     pool = train.rows(slice(count))
@@ -112,14 +118,15 @@ def run_stress_study(
         empty = sorted(set(train.labels.tolist()) - set(drawn.labels.tolist()))
         require(not empty, "num_samples", f"be enough to draw every class, also {empty}", count)
     settings = {
-        "dataset": dataset,
+        "dataset": test.name,
         "evaluator": weights_fingerprint(extractor),
         "num_samples": count,
         "repeats": repeats,
         "seed": seed,
+        "data_options": options or None,
     }
     output = file.parent
-    results = open_results(file, settings, evaluator_facts(extractor, test.images.features.shape[1]))
+    results = open_results(file, settings, evaluator_facts(extractor, reference.images))
 
     tests = {
         "source figures": source_tests(damaged, pool, repeats, seed),
@@ -141,12 +148,13 @@ def run_stress_study(
 # --- The tests --------------------------------------------------------------------------------------------------------
 
 
-def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int) -> Split:
+def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any) -> Split:
     """As many images of a split as the tests need, drawn by `seed`."""
-    images = load_real_images(dataset, split, extractor)
+    images = load_real_images(dataset, split, extractor, **options)
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
-    return Split(describe_images(pixels_of(images, rows), extractor), labels_of(images)[rows])
+    rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
+    labels = labels_of(images)[rows]
+    return Split(describe_images(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
 
 
 def metric_tests(
@@ -155,7 +163,7 @@ def metric_tests(
     """Every damage under every metric."""
     damages: dict[str, Damage] = {
         "noise": add_noise,
-        "missing classes": drop_classes(damaged.labels),
+        "missing classes": drop_classes(class_numbers(damaged)),
         "mode collapse": collapse_modes,
         "memorisation": memorise(train.images.images),
     }
@@ -168,6 +176,11 @@ def metric_tests(
         return stress_test(damaged.images.images, damages[name], amounts, measure, repeats=repeats, seed=seed)
 
     return {name: partial(curves, name) for name in damages}
+
+
+def class_numbers(split: Split) -> Tensor:
+    """Its labels without the numbers of classes that have no image."""
+    return split.labels.unique(return_inverse=True)[1]
 
 
 def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]] = AMOUNTS) -> tuple[float, ...]:
@@ -190,7 +203,7 @@ def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str
         )
 
     def missing_classes() -> Curves:
-        damage, amounts = drop_classes(train.labels), amounts_of("missing classes", train, SOURCE_AMOUNTS)
+        damage, amounts = drop_classes(class_numbers(train)), amounts_of("missing classes", train, SOURCE_AMOUNTS)
         return stress_test(second, damage, amounts, partial(source_distances, first), repeats=repeats, seed=seed)
 
     return {"noise": noise, "missing classes": missing_classes}
@@ -250,10 +263,10 @@ def source_rows(results: Mapping[str, Any]) -> Rows:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The verdicts: metrics down, damages across, each with its first and last mean."""
-    settings, extractor = results["settings"], results["extractor"]
+    settings = results["settings"]
     lead = (
-        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others, in the "
-        f"{extractor['feature_dim']} features of {extractor['name']}; {settings['repeats']} draws. {READING}"
+        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others; "
+        f"{settings['repeats']} draws. {evaluator_line(results['extractor'])} {READING}"
     )
     verdicts, source = (report.markdown_rows(rows) for rows in (verdict_rows(results), source_rows(results)))
     return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {SOURCE_HEADING}", source]) + "\n"
@@ -264,14 +277,15 @@ def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file:
     settings, extractor = results["settings"], results["extractor"]
     tables = verdict_rows(results), source_rows(results)
     verdicts, source = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
-    sections = {"Verdicts": verdicts + paragraphs([READING, *blind_spots(results)]), SOURCE_HEADING: source}
+    notes = [evaluator_line(extractor), READING, *blind_spots(results)]
+    sections = {"Verdicts": verdicts + paragraphs(notes), SOURCE_HEADING: source}
     sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
     sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
     facts = [
         f"{settings['num_samples']:,} damaged test images against as many others",
         f"{settings['repeats']} draws",
         f"evaluated by {extractor['name']}",
-        f"{extractor['feature_dim']} features",
+        *evaluator_properties(extractor),
     ]
     return write_page(file, title_of(results), sections, facts=facts)
 

@@ -51,6 +51,7 @@ def export_truncated_set(
 
     folder = check_folder(folder)
     require(not os.path.lexists(folder), "output", "be a new folder", str(folder))
+    require(seed >= 0, "seed", "be at least 0", seed)
     require(num_epochs >= 1, "num_epochs", "be at least 1", num_epochs)
     columns = {
         "sample": datasets.Array3D(images.image_shape, "float16"),

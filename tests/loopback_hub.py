@@ -57,6 +57,8 @@ class LoopbackHub:
         self.uploads: list[str] = []
         self.fail: set[str] = set()
         """Parts of paths that answer with status 400 when they are written to."""
+        self.broken: set[str] = set()
+        """Parts of paths that answer with status 500 when they are read."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -84,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self._path()
+        if any(part in path for part in self.hub.broken):
+            return self._error(500, None, "out of order")
         if path == "/test/requests":
             return self._json([" ".join(request) for request in self.hub.requests])
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):

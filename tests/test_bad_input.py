@@ -88,7 +88,24 @@ def broken_data(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
     (root / "no_picture" / "train" / "05.png").write_bytes(b"GIF89a but no more")
     PIL.Image.new("L", (9, 8)).save(root / "sizes" / "train" / "05.png")
-    PIL.Image.new("I;16", (8, 8)).save(root / "deep" / "train" / "05.png")
+    PIL.Image.new("F", (8, 8)).save(root / "deep" / "train" / "05.tif")
+    for split, size in (("validation", 100), ("test", 60)):
+        shutil.copytree(root / "tiny" / "train", root / f"cut_{split}" / "train")
+        for other in ("validation", "test"):
+            shutil.copytree(root / "tiny" / "train", root / f"cut_{split}" / other)
+        picture = PIL.Image.effect_noise((8, 8), 90)
+        picture.save(root / f"cut_{split}" / split / "last.jpg", quality=100)
+        file = root / f"cut_{split}" / split / "last.jpg"
+        file.write_bytes(file.read_bytes()[:-size])
+    for split in ("train", "test"):
+        for index in range(12):
+            (root / "larger_test" / split).mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("L", (8, 8) if split == "train" else (9, 9)).save(
+                root / "larger_test" / split / f"{index}.png"
+            )
+    (root / "twins").mkdir()
+    pictures = [PIL.Image.new("L", (8, 8))] * 20
+    datasets.Dataset.from_dict({"mask": pictures, "photo": pictures}).to_parquet(root / "twins" / "train.parquet")
     (root / "words").mkdir()
     datasets.Dataset.from_dict({"text": ["a"] * 20}).to_parquet(root / "words" / "train.parquet")
     (root / "torn").mkdir()
@@ -158,7 +175,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "a damaged picture": ("train baseline dataset={cut_image}", "05.png"),
     "a file that is no picture": ("train baseline dataset={no_picture}", "05.png"),
     "pictures of two sizes": ("train baseline dataset={sizes}", "image_size"),
-    "pictures of 16 bits": ("train baseline dataset={deep}", "8-bit"),
+    "pictures of any numbers": ("train baseline dataset={deep}", "05.tif"),
+    "a damaged validation picture": ("train baseline dataset={cut_validation} train_batch_size=2", "last.jpg"),
+    "a damaged test picture": ("train features dataset={cut_test} train_batch_size=2", "last.jpg"),
+    "a damaged test picture that training never reads": ("train ot dataset={cut_test} train_batch_size=2", "last.jpg"),
+    "test pictures of another size": ("train features dataset={larger_test} train_batch_size=2", "image_size"),
+    "two columns of pictures": ("train baseline dataset={twins}", "mask, photo"),
     "less than a batch": ("train baseline dataset={tiny}", "train_batch_size"),
     "words for pictures": ("train baseline dataset={words}", "image_column"),
     "a torn table": ("train baseline dataset={torn}", "torn"),

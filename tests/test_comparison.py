@@ -129,6 +129,7 @@ def test_report_says_what_the_numbers_say(results: dict[str, Any], config: Compa
         assert f"same: {NOT_SHOWN}" in text and "worse: worse" in text and "(primary)" in text
     assert page.count("data:image/png;base64,") == 5
     assert json.loads((folder / "results.json").read_text("utf-8"))["arms"] == results["arms"]
+    assert all(str(folder.parents[1]) not in text for text in (table, page, json.dumps(results)))
     means = [np.mean(results["per_seed"]["worse"]["recall"]), results["arms"]["worse"]["metrics"]["recall"]]
     assert means[0] == pytest.approx(means[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from pathlib import Path
 
 import datasets
@@ -293,7 +294,7 @@ def test_unknown_options_are_refused():
     refused(r"`image_size` must be positive, got 0", "digits", image_size=0)
     refused(r"`image_column` must be one of the columns image, label, got 'img'", "digits", image_column="img")
     refused(r"`label_column` must be one of the columns image, label, got 'y'", "digits", label_column="y")
-    refused(r"`label_column` must hold one integer per image, got 'image'", "digits", label_column="image")
+    refused(r"`label_column` must hold integers, texts or booleans, got 'image'", "digits", label_column="image")
     refused(r"`image_column` must hold images, got 'label'", "digits", image_column="label")
 
 
@@ -323,6 +324,26 @@ def test_images_of_different_shape_are_refused(tmp_path, max_resident_bytes):
             load_images(folder, "test", max_resident_bytes=max_resident_bytes).fetch(torch.arange(12))
         known = {"image_size": 8} if argument == "image_size" else {"channels": 1}
         assert load_images(folder, "test", **known).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_of_any_start_method(tmp_path, method):
+    """What one worker decodes is what this process decodes, and its refusal is one line."""
+    for i in range(12):
+        make_image(i).save(tmp_path / f"{i:02}.png")
+    streamed, resident = (load_images(str(tmp_path), max_resident_bytes=size) for size in (0, 2**20))
+    damaged = Path(streamed.decoder.table[8]["image"]["path"])
+    damaged.write_bytes(b"")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        batches = streamed.stream([torch.arange(3), torch.arange(3, 9)], num_workers=1)
+        assert torch.equal(next(batches)[1], resident.fetch(torch.arange(3)))
+        with pytest.raises(InputError, match=damaged.name) as caught:
+            next(batches)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -15,9 +15,10 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ot_diffusers.cache import save_aside
 from ot_diffusers.config import FeaturesConfig, load_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
@@ -217,7 +218,7 @@ def marked(cache: Path) -> Tensor:
     """Replace the content of the only file in the cache by something no network says; returns it."""
     (file,) = cache.iterdir()
     mark = load_file(file)["features"] + 1000
-    save_file({"features": mark}, file)
+    save_aside({"features": mark}, file)
     return mark
 
 

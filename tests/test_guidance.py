@@ -155,14 +155,94 @@ def test_the_same_batch_gives_the_same_images(parts):
     assert torch.equal(OTGuidance(*parts).correct(_blurred()), OTGuidance(*parts).correct(_blurred()))
 
 
-def test_what_an_object_did_before_hardly_matters(parts):
-    fresh, used = OTGuidance(*parts), OTGuidance(*parts)
-    used.correct(_images(32, seed=9))
-    used.correct(_images(7, seed=9))
-    # A warm start ends within the solver's tolerance of 1e-4; Adam's first step turns that into signs of tiny
-    # gradients, in a few pixels.
-    moved = (used.correct(_blurred()) - fresh.correct(_blurred())).abs()
-    assert (moved > 1e-3).float().mean() < 0.02
+class _Fixed(OTGuidance):
+    """With the numbers of iterations that a GPU takes, where the potentials of another chain would show."""
+
+    def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
+        return super()._num_iterations(torch.device("cuda"), is_warm)
+
+
+@pytest.mark.parametrize("kind", [OTGuidance, _Fixed])
+@pytest.mark.parametrize("timestep", [None, 500])
+def test_what_an_object_did_before_does_not_matter(parts, kind, timestep):
+    fresh, used = kind(*parts), kind(*parts)
+    used.correct(_images(32, seed=9), timestep)
+    used.correct(_images(7, seed=9), timestep)
+    with used.chain():
+        used.correct(_images(32, seed=9), 900)
+    expected = fresh.correct(_blurred(), timestep)
+    assert torch.equal(used.correct(_blurred(), timestep), expected)
+    assert torch.equal(used.correct(_blurred(), timestep), expected)
+
+
+def _chain(guidance: OTGuidance, images: torch.Tensor) -> torch.Tensor:
+    with guidance.chain():
+        for timestep in (800, 600, 400):
+            images = guidance.correct(images, timestep)
+    return images
+
+
+@pytest.mark.parametrize("kind", [OTGuidance, _Fixed])
+def test_equal_chains_give_equal_images(parts, kind):
+    guidance = kind(*parts)
+    expected = _chain(guidance, _blurred())
+    assert torch.equal(_chain(guidance, _blurred()), expected)
+    with pytest.raises(InputError), guidance.chain():
+        guidance.correct(_blurred(), 700)
+        guidance.correct(_blurred() * torch.nan, 600)
+    assert torch.equal(_chain(guidance, _blurred()), expected)
+
+
+def test_a_chain_starts_its_solver_where_it_was(parts):
+    """Warm starts change the images by the solver's tolerance only, and are there for their speed."""
+    cold, seen = OTGuidance(*parts), []
+
+    class Watched(OTGuidance):
+        def _warm_start(self, batch_size, device):
+            seen.append(super()._warm_start(batch_size, device) is not None)
+            return super()._warm_start(batch_size, device)
+
+    images = _blurred()
+    for timestep in (800, 600, 400):
+        images = cold.correct(images, timestep)
+    # Adam's first step turns the tolerance of 1e-4 into signs of tiny gradients, in a few pixels.
+    assert ((_chain(Watched(*parts), _blurred()) - images).abs() > 1e-3).float().mean() < 0.02
+    assert seen == [False] + [True] * 8
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), r"be floating point, in \[-1, 1\], got torch.uint8"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.bool), "be floating point"),
+        (torch.rand(4, 1, 8, 8) * 255, r"lie in \[-1, 1\], got 'values from"),
+        (torch.full((4, 1, 8, 8), 255.0).half(), r"lie in \[-1, 1\], got 'values from 255 to 255'"),
+        (torch.full((4, 1, 8, 8), torch.nan), "be finite, got 'NaN or Inf'"),
+        (torch.full((4, 1, 8, 8), -torch.inf), "be finite, got 'NaN or Inf'"),
+    ],
+)
+def test_images_of_another_range_are_refused(parts, images, message):
+    with pytest.raises(InputError, match="`pred_original_sample` must " + message):
+        OTGuidance(*parts).correct(images)
+
+
+def test_what_noise_leaves_of_an_image_is_taken(parts):
+    """At the first step, of α = .0064, an unclipped x̂0 is hundreds of times as large as an image."""
+    noise = 300 * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert OTGuidance(*parts).correct(noise).abs().max() == 1
+    assert OTGuidance(*parts).correct(torch.rand(32, 1, 8, 8)).min() < 1  # [0, 1] is a part of [-1, 1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_part_is_named(parts, value):
+    network, bank = parts
+    bank.features.data[3, 4] = value
+    with pytest.raises(InputError, match="`reference_bank` must hold finite features, got 'NaN or Inf'"):
+        OTGuidance(network, bank)
+    bank.features.data[3, 4] = 0
+    network.backbone[0].weight.data[:] = value
+    with pytest.raises(InputError, match="`feature_extractor` must make finite features, got 'NaN or Inf'"):
+        OTGuidance(network, bank).correct(_blurred())
 
 
 def test_a_batch_of_one_is_pulled_towards_the_mean(parts):
@@ -179,6 +259,11 @@ def test_a_batch_of_one_is_pulled_towards_the_mean(parts):
         ({"guidance_scale": -1}, "`guidance_scale` must be at least 0, got -1"),
         ({"num_correction_steps": 0}, "`num_correction_steps` must be at least 1, got 0"),
         ({"blur": 0.0}, "`blur` must be a positive length, got 0.0"),
+        ({"guidance_scale": float("inf")}, "`guidance_scale` must be a finite number, got inf"),
+        ({"guidance_scale": "1"}, "`guidance_scale` must be a finite number, got '1'"),
+        ({"num_correction_steps": 2.5}, "`num_correction_steps` must be an integer, got 2.5"),
+        ({"blur": float("nan")}, "`blur` must be a finite number, got nan"),
+        ({"pixel_weight": float("inf")}, "`pixel_weight` must be a finite number, got inf"),
     ],
 )
 def test_bad_options_are_named(parts, options, message):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from huggingface_hub import ModelCard, constants
 from loopback_hub import READER, WRITER, LoopbackHub, Repository
 from test_loading import make_guided, make_truncated, make_unet
 
-from ot_diffusers import OTGuidedDDIMPipeline, TruncatedPriorPipeline, cli
+from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline, cli
 from ot_diffusers.cards import CardFacts, render_card
 from ot_diffusers.comparison import read_config
+from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.quoting import quote
 from ot_diffusers.hub import push_folder, repository_files
 
@@ -216,6 +218,67 @@ def test_a_card_that_somebody_wrote_stays(hub: LoopbackHub) -> None:
     assert tree["README.md"] == b"My own words." and "model_index.json" in tree
 
 
+def test_a_card_that_cannot_be_checked_stops_the_push(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the Hub answers but "no such file" may hide somebody's card, also where an older one is cached."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries five times
+    make_guided().push_to_hub("writer/model")
+    repository = hub.repositories["writer/model"]
+    repository.commit({"README.md": b"My own words."})
+    hub.broken, before = {"/resolve/"}, len(repository.commits)
+    with pytest.raises(InputError, match="`repo` 'writer/model'"):
+        make_guided().push_to_hub("writer/model")
+    assert len(repository.commits) == before and repository.tree()["README.md"] == b"My own words."
+
+
+def test_a_name_without_a_user_goes_where_the_hub_puts_it(
+    run: Path, hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_guided().save_pretrained(tmp_path / "saved", push_to_hub=True)
+    make_truncated().push_to_hub("pushed")
+    make_guided().reference_bank.save_pretrained(tmp_path / "bank", push_to_hub=True)
+    options = ("--repo", "shell", "--num-images", 0, "--json")
+    assert command("push", run, *options) == 0
+    assert json.loads(capfd.readouterr().out)["repo"] == "writer/shell"
+    assert set(hub.repositories) == {"writer/saved", "writer/pushed", "writer/bank", "writer/shell"}
+    for name, repository in hub.repositories.items():
+        assert f'.from_pretrained("{name}")' in repository.tree()["README.md"].decode()
+
+
+def test_one_part_is_pushed_as_it_is_saved(hub: LoopbackHub, tmp_path: Path) -> None:
+    make_guided().save_pretrained(tmp_path / "home" / "me" / "model")
+    bank = ReferenceBank.from_pretrained(tmp_path / "home" / "me" / "model", subfolder="reference_bank")
+    bank.push_to_hub("writer/bank", commit_message="Mine")
+    bank.push_to_hub("writer/bank", subfolder="reference_bank", variant="fp16")
+    tree = hub.repositories["writer/bank"].tree()
+    weights = "diffusion_pytorch_model"
+    assert tree.keys() == {"README.md", "config.json", f"{weights}.safetensors", "reference_bank/config.json",
+                           f"reference_bank/{weights}.fp16.safetensors"}  # fmt: skip
+    assert hub.repositories["writer/bank"].messages[0] == "Mine"
+    assert str(tmp_path).encode() not in b"".join(tree.values())
+
+
+def test_a_card_of_ones_own_goes_word_for_word(hub: LoopbackHub, tmp_path: Path) -> None:
+    make_guided().save_pretrained(tmp_path / "saved")
+    words = b'---\nlicense: mit\n---\r\nMade from `DDPMPipeline.from_pretrained("google/ddpm")`.\r\n'
+    (tmp_path / "saved" / "README.md").write_bytes(words)
+    push_folder(tmp_path / "saved", "writer/model")
+    assert hub.repositories["writer/model"].tree()["README.md"] == words
+    (tmp_path / "saved" / "README.md").write_text("No licence.")
+    with pytest.raises(InputError, match=r'`repo` .* refused the push: .*"license" is required'):
+        push_folder(tmp_path / "saved", "writer/other")
+
+
+@pytest.mark.parametrize("token", ["hf_mü", "hf_\N{KELVIN SIGN}"])
+def test_a_token_that_no_request_can_carry_is_one_line(
+    token: str, run: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert push(run) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: `token` must") and error.count("\n") == 1 and token not in error
+    assert hub.requests == []
+
+
 # --- Cards ------------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +314,8 @@ BAD_INPUT = {
     "several arms": ("push {run} --repo a/b --results {run}/../results.json", "OT-guided"),
     "no such arm": ("card {run} --output {new} --results {run}/../results.json --arm best", "'best'"),
     "card into a used folder": ("card {run} --output {run}", "output"),
+    "card into a file": ("card {run} --output {run}/run.json/card", "output"),
+    "card for no repository": ("card {run} --output {new} --repo a/b/c", "a/b/c"),
     "unknown precision": ("card {run} --output {new} --dtype int3", "int3"),
     "negative pictures": ("card {run} --output {new} --num-images -1", "-1"),
     "info of nothing": ("info {new}", "new"),

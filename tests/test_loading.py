@@ -170,7 +170,11 @@ def imported(hub: LoopbackHub, folder: Path, tmp_path_factory: pytest.TempPathFa
     generic = DiffusionPipeline.from_pretrained("user/guided", unet=unet, scheduler=scheduler)
     checks["passed parts"] = [swapped.feature_extractor is network, type(swapped.scheduler).__name__,
                               generic.unet is unet, generic.scheduler is scheduler]
-    checks["parts left out"] = parts(OTGuidedDDIMPipeline.from_pretrained("user/guided", reference_bank=None))
+    checks["parts left out"] = parts(
+        OTGuidedDDIMPipeline.from_pretrained("user/guided", feature_extractor=None, reference_bank=None)
+    )
+    half = {"reference_bank": None}
+    checks["half of the parts"] = raised(lambda: OTGuidedDDIMPipeline.from_pretrained("user/guided", **half))
 
     stock = DDIMPipeline.from_pretrained("user/ddim")
     for kind, scheduler in ((DDIMPipeline, stock.scheduler), (DDPMPipeline, DDPMScheduler())):
@@ -245,7 +249,8 @@ def test_variants_and_dtypes(imported: dict[str, Any]) -> None:
 def test_parts_alone_and_parts_replaced(imported: dict[str, Any]) -> None:
     assert imported["parts alone"] == [[50, 16], 16, 4]
     assert imported["passed parts"] == [True, "DDPMScheduler", True, True]
-    assert imported["parts left out"] == GUIDED | {"reference_bank": "NoneType"}
+    assert imported["parts left out"] == GUIDED | {"feature_extractor": "NoneType", "reference_bank": "NoneType"}
+    assert "`reference_bank` must accompany `feature_extractor`, got None" in imported["half of the parts"]
 
 
 def test_from_pipe_both_ways(imported: dict[str, Any]) -> None:

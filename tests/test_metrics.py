@@ -327,6 +327,21 @@ class TestSinkhornDistance:
         with pytest.raises(InputError, match='`normalize` must be "l2", "median" or "none", got \'unit\''):
             metrics.sinkhorn_distance(gaussian(4), gaussian(4), normalize="unit")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("exponent", [-37, -30, -20, -12, 12, 20, 30, 37])
+    def test_unit_of_the_features_does_not_count(self, exponent: int) -> None:
+        """Squares of float32 overflow from 1e19 on and vanish from 1e-23 on."""
+        x, y = gaussian(30, seed=1), gaussian(40, seed=2, mean=0.5)
+        for normalize in ("l2", "median"):
+            expected = metrics.sinkhorn_distance(x, y, normalize=normalize)
+            found = metrics.sinkhorn_distance(x * 10.0**exponent, y * 10.0**exponent, normalize=normalize)
+            assert found == pytest.approx(expected, rel=1e-4)  # the product rounds the features
+
+    def test_rows_of_zeros_stay_zero(self) -> None:
+        x, y = gaussian(30, seed=1), gaussian(40, seed=2)
+        x[0] = y[0] = 0
+        expected = metrics.sinkhorn_distance(*map(torch.nn.functional.normalize, (x, y)), normalize="none")
+        assert metrics.sinkhorn_distance(x, y) == expected
+
 
 class TestNearestDistances:
     def test_closed_form_in_one_dimension(self) -> None:
@@ -426,6 +441,24 @@ class TestBadInput:
             metrics.precision_recall(gaussian(3), gaussian(10))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (np.zeros((300, 4)), "(dtype('float64'), (300, 4))"),
+        (torch.zeros(300), "(torch.float32, (300,))"),
+        ([[0.5] * 4] * 300, "(<class 'list'>, 300)"),
+        ("features.pt", "'features.pt'"),
+        (None, "None"),
+    ],
+)
+def test_messages_show_no_numbers(value: object, shown: str) -> None:
+    for call in (metrics.effective_rank, lambda x: metrics.frechet_distance(gaussian(9), x)):
+        with pytest.raises(InputError, match=re.escape(f"must be a float tensor [N, D], got {shown}")):
+            call(value)  # type: ignore[operator]
+    with pytest.raises(InputError, match=re.escape(f"got {shown}")):
+        describe_images(value, nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
 class TestPatchSlicedWasserstein:
     def test_constant_images(self) -> None:
         """Every patch shifted by (a − b)·1: ‖v‖²/D = (a − b)² when D = 16 divides the 128 directions."""
@@ -477,9 +510,9 @@ class TestPixelStatistics:
 
     def test_refuses_the_wrong_range(self) -> None:
         images = random_images(4).float()
-        with pytest.raises(InputError, match=r"`images` must have its smallest and largest value in \[-1, 1\]"):
+        with pytest.raises(InputError, match=r"`images` must lie in \[-1, 1\] \(from 0 … 255"):
             pixels.patch_sliced_wasserstein(images, images / 255)
-        with pytest.raises(InputError, match="`reference_images` must have its smallest"):
+        with pytest.raises(InputError, match="`reference_images` must be finite"):
             pixels.spectrum_distance(images / 255, images * float("nan"))
         with pytest.raises(InputError, match=r"`images` must have the shape \(1, 8, 8\) of the reference"):
             pixels.spectrum_distance(images[..., :4] / 255, images / 255)
@@ -544,6 +577,25 @@ class TestEvaluateImages:
             evaluate_images(images, reference=images, extractor=network, metrics=[])
         with pytest.raises(InputError, match="'nearest_distance_ratio' or be given `train`"):
             evaluate_images(images, reference=images, extractor=network, metrics=["nearest_distance_ratio"])
+
+    @pytest.mark.filterwarnings("ignore")  # of few images
+    def test_few_images_are_measured_as_far_as_they_go(self, network: TinyClassifier) -> None:
+        lost = {"frechet_distance_infinity", "precision", "recall", "density", "coverage"}
+        for count in range(2, 8):
+            images, reference = random_images(count), random_images(20, seed=1)
+            for pair in ((images, reference), (reference, images)):
+                values = evaluate_images(pair[0], reference=pair[1], extractor=network)
+                missing = lost if count < 4 else {"density", "coverage"} if count < 6 else set()
+                assert set(values) == set(METRICS) - {"nearest_distance_ratio"} - missing
+                assert all(math.isfinite(value) for value in values.values())
+        with pytest.raises(InputError, match="`metrics` must leave out 'density' or be given 6 images on either side"):
+            evaluate_images(random_images(5), reference=reference, extractor=network, metrics=["recall", "density"])
+
+    def test_a_reference_in_which_all_is_alike_is_doubted(self, network: TinyClassifier) -> None:
+        with torch.no_grad():
+            network.features[1].weight[1:] = 0
+        with pytest.warns(UserWarning, match="The evaluator cannot be trusted: .* effective rank of 1.0, below 5"):
+            evaluate_images(random_images(20), reference=random_images(20, seed=1), extractor=network)
 
     def test_mode_of_the_network_is_restored_after_an_error(self, network: TinyClassifier) -> None:
         with pytest.raises(RuntimeError):

@@ -23,8 +23,8 @@ from diffusers import (
 from ot_diffusers import ConvFeatureExtractor, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
-from ot_diffusers.pipelines.pipeline_truncated_prior import TruncatedPriorPipeline, _set_timesteps
-from ot_diffusers.schedules import alpha_sigma, truncated_samples, truncated_scheduler
+from ot_diffusers.pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
+from ot_diffusers.schedules import alpha_sigma, set_timesteps, truncated_samples, truncated_scheduler
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 
@@ -124,8 +124,7 @@ def test_surplus_step_of_trailing_spacing_is_dropped(scheduler_class, truncation
     scheduler = truncated_scheduler(scheduler_class(), truncation_timestep)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps[-1] == -1  # the defect; remove the work-around when this fails
-    _set_timesteps(scheduler, steps)
-    assert len(scheduler.timesteps) == steps
+    assert len(set_timesteps(scheduler, steps)) == len(scheduler.timesteps) == steps
     pipe = _pipeline(_prior(truncation_timestep), _point_denoiser(), scheduler)
     images = pipe(num_inference_steps=steps, output_type="pt").images
     # As above.
@@ -266,10 +265,13 @@ def test_steps_that_do_not_divide_are_announced_for_ddim(caplog):
     ("options", "message"),
     [
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, got 11"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be from 1 to 10, got 0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
+        ({"num_inference_steps": 2.0}, r"`num_inference_steps` must be an integer, got 2\.0"),
+        ({"batch_size": "4"}, "`batch_size` must be an integer, got '4'"),
+        ({"generator": 0}, "`generator` must be a torch.Generator, or one for each image, got 'int'"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"batch_size": 3, "generator": _seeded(0, 1)}, "`generator` must be one, or one for each of 3 images, got 2"),
-        ({"eta": 1.5}, "`eta` must be in"),
+        ({"eta": 1.5}, "`eta` must lie in"),
         ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, "`latents` must have shape"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs` must be among"),
@@ -354,8 +356,8 @@ def test_guidance_of_the_prior_comes_before_the_noise():
     _draw(pipe, callback_on_step_end=first, **options)
     generators = _seeded(*range(32))
     images = pipe.prior.draw(32, generator=generators)
-    guidance = OTGuidance(**_parts())
-    corrected = guidance.correct(guidance.correct(images))
+    with OTGuidance(**_parts()).chain() as guidance:
+        corrected = guidance.correct(guidance.correct(images))
     latents = pipe.prior.diffuse(corrected, *alpha_sigma(pipe.scheduler, 9), generator=generators)
     expected = _draw(_pipeline(), latents=latents, num_inference_steps=1)
     assert torch.equal(start["latents"], expected)
@@ -381,11 +383,11 @@ def test_field_guides_each_image_alone_before_the_chain_too():
     # Five corrections of the prior, and all steps of the chain but the last.
     assert field.config.timesteps == (14, 13, 12, 11, 10, 9, 7, 5, 3)
     together = _draw(pipe, num_inference_steps=5)
-    alone = pipe(1, 5, _seeded(3), output_type="latent").images
+    alone = pipe(1, _seeded(3), num_inference_steps=5, output_type="latent").images
     # Convolutions and products of another batch size sum in another order, and Adam's first step is a sign.
     torch.testing.assert_close(alone[0], together[3], rtol=0, atol=1e-3)
     with pytest.raises(InputError, match="`num_inference_steps` must make the chain"):
-        pipe(1, 5, num_prior_guidance_steps=4)
+        pipe(num_inference_steps=5, num_prior_guidance_steps=4)
 
 
 def test_guided_pipeline_loads_with_its_parts_and_plain_without_them(tmp_path):

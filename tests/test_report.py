@@ -21,6 +21,7 @@ from ot_diffusers.evaluation.differences import difference_rows, interval_rows, 
 from ot_diffusers.evaluation.evaluate import ImageSet
 from ot_diffusers.evaluation.failures import worst_samples
 from ot_diffusers.evaluation.intervals import holm, mean_interval, paired_difference
+from ot_diffusers.evaluation.quoting import quote
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ class TestNumbers:
         assert report.best_arms(results, "frechet_distance") == {"mine"}
         assert report.best_arms(results, "precision") == {"OT-trained"}
         assert report.best_arms(results, "effective_rank") == {"mine"}  # 39 is nearest to the floor's 40
+
+    def test_an_estimate_below_zero_is_not_the_best(self, results: dict[str, Any]) -> None:
+        for arm, value in {"baseline": 0.02, "OT-trained": -0.01, "mine": -0.3}.items():
+            results["arms"][arm]["metrics"]["kernel_distance"] = value
+        assert report.best_arms(results, "kernel_distance") == set()
+        for arm in ("OT-trained", "mine"):
+            results["arms"][arm]["metrics"]["kernel_distance"] *= -1
+        assert report.best_arms(results, "kernel_distance") == {"OT-trained"}
 
     def test_values_that_print_alike_tie(self, results: dict[str, Any]) -> None:
         results["arms"]["baseline"]["metrics"]["frechet_distance"] = 0.0015001
@@ -229,6 +238,24 @@ class TestComparisons:
             ["baseline", "0.00620 ± 0.001"],
             ["OT-trained", "0.00591 ± 0.001"],
         ]
+
+    def test_a_doubtful_evaluator_gives_no_verdict(self, compared: dict[str, Any], tmp_path: Path) -> None:
+        compared["extractor"] |= {"effective_rank": 1.19, "has_classifier": True, "test_accuracy": 0.6, "chance": 0.34}
+        caption = (
+            "Evaluated by evaluator: 128 features, effective rank 1.2 on real images, 60.0% test accuracy. No verdict "
+            "should rest on it: its features of real images have an effective rank of 1.2, below 5"
+        )
+        start = "Fréchet, paired with baseline over 3 seeds — no verdict, the evaluator cannot be trusted: its features"
+        assert summary(compared).startswith(start)
+        assert difference_rows(compared, "mine")[1][1] == "withheld"
+        assert report.best_arms(compared, "precision") == set()
+        tables = {"Against baseline": difference_rows(compared, "mine")}
+        page = report.write_report(compared, {}, tmp_path / "report.html", tables=tables).read_text("utf-8")
+        single = {name: value for name, value in compared.items() if name != "differences"}
+        texts = [report.text_table(compared), report.markdown_table(compared), quote(compared), quote(single)]
+        assert caption in page and "class=best" not in page and "−76%" not in page
+        for text in texts:
+            assert text.startswith(caption) and "*" not in text
 
     def test_report_shows_tables_notes_and_the_summary(self, compared: dict[str, Any], tmp_path: Path) -> None:
         compared |= {"summary": "Nothing <new>.", "notes": ["Read with care."]}

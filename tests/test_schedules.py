@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
+    DDIMParallelScheduler,
     DDIMScheduler,
+    DDPMParallelScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -21,6 +32,9 @@ from ot_diffusers.schedules import (
     alpha_sigma,
     from_original_sample,
     min_snr_weight,
+    preserves_variance,
+    reversible_steps,
+    set_timesteps,
     to_original_sample,
     training_target,
     truncated_samples,
@@ -193,7 +207,7 @@ def test_schedule_without_betas_is_refused(scheduler):
 
 def test_truncated_samples_do_not_depend_on_the_batch():
     scheduler = truncated_scheduler(DDIMScheduler(), 100)
-    images, indices = _images(5, 1, 4, 4).float(), torch.arange(5)
+    images, indices = _images(5, 1, 4, 4).float().clamp(-1, 1), torch.arange(5)
     together = truncated_samples(images, indices, scheduler, epoch=3, seed=7)
     order = torch.tensor([4, 2])
     assert torch.equal(truncated_samples(images[order], order, scheduler, epoch=3, seed=7), together[order])
@@ -204,12 +218,138 @@ def test_truncated_samples_do_not_depend_on_the_batch():
 def test_truncated_samples_have_the_moments_of_the_forward_process():
     scheduler = truncated_scheduler(DDIMScheduler(), 300)
     alpha, sigma = alpha_sigma(scheduler, 299)
-    samples = truncated_samples(torch.full((2000, 1, 4, 4), 0.5), torch.arange(2000), scheduler)
+    samples = truncated_samples(torch.full((2000, 1, 4, 4), -0.5), torch.arange(2000), scheduler)
     # 32,000 normal numbers: standard errors σ/179 and σ/253; four of each.
-    assert samples.mean().item() == pytest.approx(0.5 * alpha.item(), abs=4 * sigma.item() / 179)
+    assert samples.mean().item() == pytest.approx(-0.5 * alpha.item(), abs=4 * sigma.item() / 179)
     assert samples.std().item() == pytest.approx(sigma.item(), rel=4 / 253)
 
 
 def test_truncated_samples_need_one_index_for_each_image():
     with pytest.raises(InputError, match="indices"):
         truncated_samples(torch.zeros(3, 1, 2, 2), torch.arange(2), DDIMScheduler())
+
+
+# --- What a scheduler will really do ----------------------------------------------------------------------------------
+
+
+SPACINGS = ["leading", "linspace", "trailing"]
+
+
+def _check_chain(scheduler, steps: int, timesteps: list[int]) -> None:
+    """The right chain: what the scheduler holds, falling to 0 or above, with a noise level for each timestep."""
+    assert timesteps == scheduler.timesteps.tolist()
+    assert scheduler.config.num_train_timesteps > timesteps[0] and timesteps[-1] >= 0
+    assert all(later <= earlier for earlier, later in pairwise(timesteps))
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None:
+        assert len(sigmas) == len(timesteps) + 1 and (sigmas[1:-1] < sigmas[:-2]).all()
+        assert scheduler.num_inference_steps == len(timesteps)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    "scheduler_class", [DDIMScheduler, DDPMScheduler, DDIMParallelScheduler, DDPMParallelScheduler]
+)
+def test_every_number_of_steps_makes_a_chain_of_so_many(scheduler_class, spacing):
+    scheduler, stock = (scheduler_class(timestep_spacing=spacing) for _ in range(2))
+    surplus = 0
+    for steps in range(1, 1001):
+        timesteps = set_timesteps(scheduler, steps)
+        _check_chain(scheduler, steps, timesteps)
+        assert len(set(timesteps)) == len(timesteps) == steps == scheduler.num_inference_steps
+        stock.set_timesteps(steps)
+        surplus += len(stock.timesteps) != steps
+        assert timesteps == stock.timesteps.tolist()[:steps]
+    assert surplus == (62 if spacing == "trailing" else 0)  # the defect; remove the work-around when this fails
+
+
+SOLVER_OPTIONS = [
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"final_sigmas_type": "sigma_min"},
+]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("length", [15, 100])
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [
+        DEISMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        SASolverScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_solvers_pass_no_noise_level_twice(scheduler_class, length, spacing):
+    known = scheduler_class().config
+    for options in (one for one in SOLVER_OPTIONS if one.keys() <= known.keys()):
+        places = {"timestep_spacing": spacing} if "timestep_spacing" in known else {}
+        scheduler = scheduler_class(num_train_timesteps=length, **options, **places)
+        for steps in range(1, length + 1) if length == 15 else (1, 61, 99, 100):
+            timesteps = set_timesteps(scheduler, steps)
+            _check_chain(scheduler, steps, timesteps)
+            # Only the very last numbers of steps can ask for more noise levels than there are.
+            assert len(timesteps) == steps or (len(timesteps) == steps - 1 and steps == length)
+
+
+@pytest.mark.parametrize("skip_prk_steps", [False, True])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_pndm_calls_the_denoiser_more_often_than_it_steps(skip_prk_steps, spacing):
+    scheduler = PNDMScheduler(skip_prk_steps=skip_prk_steps, timestep_spacing=spacing)
+    for steps in (4, 10, 61, 103, 1000):
+        timesteps = set_timesteps(scheduler, steps)
+        _check_chain(scheduler, steps, timesteps)
+        assert len(timesteps) == steps + (1 if skip_prk_steps else 9)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        (DDIMScheduler(), 0, "`num_inference_steps` must be at least 1, got 0"),
+        (DDIMScheduler(), 1001, "`num_inference_steps` must be from 1 to 1000, got 1001"),
+        (DPMSolverMultistepScheduler(use_karras_sigmas=True), 1001, "must be from 1 to 1000, got 1001"),
+        (DDIMScheduler(), 10.0, "`num_inference_steps` must be an integer, got 10.0"),
+        (DDIMScheduler(), True, "`num_inference_steps` must be an integer, got True"),
+        (PNDMScheduler(), 3, "must be a number of steps that PNDMScheduler can take, got 3"),
+        (LCMScheduler(), 51, "must be a number of steps that LCMScheduler can take, got 51"),
+        (TCDScheduler(), 900, "must be a number of steps that TCDScheduler can take, got 900"),
+        (DDIMScheduler(steps_offset=1), 1000, "must be a number of steps that DDIMScheduler can take, got 1000"),
+        (DDIMInverseScheduler(), 10, "`scheduler` must walk from noise to images, got 'DDIMInverseScheduler'"),
+    ],
+)
+def test_chains_that_do_not_exist_are_refused(scheduler, steps, message):
+    with pytest.raises(InputError, match=message):
+        set_timesteps(scheduler, steps)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_noise_alone_says_nothing_of_the_image(prediction_type, rescale):
+    options = {"prediction_type": prediction_type, "timestep_spacing": "trailing", "rescale_betas_zero_snr": rescale}
+    for scheduler in (DDIMScheduler(**options), DDPMScheduler(**options)):
+        timesteps = set_timesteps(scheduler, 10)
+        silent = rescale and prediction_type == "epsilon"
+        assert reversible_steps(scheduler, timesteps) == set(range(1 if silent else 0, 10))
+    clean = DDIMScheduler(num_train_timesteps=4, trained_betas=[0.0, 0.1, 0.2, 0.3], prediction_type=prediction_type)
+    assert reversible_steps(clean, [3, 2, 1, 0]) == set(range(4 if prediction_type == "sample" else 3))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (DDIMScheduler(), True),
+        (PNDMScheduler(), True),
+        (EulerDiscreteScheduler(), False),
+        (FlowMatchEulerDiscreteScheduler(), False),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), False),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_which_schedulers_preserve_the_variance(scheduler, expected):
+    assert preserves_variance(scheduler) is expected

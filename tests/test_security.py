@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from test_loading import make_guided
 
+from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.errors import InputError
 from ot_diffusers.sampling import load_pipeline
 from ot_diffusers.training.files import CHECKSUMS, damage, write_checksums
@@ -75,6 +78,36 @@ def test_an_index_cannot_name_code(component: str, kind: list[str], pipeline: Pa
     else:
         load_pipeline(pipeline)  # what is no part of the pipeline is not looked for
     assert not (pipeline.parent / "executed").exists()
+
+
+HOSTILE = [
+    ["payload", "Payload"],
+    ["pipeline", "Payload"],
+    ["../payload", "Payload"],
+    "Payload",
+    "../payload",
+    [],
+    3,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=str)
+@pytest.mark.parametrize("key", ["_class_name", "custom_pipeline"])
+def test_an_index_cannot_name_the_code_of_a_pipeline(key: str, name: object, tmp_path: Path) -> None:
+    """The class that is called decides; a repository's own code runs for those only who ask for it."""
+    make_guided().save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {key: name}))
+    bomb = f"open({str(tmp_path / 'executed')!r}, 'w')\nfrom diffusers import DDIMPipeline as Payload\n"
+    for file in ("model/payload.py", "model/pipeline.py", "model/unet/payload.py", "payload.py"):
+        (tmp_path / file).write_text(bomb)
+    with contextlib.suppress(ValueError, IndexError):
+        assert type(OTGuidedDDIMPipeline.from_pretrained(tmp_path / "model")) is OTGuidedDDIMPipeline
+    if key == "_class_name":
+        with pytest.raises(InputError, match="`pipeline` must be"):
+            load_pipeline(tmp_path / "model")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_checksums_name_files_of_their_folder_only(tmp_path: Path) -> None:

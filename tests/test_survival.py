@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMPipeline
 from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +36,7 @@ from ot_diffusers.errors import InputError, TrainingError, surroundings
 from ot_diffusers.signals import StopRequest
 from ot_diffusers.training import Record, Schedule, TrainingState
 from ot_diffusers.training.averages import Averages, effective_rank
-from ot_diffusers.training.files import CHECKSUMS, damage, write_checksums, written_aside
+from ot_diffusers.training.files import CHECKSUMS, damage, placed_in, write_checksums, written_aside
 from ot_diffusers.training.folder import batch_sizes, check_batch
 
 SEVEN: dict[str, Any] = {"train_batch_size": 384, "max_train_steps": 7, "checkpointing_steps": 1}
@@ -122,16 +125,33 @@ def test_damaged_checkpoints_are_passed_over_and_kept(
         train("baseline", parts, **SEVEN)
     warned = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
     assert ["model.safetensors has changed" in warned[0], "state.json has changed" in warned[1]] == [True, True]
+    assert all(line.endswith("update-00000003 is taken") for line in warned)
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names[:2] == ["damaged-00000004", "damaged-00000005"] and names[-1] == "update-00000007"
     assert_same_end(parts, whole)
 
 
-def test_a_run_without_any_good_checkpoint_begins_again(whole: Path, tmp_path: Path) -> None:
-    parts = copy_until(whole, 1, tmp_path / "run")
-    flip(parts / "checkpoints" / "update-00000001" / "ema.safetensors", 0)
-    train("baseline", parts, **SEVEN)
-    assert_same_end(parts, whole)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_without_any_good_checkpoint_is_refused_as_often_as_it_is_tried(
+    updates: int, whole: Path, tmp_path: Path
+) -> None:
+    """What has been trained is not begun again before somebody has looked."""
+    parts = copy_until(whole, updates, tmp_path / "run")
+    for checkpoint in (parts / "checkpoints").iterdir():
+        flip(checkpoint / "ema.safetensors", 0)
+    before = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    records = (parts / "metrics.jsonl").read_text()
+    for _ in range(2):
+        with pytest.raises(InputError) as refusal:
+            train("baseline", parts, **SEVEN)
+        assert f"all {updates} are damaged (update-0000000{updates}: ema.safetensors has changed" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+        assert sorted(path.name for path in (parts / "checkpoints").iterdir()) == before
+        assert (parts / "metrics.jsonl").read_text() == records
+    (parts / "checkpoints").rename(tmp_path / "damaged")  # as the message says
+    if updates == 1:
+        train("baseline", parts, **SEVEN)
+        assert_same_end(parts, whole)
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -187,7 +207,7 @@ def test_what_a_kill_leaves_before_the_record_is_no_obstacle(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("update", [1, 2, 4, 5])
 def test_an_epoch_that_was_interrupted_is_averaged_as_a_whole(update: int, whole: Path, tmp_path: Path) -> None:
-    """To the rounding of float32 means, which are taken over other groups of updates."""
+    """Bit for bit: the sums of float32 losses in float64 do not tell where they were parted."""
     parts = copy_until(whole, update, tmp_path / "run")
     lines = (parts / "metrics.jsonl").read_text().splitlines(keepends=True)
     done = "".join(line for line in lines if json.loads(line)["step"] <= update)
@@ -196,7 +216,159 @@ def test_an_epoch_that_was_interrupted_is_averaged_as_a_whole(update: int, whole
     assert [line["step"] for line in metrics(parts)] == [3, 6, 7]
     for line, expected in zip(metrics(parts), metrics(whole), strict=True):
         for name in ("loss", "mse", "gradient_norm", "validation_loss"):
-            assert line[name] == pytest.approx(expected[name], rel=1e-6)
+            assert line[name] == expected[name]
+
+
+def test_a_finished_run_that_is_extended_is_not_called_complete(tmp_path: Path) -> None:
+    """By whoever reads its results while it trains, or after it was killed."""
+    told = {"updates": 4, "complete": True, "stopped_by": "max_train_seconds", "test_accuracy": 0.9}
+    state, accelerator = tiny_state()
+    config = BaselineConfig(output_dir=str(tmp_path))
+    for update, changed in ((8, {}), (4, {"complete": False, "stopped_by": None})):
+        (tmp_path / "results.json").write_text(json.dumps(told))
+        state.update = update
+        Record(config, Schedule(4, 4, 2, 8), accelerator, state)
+        assert results(tmp_path) == told | changed
+
+
+# --- The end of a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_model_and_draws_nothing(tmp_path: Path) -> None:
+    run = train("baseline", tmp_path / "run", max_train_steps=2, sample_epochs=1, max_train_seconds=1e-9)
+    DDIMPipeline.from_pretrained(run)
+    assert results(run)["stopped_by"] == "max_train_seconds" and not (run / "samples").exists()
+    train("baseline", run, max_train_steps=2, sample_epochs=1)
+    (grid,) = (run / "samples").iterdir()
+    assert (run / "model_index.json").stat().st_mtime_ns < grid.stat().st_mtime_ns
+
+
+def test_half_a_model_is_never_taken_for_a_whole(tmp_path: Path) -> None:
+    """Killed while the parts of a pipeline are written for the first time, or once more."""
+    run = train("baseline", tmp_path / "run", max_train_steps=1)
+    for again in (False, True):
+        before = {path: path.read_bytes() for path in [run / "model_index.json", *(run / "unet").iterdir()]}
+        if not again:
+            for path in before:
+                path.unlink()
+        kill_while_saving(run, ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "model_index.json"])
+        for path, content in before.items():
+            assert path.read_bytes() == content if again else not path.exists()
+        train("baseline", run, max_train_steps=1)
+        assert not list(run.glob(".*.partial")) and all(path.is_file() for path in before)
+        DDIMPipeline.from_pretrained(run)
+
+
+def kill_while_saving(run: Path, names: list[str]) -> None:
+    """Another process writes half of each file and is killed."""
+    ready, started = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def save() -> None:
+        with placed_in(run, last="model_index.json") as folder:
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("half")
+            started.send(None)
+            time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=save)
+    process.start()
+    ready.recv()
+    process.kill()
+    process.join()
+
+
+def test_files_take_their_places_and_leave_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    for name in ("unet/notes.txt", "unet/config.json", "index.json"):
+        (tmp_path / name).write_text("old")
+    with placed_in(tmp_path, last="index.json") as folder:
+        (folder / "unet").mkdir()
+        for name in ("unet/config.json", "index.json"):
+            (folder / name).write_text("new")
+        assert (tmp_path / "index.json").read_text() == "old"
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"unet/notes.txt": "old", "unet/config.json": "new", "index.json": "new"}
+    with pytest.raises(OSError), placed_in(tmp_path, last="index.json") as folder:
+        (folder / "index.json").write_text("half")
+        raise OSError("disk")
+    assert (tmp_path / "index.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "unet"]
+
+
+# --- The folder while a run goes on -----------------------------------------------------------------------------------
+
+
+HOW_A_FOLDER_GOES: dict[str, Callable[[Path, Path], object]] = {
+    "deleted": lambda run, other: run.rename(run.with_name("gone")),
+    "given to another run": lambda run, other: (run.rename(run.with_name("gone")), shutil.copytree(other, run)),
+}
+
+
+@pytest.mark.parametrize("how", HOW_A_FOLDER_GOES)
+def test_a_run_whose_folder_is_gone_stops_and_writes_nothing(how: str, whole: Path, tmp_path: Path) -> None:
+    """Renamed, rather than deleted, as that takes a moment in which the run writes."""
+    run = tmp_path / "run"
+
+    def meddle() -> None:
+        while not list(run.glob("checkpoints/update-*")):
+            time.sleep(0.01)
+        HOW_A_FOLDER_GOES[how](run, whole)
+
+    meddler = threading.Thread(target=meddle)
+    meddler.start()
+    with pytest.raises(TrainingError, match=r"the run's folder .* was deleted or moved while the run was going on"):
+        train("baseline", run, max_train_steps=5000, checkpointing_steps=3)
+    meddler.join()
+    if how == "deleted":
+        assert not run.exists()
+    else:
+        names = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+        assert names == sorted(str(path.relative_to(whole)) for path in whole.rglob("*"))
+
+
+def test_a_folder_that_another_run_takes_meanwhile_is_refused(whole: Path, tmp_path: Path) -> None:
+    """Both found it empty. The other one, which holds the lock, has written its record by the time it ends."""
+    run = tmp_path / "run"
+    run.mkdir()
+    command = [sys.executable, "-c", HOLD, str(run / ".lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+
+    def end() -> None:
+        time.sleep(1.0)
+        shutil.copy(whole / "run.json", run / "run.json")
+        holder.communicate()
+
+    other = threading.Thread(target=end)
+    other.start()
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"which holds a run with learning_rate=0.001 instead of 0.002"):
+        train("baseline", run, **SEVEN | {"learning_rate": 2e-3})
+    other.join()
+    assert time.monotonic() - started > 0.5  # it did come to the lock
+    assert (run / "run.json").read_bytes() == (whole / "run.json").read_bytes()
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "run.json"]
+
+
+WRITTEN = {
+    "file": ("run.json", "metrics.jsonl", "results.json", "model_index.json", ".lock"),
+    "folder": ("checkpoints", "samples", "logs", "unet", "scheduler"),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in WRITTEN.items() for name in names])
+def test_what_stands_in_the_way_is_found_before_training(kind: str, name: str, whole: Path, tmp_path: Path) -> None:
+    parts = copy_until(whole, 2, tmp_path / "run")
+    place = parts / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.mkdir() if kind == "file" else place.write_text("mine")
+    with pytest.raises(InputError) as refusal:
+        train("baseline", parts, **SEVEN)
+    assert str(refusal.value).startswith("`output_dir` must ") and "\n" not in str(refusal.value)
+    assert place.is_dir() if kind == "file" else place.read_text() == "mine"
 
 
 # --- The batch belongs to the run -------------------------------------------------------------------------------------

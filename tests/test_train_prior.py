@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.cli import main
@@ -274,3 +274,28 @@ def test_a_denoiser_that_does_not_fit_is_refused(denoiser: Path, tmp_path: Path)
     (short / "run.json").write_text(json.dumps({"config": {"max_timestep": 5}}))
     with pytest.raises(InputError, match="`truncation_timestep` must be at most 5"):
         train(tmp_path / "run", short)
+
+
+def test_a_denoiser_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    """Also by the closed form, whose pipeline it is a part of."""
+    for prior in ("gaussian", "ot"):
+        denoiser = save_denoiser(tmp_path / f"{prior}-denoiser")
+        run = train(tmp_path / prior, denoiser, prior=prior, max_train_steps=1)
+        before = snapshot(run)
+        file = denoiser / "unet" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["conv_in.weight"][0, 0, 0, 0] += 1e-3
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"`denoiser` must hold the weights that the run began with, got '.*"):
+            train(run, denoiser, prior=prior, max_train_steps=2)
+        assert snapshot(run) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_prior_that_is_asked_to_stop_draws_nothing(denoiser: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", denoiser, max_train_seconds=1e-9, sample_epochs=1)
+    assert results(run)["updates"] == 1 and not (run / "samples").exists()
+    sample(run)

@@ -11,6 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.training_utils import EMAModel
 
 from ot_diffusers.config import BaselineConfig, run_script
+from ot_diffusers.launch import launched
 from ot_diffusers.losses import denoising_loss
 from ot_diffusers.training import (
     Record,
@@ -18,7 +19,7 @@ from ot_diffusers.training import (
     averaged_weights,
     check_output_dir,
     diffusion_batches,
-    load_split,
+    load_splits,
     make_accelerator,
     make_noise_scheduler,
     make_unet,
@@ -28,16 +29,17 @@ from ot_diffusers.training import (
     save_checkpoint,
     save_results,
     save_sample_grid,
+    saved_model,
     validation_loss,
 )
 
 
 def main(config: BaselineConfig) -> None:
     # Accelerator and data.
+    config = launched(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
-    images = load_split(config, "train", accelerator)
-    validation_images = load_split(config, "validation", accelerator)
+    images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = plan(config, accelerator, images)
 
     # Model, averaged weights, noising chain.
@@ -72,14 +74,14 @@ def main(config: BaselineConfig) -> None:
 
     # Save.
     save_checkpoint(state, config, accelerator)
-    save_sample_grid(state, scheduler, config, accelerator)
     if accelerator.is_main_process:
-        with averaged_weights(state):
+        with averaged_weights(state), saved_model(config) as folder:
             pipeline = DDIMPipeline(
                 accelerator.unwrap_model(state.model, keep_torch_compile=False),
                 DDIMScheduler.from_config(scheduler.config),
             )
-            pipeline.save_pretrained(config.output_dir)
+            pipeline.save_pretrained(folder)
+    save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
     accelerator.end_training()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
 from ot_diffusers.config import FeaturesConfig, run_script
-from ot_diffusers.data import to_unit_range
+from ot_diffusers.data import SPLITS, to_unit_range
 from ot_diffusers.features import (
     classification_accuracy,
     labels_of,
@@ -23,33 +23,35 @@ from ot_diffusers.features import (
     make_reference_bank,
 )
 from ot_diffusers.images import random_crop_and_flip
+from ot_diffusers.launch import launched
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Record,
     TrainingState,
     check_output_dir,
     image_batches,
-    load_split,
+    load_splits,
     make_accelerator,
     open_run,
     plan,
     resume,
     save_checkpoint,
     save_results,
+    saved_model,
 )
 
 
 def main(config: FeaturesConfig) -> None:
     # Accelerator and data.
+    config = launched(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
-    images = load_split(config, "train", accelerator)
-    validation_images = load_split(config, "validation", accelerator)
+    images, validation_images, test_images = load_splits(config, accelerator, *SPLITS)
     schedule = plan(config, accelerator, images)
 
     # Model.
     network = make_feature_extractor(config, images).requires_grad_(True)
-    labels = labels_of(images).to(accelerator.device)
+    labels, *_ = (labels_of(part).to(accelerator.device) for part in (images, validation_images, test_images))
 
     # Optimizer; resume.
     optimizer = make_feature_optimizer(config, network)
@@ -93,11 +95,12 @@ def main(config: FeaturesConfig) -> None:
     # Without mixed precision: the bank is computed as it will be compared.
     network = accelerator.unwrap_model(state.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     network.eval().requires_grad_(False)
-    test_accuracy = classification_accuracy(network, load_split(config, "test", accelerator))
+    test_accuracy = classification_accuracy(network, test_images)
     if accelerator.is_main_process:
-        network.save_pretrained(f"{config.output_dir}/feature_extractor")
         bank = make_reference_bank(network, images, config.num_reference_samples)
-        bank.save_pretrained(f"{config.output_dir}/reference_bank")
+        with saved_model(config) as folder:
+            network.save_pretrained(folder / "feature_extractor")
+            bank.save_pretrained(folder / "reference_bank")
     save_results(state, config, schedule, accelerator, test_accuracy=test_accuracy)
     accelerator.print(f"test accuracy {test_accuracy:.2%}")
     accelerator.end_training()

@@ -17,6 +17,7 @@ from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.config import OTConfig, run_script
 from ot_diffusers.errors import require
 from ot_diffusers.features import cached_features, check_trained_on, load_feature_extractor, make_reference_bank
+from ot_diffusers.launch import launched
 from ot_diffusers.losses import denoising_loss, disjoint_reference_indices, image_features, ot_loss
 from ot_diffusers.models.feature_extractor import FeatureExtractor
 from ot_diffusers.schedules import min_snr_weight, to_original_sample
@@ -29,7 +30,7 @@ from ot_diffusers.training import (
     check_output_dir,
     diffusion_batches,
     gather_rows,
-    load_split,
+    load_splits,
     make_accelerator,
     make_noise_scheduler,
     make_unet,
@@ -39,6 +40,7 @@ from ot_diffusers.training import (
     save_checkpoint,
     save_results,
     save_sample_grid,
+    saved_model,
     validation_loss,
 )
 from ot_diffusers.transport import check_backend, median_distance
@@ -46,11 +48,11 @@ from ot_diffusers.transport import check_backend, median_distance
 
 def main(config: OTConfig) -> None:
     # Accelerator and data.
+    config = launched(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
     check_backend(config.ot_backend, accelerator.device, "ot_backend")
-    images = load_split(config, "train", accelerator)
-    validation_images = load_split(config, "validation", accelerator)
+    images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = plan(config, accelerator, images)
 
     # Model, averaged weights, noising chain.
@@ -70,7 +72,7 @@ def main(config: OTConfig) -> None:
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
-    open_run(config, accelerator, images)
+    open_run(config, accelerator, images, feature_extractor=feature_extractor)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
 
@@ -108,16 +110,16 @@ def main(config: OTConfig) -> None:
 
     # Save.
     save_checkpoint(state, config, accelerator)
-    save_sample_grid(state, scheduler, config, accelerator)
     if accelerator.is_main_process:
-        with averaged_weights(state):
+        with averaged_weights(state), saved_model(config) as folder:
             bank = make_reference_bank(feature_extractor, images, config.num_reference_samples)
             unet, ddim = (
                 accelerator.unwrap_model(state.model, keep_torch_compile=False),
                 DDIMScheduler.from_config(scheduler.config),
             )
             pipeline = OTGuidedDDIMPipeline(unet, ddim, feature_extractor, bank)
-            pipeline.save_pretrained(config.output_dir)
+            pipeline.save_pretrained(folder)
+    save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
     accelerator.end_training()
 

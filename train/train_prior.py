@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -24,10 +23,12 @@ from ot_diffusers.config import PriorConfig, run_script
 from ot_diffusers.data import evenly_spaced
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.features import labels_of
+from ot_diffusers.launch import launched
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
 from ot_diffusers.sampling import load_pipeline
 from ot_diffusers.schedules import truncated_scheduler
+from ot_diffusers.seeds import seeded_generator
 from ot_diffusers.training import (
     Images,
     Record,
@@ -35,13 +36,15 @@ from ot_diffusers.training import (
     TrainingState,
     averaged_weights,
     check_output_dir,
-    load_split,
+    load_splits,
     make_accelerator,
     open_run,
     plan,
     resume,
     save_checkpoint,
     save_results,
+    saved_model,
+    wants_grid,
     write_json,
 )
 from ot_diffusers.training.priors import (
@@ -60,9 +63,10 @@ from ot_diffusers.training.priors import (
 
 def main(config: PriorConfig) -> None:
     # Accelerator and data.
+    config = launched(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
-    images = load_split(config, "train", accelerator)
+    (images,) = load_splits(config, accelerator, "train")
 
     # Frozen denoiser, and the end of its chain.
     unet, scheduler = load_denoiser(config, images, accelerator)
@@ -82,7 +86,7 @@ def main(config: PriorConfig) -> None:
     features = frozen_features(config, images, unet, scheduler) if needs_features(config) else None
 
     # Resume.
-    open_run(config, accelerator, images)
+    open_run(config, accelerator, images, denoiser=unet, feature_extractor=features.network if features else None)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
     accelerator.print(f"generator: {parameters:,} parameters, T' = {config.truncation_timestep}")
@@ -117,8 +121,10 @@ def main(config: PriorConfig) -> None:
     if accelerator.is_main_process:
         with averaged_weights(state):
             prior = finished_prior(state, images, scheduler, config, accelerator)
-            draw_grid(prior, unet, scheduler, config, f"update-{state.update:08d}")
-            TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(config.output_dir)
+            with saved_model(config) as folder:
+                TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
+            if wants_grid(state, config):
+                draw_grid(prior, unet, scheduler, config, f"update-{state.update:08d}")
     accelerator.wait_for_everyone()
     save_results(state, config, schedule, accelerator, parameters=parameters)
     accelerator.end_training()
@@ -220,8 +226,9 @@ def finished_prior(
 def save_grid(
     state: TrainingState, unet: Any, scheduler: Any, config: PriorConfig, accelerator: Accelerator, rows: int = 6
 ) -> None:
-    """`samples/update-N.png`: rows² images with the averaged weights, from the same latents every time."""
-    if accelerator.is_main_process:
+    """`samples/update-N.png`: rows² images with the averaged weights, from the same latents every time; none where
+    the run is asked to stop."""
+    if accelerator.is_main_process and wants_grid(state, config):
         with averaged_weights(state):
             draw_grid(trained_prior(state, accelerator), unet, scheduler, config, f"update-{state.update:08d}", rows)
     accelerator.wait_for_everyone()
@@ -230,7 +237,7 @@ def save_grid(
 def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: str, rows: int = 6) -> None:
     pipeline = TruncatedPriorPipeline(prior, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = seeded_generator(config.seed)
     call: dict[str, Any] = {"generator": generator, "num_inference_steps": config.num_inference_steps}
     (images,) = pipeline(rows**2, **call, return_dict=False)
     folder = Path(config.output_dir) / "samples"
@@ -241,7 +248,7 @@ def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: 
 def fit_gaussian(config: PriorConfig, images: Images, unet: Any, scheduler: Any, accelerator: Accelerator) -> None:
     """The closed form: moments of real images, for each class if `class_wise`; saved like a trained prior."""
     labels = labels_of(images) if config.class_wise else None
-    open_run(config, accelerator, images)
+    open_run(config, accelerator, images, denoiser=unet)
     if accelerator.is_main_process:
         started = time.monotonic()
         rows = evenly_spaced(images, MAX_FITTED_IMAGES)
@@ -249,7 +256,8 @@ def fit_gaussian(config: PriorConfig, images: Images, unet: Any, scheduler: Any,
         prior = GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, labels=labels)
         seconds = time.monotonic() - started
         prior.to(accelerator.device)
-        TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(config.output_dir)
+        with saved_model(config) as folder:
+            TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
         draw_grid(prior, unet, scheduler, config, "closed-form")
         parameters = sum(parameter.numel() for parameter in prior.parameters())
         results = {"updates": 0, "complete": True, "training_seconds": round(seconds, 2), "parameters": parameters}

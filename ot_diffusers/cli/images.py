@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import require
 from ..files import GRID_NAME, SAMPLE, SAMPLE_NAMES, is_first_process, is_own, not_own, record_of, recorded, write_own
-from .process import call_arguments, chosen_device, prepare_libraries
+from .process import call_arguments, chosen_device, data_options, prepare_libraries
 
 EVALUATE = "evaluate"
 """Under this name `evaluate` lists what it has written."""
@@ -70,12 +70,14 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The contents of `results.json` for one arm; None in a process that helped to sample only."""
     from ..evaluation.evaluate import evaluate_images, real_floor
-    from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+    from ..evaluation.extractors import dataset_facts, evaluator_facts, load_evaluator, load_real_images
     from ..evaluation.page import provenance
     from ..experiment import sample_count
+    from ..outgoing import last_name, public_name
 
     evaluator = load_evaluator(arguments.evaluator).to(chosen_device(arguments.device))
-    train, test = (load_real_images(arguments.dataset, split, evaluator) for split in ("train", "test"))
+    options = data_options(arguments)
+    train, test = (load_real_images(arguments.dataset, split, evaluator, **options) for split in ("train", "test"))
     count = sample_count(arguments.num_samples, len(train), len(test))
     images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
     if not is_first_process():
@@ -86,11 +88,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     floor = real_floor(reference, training, len(images), extractor=evaluator)
     sampling = call_arguments(arguments)
     return {
-        "title": f"{arguments.images} against {arguments.dataset}",
-        "dataset": arguments.dataset,
+        "title": f"{public_name(arguments.images)} against {test.name}",
+        **dataset_facts(test),
         "num_samples": len(images),
-        "extractor": evaluator_facts(evaluator, reference.features.shape[1]),
-        "arms": {Path(arguments.images).name: {"metrics": metrics, **cost}},
+        "extractor": evaluator_facts(evaluator, reference),
+        "arms": {last_name(arguments.images): {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "dtype": arguments.dtype, "sampling": sampling},
     }
@@ -125,7 +127,7 @@ def _describe(images: Any, evaluator: Any) -> Any:
     from ..data import pixels_of
     from ..evaluation.evaluate import describe_images
 
-    return describe_images(pixels_of(images), evaluator, cache=True)
+    return describe_images(pixels_of(images), evaluator, labels=images.labels, cache=True)
 
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:

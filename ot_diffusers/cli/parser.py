@@ -147,6 +147,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_output(evaluate, check_file, metavar="FILE", help="write results.json here")
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
+    _add_data_options(evaluate)
     _add_sampling_options(evaluate)
     _add_speed_options(evaluate)
     _add_overwrite(evaluate)
@@ -187,6 +188,7 @@ def _add_track(commands: Any) -> None:
     _add_output(
         track, check_folder, default="runs/tracking", help="folder for report.html and tracking.json (%(default)s)"
     )
+    _add_data_options(track)
     _add_sampling_options(track)
     track.set_defaults(command=run_track)
 
@@ -207,6 +209,7 @@ def _add_stress(commands: Any) -> None:
     )
     stress.add_argument("--seed", type=whole(0, None), default=0, help="of the draws (%(default)s)")
     stress.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
+    _add_data_options(stress)
     stress.set_defaults(command=run_stress)
 
 
@@ -234,6 +237,7 @@ def _add_truncated_set(commands: Any) -> None:
     export.add_argument("--num-epochs", type=whole(1), default=1, help="independent noises of each image (%(default)s)")
     export.add_argument("--seed", type=whole(0, None), default=0, help="of the noise (%(default)s)")
     _add_output(export, check_folder, required=True, help="new folder")
+    _add_data_options(export)
     export.set_defaults(command=run_truncated_set)
 
 
@@ -309,6 +313,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=whole(1), help="images at once; default: what the memory holds, up to 1,000"
     )
     options.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a GPU if there is one")
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("data set")
+    options.add_argument("--image-column", help="column of the images; default: image, or the only one there is")
+    options.add_argument("--label-column", help="column of the class labels; default: label, or the class folders")
+    options.add_argument("--image-size", type=int, help="resize and crop to this many pixels; default: as stored")
+    options.add_argument("--channels", type=int, help="1 (grey) or 3 (RGB); default: as stored")
 
 
 def _add_speed_options(parser: argparse.ArgumentParser) -> None:

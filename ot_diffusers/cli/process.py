@@ -14,6 +14,13 @@ SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_ste
 """Options that are passed on to the pipeline's call where they are given."""
 
 
+def data_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those options of `load_images` that the user gave."""
+    from ..data import DATA_OPTIONS
+
+    return {name: getattr(arguments, name) for name in DATA_OPTIONS if getattr(arguments, name) is not None}
+
+
 def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call: the recipe, if asked for, and what the user gave."""
     given = {name: getattr(arguments, name) for name in SAMPLING_ARGUMENTS if getattr(arguments, name) is not None}

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import InputError, require
 from ..files import check_file, is_own
@@ -32,23 +33,27 @@ def run_push(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     prepare_libraries()
     from huggingface_hub.utils import disable_progress_bars
 
-    from ..hub import check_repo_id, export_run, push_folder, repository_files
+    from ..hub import check_repo_id, export_run, file_sizes, find_token, outgoing_files, push_files
 
     check_repo_id(arguments.repo)
+    if not arguments.dry_run:
+        find_token()
     if not sys.stderr.isatty():
         disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.run)
         if not is_repository(folder):
             folder = export_run(folder, Path(scratch) / folder.resolve().name, **_export_options(arguments))
-        files = repository_files(folder)
-        url = None
+        files = outgoing_files(folder)
+        sizes, url, repo = file_sizes(files), None, arguments.repo
         if not arguments.dry_run:
             options = {"private": arguments.private or None, "revision": arguments.revision}
-            url = push_folder(folder, arguments.repo, commit_message=arguments.message, **options)
+            message = arguments.message or f"Upload {folder.resolve().name}"
+            url = push_files(files, repo, commit_message=message, **options)
+            repo = "/".join(urlsplit(url).path.split("/")[1:3])  # with the user, where the name came without
     if arguments.json:
-        return _print([_json({"repo": arguments.repo, "pushed": url is not None, "url": url, "files": files})])
-    return _print(_listing(files, f"{arguments.repo}, nothing was pushed" if url is None else url))
+        return _print([_json({"repo": repo, "pushed": url is not None, "url": url, "files": sizes})])
+    return _print(_listing(sizes, f"{repo}, nothing was pushed" if url is None else url))
 
 
 def is_repository(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import require
 from ..files import expand_home
 from ..launch import run_command, training_command
-from .process import call_arguments, chosen_device, prepare_libraries, stop_on_sigterm
+from .process import call_arguments, chosen_device, data_options, prepare_libraries, stop_on_sigterm
 
 
 def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -71,17 +71,19 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         device=chosen_device(arguments.device),
+        data_options=data_options(arguments),
     )
     print(output / "report.html")
     return 0
 
 
 def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER` as it says; a folder alone by its name, or by its whole path where two have one name."""
+    """`NAME=FOLDER` as it says; a folder alone by its name, and by those above where two have one name."""
+    from ..outgoing import distinct_names
+
     pairs = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
-    names = [name or Path(folder).name for name, _, folder in pairs]
-    if len(set(names)) < len(names):
-        names = [name or folder for name, _, folder in pairs]
+    by_folder = distinct_names([folder for *_, folder in pairs])
+    names = [name or found for (name, _, _), found in zip(pairs, by_folder, strict=True)]
     require(len(set(names)) == len(names), "runs", "be different", list(runs))
     return {name: Path(folder) for name, (_, _, folder) in zip(names, pairs, strict=True)}
 
@@ -99,6 +101,7 @@ def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         repeats=arguments.repeats,
         seed=arguments.seed,
         device=chosen_device(arguments.device),
+        data_options=data_options(arguments),
     )
     return 0
 
@@ -130,7 +133,7 @@ def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
     full = load_pipeline(arguments.denoiser).scheduler if arguments.denoiser else DDPMScheduler()
     scheduler = truncated_scheduler(full, arguments.truncation_timestep)
-    images = load_images(arguments.dataset, arguments.split)
+    images = load_images(arguments.dataset, arguments.split, **data_options(arguments))
     options = {"num_epochs": arguments.num_epochs, "seed": arguments.seed}
     print(export_truncated_set(images, scheduler, output, **options))
     return 0

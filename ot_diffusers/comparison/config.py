@@ -6,15 +6,18 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..config import Options, load_config, option
+from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation import report
 from ..evaluation.extractors import load_evaluator
 from ..features import load_feature_extractor
 from ..launch import SCRIPTS, preset_path
+from ..outgoing import distinct_names
 from ..pipelines.guided import SMALL_BATCH
 from ..sampling import check_dtype
 
@@ -75,7 +78,7 @@ class ComparisonConfig(Options):
     dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
     primary_metric: str = option("frechet_distance", "the metric that decides, fixed beforehand")
     metrics: tuple[str, ...] = option(report.HEADLINE, "the family of metrics whose differences are tested")
-    overrides: tuple[str, ...] = option((), "key=value for every training script, such as max_train_steps=4")
+    overrides: tuple[str, ...] = option((), "key=value for every training script, such as image_size=32")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +98,12 @@ class ComparisonConfig(Options):
     def reported(self) -> dict[str, Arm]:
         """The arms as the report lists them: first the one that the others are compared with."""
         return {name: self.arms[name] for name in sorted(self.arms, key=lambda name: name != self.compare_with)}
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The overrides that say how the data set is read, which hold for the real images as well."""
+        given = (override.partition("=") for override in self.overrides)
+        return {name: yaml.safe_load(value) for name, _, value in given if name in DATA_OPTIONS}
 
     @property
     def family(self) -> tuple[str, ...]:
@@ -131,10 +140,8 @@ def twin(config: ComparisonConfig, name: str) -> str | None:
 
 
 def pipeline_arms(pipelines: Sequence[str]) -> dict[str, Arm]:
-    """Arms for saved pipelines, named by their folders, or by their whole paths where two folders have one name."""
-    names = [Path(path).name for path in pipelines]
-    if len(set(names)) < len(names):
-        names = [path.strip("./").replace("/", "-") for path in pipelines]
+    """Arms for saved pipelines, named by their folders, and by those above where two have one name."""
+    names = distinct_names(pipelines)
     require(len(set(names)) == len(names), "arms", "be different pipelines", list(pipelines))
     return {name: Arm(pipeline=path) for name, path in zip(names, pipelines, strict=True)}
 

@@ -9,9 +9,11 @@ from typing import Any
 from ..evaluation import report
 from ..evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
 from ..evaluation.extractors import evaluator_facts
+from ..evaluation.health import evaluator_doubt
 from ..evaluation.page import Rows, provenance
 from ..experiment import read_json
 from ..launch import SCRIPTS
+from ..outgoing import without_local_paths
 from .config import Arm, ComparisonConfig
 from .study import Study, settings
 
@@ -29,26 +31,32 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         | {"description": describe_arm(arm)}
         for name, arm in config.reported.items()
     }
-    paired = len(seeds) >= 2
+    num_test_images = len(study.test_images)
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
+    evaluator = evaluator_facts(study.extractor, study.test_images)
+    trusted = evaluator_doubt(evaluator) is None
+    paired = {}
+    if len(seeds) >= 2:
+        paired = differences(values, primary=config.primary_metric, family=tested, trusted=trusted)
     results = {
-        "title": f"{' · '.join(config.reported)}: {config.dataset}",
-        "dataset": config.dataset,
+        "title": f"{' · '.join(config.reported)}: {study.data['dataset']}",
+        **study.data,
         "num_samples": study.num_samples,
-        "num_test_images": len(study.test_images),
+        "num_test_images": num_test_images,
         "seeds": list(seeds),
         "complete": len(seeds) == config.seeds,
-        "extractor": evaluator_facts(study.extractor, study.test_images.features.shape[1]),
+        "extractor": evaluator,
         "primary_metric": config.primary_metric,
         "headline": tested,
         "costs": ["nfe", "seconds_per_1000"],
         "arms": arms,
         "floor": summarise(floor),
-        "differences": differences(values, primary=config.primary_metric, family=tested) if paired else {},
+        "differences": paired,
         "notes": notes(config, len(seeds)),
         "per_seed": {name: dict(found) for name, found in values.items()} | {"real vs real": floor},
         "provenance": provenance() | {"comparison": settings(config)},
     }
+    results = without_local_paths(results)
     return results | ({"summary": summary(results)} if results["differences"] else {})
 
 
@@ -103,13 +111,15 @@ def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables in Markdown, with extractor, dimension, N and seeds of the distances."""
-    extractor = results["extractor"]
+    """The tables in Markdown, with evaluator, N and seeds of the distances."""
     lead = (
-        f"{results['num_samples']} generated against {results['num_test_images']} test images of {results['dataset']}, "
-        f"in the {extractor['feature_dim']} features of {extractor['name']}; seeds {results['seeds']}."
+        f"{results['num_samples']} generated against {results['num_test_images']} test images of {results['dataset']}; "
+        f"seeds {results['seeds']}."
     )
     lead = f"{lead}\n\n**{results['summary']}**" if "summary" in results else lead
-    parts = [f"## {caption}\n\n{report.markdown_rows(rows)}" for caption, rows in tables(results).items()]
+    parts = [
+        f"## {caption}\n\n{report.captioned(report.markdown_rows(rows), results)}"
+        for caption, rows in tables(results).items()
+    ]
     remarks = "\n".join(f"* {note}" for note in results["notes"])
     return "\n\n".join([f"# {results['title']}", lead, *parts, remarks]) + "\n"

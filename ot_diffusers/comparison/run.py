@@ -72,4 +72,4 @@ def check_arms(config: ComparisonConfig) -> None:
             check_call_arguments(load_pipeline(arm.pipeline, arm.features), config.call | arm.call)
         if arm.train is not None:
             training_command(arm.train, [*config.overrides, *arm.overrides], config=arm.preset)
-    load_images(config.dataset, "test")
+    load_images(config.dataset, "test", **config.data_options)

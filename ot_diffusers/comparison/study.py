@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data import pixels_of
 from ..evaluation.evaluate import ImageSet, describe_images
-from ..evaluation.extractors import load_evaluator, load_real_images
+from ..evaluation.extractors import dataset_facts, load_evaluator, load_real_images
 from ..experiment import Announce, as_json, sample_count
 from ..features import weights_fingerprint
 from ..launch import preset_path
@@ -60,12 +60,14 @@ class Study:
         output: its folder.
         clock: when to stop.
         announce: takes the lines that tell how far it is.
+        data: what the results say of the data set, once it is loaded.
     """
 
     config: ComparisonConfig
     output: Path
     clock: Clock
     announce: Announce
+    data: dict[str, Any] = field(default_factory=dict)
 
     def network(self, name: str) -> str:
         """Where the network `features` or `evaluator` is: the study's own folder if its preset is trained here."""
@@ -97,8 +99,9 @@ class Study:
         return self.real_images("test")
 
     def real_images(self, split: str) -> ImageSet:
-        images = load_real_images(self.config.dataset, split, self.extractor)
-        return describe_images(pixels_of(images), self.extractor, cache=True)
+        images = load_real_images(self.config.dataset, split, self.extractor, **self.config.data_options)
+        self.data = dataset_facts(images)
+        return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
     @cached_property
     def num_samples(self) -> int:

@@ -3,7 +3,7 @@
 `values` is arm → metric → one value per seed, in the same order of seeds everywhere. The primary metric is fixed before
 anything is measured and decides by its own 95% interval. The other metrics of the family show a difference only where
 Holm's correction over all of them agrees, so that trying many metrics does not make one of them "significant". Fewer
-than three seeds show nothing.
+than three seeds show nothing. Where the evaluator cannot be trusted, verdicts are withheld.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import require
+from .health import evaluator_doubt
 from .intervals import PairedDifference, holm, mean_interval, paired_difference
 from .page import Rows
 from .report import METRICS, format_number
@@ -21,6 +22,7 @@ from .report import METRICS, format_number
 SIGNIFICANCE = 0.05
 MIN_SEEDS = 3
 NOT_SHOWN = "no difference shown"
+WITHHELD = "withheld"
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 
@@ -37,13 +39,16 @@ def summarise(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return {"metrics": means, "intervals": intervals}
 
 
-def differences(values: Values, *, primary: str, family: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def differences(
+    values: Values, *, primary: str, family: Sequence[str], trusted: bool = True
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Arm → metric → mean paired difference to the first arm, its interval, p values and whether it is shown.
 
     Args:
         values: at least two arms, at least two seeds.
         primary: the metric that decides.
         family: the other tested metrics; `primary` may be among them.
+        trusted: whether the evaluator is; by one that is not, no difference is shown.
 
     Returns:
         For each arm but the first and each tested metric: `mean`, `low`, `high` (95%), `p_value`, `p_holm` (of the
@@ -51,6 +56,8 @@ def differences(values: Values, *, primary: str, family: Sequence[str]) -> dict[
     """
     require(len(values) >= 2, "values", "hold at least two arms", list(values))
     first, *others = values
+    measured = all(primary in found for found in values.values())
+    require(measured, "primary_metric", "be one that the images and the evaluator allow", primary)
     tested = list(dict.fromkeys((primary, *family)))
     found = {}
     for arm in others:
@@ -58,7 +65,7 @@ def differences(values: Values, *, primary: str, family: Sequence[str]) -> dict[
         p_values = {metric: pair.p_value for metric, pair in pairs.items()}
         adjusted = holm({metric: p for metric, p in p_values.items() if metric != primary})
         adjusted[primary] = p_values[primary]
-        found[arm] = {metric: _entry(pair, adjusted[metric]) for metric, pair in pairs.items()}
+        found[arm] = {metric: _entry(pair, adjusted[metric], trusted) for metric, pair in pairs.items()}
     return found
 
 
@@ -74,9 +81,14 @@ def verdict(metric: str, difference: Mapping[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """What the primary metric says of every arm, in one sentence."""
+    """What the primary metric says of every arm, or why it says nothing, in one sentence."""
     first, metric = next(iter(results["arms"])), results["primary_metric"]
     label, seeds = METRICS[metric].label, len(results["seeds"])
+    doubt = evaluator_doubt(results.get("extractor", {}))
+    if doubt is not None:
+        return (
+            f"{label}, paired with {first} over {seeds} seeds — no verdict, the evaluator cannot be trusted: {doubt}."
+        )
     said = [
         f"{arm}: {verdict(metric, found[metric])} ({_percent(found[metric]['mean'], results, metric)})"
         for arm, found in results["differences"].items()
@@ -87,13 +99,14 @@ def summary(results: Mapping[str, Any]) -> str:
 def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
     """One line for each tested metric of an arm in a comparison's results."""
     header = ["", "verdict", "difference", "95% interval", "in %", "p (Holm)"]
+    trusted = evaluator_doubt(results.get("extractor", {})) is None
     rows = []
     for metric, found in results["differences"][arm].items():
         name = METRICS[metric].label if metric in METRICS else metric
         rows.append(
             [
                 f"{name} (primary)" if metric == results["primary_metric"] else name,
-                verdict(metric, found),
+                verdict(metric, found) if trusted else WITHHELD,
                 _signed(found["mean"]),
                 f"{_signed(found['low'])} … {_signed(found['high'])}",
                 _percent(found["mean"], results, metric),
@@ -110,10 +123,10 @@ def interval_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> Rows:
     return [header, *([arm, *(_plus_minus(entry, metric) for metric in metrics)] for arm, entry in entries.items())]
 
 
-def _entry(pair: PairedDifference, adjusted: float) -> dict[str, Any]:
+def _entry(pair: PairedDifference, adjusted: float, trusted: bool) -> dict[str, Any]:
     values = dataclasses.asdict(pair)
     kept = {name: values[name] for name in ("mean", "low", "high", "p_value")}
-    shown = pair.shown and adjusted <= SIGNIFICANCE and pair.pairs >= MIN_SEEDS
+    shown = trusted and pair.shown and adjusted <= SIGNIFICANCE and pair.pairs >= MIN_SEEDS
     return kept | {"p_holm": adjusted, "shown": shown}
 
 

@@ -13,18 +13,20 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import remembered
 from ..errors import InputError, require
-from ..features import cache_folder, save_aside, weights_fingerprint
-from ..images import to_model_range
+from ..features import weights_fingerprint
+from ..images import to_model_range, to_unit_range
+from ..models.feature_extractor import FeatureExtractor
+from ..seeds import seeded_generator
 from . import metrics as feature_metrics
 from . import pixels
+from .health import warn_of_doubt
 
 BATCH_SIZE = 512
 
@@ -38,24 +40,46 @@ class ImageSet:
         features: [N, D], on the CPU.
         logits: [N, classes], on the CPU; None for a network without a classifier.
         extractor: fingerprint of the network, so that features of different ones are not compared; None for unknown.
+        labels: classes of real images, int64 [N], by which the network can be judged; None for unknown.
     """
 
     images: Tensor
     features: Tensor
     logits: Tensor | None
     extractor: str | None = None
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def rows(self, rows: Tensor | slice) -> ImageSet:
         """Some of the images."""
-        logits = None if self.logits is None else self.logits[rows]
-        return ImageSet(self.images[rows], self.features[rows], logits, self.extractor)
+        logits, labels = (None if values is None else values[rows] for values in (self.logits, self.labels))
+        return ImageSet(self.images[rows], self.features[rows], logits, self.extractor, labels)
+
+    @cached_property
+    def health(self) -> dict[str, Any]:
+        """Of a set of real images: what its features, logits and labels say of the network; see `evaluator_doubt`.
+
+        `effective_rank`, and `test_accuracy` with the share of the commonest class as `chance` where both are known.
+        """
+        alike = bool((self.features == self.features[:1]).all())
+        facts: dict[str, Any] = {"effective_rank": 1.0 if alike else feature_metrics.effective_rank(self.features)}
+        labels, logits = self.labels, self.logits
+        if labels is not None and logits is not None and labels.min() >= 0 and labels.max() < logits.shape[1]:
+            facts["test_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+            facts["chance"] = labels.bincount().max().item() / len(labels)
+        return facts
 
 
 def describe_images(
-    images: Tensor, extractor: Any, *, batch_size: int = BATCH_SIZE, cache: bool = False, name: str = "images"
+    images: Tensor,
+    extractor: Any,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = BATCH_SIZE,
+    cache: bool = False,
+    name: str = "images",
 ) -> ImageSet:
     """Pass uint8 images [N, C, H, W] through `extractor`, in evaluation mode and without gradients.
 
@@ -63,6 +87,7 @@ def describe_images(
         images: uint8 [N, C, H, W].
         extractor: a module with `extract(images in [-1, 1]) -> features [B, D]` and, for class histograms,
             `logits(images)`.
+        labels: classes of real images, int64 [N], by which the network's accuracy can be measured.
         batch_size: images in one pass; the features do not depend on it.
         cache: for fixed sets: keep what the network says in the cache folder, under a hash of pixels and weights, and
             take it from there when the same images come back.
@@ -71,13 +96,10 @@ def describe_images(
     _check_images(images, name)
     fingerprint = weights_fingerprint(extractor)
     if cache:
-        file = _cache_file(images, fingerprint)
-        if not file.is_file():
-            save_aside(_run(extractor, images, batch_size), file)
-        found = load_file(file)
+        found = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
     else:
         found = _run(extractor, images, batch_size)
-    return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint)
+    return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint, labels)
 
 
 def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
@@ -90,18 +112,26 @@ def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
         with torch.no_grad():
             for batch in images.split(batch_size):
                 batch = to_model_range(batch).to(device=parameter.device, dtype=parameter.dtype)
-                outputs["features"].append(extractor.extract(batch).float().cpu())
-                if hasattr(extractor, "logits"):
-                    outputs["logits"].append(extractor.logits(batch).float().cpu())
+                for name, values in _outputs(extractor, batch).items():
+                    outputs[name].append(values.float().cpu())
     finally:
         extractor.train(was_training)
     return {name: torch.cat(parts) for name, parts in outputs.items() if parts}
 
 
-def _cache_file(images: Tensor, fingerprint: str) -> Path:
+def _outputs(extractor: Any, images: Tensor) -> dict[str, Tensor]:
+    """Features and, where there is a classifier, logits of images in [-1, 1]: an own network gives both in one pass."""
+    if isinstance(extractor, FeatureExtractor):
+        features, logits = extractor(to_unit_range(images), return_dict=False)
+        return {"features": features} | ({"logits": logits} if logits.shape[1] else {})
+    logits = {"logits": extractor.logits(images)} if hasattr(extractor, "logits") else {}
+    return {"features": extractor.extract(images)} | logits
+
+
+def _key(images: Tensor, fingerprint: str) -> str:
     digest = hashlib.sha256(f"{fingerprint} {tuple(images.shape)}".encode())
     digest.update(images.cpu().contiguous().numpy().data)
-    return cache_folder() / "descriptions" / f"{digest.hexdigest()}.safetensors"
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -178,6 +208,8 @@ _NEEDS = {
     "class_histogram_distance": "an extractor with `logits`",
     "nearest_distance_ratio": "`train`",
 }
+# Images that a metric needs in either set, where that is more than 2.
+_FEWEST = {"frechet_distance_infinity": 4, "precision": 4, "recall": 4, "density": 6, "coverage": 6}
 
 
 def evaluate_images(
@@ -193,11 +225,13 @@ def evaluate_images(
     """Every metric, or the named ones, of generated images against real ones.
 
     Args:
-        images: generated, uint8 [N, C, H, W].
-        reference: real and held out, uint8 [M, C, H, W]. Hand in `describe_images(…)` to score several sets against it.
+        images: generated, uint8 [N, C, H, W], N ≥ 2.
+        reference: real and held out, uint8 [M, C, H, W], M ≥ 2. Hand in `describe_images(…)` to score several sets
+            against it; with labels, it tells whether the network can be trusted.
         extractor: the evaluation network, see `describe_images`; one that no loss has seen.
         train: what the model was trained on; adds the memorisation check `nearest_distance_ratio`.
-        metrics: names of the metrics to compute, keys of `report.METRICS`; all that can be measured by default.
+        metrics: names of the metrics to compute, keys of `report.METRICS`; all that can be measured by default, which
+            for fewer than 6 images are not all.
         batch_size: images in one pass of the network.
         seed: decides the random subsets, patches and directions; keep it equal across arms.
 
@@ -219,11 +253,13 @@ def evaluate_images(
     else:
         train = None
     _check_extractors(images=images, reference=reference, train=train)
-    pair = Comparison(images, reference, train, seed)
-    values = {name: _MEASURES[name](pair) for name in names}
+    warn_of_doubt(reference.health)
+    pair, smaller = Comparison(images, reference, train, seed), min(len(images), len(reference))
+    values = {name: _MEASURES[name](pair) if smaller >= _FEWEST.get(name, 2) else None for name in names}
     if metrics is not None:
         for name in (name for name, value in values.items() if value is None):
-            raise InputError(f"`metrics` must leave out {name!r} or be given {_NEEDS[name]}")
+            needed = _NEEDS.get(name) or f"{_FEWEST[name]} images on either side"
+            raise InputError(f"`metrics` must leave out {name!r} or be given {needed}")
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -250,7 +286,7 @@ def real_floor(
     train = _described(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train), generator=seeded_generator(seed))
     drawn, rest = (train.rows(rows) for rows in order.tensor_split([num_samples]))
     return evaluate_images(
         drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed

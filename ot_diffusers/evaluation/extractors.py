@@ -1,4 +1,4 @@
-"""Networks that evaluate: this package's own, torch-fidelity's, and any vision backbone of transformers.
+"""Networks that evaluate: this package's own, with any vision backbone of transformers, and torch-fidelity's.
 
 Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `describe_images` asks for. Loading runs
 no code from a file: weights that torch-fidelity would unpickle are checked first.
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from ..data import ResidentImages, StreamedImages, load_images
 from ..errors import InputError, require
 from ..features import check_trained_on, load_feature_extractor
-from ..files import expand_home, looks_local
-from ..images import to_uint8, to_unit_range
+from ..files import expand_home
+from ..images import to_uint8
+from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import FeatureExtractor
+from .evaluate import ImageSet
+from .health import warn_of_doubt
 
 
 def load_evaluator(name_or_path: str) -> nn.Module:
@@ -29,7 +32,8 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     Args:
         name_or_path: one of
 
-            * a folder or Hub id of this package's feature networks, or a `train_features.py` run;
+            * a folder or Hub id of this package's feature networks, a saved `BackboneFeatureExtractor` among them, or
+              a `train_features.py` run;
             * a name that torch-fidelity knows, such as `inception-v3-compat` or `clip-vit-b-32`, or
               `name=path/to/weights` for weights that lie on this machine;
             * a folder or Hub id of a transformers vision backbone with its image processor, such as
@@ -50,8 +54,6 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     name, _, weights = name_or_path.partition("=")
     if name in FEATURE_EXTRACTORS_REGISTRY:
         network: nn.Module = FidelityExtractor(name, weights or None)
-    elif not _is_missing(name_or_path) and _is_transformers(name_or_path):
-        network = BackboneExtractor(name_or_path)
     else:
         try:
             network = load_feature_extractor(name_or_path)
@@ -64,26 +66,51 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def load_real_images(dataset: str, split: str, evaluator: nn.Module) -> ResidentImages | StreamedImages:
+def load_real_images(dataset: str, split: str, evaluator: nn.Module, **options: Any) -> ResidentImages | StreamedImages:
     """A split as the evaluator takes it: in the size and colours of an own network; the others resize by themselves.
 
+    Args:
+        dataset: real images.
+        split: of them.
+        evaluator: of `load_evaluator`.
+        options: of `load_images`; size and colours must be those of an own network.
+
     Raises:
-        InputError: an own network that was trained on another data set.
+        InputError: an own network that was trained on another data set, or takes other images.
     """
-    if not isinstance(evaluator, FeatureExtractor):
-        return load_images(dataset, split)
+    if not isinstance(evaluator, FeatureExtractor) or isinstance(evaluator, BackboneFeatureExtractor):
+        return load_images(dataset, split, **options)
     shape = {"image_size": evaluator.config.sample_size, "channels": evaluator.config.in_channels}
-    images = load_images(dataset, split, **shape)
+    for name, value in shape.items():
+        require(options.get(name) in (None, value), name, f"be left out, or the evaluator's {value}", options.get(name))
+    images = load_images(dataset, split, **options | shape)
     if split == "train":
-        check_trained_on(evaluator, images)
+        check_trained_on(evaluator, images, "evaluator")
     return images
 
 
-def evaluator_facts(evaluator: nn.Module, feature_dim: int) -> dict[str, Any]:
-    """What `results.json` says of the evaluator: `{"name": …, "feature_dim": …}`."""
-    own = isinstance(evaluator, FeatureExtractor)
-    name = f"a {type(evaluator).__name__}" if own else evaluator.name
-    return {"name": name, "feature_dim": feature_dim}
+def dataset_facts(images: ResidentImages | StreamedImages) -> dict[str, Any]:
+    """What results say of the data: `{"dataset": name, "dataset_hub_id": id on the Hub, or None}`."""
+    return {"dataset": images.name, "dataset_hub_id": images.hub_id}
+
+
+def evaluator_facts(evaluator: nn.Module, reference: ImageSet) -> dict[str, Any]:
+    """What `results.json` says of the evaluator, measured on the real images of the reference.
+
+    A warning says where it cannot be trusted.
+
+    Returns:
+        `name`, `feature_dim`, `effective_rank` of the features, `has_classifier`, and for a classifier `test_accuracy`
+        (None where the images have no labels) with `chance`, the share of the commonest class.
+    """
+    facts = {
+        "name": getattr(evaluator, "name", None) or f"a {type(evaluator).__name__}",
+        "feature_dim": reference.features.shape[1],
+        "has_classifier": reference.logits is not None,
+    }
+    facts |= ({} if reference.logits is None else {"test_accuracy": None}) | reference.health
+    warn_of_doubt(facts)
+    return facts
 
 
 class FidelityExtractor(nn.Module):
@@ -131,78 +158,10 @@ class FidelityExtractor(nn.Module):
         return self.network(_three_channels(to_uint8(images)))[0].flatten(1)
 
 
-class BackboneExtractor(nn.Module):
-    """A transformers vision backbone: pooled features where it pools, else the mean over its last tokens or pixels.
-
-    Images are resized to the processor's size (bilinear, antialiased) and normalised by its mean and deviation.
-
-    Args:
-        name_or_path: folder or Hub id.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, name_or_path: str) -> None:
-        super().__init__()
-        self.name = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-        from transformers import AutoImageProcessor, AutoModel
-
-        try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path)
-            network = AutoModel.from_pretrained(name_or_path, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"`evaluator` must be a folder or Hub id with a vision backbone (safetensors) and its image processor, "
-                f"got {name_or_path!r}"
-            ) from error
-        self.network = getattr(network, "vision_model", network)  # of CLIP and its kin
-        self.size = _side_lengths(processor)
-        for name, values in (("mean", processor.image_mean), ("deviation", processor.image_std)):
-            # Buffers: the normalisation is part of what the fingerprint of the network covers.
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
-
-    def extract(self, images: Tensor) -> Tensor:
-        """Features [B, D] of images [B, 1 or 3, H, W] in [-1, 1]."""
-        pixels = to_unit_range(_three_channels(images))
-        pixels = nn.functional.interpolate(pixels, size=self.size, mode="bilinear", antialias=True)
-        output = self.network(pixel_values=(pixels - self.mean) / self.deviation)
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is None:
-            last = output.last_hidden_state
-            pooled = last.mean(dim=(2, 3)) if last.ndim == 4 else last.mean(dim=1)
-        return pooled.flatten(1)
-
-
 def _three_channels(images: Tensor) -> Tensor:
     channels = images.shape[1]
     require(channels in (1, 3), "images", "have 1 or 3 channels", channels)
     return images.expand(-1, 3, -1, -1)
-
-
-def _side_lengths(processor: Any) -> tuple[int, int]:
-    """Height and width that the network takes, from the crop if there is one: (height, width)."""
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    size = dict(crop or processor.size)
-    if "shortest_edge" in size:
-        return int(size["shortest_edge"]), int(size["shortest_edge"])
-    return int(size["height"]), int(size["width"])
-
-
-def _is_missing(name_or_path: str) -> bool:
-    """Whether it can only be meant as a path, and nothing is there."""
-    return looks_local(name_or_path) and not Path(name_or_path).exists()
-
-
-def _is_transformers(name_or_path: str) -> bool:
-    """Whether a folder or Hub repository holds a transformers model: its `config.json` names a `model_type`."""
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(name_or_path)
-    except (OSError, ValueError):
-        return False
-    return "model_type" in config
 
 
 def _run_downloaded_code() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, require
+from ..seeds import folded, seeded_generator
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
 from .neighbors import count_members, in_each_others_balls, nearest_rows
 
@@ -112,7 +114,7 @@ def kernel_distance(
     if size == len(features) == len(reference_features):
         num_subsets = 1  # every subset is the whole
     sets = [rows.double() / math.sqrt(rows.shape[1]) for rows in (features, reference_features)]
-    draws = np.random.RandomState(seed)
+    draws = np.random.RandomState(folded(seed, 32))
     subsets = ([rows[draws.choice(len(rows), size, replace=False)] for rows in sets] for _ in range(num_subsets))
     return math.fsum(_squared_mmd(*subset) for subset in subsets) / num_subsets
 
@@ -162,10 +164,12 @@ def sinkhorn_distance(
     features, reference_features = _checked_pair(features, reference_features)
     match normalize:
         case "l2":
-            features, reference_features = (torch.nn.functional.normalize(x) for x in (features, reference_features))
+            pair = (_shrunk(x, x.abs().amax(1, keepdim=True)) for x in (features, reference_features))
+            features, reference_features = (torch.nn.functional.normalize(x) for x in pair)
         case "median":
+            largest = reference_features.abs().max()
+            features, reference_features = (_shrunk(x, largest) for x in (features, reference_features))
             scale = median_distance(reference_features)
-            require(scale > 0, "reference_features", "hold more than copies of one row", scale)
             features, reference_features = features / scale, reference_features / scale
         case "none":
             pass
@@ -260,8 +264,16 @@ def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
 
 
 def tensor_summary(value: object) -> object:
-    """What an error message shows of a tensor: dtype and shape instead of its numbers; other values as they are."""
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+    """What an error message shows of a tensor or array: dtype and shape instead of its numbers; of a list or another
+    collection its type and length; other values as they are."""
+    if isinstance(value, Tensor | np.ndarray):
+        return (value.dtype, tuple(value.shape))
+    return (type(value), len(value)) if isinstance(value, Collection) and not isinstance(value, str) else value
+
+
+def _shrunk(features: Tensor, largest: Tensor) -> Tensor:
+    """Features over the power of 2 next to `largest`: without rounding, so that squares neither overflow nor vanish."""
+    return torch.ldexp(features.double(), -torch.frexp(largest).exponent).float()
 
 
 def _checked_pair(
@@ -316,7 +328,7 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> flo
 
 
 def _random_rows(features: Tensor, count: int, seed: int) -> Tensor:
-    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
+    return features[torch.randperm(len(features), generator=seeded_generator(seed))[:count]]
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..images import require_model_range
+from ..seeds import seeded_generator
 from .metrics import tensor_summary
 
 
@@ -98,7 +100,7 @@ def _radial_spectrum(images: Tensor) -> Tensor:
 
 def _orthogonal_directions(dimension: int, count: int, seed: int) -> Tensor:
     """`count` unit columns [D, count], orthogonal within every group of D."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     groups = [
         torch.linalg.qr(torch.randn(dimension, dimension, generator=generator)).Q
         for _ in range(math.ceil(count / dimension))
@@ -111,7 +113,7 @@ def _random_patches(images: Tensor, patch_size: int, num_patches: int, seed: int
     windows = images.unfold(2, patch_size, 1).unfold(3, patch_size, 1).permute(0, 2, 3, 1, 4, 5)
     count, rows, columns = windows.shape[:3]
     total = count * rows * columns
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:num_patches].to(images.device)
+    chosen = torch.randperm(total, generator=seeded_generator(seed))[:num_patches].to(images.device)
     image, row, column = chosen // (rows * columns), chosen // columns % rows, chosen % columns
     return windows[image, row, column].flatten(1)
 
@@ -134,7 +136,4 @@ def _check_pair(images: Tensor, reference_images: Tensor) -> None:
 def _check_images(images: Tensor, name: str) -> None:
     good = isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and len(images) > 0
     require(good, name, "be a float tensor [N, C, H, W]", tensor_summary(images))
-    low, high = images.min().item(), images.max().item()
-    # Half a grey level beyond the range is rounding; NaN fails both comparisons.
-    inside = low >= -1 - 1 / 255 and high <= 1 + 1 / 255
-    require(inside, name, "have its smallest and largest value in [-1, 1]", (low, high))
+    require_model_range(images, name)

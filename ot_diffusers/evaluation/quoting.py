@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError, require
 from .differences import interval_rows
-from .report import markdown_rows, markdown_table
+from .report import captioned, markdown_rows, markdown_table
 
 _BLOCK = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -47,7 +47,8 @@ def quote(results: Mapping[str, Any]) -> str:
     if "table" in results:
         table = markdown_rows([results["table"]["header"], *results["table"]["rows"]])
     elif results.get("differences"):
-        table = markdown_rows(interval_rows(results, list(next(iter(results["differences"].values())))))
+        rows = interval_rows(results, list(next(iter(results["differences"].values()))))
+        table = captioned(markdown_rows(rows), results)
     else:
         table = markdown_table(results)
     return f"{results['summary']}\n\n{table}" if "summary" in results else table

@@ -2,14 +2,16 @@
 
 The file's contents:
 
-    {"title": str, "dataset": str, "num_samples": int,
-     "extractor": {"name": str, "feature_dim": int, "test_accuracy": float},
+    {"title": str, "dataset": str, "dataset_hub_id": str or null, "num_samples": int,
+     "extractor": {"name": str, "feature_dim": int, "effective_rank": float, "has_classifier": bool,
+                   "test_accuracy": float or null, "chance": float},
      "arms": {arm: {"metrics": {metric: value}, "nfe": int, "seconds": float, "description": str}},
      "floor": {"metrics": {metric: value}},
      "provenance": {…}}
 
 It may name the metrics of its short tables (`"headline"`) and their cost columns (`"costs"`). An arm with
-`"bound": true` is what the others cannot beat, and never marked as the best.
+`"bound": true` is what the others cannot beat, and never marked as the best. By an evaluator that cannot be trusted
+(`health.evaluator_doubt`), nothing is.
 
 A comparison over several seeds adds `"seeds": [int, …]`; its values are then means, and each arm has
 `"intervals": {metric: {"low": value, "high": value}}`. `"summary"` (a sentence) and `"notes"` (several) stand with the
@@ -26,6 +28,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import require
+from .health import evaluator_doubt, evaluator_line, evaluator_properties
 from .page import Rows, definitions, paragraphs, picture, provenance_list, rows_table, table, write_page
 from .plots import arm_colours
 
@@ -121,7 +124,7 @@ def write_report(
 
 
 def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
-    """Arms by metrics with the best value in bold and the real-vs-real floor last, in Markdown.
+    """Arms by metrics with the best value in bold and the real-vs-real floor last, below the evaluator, in Markdown.
 
     Args:
         results: the contents of `results.json`, see the module.
@@ -129,7 +132,13 @@ def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = N
     """
     header, rows, best = _cells(results, metrics)
     bold = [[f"**{cell}**" if (r, c) in best else cell for c, cell in enumerate(row)] for r, row in enumerate(rows)]
-    return markdown_rows([header, *bold])
+    return captioned(markdown_rows([header, *bold]), results)
+
+
+def captioned(table: str, results: Mapping[str, Any]) -> str:
+    """A table in text or Markdown below what its results say of the evaluator, in as far as that was measured."""
+    facts = results.get("extractor", {})
+    return f"{evaluator_line(facts)}\n\n{table}" if "effective_rank" in facts else table
 
 
 def markdown_rows(rows: Rows) -> str:
@@ -155,7 +164,7 @@ def text_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None)
         )
         for row in [header, ["-" * width for width in widths], *starred]
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return captioned("\n".join(line.rstrip() for line in lines), results)
 
 
 def format_number(value: float | None) -> str:
@@ -168,12 +177,18 @@ def format_number(value: float | None) -> str:
 
 
 def best_arms(results: Mapping[str, Any], metric: str) -> set[str]:
-    """The arms whose printed value of `metric` is the best; empty for fewer than two values or a missing floor."""
+    """The arms whose printed value of `metric` is the best; empty for fewer than two values, for a missing floor, and
+    where the evaluator cannot be trusted. So it is where an unbiased estimate of a distance is below 0: that shows no
+    distance, and not how much smaller than the others it is."""
+    if evaluator_doubt(results.get("extractor", {})) is not None:
+        return set()
     arms = {arm: entry for arm, entry in results["arms"].items() if not entry.get("bound")}
     values = {arm: entry["metrics"][metric] for arm, entry in arms.items() if metric in entry["metrics"]}
     floor = results.get("floor", {}).get("metrics", {}).get(metric)
     better = METRICS[metric].better if metric in METRICS else "lower"
     if len(values) < 2 or (better == "floor" and floor is None):
+        return set()
+    if metric in METRICS and better == "lower" and min(values.values()) < 0:
         return set()
     cost = {"lower": lambda x: x, "higher": lambda x: -x, "floor": lambda x: abs(x - floor)}[better]
     # Two values that print alike are alike.
@@ -226,22 +241,22 @@ def _arrow(metric: str) -> str:
 
 def _facts(results: Mapping[str, Any]) -> list[str]:
     extractor = results.get("extractor", {})
-    accuracy = extractor.get("test_accuracy")
     facts = [
         f"data set {results['dataset']}" if "dataset" in results else "",
         f"{results['num_samples']:,} samples per arm" if "num_samples" in results else "",
         f"{len(results['seeds'])} seeds" if "seeds" in results else "",
         f"evaluated by {extractor['name']}" if "name" in extractor else "",
-        f"{extractor['feature_dim']} features" if "feature_dim" in extractor else "",
-        f"{100 * accuracy:.1f}% test accuracy" if accuracy is not None else "",
+        *evaluator_properties(extractor),
     ]
     return [fact for fact in facts if fact]
 
 
 def _summary(results: Mapping[str, Any]) -> str:
-    """How the best arm compares with the first one, in one sentence of the file's own numbers, or the file's own."""
-    if "summary" in results:
-        return f"<p class='lead'>{escape(results['summary'])}</p>"
+    """How the best arm compares with the first one, in one sentence of the file's own numbers, or the file's own; or
+    why no arm is compared."""
+    doubt = evaluator_doubt(results.get("extractor", {}))
+    if "summary" in results or doubt is not None:
+        return paragraphs([results.get("summary", f"No verdict: the evaluator cannot be trusted: {doubt}.")], "lead")
     metric = "frechet_distance"
     arms = [arm for arm, entry in results["arms"].items() if not entry.get("bound")]
     values = [results["arms"][arm]["metrics"].get(metric) for arm in arms]
@@ -291,13 +306,14 @@ def _metrics_table(results: Mapping[str, Any]) -> str:
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best value. NFE: network calls per image."
+    line = evaluator_line(results.get("extractor", {}))
     if results.get("floor", {}).get("metrics"):
         note += " “Real vs real” is what as many real images score: the floor that no model is expected to beat."
     seeds = len(results.get("seeds", [0]))
     note += (
         f" Means over {seeds} seeds." if seeds > 1 else " One run is one draw: small differences need several seeds."
     )
-    return [note, *results.get("notes", [])]
+    return [*([line] if line else []), note, *results.get("notes", [])]
 
 
 def _has_descriptions(results: Mapping[str, Any]) -> bool:

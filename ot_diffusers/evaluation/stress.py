@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..seeds import seeded_generator
 from .intervals import MeanInterval, mean_interval, paired_difference
 from .metrics import tensor_summary
 
@@ -133,7 +134,7 @@ def stress_test(
     require(len(amounts) >= 2 and list(amounts) == sorted(amounts), "amounts", "be two or more, ascending", amounts)
     measured = []
     for amount in amounts:
-        draws = [damage(images, amount, torch.Generator().manual_seed(seed + repeat)) for repeat in range(repeats)]
+        draws = [damage(images, amount, seeded_generator(seed + repeat)) for repeat in range(repeats)]
         alike = all(torch.equal(draw, draws[0]) for draw in draws)  # undamaged: one measurement stands for all
         measured.append([measure(draws[0])] * repeats if alike else [measure(draw) for draw in draws])
     return {

@@ -37,6 +37,7 @@ from ..training import make_noise_scheduler, make_unet
 from . import metrics, plots
 from .evaluate import ImageSet, describe_images
 from .extractors import evaluator_facts, load_evaluator, load_real_images
+from .health import evaluator_line, evaluator_properties
 from .page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from .report import METRICS, format_number
 
@@ -88,22 +89,25 @@ class Track:
 
 @dataclass(frozen=True)
 class RealImages:
-    """As many training as test images, described by the evaluator."""
+    """As many training as test images of the data set of that name, described by the evaluator."""
 
     train: ImageSet
     test: ImageSet
+    name: str
 
     @classmethod
-    def load(cls, dataset: str, extractor: Any, num_samples: int | None) -> RealImages:
+    def load(cls, dataset: str, extractor: Any, num_samples: int | None, **options: Any) -> RealImages:
         """`num_samples` evenly spaced images of both splits; by default as many as the smaller one has."""
-        splits = {split: load_real_images(dataset, split, extractor) for split in ("train", "test")}
+        splits = {split: load_real_images(dataset, split, extractor, **options) for split in ("train", "test")}
         most = min(map(len, splits.values()))
         count = num_samples or most
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
         described = {}
         for split, images in splits.items():
-            described[split] = describe_images(pixels_of(images, evenly_spaced(images, count)), extractor)
-        return cls(**described)
+            rows = evenly_spaced(images, count)
+            labels = None if images.labels is None else images.labels[rows]
+            described[split] = describe_images(pixels_of(images, rows), extractor, labels=labels)
+        return cls(**described, name=splits["test"].name)
 
 
 def track_runs(
@@ -118,6 +122,7 @@ def track_runs(
     batch_size: int | None = None,
     seed: int = 0,
     device: Any = "cpu",
+    data_options: Mapping[str, Any] | None = None,
     announce: Announce = print,
 ) -> dict[str, Track]:
     """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` and a report.
@@ -135,6 +140,7 @@ def track_runs(
         call: arguments of the pipeline's call.
         batch_size, seed: see `sample_images`.
         device: where the images are made.
+        data_options: of `load_images`, such as `image_size`.
         announce: takes the lines that tell how far it is.
 
     Raises:
@@ -145,14 +151,15 @@ def track_runs(
     output, runs = file.parent, {name: user_path(run) for name, run in runs.items()}
     checkpoints = {name: find_checkpoints(run) for name, run in runs.items()}
     extractor = load_evaluator(evaluator).to(device)
-    real = RealImages.load(dataset, extractor, num_samples)
+    real = RealImages.load(dataset, extractor, num_samples, **(data_options or {}))
     settings = {
-        "dataset": dataset,
+        "dataset": real.name,
         "evaluator": weights_fingerprint(extractor),
         "num_samples": len(real.test),
-        "features": features,
+        "features": weights_fingerprint(load_feature_extractor(features)) if features else None,
         "call": dict(call or {}),
         "seed": seed,
+        "data_options": dict(data_options or {}) or None,
     }
     tracks = read_tracks(file, settings)
     base_line = measure(real.train, real.test)
@@ -171,7 +178,7 @@ def track_runs(
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
             write_tracks(file, settings, tracks)
     tracks = {name: tracks[name] for name in runs}
-    write_report(tracks, output, settings, evaluator_facts(extractor, real.test.features.shape[1]))
+    write_report(tracks, output, settings, evaluator_facts(extractor, real.test))
     return tracks
 
 
@@ -260,6 +267,7 @@ def write_report(
     sections = {caption: picture(caption, curves)}
     sections |= {f"{titles[name]} distance": rows_table(stand_rows(tracks, name)) for name in DISTANCES}
     notes = [
+        evaluator_line(extractor),
         "Fidelity is the distance to test images, coverage that to training images, and the gap the former less the "
         "latter. All take as many real images of either split as are generated.",
         "A gap that grows while coverage falls below the base line is a model that returns its training images.",
@@ -270,7 +278,7 @@ def write_report(
         f"data set {settings['dataset']}",
         f"{settings['num_samples']:,} images per checkpoint and split",
         f"evaluated by {extractor['name']}",
-        f"{extractor['feature_dim']} features",
+        *evaluator_properties(extractor),
     ]
     return write_page(output / "report.html", f"Along training: {' · '.join(tracks)}", sections, facts=facts)
 

@@ -1,7 +1,8 @@
-"""A vision backbone of transformers as the feature network of losses and guidance."""
+"""A vision backbone of transformers as the feature network of losses and guidance, or as the evaluator."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from ..errors import InputError, require
 from .feature_extractor import FeatureExtractor, FeatureExtractorOutput
+
+PREPROCESSING = ("image_size", "image_mean", "image_std")
+"""What the configuration says of the images that a backbone sees."""
 
 
 class BackboneFeatureExtractor(FeatureExtractor):
@@ -26,6 +30,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
         image_size: height and width that the backbone takes, in pixels.
         image_mean, image_std: of the channels of images in [0, 1].
         feature_dim: width of the features.
+        source: what reports call the backbone: its Hub id, or the name of its folder.
         dataset, data_fingerprint: None: a general backbone fits any data.
 
     Example:
@@ -45,6 +50,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
         image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
         feature_dim: int = 384,
+        source: str | None = None,
         dataset: str | None = None,
         data_fingerprint: str | None = None,
     ) -> None:
@@ -53,6 +59,11 @@ class BackboneFeatureExtractor(FeatureExtractor):
 
         self.network = AutoModel.from_config(AutoConfig.for_model(**backbone))
         self._freeze()
+
+    @property
+    def name(self) -> str:
+        """What reports call it: its source, or the family of its architecture."""
+        return self.config.source or self.config.backbone["model_type"]
 
     @classmethod
     def from_transformers(cls, name_or_path: str, **options: Any) -> BackboneFeatureExtractor:
@@ -75,12 +86,15 @@ class BackboneFeatureExtractor(FeatureExtractor):
             raise InputError(f"`backbone` must {requirement}, got {name_or_path!r}") from error
         network = getattr(network, "vision_model", network)  # of CLIP and its kin
         size = _side_lengths(processor)
+        backbone = network.config.to_dict()
+        backbone.pop("_name_or_path", None)  # a path of this machine, maybe
         wrapped = cls(
-            backbone=network.config.to_dict(),
+            backbone=backbone,
             image_size=size,
             image_mean=tuple(processor.image_mean),
             image_std=tuple(processor.image_std),
             feature_dim=int(_pooled(network.eval(), torch.zeros(1, 3, *size)).shape[1]),
+            source=Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else name_or_path,
         )
         wrapped.network.load_state_dict(network.state_dict())
         return wrapped

@@ -13,6 +13,29 @@ from ..errors import require
 from ..transport import DivergencePotentials, divergence_gradient_at
 from .portable import PortableModel
 
+ENOUGH_SAMPLES = 1000
+"""A field of so many samples speaks for itself; in place of each that is missing, references stand with mass 2."""
+
+
+def completed(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The cloud that a field of N samples is made of, and its weights, None for equal ones.
+
+    The potentials of a few samples say little of the space between them. References in their cloud stand for "already
+    right", and the less a point lies among samples, the less it is moved: N samples weigh N, all references together
+    2 (1000 − N).
+
+    Args:
+        features: [N, D] of the samples.
+        references: [M, D].
+    """
+    missing = 2 * (ENOUGH_SAMPLES - len(features))
+    if missing <= 0:
+        return features, None
+    total = len(features) + missing
+    weights = features.new_full((len(features) + len(references),), 1 / total)
+    weights[len(features) :] = missing / len(references) / total
+    return torch.cat([features, references]), weights
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -21,7 +44,7 @@ class Correction:
     Attributes:
         timestep: of the denoising step.
         features: [N, D] of the batch before the step, in the units of the transport problem.
-        potentials: that determined its direction.
+        potentials: that determined its direction, of the `completed` cloud.
     """
 
     timestep: int
@@ -35,7 +58,8 @@ class GuidanceField(PortableModel, ConfigMixin):
     A joint batch guides itself: its images repel each other and are drawn to the references. The potentials of a large
     batch describe that field everywhere, so a new sample can follow it alone, as one more member of the bank. Images
     then depend neither on their companions nor on the size of the batch, and no transport problem is solved.
-    `OTGuidedDDIMPipeline.record_guidance_field` makes one.
+    `OTGuidedDDIMPipeline.record_guidance_field` makes one. Below 1,000 samples the bank is completed by the references,
+    so that a field corrects less where it knows little.
 
     Args:
         timesteps: S of the guided denoising steps, as the scheduler had them.
@@ -44,6 +68,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         num_references: M of the reference bank.
         feature_dim: D, the pixels beside the features included.
         guidance_scale, blur, normalize_features, pixel_weight, step_rule: of the recorded guidance.
+        is_completed: whether the references are members of the bank's cloud, see `completed`.
 
     Example:
         >>> from ot_diffusers.transport import divergence_gradient
@@ -67,11 +92,13 @@ class GuidanceField(PortableModel, ConfigMixin):
         normalize_features: bool = True,
         pixel_weight: float = 0.0,
         step_rule: str = "adam",
+        is_completed: bool = False,
     ) -> None:
         super().__init__()
         steps = (len(timesteps), num_correction_steps)
+        num_members = num_samples + (num_references if is_completed else 0)
         self.features = nn.Parameter(torch.zeros(*steps, num_samples, feature_dim), requires_grad=False)
-        self.own_potentials = nn.Parameter(torch.zeros(*steps, num_samples), requires_grad=False)
+        self.own_potentials = nn.Parameter(torch.zeros(*steps, num_members), requires_grad=False)
         self.reference_potentials = nn.Parameter(torch.zeros(*steps, num_references), requires_grad=False)
 
     @classmethod
@@ -103,6 +130,7 @@ class GuidanceField(PortableModel, ConfigMixin):
             normalize_features,
             pixel_weight,
             step_rule,
+            len(first.potentials.own) > num_samples,
         )
         for stored, values in (
             (field.features, [correction.features for correction in corrections]),
@@ -135,11 +163,14 @@ class GuidanceField(PortableModel, ConfigMixin):
             [B, D], float32; a row depends on its own features alone.
         """
         step = self.config.timesteps.index(timestep)
+        bank = self.features[step, correction].float()
+        bank, weights = completed(bank, references) if self.config.is_completed else (bank, None)
         return divergence_gradient_at(
             features.float(),
-            self.features[step, correction].float(),
+            bank,
             references,
             self.reference_potentials[step, correction].float(),
             self.own_potentials[step, correction].float(),
             blur=self.config.blur,
+            x_weights=weights,
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from pathlib import Path
 from typing import Any, Self
 
 from diffusers.models.modeling_utils import ModelMixin
+
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
+"""What `save_pretrained(push_to_hub=True)` passes on."""
 
 
 class PortableModel(ModelMixin):
@@ -29,7 +33,52 @@ class PortableModel(ModelMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.save_pretrained`; weights are safetensors, whatever `safe_serialization` says."""
+        push = kwargs.pop("push_to_hub", False)
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs | {"safe_serialization": True})
+        if push:
+            options.setdefault("repo_id", Path(save_directory).resolve().name)
+            self.push_to_hub(variant=kwargs.get("variant"), **options)
 
     # Pipelines pass on the options that the signature shows.
     save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """As `ModelMixin.push_to_hub`, as one commit; what goes is checked for local paths.
+
+        Raises:
+            InputError: no token, no permission, no network; the repository is then as it was.
+        """
+        # What a push needs is above this layer, and not needed to load or save.
+        from ..hub import push_part
+
+        options: dict[str, Any] = {"private": private, "token": token, "create_pr": create_pr}
+        return push_part(self, repo_id, variant=variant, subfolder=subfolder, commit_message=commit_message, **options)
+
+    def to_json_string(self) -> str:
+        """The contents of `config.json`."""
+        return without_origin(super().to_json_string())
+
+
+def without_origin(config: str) -> str:
+    """A JSON configuration without the places it was loaded from, which mean nothing elsewhere."""
+    return to_json(json.loads(config, object_hook=_without_origin))
+
+
+def to_json(config: dict[str, Any]) -> str:
+    """As diffusers writes configurations."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "_name_or_path"}

@@ -1,48 +1,138 @@
-"""The parts of `__call__` that both pipelines share: input checks, scheduler arguments, pictures."""
+"""The parts of `__call__` that both pipelines share: input checks, evaluation mode, finite values, pictures."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
-from ..errors import require
+from ..errors import InputError, require, require_integer
+from ..schedules import preserves_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents",)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def initial_shape(
-    unet: UNet2DModel,
-    batch_size: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    num_inference_steps: int,
-    output_type: str,
-) -> tuple[int, int, int, int]:
-    """[B, C, H, W] of the latents, after the checks that every call needs."""
-    require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
-    require(num_inference_steps >= 1, "num_inference_steps", "be at least 1", num_inference_steps)
+def check_call(
+    batch_size: int, generator: Generators, eta: float, output_type: str, callback_tensors: Sequence[str] | None
+) -> torch.Generator | list[torch.Generator] | None:
+    """The checks of arguments that every call needs; the generator, or those of the images as a list."""
+    require_integer("batch_size", batch_size, at_least=1)
+    several = isinstance(generator, Sequence)
+    generators: list[Any] = list(generator) if several else [generator]  # type: ignore[arg-type]
+    valid = all(isinstance(one, torch.Generator) for one in generators) or generators == [None]
+    kinds = sorted({type(one).__name__ for one in generators})
+    require(valid, "generator", "be a torch.Generator, or one for each image", ", ".join(kinds))
+    fits = not several or len(generators) == batch_size
+    require(fits, "generator", f"be one, or one for each of {batch_size} images", len(generators))
+    require(isinstance(eta, (int, float)) and 0 <= eta <= 1, "eta", "lie in [0, 1]", eta)
     require(output_type in OUTPUT_TYPES, "output_type", f"be one of {', '.join(OUTPUT_TYPES)}", output_type)
-    if isinstance(generator, list):
-        require(
-            len(generator) == batch_size, "generator", f"hold one generator per image ({batch_size})", len(generator)
-        )
+    unknown = [name for name in callback_tensors or () if name not in CALLBACK_TENSORS]
+    require(not unknown, "callback_on_step_end_tensor_inputs", f"be among {list(CALLBACK_TENSORS)}", unknown)
+    return generators if several else generators[0]
+
+
+def check_networks(unet: Any, scheduler: Any, image_shape: Sequence[int]) -> None:
+    """Refuse a denoiser or a scheduler that does not walk from noise to images of `image_shape`, [C, H, W], alone."""
+    name = type(scheduler).__name__
+    variance_preserving = "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)"
+    require(preserves_variance(scheduler), "scheduler", variance_preserving, name)
+    require(len(_needed(scheduler.step)) <= 3, "scheduler", "step from a model output, a timestep and a sample", name)
+    channels, predicted = image_shape[0], unet.config.get("out_channels", image_shape[0])
+    either = f"predict {channels} channels, or {2 * channels} with learned variances"
+    require(predicted in (channels, 2 * channels), "unet", either, predicted)
+    enough = predicted == 2 * channels or not learns_variance(scheduler)
+    require(enough, "unet", f"predict {2 * channels} channels for a scheduler of learned variances", predicted)
+    unconditional = all(unet.config.get(name) is None for name in ("num_class_embeds", "class_embed_type"))
+    unconditional = unconditional and len(_needed(unet.forward)) <= 2
+    require(unconditional, "unet", "be unconditional", type(unet).__name__)
+    halvings = sum(bool(getattr(block, "downsamplers", None)) for block in getattr(unet, "down_blocks", ()))
+    divisible = all(side % 2**halvings == 0 for side in image_shape[1:])
+    require(divisible, "unet", f"have a sample_size divisible by {2**halvings}", tuple(image_shape[1:]))
+
+
+def unet_image_shape(unet: Any) -> tuple[int, int, int]:
+    """[C, H, W] of the images that `unet` denoises."""
     size = unet.config.sample_size
+    require(size is not None, "unet", "have a sample_size", size)
     height, width = (size, size) if isinstance(size, int) else size
-    return batch_size, unet.config.in_channels, height, width
+    return unet.config.in_channels, height, width
 
 
-def preserves_variance(scheduler: Any) -> bool:
-    """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow schedulers scale otherwise."""
-    return hasattr(scheduler, "alphas_cumprod") and float(getattr(scheduler, "init_noise_sigma", 1.0)) == 1.0
+def learns_variance(scheduler: Any) -> bool:
+    """Whether steps take a variance from the second half of the model output, as those of `DDPMScheduler` can."""
+    return str(vars(scheduler).get("variance_type")).startswith("learned")
 
 
 def extra_step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
     """Those of `arguments` that `scheduler.step` knows."""
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def _needed(function: Any) -> list[str]:
+    """The parameters that a call of `function` has to give."""
+    parameters = inspect.signature(function).parameters.values()
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in fixed]
+
+
+class FiniteValues:
+    """A context whose tensors have to be finite: NaN and Inf become an error that says where they came from.
+
+    On the CPU a tensor is looked at where it is made. Tensors on a GPU are all looked at on the way out, with a single
+    wait.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._largest: list[Tensor] = []
+
+    def watch(self, name: str, tensor: Tensor, place: str = "") -> None:
+        """Take note of a tensor; the error says that `name` is not finite, and where."""
+        self._lines.append(f"{name} is not finite{place}")
+        self._largest.append(torch.linalg.vector_norm(tensor.detach(), math.inf).float())
+        if tensor.device.type == "cpu":
+            self._check()
+
+    def _check(self) -> None:
+        largest = torch.stack(self._largest).tolist() if self._largest else []
+        broken = [line for line, value in zip(self._lines, largest, strict=True) if not math.isfinite(value)]
+        self._lines, self._largest = [], []
+        if broken:
+            raise InputError(broken[0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, InputError):  # which may be a consequence
+            self._check()
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Every module in evaluation mode inside, each in its own mode again after."""
+    present = [model for model in models if model is not None]
+    was_training = [module for model in present for module in model.modules() if module.training]
+    try:
+        for model in present:
+            model.eval()
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 def finish_images(latents: Tensor, output_type: str) -> Any:

@@ -1,22 +1,28 @@
-"""What both pipelines share of OT guidance: its parts, its arguments, the corrected step, and recording its field."""
+"""What both pipelines share: the loop over the chain, and of OT guidance its parts, its arguments and its field."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..errors import require
-from ..guidance import RECORDED, OTGuidance, check_same_data
+from ..errors import require, require_integer, require_number
+from ..guidance import RECORDED, OTGuidance, check_same_data, check_takes
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
-from ..schedules import alpha_sigma, from_original_sample, to_original_sample
+from ..schedules import alpha_sigma, from_original_sample, reversible_steps, set_timesteps, to_original_sample
+from .call import CALLBACK_TENSORS, FiniteValues, evaluation_mode, extra_step_arguments, learns_variance
 from .portable import PortablePipeline
 
 logger = logging.get_logger(__name__)
+
+Callback = Callable[..., dict[str, Any] | None]
 
 # Share of the chain that stays unguided at its end by default, so that the model itself cleans up what is left there:
 # where guidance does not see the pixels, or in thumbnails whose pixels are more than so many of the image's on a side.
@@ -25,11 +31,38 @@ CLEAN_SHARE, FINE_BLOCK = 0.08, 2
 SMALL_BATCH = 16
 
 
+@dataclass(frozen=True)
+class Chain:
+    """What one call does: the scheduler with its timesteps, and the steps at which x̂0 is corrected.
+
+    Attributes:
+        scheduler: prepared by `set_timesteps`.
+        timesteps: one for each call of the denoiser.
+        step_arguments: of the scheduler's steps, besides the usual three.
+        guidance: the correction, None for plain sampling.
+        guided: positions of the guided steps.
+    """
+
+    scheduler: Any
+    timesteps: list[int]
+    step_arguments: dict[str, Any]
+    guidance: OTGuidance | None
+    guided: set[int]
+
+    def check_field(self, timesteps_before: Sequence[int] = ()) -> None:
+        """Refuse a chain that does not pass the timesteps of the guidance field, if there is one."""
+        if self.guidance and self.guidance.guidance_field is not None:
+            self.guidance.guidance_field.check_timesteps([*timesteps_before, *self.timesteps])
+
+
 class GuidedPipeline(PortablePipeline):
     """A pipeline whose x̂0 can be corrected; see `OTGuidance`."""
 
+    unet: Any
+
     _optional_components = ["feature_extractor", "reference_bank", "guidance_field"]
     _exclude_from_cpu_offload = ["feature_extractor", "reference_bank", "guidance_field"]
+    _callback_tensor_inputs = list(CALLBACK_TENSORS)
 
     def _register_guidance(
         self,
@@ -38,19 +71,40 @@ class GuidedPipeline(PortablePipeline):
         guidance_field: GuidanceField | None,
     ) -> None:
         """Take in the three parts, each of them optional."""
-        if feature_extractor is not None and reference_bank is not None:
-            check_same_data(feature_extractor, reference_bank)
         self.register_modules(
             feature_extractor=feature_extractor, reference_bank=reference_bank, guidance_field=guidance_field
         )
+        if self._is_guided():
+            check_same_data(self.feature_extractor, self.reference_bank)
         self._records = False
         self._guidance: OTGuidance | None = None
         self._guidance_scale = 0.0
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._nfe = 0
 
     @property
     def guidance_scale(self) -> float:
         """Strength of the guidance in the last call; a callback may change `_guidance_scale` between steps."""
         return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, which leaves out the rest of the chain."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last call's chain, one for each call of the denoiser."""
+        return self._num_timesteps
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations per image in the last call: denoiser calls plus prior calls, not those of the feature network.
+
+        0 before the first call.
+        """
+        return self._nfe
 
     def record_guidance_field(
         self, num_samples: int = 1000, generator: torch.Generator | None = None, **call_arguments: Any
@@ -97,8 +151,29 @@ class GuidedPipeline(PortablePipeline):
         self.register_modules(guidance_field=field.to(self._execution_device))
         return field
 
+    def _is_guided(self) -> bool:
+        """Whether the pipeline has what guidance needs.
+
+        Raises:
+            InputError: it has a part of it only.
+        """
+        names = self._optional_components
+        present = [name for name in names if getattr(self, name) is not None]
+        missing = [name for name in ("feature_extractor", "reference_bank") if name not in present]
+        whole = not present or not missing
+        require(
+            whole, missing[0] if missing else "", f"accompany {' and '.join(f'`{name}`' for name in present)}", None
+        )
+        return bool(present)
+
     def _prepare_guidance(
-        self, batch_size: int, *, guidance_scale: float | None, joint_batch: bool | None, **asked: Any
+        self,
+        image_shape: tuple[int, ...],
+        batch_size: int,
+        *,
+        guidance_scale: float | None,
+        joint_batch: bool | None,
+        **asked: Any,
     ) -> OTGuidance | None:
         """The correction that the arguments of a call ask for, None for plain sampling.
 
@@ -107,16 +182,17 @@ class GuidedPipeline(PortablePipeline):
         """
         follows_field = self.guidance_field is not None and not joint_batch
         require(follows_field or joint_batch is not False, "joint_batch", "be true without a guidance field", False)
-        complete = self.feature_extractor is not None and self.reference_bank is not None
-        default = self.guidance_field.config.guidance_scale if follows_field else 1.0
-        scale = guidance_scale if guidance_scale is not None else default if complete else 0.0
-        require(scale >= 0, "guidance_scale", "be at least 0", scale)
-        self._guidance_scale = scale
+        if guidance_scale is not None:
+            require_number("guidance_scale", guidance_scale, at_least=0)
+        complete = guidance_scale != 0 and self._is_guided()
+        default = self.guidance_field.config.guidance_scale if complete and follows_field else float(complete)
+        scale = self._guidance_scale = default if guidance_scale is None else guidance_scale
         if scale == 0:
             return None
         require(
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
         )
+        check_takes(self.feature_extractor, image_shape, "feature_extractor")
         names = ("num_correction_steps", *RECORDED)
         recorded = {name: self.guidance_field.config[name] for name in names} if follows_field else {}
         guidance = OTGuidance(
@@ -134,54 +210,124 @@ class GuidedPipeline(PortablePipeline):
             )
         return guidance
 
-    def _guided_output(
+    def _prepare_chain(
         self,
-        guidance: OTGuidance,
         scheduler: Any,
-        model_output: Tensor,
+        image_shape: tuple[int, ...],
+        batch_size: int,
+        num_inference_steps: int,
+        num_guidance_steps: int | None,
+        guidance_start_step: int,
+        step_arguments: dict[str, Any],
+        guidance_arguments: dict[str, Any],
+    ) -> Chain:
+        """The chain that the arguments of a call ask for."""
+        guidance = self._prepare_guidance(image_shape, batch_size, **guidance_arguments)
+        timesteps = set_timesteps(scheduler, num_inference_steps, self._execution_device)
+        guided = guided_steps(guidance, image_shape[1:], scheduler, timesteps, num_guidance_steps, guidance_start_step)
+        passed = [timesteps[step] for step in guided]
+        once = not self._records or len(set(passed)) == len(passed)
+        require(once, "scheduler", "pass a timestep once where a field is recorded", type(scheduler).__name__)
+        return Chain(scheduler, timesteps, extra_step_arguments(scheduler, **step_arguments), guidance, guided)
+
+    @contextmanager
+    def _sampling(self, chain: Chain, *networks: Any) -> Iterator[FiniteValues]:
+        """A call's one chain: networks in evaluation mode, potentials of this chain alone, values that are finite."""
+        self._interrupt, self._nfe, self._num_timesteps = False, 0, len(chain.timesteps)
+        potentials = chain.guidance.chain() if chain.guidance else nullcontext()
+        with evaluation_mode(*networks, self.unet, self.feature_extractor), potentials, FiniteValues() as finite:
+            yield finite
+
+    def _denoise(
+        self,
         latents: Tensor,
-        timestep: int,
-        step: int,
+        chain: Chain,
+        finite: FiniteValues,
+        callback: Callback | None,
+        callback_tensors: Sequence[str] | None,
     ) -> Tensor:
-        """The model output that stands for the corrected x̂0, in the scheduler's prediction type."""
-        prediction_type = scheduler.config.prediction_type
-        alpha, sigma = alpha_sigma(scheduler, timestep, step_index=step)
-        sample = latents.float()
-        pred_original_sample = to_original_sample(model_output.float(), sample, alpha, sigma, prediction_type).clamp(
-            -1, 1
-        )
+        """x_0 of the chain that begins with `latents`; each step is a call of the denoiser, x_t → x_{t−1}."""
+        scheduler, timesteps = chain.scheduler, chain.timesteps
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            if self.interrupt:
+                continue
+            place = f" at step {step + 1} of {len(timesteps)}"
+            model_output = self.unet(latents, timestep).sample
+            self._nfe += 1
+            finite.watch("the denoiser's output", model_output, place)
+            if not learns_variance(scheduler):
+                model_output = model_output[:, : latents.shape[1]]
+            if chain.guidance and self._guidance_scale > 0 and step in chain.guided:
+                model_output = self._guided_output(chain, model_output, latents, step)
+                finite.watch("the output of the guidance", model_output, place)
+            latents = scheduler.step(model_output, timesteps[step], latents, **chain.step_arguments).prev_sample
+            finite.watch("the result of the scheduler", latents, place)
+            if callback is not None:
+                tensors = dict.fromkeys(callback_tensors or CALLBACK_TENSORS, latents)
+                latents = _replaced(latents, callback(self, step, timestep, tensors))
+                finite.watch("the callback's `latents` tensor", latents, place)
+        return latents
+
+    def _guided_output(self, chain: Chain, model_output: Tensor, latents: Tensor, step: int) -> Tensor:
+        """The model output that stands for the corrected x̂0, in the scheduler's prediction type; a learned variance
+        in its second half is kept."""
+        guidance, timestep = chain.guidance, chain.timesteps[step]
+        assert guidance is not None
+        prediction_type = chain.scheduler.config.prediction_type
+        alpha, sigma = alpha_sigma(chain.scheduler, timestep, step_index=step)
+        sample, predicted = latents.float(), model_output[:, : latents.shape[1]].float()
+        pred_original_sample = to_original_sample(predicted, sample, alpha, sigma, prediction_type).clamp(-1, 1)
         guidance.guidance_scale = self._guidance_scale
         corrected = guidance.correct(pred_original_sample, timestep)
-        return from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)
+        guided = from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)
+        return torch.cat([guided, model_output[:, latents.shape[1] :]], dim=1)
 
 
 def guided_steps(
     guidance: OTGuidance | None,
-    image_size: tuple[int, int],
-    num_inference_steps: int,
+    image_size: tuple[int, ...],
+    scheduler: Any,
+    timesteps: Sequence[int],
     num_guidance_steps: int | None,
     guidance_start_step: int,
-) -> range:
+) -> set[int]:
     """The steps of a chain that are guided: by default all, but for its end where guidance does not see the pixels, or
-    coarsely in images of this height and width.
+    coarsely in images of this height and width; and never a step whose model output says nothing of x̂0.
 
     Raises:
         InputError: a negative number.
     """
-    require(guidance_start_step >= 0, "guidance_start_step", "be at least 0", guidance_start_step)
+    require_integer("guidance_start_step", guidance_start_step, at_least=0)
     if num_guidance_steps is None:
-        clean = 0 if _sees_all(guidance, image_size) else max(1, round(CLEAN_SHARE * num_inference_steps))
-        num_guidance_steps = max(0, num_inference_steps - clean - guidance_start_step)
-    require(num_guidance_steps >= 0, "num_guidance_steps", "be at least 0", num_guidance_steps)
-    return range(guidance_start_step, guidance_start_step + num_guidance_steps) if guidance else range(0)
+        clean = 0 if _sees_all(guidance, image_size) else max(1, round(CLEAN_SHARE * len(timesteps)))
+        num_guidance_steps = max(0, len(timesteps) - clean - guidance_start_step)
+    require_integer("num_guidance_steps", num_guidance_steps, at_least=0)
+    if guidance is None:
+        return set()
+    asked = range(guidance_start_step, guidance_start_step + num_guidance_steps)
+    return {step for step in reversible_steps(scheduler, timesteps) if step in asked}
 
 
-def _sees_all(guidance: OTGuidance | None, image_size: tuple[int, int]) -> bool:
+def _sees_all(guidance: OTGuidance | None, image_size: tuple[int, ...]) -> bool:
     """Whether guidance may go on to the last step; a field does to the last that it was recorded at."""
     if guidance is None or guidance.guidance_field is not None:
         return True
     fine = all(size <= FINE_BLOCK * small for size, small in zip(image_size, guidance.thumbnail_size, strict=True))
     return fine and guidance.pixel_weight > 0
+
+
+def _replaced(latents: Tensor, changed: dict[str, Any] | None) -> Tensor:
+    """The latents that a callback returned, or those that it was given.
+
+    Raises:
+        InputError: it returned something else.
+    """
+    name = "callback_on_step_end"
+    require(changed is None or isinstance(changed, dict), name, "return a dict or None", type(changed).__name__)
+    found = (changed or {}).get("latents", latents)
+    shape = tuple(getattr(found, "shape", ()))
+    require(shape == tuple(latents.shape), name, f"return `latents` of shape {tuple(latents.shape)}", shape)
+    return found
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

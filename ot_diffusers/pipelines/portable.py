@@ -8,17 +8,22 @@ class.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
 
+from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
+from ..models.portable import HUB_OPTIONS, to_json, without_origin
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
 
@@ -37,9 +42,6 @@ PARTS = (
 
 # diffusers asks the module that a part is loaded from, which is this one, for the base class of models as well.
 __all__ = ["PARTS", "ModelMixin", "PortablePipeline", "register", *(part.__name__ for part in PARTS)]
-
-HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
-"""What `save_pretrained(push_to_hub=True)` passes on."""
 
 CODE_NAME = "pipeline.py"
 CODE = '''"""For `DiffusionPipeline.from_pretrained(…, custom_pipeline="pipeline", trust_remote_code=True)`."""
@@ -62,6 +64,43 @@ class PortablePipeline(DiffusionPipeline):
             kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **parts: Any,
+    ) -> Self:
+        """A pipeline that shares the parts of another one.
+
+        diffusers' own drops parts whose class is not exactly that of the annotation, and makes all that are left
+        float32, in the other pipeline as well; here they stay what they are.
+
+        Args:
+            pipeline: any pipeline whose UNet is a `UNet2DModel`.
+            dtype: of all parts, which changes them in `pipeline` as well; by default each keeps its own.
+            torch_dtype: an older name of `dtype`.
+            parts: by their names, in place of those of `pipeline`.
+
+        Raises:
+            InputError: a part that this pipeline does not have, or one that it needs and does not get.
+        """
+        needed = {name: one for name, one in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+        unknown = [name for name in parts if name not in needed]
+        require(not unknown, unknown[0] if unknown else "", f"be one of {', '.join(needed)}", "another argument")
+        kinds = cls._get_signature_types()
+        shared = {name: part for name, part in pipeline.components.items() if name in needed}
+        if not isinstance(pipeline, PortablePipeline):
+            shared = {name: part for name, part in shared.items() if _fits(part, kinds[name])}
+        chosen = shared | parts
+        for name, parameter in needed.items():
+            given = parameter.default is not parameter.empty or chosen.get(name) is not None
+            require(given, name, f"be given, as no part of a {type(pipeline).__name__} fits", None)
+        made = cls(**chosen)
+        return made.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else made
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
     ) -> None:
@@ -74,9 +113,9 @@ class PortablePipeline(DiffusionPipeline):
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         for part in folder.glob("*/config.json"):
-            part.write_text(_without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
+            part.write_text(without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
         if push:
-            options.setdefault("repo_id", folder.name)
+            options.setdefault("repo_id", folder.resolve().name)
             self.push_to_hub(variant=kwargs.get("variant"), **options)
 
     def push_to_hub(
@@ -96,7 +135,8 @@ class PortablePipeline(DiffusionPipeline):
         """Push weights and a model card as one commit; returns the commit's address.
 
         Args:
-            repo_id: `user/name`; it is created where it does not exist.
+            repo_id: `user/name`, or a name among the token's owner's repositories; it is created where it does not
+                exist.
             commit_message: first line of the commit's message.
             private: create it private. An existing public repository is refused.
             token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
@@ -134,14 +174,19 @@ class PortablePipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         """The contents of `model_index.json`."""
-        config = json.loads(_without_origin(super().to_json_string()))
-        return _to_json({name: _unlocated(entry) for name, entry in config.items()})
+        config = json.loads(without_origin(super().to_json_string()))
+        return to_json({name: _unlocated(entry) for name, entry in config.items()})
 
 
 def register(kind: type[Pipeline]) -> type[Pipeline]:
     """Class decorator: an attribute of `diffusers`, where `DiffusionPipeline.from_pretrained` looks for the class."""
     setattr(diffusers, kind.__name__, kind)
     return kind
+
+
+def _fits(part: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a pipeline takes over a part: one of these classes or a derived one, or a wrapped module."""
+    return isinstance(part, (*kinds, type(None))) or (isinstance(part, nn.Module) and not isinstance(part, ModelMixin))
 
 
 def _located(entry: Any) -> Any:
@@ -161,13 +206,3 @@ def _names_part(entry: Any) -> bool:
     library, name = entry
     ours = library is None or str(library).split(".")[0] == __name__.split(".")[0]
     return ours and name in {part.__name__ for part in PARTS}
-
-
-def _without_origin(config: str) -> str:
-    """A JSON configuration without the place it was loaded from, which means nothing elsewhere."""
-    return _to_json({name: value for name, value in json.loads(config).items() if name != "_name_or_path"})
-
-
-def _to_json(config: dict[str, Any]) -> str:
-    """As diffusers writes configurations."""
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -27,8 +27,10 @@ from .checkpoints import (
 from .folder import (
     check_output_dir,
     load_split,
+    load_splits,
     make_accelerator,
     open_run,
+    saved_model,
     write_json,
 )
 from .models import (
@@ -43,6 +45,7 @@ from .records import (
     save_results,
     save_sample_grid,
     validation_loss,
+    wants_grid,
 )
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "image_batches",
     "index_batches",
     "load_split",
+    "load_splits",
     "make_accelerator",
     "make_noise_scheduler",
     "make_optimizer",
@@ -71,6 +75,8 @@ __all__ = [
     "save_checkpoint",
     "save_results",
     "save_sample_grid",
+    "saved_model",
     "validation_loss",
+    "wants_grid",
     "write_json",
 ]

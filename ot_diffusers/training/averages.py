@@ -47,8 +47,9 @@ class Averages:
         Raises:
             TrainingError: a value that is no number, by its name and the update.
         """
-        means = self._means(accelerator)
-        self.epoch, self.recent = self._sums(means), {}
+        totals = self._totals(accelerator)
+        means = {name: total / len(self.recent[name]) for name, total in totals.items()}
+        self.epoch, self.recent = self._with_epoch(totals), {}
         return means
 
     def epoch_so_far(self, accelerator: Accelerator) -> dict[str, tuple[float, int]]:
@@ -57,7 +58,7 @@ class Averages:
         Raises:
             TrainingError: as `record`.
         """
-        return self._sums(self._means(accelerator))
+        return self._with_epoch(self._totals(accelerator))
 
     def end_epoch(self) -> dict[str, float]:
         """Means over the epoch up to the last record; the next epoch begins."""
@@ -65,22 +66,26 @@ class Averages:
         self.epoch = {}
         return means
 
-    def _means(self, accelerator: Accelerator) -> dict[str, float]:
+    def _totals(self, accelerator: Accelerator) -> dict[str, float]:
+        """Sums over the updates since the last record, of means over the processes. In float64, where sums of float32
+        numbers of like size are exact: they do not tell where a record or a checkpoint has parted them."""
         if not self.recent:
             return {}
         values = {name: torch.stack([value for _, value in entries]) for name, entries in self.recent.items()}
-        local = torch.stack([entries.float().mean() for entries in values.values()])
-        means = dict(zip(values, accelerator.reduce(local, "mean").tolist(), strict=True))
-        broken = [name for name, mean in means.items() if not math.isfinite(mean)]
+        # Apple's GPUs lack float64.
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        local = torch.stack([entries.to(exact).sum() for entries in values.values()])
+        totals = dict(zip(values, accelerator.reduce(local, "mean").tolist(), strict=True))
+        broken = [name for name, total in totals.items() if not math.isfinite(total)]
         if broken:
             raise TrainingError(self._verdict({name: values[name] for name in broken}, accelerator))
-        return means
+        return totals
 
-    def _sums(self, means: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+    def _with_epoch(self, totals: Mapping[str, float]) -> dict[str, tuple[float, int]]:
         sums = dict(self.epoch)
-        for name, mean in means.items():
+        for name, recent in totals.items():
             total, count = sums.get(name, (0.0, 0))
-            sums[name] = (total + mean * len(self.recent[name]), count + len(self.recent[name]))
+            sums[name] = (total + recent, count + len(self.recent[name]))
         return sums
 
     def _verdict(self, broken: Mapping[str, Tensor], accelerator: Accelerator) -> str:

@@ -50,7 +50,7 @@ def plan(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Sc
         InputError: a global batch larger than the data set.
     """
     forward = config.train_batch_size * accelerator.num_processes
-    size = forward * config.gradient_accumulation_steps
+    size = forward * accelerator.gradient_accumulation_steps
     require(size <= len(images), "train_batch_size", f"give a global batch of at most {len(images)} images", size)
     updates_per_epoch = len(images) // size
     return Schedule(
@@ -89,7 +89,7 @@ def index_batches(
     size = config.train_batch_size
     order = training_order(len(images), schedule.global_batch_size, seed=config.seed, start=start)
     for update, global_indices in zip(range(start, schedule.num_updates), order, strict=False):
-        for micro in range(config.gradient_accumulation_steps):
+        for micro in range(schedule.global_batch_size // schedule.forward_batch_size):
             first = (micro * accelerator.num_processes + accelerator.process_index) * size
             yield update, global_indices, slice(first, first + size)
 

@@ -19,11 +19,13 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import save_tensors
 from ..config import TrainingConfig
-from ..errors import TrainingError
+from ..errors import InputError, TrainingError
 from .averages import Averages
 from .batches import Schedule
-from .files import damage, delete, delete_partial, save_tensors, write_json, written_aside
+from .files import damage, delete, delete_partial, write_json, written_aside
+from .folder import check_claim
 from .models import make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -216,11 +218,16 @@ def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: A
     limit.
 
     Raises:
-        TrainingError: as `TrainingState.save`.
+        TrainingError: as `TrainingState.save` and `check_claim`.
     """
+    check_claim(config)
     if state.saved_update == state.update:
         return
-    state.save(_folder(config) / f"update-{state.update:08d}", accelerator)
+    try:
+        state.save(_folder(config) / f"update-{state.update:08d}", accelerator)
+    except FileNotFoundError:
+        check_claim(config)
+        raise
     state.saved_update = state.update
     if accelerator.is_main_process:
         for folder in checkpoints(config)[: -config.checkpoints_total_limit]:
@@ -233,6 +240,9 @@ def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerato
 
     What must not be taken for a continuation is kept, under another name: damaged checkpoints as `damaged-N`, and with
     an earlier checkpoint named, the later ones in `replaced-1`, `replaced-2`, …
+
+    Raises:
+        InputError: all checkpoints are damaged.
     """
     if config.resume_from_checkpoint is None:
         return
@@ -242,6 +252,8 @@ def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerato
         chosen = [_last_good(config) if config.resume_from_checkpoint == "latest" else _named(config)]
     (folder,) = broadcast_object_list(chosen)
     if folder is None:
+        if (Path(config.output_dir) / "results.json").is_file():
+            accelerator.print(f"no checkpoint in {_folder(config)}: training begins with the first update")
         return
     state.load(folder, accelerator)
     if folder.resolve().parent == _folder(config).resolve():
@@ -250,17 +262,35 @@ def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerato
 
 
 def _last_good(config: TrainingConfig) -> Path | None:
-    """The last checkpoint that is as it was written; damaged ones after it are put aside."""
+    """The last checkpoint that is as it was written; damaged ones after it are put aside.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(config)):
         problem = damage(folder)
         if problem is None:
+            _put_aside_damaged(damaged, folder)
             return folder
+        damaged.append((folder, problem))
+    if damaged:
+        folder, problem = damaged[0]
+        raise InputError(
+            f"`output_dir` must hold a checkpoint that is as it was written, got {config.output_dir!r}, where all "
+            f"{len(damaged)} are damaged ({folder.name}: {problem}); restore one, or move {str(folder.parent)!r} away "
+            "to begin again"
+        )
+    return None
+
+
+def _put_aside_damaged(damaged: Sequence[tuple[Path, str]], good: Path) -> None:
+    for folder, problem in damaged:
         aside = folder.with_name(folder.name.replace("update", "damaged"))
         if aside.exists():
             delete(aside)
         folder.rename(aside)
-        logger.warning("%s is damaged (%s) and now called %s; the one before it is taken", folder, problem, aside.name)
-    return None
+        logger.warning("%s is damaged (%s) and now called %s; %s is taken", folder, problem, aside.name, good.name)
 
 
 def _named(config: TrainingConfig) -> Path:

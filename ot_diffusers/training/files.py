@@ -5,13 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ..files import name_aside, new_folder, sha256, sync, write_json, write_text
 
@@ -20,7 +16,7 @@ __all__ = [
     "damage",
     "delete",
     "delete_partial",
-    "save_tensors",
+    "placed_in",
     "sync",
     "write_checksums",
     "write_json",
@@ -35,17 +31,6 @@ WRITTEN = r"(update|damaged)-[0-9]+|model|(run|results|state)[.]json|metrics[.]j
 """Names in the folder of a run, and in that of its checkpoints, that are first written under another name."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file; a full disk is an `OSError`, as it is for every other file."""
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
-
-
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """As `new_folder`, with a list of checksums, and on the disk when it has its name."""
@@ -55,6 +40,27 @@ def written_aside(folder: Path) -> Iterator[Path]:
         for path in [*partial.rglob("*"), partial]:
             sync(path)
     sync(folder.parent)
+
+
+@contextmanager
+def placed_in(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write into, whose files go to the same places in `folder` when the block ends, and vanish where it
+    fails. The file called `last` is absent while the others are put in place."""
+    partial = name_aside(folder / "model")
+    partial.mkdir()
+    try:
+        yield partial
+        files = sorted(_files(partial), key=lambda file: (file == partial / last, file))
+        for file in files:
+            sync(file)
+        (folder / last).unlink(missing_ok=True)
+        for file in files:
+            place = folder / file.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+            sync(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def delete(folder: Path) -> None:

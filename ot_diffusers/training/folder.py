@@ -8,20 +8,26 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 
 from ..config import TrainingConfig
-from ..data import load_images
-from ..errors import InputError, require
+from ..data import SPLITS, ImageSource, StreamedImages, open_images
+from ..errors import InputError, TrainingError, require
+from ..features import weights_fingerprint
 from ..files import check_folder
+from ..launch import launched
+from ..outgoing import without_local_paths
+from ..seeds import folded
 from .batches import Images
-from .files import damage, delete_partial, write_json
+from .files import damage, delete_partial, placed_in, write_json
 
 try:
     import fcntl
@@ -30,12 +36,18 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Averages of weights and checkpoints are of whole models, which are small beside the memory of a GPU."""
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+"""What accelerate's variables ACCELERATE_USE_… would split models by. Averages of weights and checkpoints are of whole
+models, which are small beside the memory of a GPU."""
 
 LOCK = ".lock"
+INDEX = "model_index.json"
 CLAIM_SECONDS = 60.0
-_CLAIMED: dict[Path, IO[str]] = {}
+_CLAIMED: dict[str, IO[str] | None] = {}
+
+# What a run writes into its folder, whichever script it is of.
+FILES = (LOCK, "run.json", "metrics.jsonl", "results.json", INDEX)
+FOLDERS = ("checkpoints", "samples", "logs", "unet", "scheduler", "prior", "feature_extractor", "reference_bank")
 
 # Options that may change when a run goes on; any other difference makes it another run.
 RESUMABLE = {
@@ -78,6 +90,10 @@ def check_output_dir(config: TrainingConfig) -> None:
         "be empty with resume_from_checkpoint=none",
         config.output_dir,
     )
+    for names, kind, is_kind in ((FILES, "file", Path.is_file), (FOLDERS, "folder", Path.is_dir)):
+        for path in (folder / name for name in names if os.path.lexists(folder / name)):
+            require(is_kind(path), "output_dir", f"hold {path.name} as a {kind}", config.output_dir)
+            require(os.access(path, os.W_OK), "output_dir", f"let {path.name} be written to", config.output_dir)
     earlier, now = _read_record(folder)["config"], _as_json(config)
     for name in sorted((earlier.keys() | now.keys()) - RESUMABLE):
         if earlier.get(name) != now.get(name):
@@ -91,67 +107,103 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """An accelerator for the configuration, with the random seed set alike on every process.
 
     Raises:
-        InputError: a tracker that is not installed, or processes that each hold a part of the model only.
+        InputError: a tracker that is not installed, processes that each hold a part of the model only, or a launcher
+            that wants what the configuration or this machine does not.
     """
     tracker = None if config.report_to == "none" else config.report_to
     installed = [str(name) for name in get_available_trackers()]
     known = tracker is None or tracker in installed
     require(known, "report_to", f"be none or an installed tracker ({', '.join(installed)})", config.report_to)
+    for name in SHARDING:
+        sharded = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+        require(not sharded, "distributed_type", "leave the whole model to every process", name)
     # Without a GPU, accelerate joins a process group only where it is told to use the CPU.
     in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    accelerator = Accelerator(
-        cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=tracker,
-        project_dir=str(Path(config.output_dir) / "logs") if tracker else None,
-    )
-    whole = accelerator.distributed_type not in SHARDED
-    require(whole, "distributed_type", "leave the whole model to every process", accelerator.distributed_type.value)
-    set_seed(config.seed)
+    config = launched(config)
+    try:
+        accelerator = Accelerator(
+            cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()),
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=tracker,
+            project_dir=str(Path(config.output_dir) / "logs") if tracker else None,
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise InputError(f"accelerate does not start as it was told to: {' '.join(str(error).split())}") from error
+    scaled = config.mixed_precision != "fp16" or accelerator.scaler is not None
+    require(scaled, "mixed_precision", f"be no or bf16 on {accelerator.device}", config.mixed_precision)
+    set_seed(folded(config.seed, 32))
     return accelerator
 
 
-def open_run(config: TrainingConfig, accelerator: Accelerator, images: Images) -> None:
+def open_run(
+    config: TrainingConfig, accelerator: Accelerator, images: Images, **frozen: torch.nn.Module | None
+) -> None:
     """Create the folder, write `run.json`, start the trackers; the last place where a run can be refused.
 
+    Args:
+        config: of the run.
+        accelerator: of this process.
+        images: that the run trains on.
+        frozen: the networks that the run uses as they are, by the option that names them.
+
     Raises:
-        InputError: the folder holds a run on other images or with another batch, or is in use.
+        InputError: the folder holds a run on other images, with another batch or with other frozen networks, or is in
+            use.
     """
     folder = Path(config.output_dir)
-    batch = batch_sizes(config, accelerator.num_processes)
-    earlier = _read_record(folder)
-    before = earlier.get("data", {}).get("fingerprint", images.fingerprint)
-    require(before == images.fingerprint, "dataset", "hold the images that the run began with", config.dataset)
-    check_batch(config, batch, earlier.get("batch", batch), accelerator.num_processes)
+    record = {
+        "script": type(config).__doc__,
+        "config": _as_json(config),
+        "data": {
+            "name": images.name,
+            "hub_id": images.hub_id,
+            "fingerprint": images.fingerprint,
+            "num_samples": len(images),
+        },
+        "num_processes": accelerator.num_processes,
+        "batch": batch_sizes(config, accelerator.num_processes),
+        "frozen": {name: weights_fingerprint(network) for name, network in frozen.items() if network is not None},
+        "dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    check_record(config, record)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         claim(folder)
+        # Another process may have begun a run here while this one came so far.
+        check_output_dir(config)
+        check_record(config, record)
         delete_partial(folder)
-        record = {
-            "script": type(config).__doc__,
-            "config": _as_json(config),
-            "data": {
-                "name": images.name,
-                "hub_id": images.hub_id,
-                "fingerprint": images.fingerprint,
-                "num_samples": len(images),
-            },
-            "num_processes": accelerator.num_processes,
-            "batch": batch,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
         write_json(folder / "run.json", record)
     accelerator.wait_for_everyone()
-    flat = {key: str(value) if isinstance(value, list) else value for key, value in _as_json(config).items()}
+    public = without_local_paths(_as_json(config), [images.hub_id] if images.hub_id else [])
+    flat = {key: str(value) if isinstance(value, list) else value for key, value in public.items()}
     accelerator.init_trackers("ot_diffusers", config={key: value for key, value in flat.items() if value is not None})
+
+
+def check_record(config: TrainingConfig, record: dict[str, Any]) -> None:
+    """Refuse to go on with other images, another batch or other frozen networks than those that the run in the folder
+    began with; a run that did not write them down goes on.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    earlier = _read_record(Path(config.output_dir))
+    data = record["data"]["fingerprint"]
+    before = earlier.get("data", {}).get("fingerprint", data)
+    require(before == data, "dataset", "hold the images that the run began with", config.dataset)
+    check_batch(config, record["batch"], earlier.get("batch", record["batch"]), record["num_processes"])
+    known = earlier.get("frozen", {})
+    for name, fingerprint in record["frozen"].items():
+        same = known.get(name, fingerprint) == fingerprint
+        require(same, name, "hold the weights that the run began with", getattr(config, name))
 
 
 def batch_sizes(config: TrainingConfig, num_processes: int) -> dict[str, int]:
     """Images that all processes see together: in one update, and in one forward pass."""
     forward = config.train_batch_size * num_processes
-    return {"update": forward * config.gradient_accumulation_steps, "forward": forward}
+    return {"update": forward * (config.gradient_accumulation_steps or 1), "forward": forward}
 
 
 def check_batch(config: TrainingConfig, batch: dict[str, int], earlier: dict[str, int], num_processes: int) -> None:
@@ -171,36 +223,74 @@ def check_batch(config: TrainingConfig, batch: dict[str, int], earlier: dict[str
     require(remainder == 0, "num_processes", f"be a divisor of {earlier[part]}, {began}", num_processes)
     given = batch[part] // num_processes
     require(given == wanted, name, f"be {wanted} on {num_processes} processes, {began}", given)
-    steps = config.gradient_accumulation_steps
+    steps = config.gradient_accumulation_steps or 1
     wanted = earlier["update"] // earlier["forward"]
     same = batch["update"] == earlier["update"]
     require(same, "gradient_accumulation_steps", f"be {wanted}, as when the run began", steps)
 
 
 def claim(folder: Path) -> None:
-    """Keep other processes out of the folder for as long as this one lives, where the file system can.
+    """Create the folder and keep other processes out of it for as long as this one lives, where the file system can.
 
     An earlier process of the run may be about to end; it is waited for, but not for long.
 
     Raises:
         InputError: the folder is in use.
     """
-    folder = folder.resolve()
-    if fcntl is None or folder in _CLAIMED:
-        return
-    file = (folder / LOCK).open("a")
     until = time.monotonic() + CLAIM_SECONDS
-    while True:
+    while not _is_claimed(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = None if fcntl is None else (folder / LOCK).open("a")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             require(time.monotonic() < until, "output_dir", "not be in use by another process", str(folder))
             time.sleep(0.2)
             continue
         except OSError:
             logger.warning("%s cannot be locked: take care that one process uses it at a time", folder)
-        _CLAIMED[folder] = file
+        _CLAIMED[os.path.abspath(folder)] = file
+
+
+def check_claim(config: TrainingConfig) -> None:
+    """Refuse to write on where the folder that this process has claimed is gone, or is another run's by now.
+
+    Raises:
+        TrainingError: saying so.
+    """
+    folder = Path(config.output_dir)
+    if os.path.abspath(folder) not in _CLAIMED:
         return
+    if not (folder / "run.json").is_file() or ((folder / LOCK).exists() and not _is_claimed(folder)):
+        raise TrainingError(
+            f"the run's folder {config.output_dir!r} was deleted or moved while the run was going on; nothing more is "
+            "written there"
+        )
+
+
+def _is_claimed(folder: Path) -> bool:
+    """Whether the folder is there, and this process holds its lock, where there are locks."""
+    path = os.path.abspath(folder)
+    file = _CLAIMED.get(path)
+    if path not in _CLAIMED or file is None:
+        return path in _CLAIMED and folder.is_dir()
+    lock = folder / LOCK
+    return lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+
+
+@contextmanager
+def saved_model(config: TrainingConfig) -> Iterator[Path]:
+    """A folder to save the run's model into. When the block ends, the files take their places in the run's folder, the
+    index of a pipeline last: what a kill leaves is never taken for a whole pipeline.
+
+    Raises:
+        TrainingError: as `check_claim`.
+    """
+    check_claim(config)
+    with placed_in(Path(config.output_dir), last=INDEX) as folder:
+        yield folder
+        check_claim(config)
 
 
 def _as_json(config: TrainingConfig) -> dict[str, Any]:
@@ -228,12 +318,35 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def load_split(config: TrainingConfig, split: str, accelerator: Accelerator) -> Images:
     """One split of the configured data set, on the training device if it is small enough to be held decoded."""
-    images = load_images(
+    return _open_images(config).load(split).to(accelerator.device)
+
+
+def load_splits(config: TrainingConfig, accelerator: Accelerator, *needed: str) -> list[Images]:
+    """The needed splits, as `load_split` gives them. Every other split is decoded as well, so that a damaged image is
+    found before training, wherever it is.
+
+    Raises:
+        InputError: an unreadable image in any split, or needed splits with images of different shape.
+    """
+    source = _open_images(config)
+    splits = {split: source.load(split) for split in SPLITS if split in needed or source.has(split)}
+    for split, images in splits.items():
+        if isinstance(images, StreamedImages) and split != "train":  # which is decoded for its fingerprint
+            for _ in images.stream(torch.arange(len(images)).split(config.train_batch_size), config.num_workers):
+                pass
+    first, *others = (splits[split].to(accelerator.device) for split in needed)
+    for images in others:
+        shapes = f"{first.image_shape} in {first.split}, {images.image_shape} in {images.split}"
+        argument = "channels" if first.image_shape[1:] == images.image_shape[1:] else "image_size"
+        require(first.image_shape == images.image_shape, argument, "be given for splits of different shape", shapes)
+    return [first, *others]
+
+
+def _open_images(config: TrainingConfig) -> ImageSource:
+    return open_images(
         config.dataset,
-        split,
         image_column=config.image_column,
         label_column=config.label_column,
         image_size=config.image_size,
         channels=config.channels,
     )
-    return images.to(accelerator.device)

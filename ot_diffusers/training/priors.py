@@ -34,7 +34,7 @@ from ..prior_losses import (
     sinkhorn_transport,
 )
 from ..schedules import alpha_sigma, truncated_samples
-from ..seeds import key, keyed_generator
+from ..seeds import folded, key, keyed_generator
 from ..transport import median_distance
 from .batches import Images, Schedule, image_batches
 from .checkpoints import TrainingState
@@ -172,7 +172,9 @@ def with_fitted_latents(model: VariationalPrior, images: Images, scheduler: Any,
             target = truncated_samples(target, rows, scheduler, seed=config.seed)
         codes.append(model.encoder(target.to(device)).sample(source))
     components = min(config.latent_components, sum(map(len, codes)))
-    mixture = GaussianMixture(components, random_state=config.seed).fit(torch.cat(codes).double().cpu().numpy())
+    mixture = GaussianMixture(components, random_state=folded(config.seed, 32)).fit(
+        torch.cat(codes).double().cpu().numpy()
+    )
     return generator.with_latents(
         *(torch.from_numpy(values) for values in (mixture.weights_, mixture.means_, mixture.covariances_))
     )
@@ -221,10 +223,12 @@ class FrozenFeatures:
     Attributes:
         extract: images [B, C, H, W] to levels, [B, D] each.
         scales: one for each level.
+        network: that of the features; None for the denoiser.
     """
 
     extract: Callable[[Tensor], tuple[Tensor, ...]]
     scales: tuple[float, ...]
+    network: nn.Module | None = None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(level / scale for level, scale in zip(self.extract(images), self.scales, strict=True))
@@ -238,6 +242,7 @@ def needs_features(config: PriorConfig) -> bool:
 def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: Any) -> FrozenFeatures:
     """The features of the configured network, or of the denoiser at step T'; scales from at most 1,000 real images."""
     extract: Callable[[Tensor], tuple[Tensor, ...]]
+    network = None
     if config.feature_extractor is None:
         extract = functools.partial(denoiser_features, unet, timestep=config.truncation_timestep - 1)
     else:
@@ -246,7 +251,7 @@ def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: A
         extract = functools.partial(network_features, network)
     rows = evenly_spaced(images, 1000)
     real = truncated_samples(images.fetch(rows), rows, scheduler, seed=config.seed)
-    return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))))
+    return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))), network)
 
 
 def transport_terms(

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from .. import signals
 from ..config import DiffusionConfig, TrainingConfig
 from ..losses import denoising_loss
-from ..seeds import keyed_generator
+from ..seeds import keyed_generator, seeded_generator
 from .averages import effective_rank
 from .batches import Images, Schedule, draw_noise, noised_batch
 from .checkpoints import TrainingState
 from .files import write_json, write_text
+from .folder import check_claim
 from .processes import CONTINUE, OUT_OF_TIME, SIGNALLED, Agreement
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Record:
         self._agreement = Agreement(accelerator)
         self._warned = False
         self._keep_until(state.update)
+        self._reopen_results()
         disable = not accelerator.is_main_process
         self.progress = tqdm(
             total=schedule.num_updates, initial=state.update, disable=disable, desc="updates", mininterval=1.0
@@ -91,6 +93,7 @@ class Record:
         }
         self.accelerator.log({f"epoch/{name}": value for name, value in (means | values).items()}, step=update)
         if self.accelerator.is_main_process:
+            check_claim(self.config)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self._warn_of_collapse(means.get("effective_rank"))
@@ -100,9 +103,7 @@ class Record:
         """Whether the processes agree to stop: after SIGTERM or SIGINT, or when `max_train_seconds` are over."""
         if self.state.update >= self.schedule.num_updates:
             return False
-        limit = self.config.max_train_seconds
-        proposal = OUT_OF_TIME if limit is not None and self.state.seconds_here > limit else CONTINUE
-        agreed = self._agreement.on(SIGNALLED if signals.request.signal is not None else proposal)
+        agreed = self._agreement.on(_proposal(self.state, self.config))
         if agreed != CONTINUE:
             self.state.stopped_by = "a signal" if agreed == SIGNALLED else "max_train_seconds"
             self.progress.close()
@@ -129,6 +130,13 @@ class Record:
             kept = [line for line in lines if _step_of(line) <= update]
             write_text(self.file, "".join(f"{line}\n" for line in kept))
 
+    def _reopen_results(self) -> None:
+        """What an earlier end of the run has told is not its end where updates are left."""
+        file = Path(self.config.output_dir) / "results.json"
+        if self.accelerator.is_main_process and self.state.update < self.schedule.num_updates and file.is_file():
+            results = json.loads(file.read_text(encoding="utf-8"))
+            write_json(file, results | {"complete": False, "stopped_by": None})
+
 
 def _step_of(line: str) -> float:
     """The update of a record; infinite where it cannot be read."""
@@ -136,6 +144,14 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _proposal(state: TrainingState, config: TrainingConfig) -> int:
+    """What this process would have the run do after this update."""
+    if signals.request.signal is not None:
+        return SIGNALLED
+    limit = config.max_train_seconds
+    return OUT_OF_TIME if limit is not None and state.seconds_here > limit else CONTINUE
 
 
 @contextmanager
@@ -150,6 +166,11 @@ def averaged_weights(state: TrainingState) -> Iterator[None]:
         yield
     finally:
         state.ema.restore(state.model.parameters())
+
+
+def wants_grid(state: TrainingState, config: TrainingConfig) -> bool:
+    """Whether there is time for a sample grid: nobody asks the run to stop, or has made it."""
+    return state.stopped_by is None and _proposal(state, config) == CONTINUE
 
 
 @torch.no_grad()
@@ -179,13 +200,15 @@ def validation_loss(
 def save_sample_grid(
     state: TrainingState, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
 ) -> None:
-    """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time."""
-    if accelerator.is_main_process:
+    """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time; none
+    where the run is asked to stop, which should not wait for them."""
+    if accelerator.is_main_process and wants_grid(state, config):
+        check_claim(config)
         with averaged_weights(state):
             model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
             pipeline = DDIMPipeline(model.eval(), DDIMScheduler.from_config(scheduler.config))
             pipeline.set_progress_bar_config(disable=True)
-            generator = torch.Generator().manual_seed(config.seed)
+            generator = seeded_generator(config.seed)
             images = pipeline(rows**2, generator=generator, num_inference_steps=config.num_inference_steps).images
             model.train()
         folder = Path(config.output_dir) / "samples"
@@ -199,6 +222,7 @@ def save_results(
 ) -> None:
     """`results.json` of the run: what it cost and where it ended."""
     if accelerator.is_main_process:
+        check_claim(config)
         folder = Path(config.output_dir)
         metrics = folder / "metrics.jsonl"  # absent where the time was over within the first epoch
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []

@@ -48,7 +48,7 @@ class TruncationConfig(Options):
     presets: str = option("digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …")
     denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
     feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
-    evaluator: str | None = option(None, "folder of a feature network no loss sees; none trains the evaluator preset")
+    evaluator: str | None = option(None, "network no loss sees: of `ot-diffusers evaluate`; none trains the preset")
     priors: tuple[str, ...] = option(tuple(LABELS), "rows of the table beside noise and the oracle")
     truncation_timestep: int = option(10, "T' of the table")
     timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..evaluation import report
 from ..evaluation.evaluate import ImageSet, describe_images
+from ..evaluation.extractors import dataset_facts, evaluator_facts
+from ..evaluation.health import evaluator_doubt
 from ..evaluation.metrics import frechet_distance
 from ..evaluation.page import provenance
 from ..experiment import Sampled, as_json, read_json
+from ..outgoing import without_local_paths
 from .config import COSTS, DESCRIPTIONS, GOAL_METRICS, HEADLINE, LABELS, ORACLE
 from .sampling import goal_label, guided_label
 from .study import Study
@@ -33,6 +35,7 @@ def collect(
     metrics: Mapping[str, Mapping[str, float]],
     floor: Mapping[str, float],
     scored: Mapping[str, Mapping[int, Mapping[str, float]]],
+    test: ImageSet,
     extractor: Any,
 ) -> dict[str, Any]:
     """The contents of `results.json`: those of `evaluation.report`, with costs of training and the curves over T'."""
@@ -54,19 +57,14 @@ def collect(
             if label in arms:
                 arms[label] |= costs
         arms[LABELS[name]]["config"] = read_json(run / "run.json")["config"]
-    evaluator = Path(study.evaluator) / "results.json"
-    accuracy = {"test_accuracy": read_json(evaluator)["test_accuracy"]} if evaluator.is_file() else {}
+    evaluator = evaluator_facts(extractor, test)
     results = {
         "title": f"Priors of the truncated chain, T' = {main}: {study.train_images.name}",
-        "dataset": study.train_images.name,
+        **dataset_facts(study.train_images),
         "num_samples": study.num_samples,
         "num_test_images": len(study.test_images),
         "truncation_timestep": main,
-        "extractor": {
-            "name": f"an independent {type(extractor).__name__}",
-            "feature_dim": extractor.config.feature_dim,
-            **accuracy,
-        },
+        "extractor": evaluator,
         "headline": list(HEADLINE),
         "costs": list(COSTS),
         "arms": arms,
@@ -77,7 +75,8 @@ def collect(
         "notes": unfinished(study),
         "provenance": provenance() | {"study": as_json(study.config, "output_dir")},
     }
-    return results | ({"summary": goal(study, arms)} if study.config.goal_timestep else {})
+    summary = {"summary": goal(study, arms, evaluator)} if study.config.goal_timestep else {}
+    return without_local_paths(results | summary)
 
 
 def describe(name: str) -> str:
@@ -87,8 +86,12 @@ def describe(name: str) -> str:
     return f"{sentence} With OT guidance." if guided else sentence
 
 
-def goal(study: Study, arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """Whether the guided chains from the goal's T' are at least as good as the plain full one, a sentence for each."""
+def goal(study: Study, arms: Mapping[str, Mapping[str, Any]], evaluator: Mapping[str, Any]) -> str:
+    """Whether the guided chains from the goal's T' are at least as good as the plain full one, a sentence for each; or
+    why there is no verdict."""
+    doubt = evaluator_doubt(evaluator)
+    if doubt is not None:
+        return f"No verdict, the evaluator cannot be trusted: {doubt}."
     steps = min(study.config.full_steps)
     full = arms[f"vanilla, full in {steps}"]
     sentences = []
@@ -121,10 +124,8 @@ def unfinished(study: Study) -> list[str]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table and the curves in Markdown, with extractor, dimension and N of the Fréchet distance."""
-    extractor = results["extractor"]
+    """The table and the curves in Markdown, with evaluator and N of the Fréchet distance."""
     lead = (
-        f"Fréchet distance in the {extractor['feature_dim']} features of {extractor['name']}, "
         f"{results['num_samples']} generated against {results['num_test_images']} test images of "
         f"{results['dataset']}; T' = {results['truncation_timestep']}."
     )

@@ -10,8 +10,8 @@ from typing import Any
 from ..data import load_images, pixels_of
 from ..evaluation import report
 from ..evaluation.evaluate import describe_images, evaluate_images, real_floor
+from ..evaluation.extractors import load_evaluator
 from ..experiment import Announce, Sampled, as_json, check_study_folder, claim_folder, stage, write_results
-from ..features import load_feature_extractor
 from ..sampling import best_device
 from .config import METRICS, TruncationConfig
 from .pictures import draw
@@ -55,8 +55,11 @@ def run_study(config: TruncationConfig, announce: Announce = print, *, overrides
 
     # Evaluate with the network that no loss has seen.
     with stage("evaluate", announce):
-        extractor = load_feature_extractor(study.evaluator).to(best_device())
-        test, training = (describe_images(pixels_of(images), extractor) for images in (data["test"], data["train"]))
+        extractor = load_evaluator(study.evaluator).to(best_device())
+        test, training = (
+            describe_images(pixels_of(images), extractor, labels=images.labels)
+            for images in (data["test"], data["train"])
+        )
         described = {name: describe_images(row.images, extractor) for name, row in rows.items()}
         metrics = {
             name: evaluate_images(found, reference=test, extractor=extractor, train=training, metrics=METRICS)
@@ -70,7 +73,7 @@ def run_study(config: TruncationConfig, announce: Announce = print, *, overrides
 
     # Report.
     with stage("write the report", announce):
-        results = collect(study, rows, metrics, floor, scored, extractor)
+        results = collect(study, rows, metrics, floor, scored, test, extractor)
         write_results(results, output)
         (output / "results.md").write_text(markdown(results), encoding="utf-8")
         pictures = draw(study, results, rows, described, test)

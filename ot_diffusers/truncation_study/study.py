@@ -39,7 +39,7 @@ class Study:
     @property
     def priors(self) -> tuple[str, ...]:
         """The priors of the table; one Gaussian for each class needs classes."""
-        labelled = self.train_images.labels is not None
+        labelled = self.train_images.labels is not None and self.train_images.label_problem is None
         return tuple(name for name in self.config.priors if labelled or name != "gaussian_classes")
 
     @property

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..evaluation.extractors import load_evaluator
 from ..experiment import EVALUATOR_SEED, check_independent, train
-from ..features import load_feature_extractor, load_reference_bank
+from ..features import check_trained_on, load_feature_extractor, load_reference_bank
 from ..launch import training_command
+from ..models.feature_extractor import FeatureExtractor
 from ..sampling import load_pipeline
 from .config import LEARNED
 from .study import Study
@@ -17,9 +19,12 @@ def check_parts(study: Study) -> None:
     config = study.config
     if config.denoiser is not None:
         load_pipeline(config.denoiser)
-    for path in (config.feature_extractor, config.evaluator):
-        if path is not None:
-            load_feature_extractor(path)
+    if config.feature_extractor is not None:
+        load_feature_extractor(config.feature_extractor)
+    if config.evaluator is not None:
+        evaluator = load_evaluator(config.evaluator)
+        if isinstance(evaluator, FeatureExtractor):
+            check_trained_on(evaluator, study.train_images, "evaluator")
     if config.guided and config.feature_extractor is not None:
         load_reference_bank(config.feature_extractor)
     network_runs(study)
@@ -35,7 +40,7 @@ def train_networks(study: Study) -> None:
     runs = network_runs(study)
     if runs:
         train(runs, study.output, "train the denoiser, the feature network and the evaluator", study.announce)
-    check_independent(load_feature_extractor(study.evaluator), load_feature_extractor(study.feature_extractor))
+    check_independent(load_evaluator(study.evaluator), load_feature_extractor(study.feature_extractor))
 
 
 def network_runs(study: Study) -> dict[str, list[str]]:
