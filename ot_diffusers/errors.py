@@ -50,8 +50,8 @@ def require_sizes(least: int = 1, **sizes: object) -> None:
     for name, size in sizes.items():
         if not isinstance(size, Integral) or isinstance(size, bool):
             raise InputError(f"`{name}` must be a whole number, got {shown(size)}")
-        require(size >= least, name, f"be at least {least}", size)
-        require(size <= MOST, name, f"be at most {MOST:,}", size)
+        require(int(size) >= least, name, f"be at least {least}", size)
+        require(int(size) <= MOST, name, f"be at most {MOST:,}", size)
 
 
 def shown(value: object) -> str:

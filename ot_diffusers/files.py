@@ -114,8 +114,9 @@ def _check_output(
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        exists = isinstance(error, FileExistsError)
-        reason = f"{error.filename} is not a folder" if exists else getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is not a folder"
         raise InputError(f"`{argument}` must {kind} that can be written, got {str(path)!r} ({reason})") from error
     return folder
 
