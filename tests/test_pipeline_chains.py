@@ -40,6 +40,7 @@ from ot_diffusers.models.backbone_extractor import BackboneFeatureExtractor
 from ot_diffusers.models.feature_extractor import ResidualFeatureExtractor
 from ot_diffusers.models.guidance_field import GuidanceField
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator, PriorMixin
+from ot_diffusers.pipelines.call import FiniteValues
 from ot_diffusers.sampling import network_calls, with_guidance
 from ot_diffusers.transport import median_distance
 
@@ -370,6 +371,28 @@ def test_the_step_of_a_broken_output_is_named(kind, scale, value, below, step):
         _latents(pipe, guidance_scale=scale)
     pipe.unet.value = 0
     assert _latents(pipe, guidance_scale=scale).isfinite().all()
+
+
+class _Remote(torch.Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_values_on_a_gpu_are_looked_at_on_the_way_out():
+    good, bad = (torch.full((2, 2), value).as_subclass(_Remote) for value in (1.0, torch.nan))
+    reached = []
+    for error in (None, InputError("`points` must be finite"), KeyError("other")):
+        kind, message = (
+            (KeyError, "other") if isinstance(error, KeyError) else (InputError, "second is not finite here")
+        )
+        with pytest.raises(kind, match=message), FiniteValues() as finite:
+            for name, values in (("first", good), ("second", bad), ("third", bad)):
+                finite.watch(name, values, " here")
+            reached.append(error)
+            if error:
+                raise error
+    assert len(reached) == 3
 
 
 @both
