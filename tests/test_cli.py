@@ -128,7 +128,7 @@ BAD_INPUT = {
     "guidance without parts": ("sample {pipeline} --guidance-scale 1 --output {new}", "guidance_scale"),
     "negative guidance": ("sample {pipeline} --features {features} --guidance-scale -1 --output {new}", "-1"),
     "missing features": ("sample {pipeline} --features ./nowhere --output {new}", "./nowhere"),
-    "features of another size": ("sample {pipeline} --features {wide} --output {new}", "(1, 16)"),
+    "features of another size": ("sample {pipeline} --features {wide} --output {new}", "(1, 16, 16)"),
     "unknown device": ("sample {pipeline} --device tpu9 --output {new}", "tpu9"),
     "used output folder": ("sample {pipeline} --output {used}", "output"),
     "output is a file": ("sample {pipeline} --output {used}/file.txt --overwrite", "file.txt"),
