@@ -1,4 +1,4 @@
-"""The three ranges an image lives in, and the only place that converts between them.
+"""The three ranges an image lives in, and the only place that converts between them and tells them apart.
 
 Stored images are uint8 in 0 … 255, diffusion models work in [-1, 1], feature networks and saved pictures in [0, 1].
 """
@@ -6,12 +6,18 @@ Stored images are uint8 in 0 … 255, diffusion models work in [-1, 1], feature 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import require
+from .errors import InputError, require
+
+# Of the 256 grey levels in [-1, 1].
+HALF_LEVEL = 1 / 255
+# Fewer images may all be bright.
+SEVERAL = 8
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -21,7 +27,37 @@ def to_model_range(images: Tensor) -> Tensor:
         >>> to_model_range(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-1.,  1.])
     """
+    require(
+        images.dtype == torch.uint8, "images", "be uint8 in 0 … 255 (floats in [0, 1]: 2 * images - 1)", images.dtype
+    )
     return images.to(torch.float32) / 127.5 - 1
+
+
+def require_model_range(images: Tensor, argument: str = "images") -> None:
+    """Refuse images that are no floats in [-1, 1]; the line names the range found and the cure.
+
+    Half a grey level beyond the range is taken for rounding. Several images without a value below 0 are most likely in
+    [0, 1], but may be bright ones: a warning. The values are read, which is a wait where they are on a GPU.
+
+    Example:
+        >>> require_model_range(torch.tensor([-1.0, 0.5]))
+        >>> require_model_range(torch.tensor([0.0, 255.0]))
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: `images` must lie in [-1, 1] (from 0 … 255: images / 127.5 - 1), got 0 … 255
+    """
+    cure = "ot_diffusers.images.to_model_range(images)"
+    require(images.dtype != torch.uint8, argument, f"be floats in [-1, 1] (from uint8: {cure})", images.dtype)
+    require(images.is_floating_point(), argument, "be floats in [-1, 1]", images.dtype)
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+    require(math.isfinite(low) and math.isfinite(high), argument, "be finite", "NaN or Inf")
+    if low < -1 - HALF_LEVEL or high > 1 + HALF_LEVEL:
+        hint = f" (from 0 … 255: {argument} / 127.5 - 1)" if low >= 0 and high <= 255 else ""
+        raise InputError(f"`{argument}` must lie in [-1, 1]{hint}, got {low:.3g} … {high:.3g}")
+    if low >= 0 and len(images) >= SEVERAL:
+        warnings.warn(
+            f"no value of `{argument}` is below 0: if they are in [0, 1], pass 2 * {argument} - 1", stacklevel=3
+        )
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -31,6 +67,7 @@ def to_unit_range(images: Tensor) -> Tensor:
         >>> to_unit_range(torch.tensor([-1.0, 0.0, 1.5]))
         tensor([0.0000, 0.5000, 1.0000])
     """
+    _require_floats(images)
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -43,7 +80,12 @@ def to_uint8(images: Tensor) -> Tensor:
         >>> to_uint8(torch.tensor([-1.0, 0.5, 1.0]))
         tensor([  0, 191, 255], dtype=torch.uint8)
     """
+    _require_floats(images)
     return (to_unit_range(images.float()) * 255).round().to(torch.uint8)
+
+
+def _require_floats(images: Tensor) -> None:
+    require(images.is_floating_point(), "images", "be floats in [-1, 1] (from uint8: to_model_range)", images.dtype)
 
 
 def thumbnails(images: Tensor, size: int = 8) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, require
+from .images import require_model_range
 from .seeds import keyed_normal
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -174,6 +175,8 @@ def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch:
     """
     matched = indices.shape == images.shape[:1]
     require(matched, "indices", f"hold one index for each of the {len(images)} images", tuple(indices.shape))
+    if images.device.type == "cpu":
+        require_model_range(images)
     # Apple's GPUs lack float64.
     device = "cpu" if images.device.type == "mps" else images.device
     noise = keyed_normal((seed, "truncated", epoch), indices.to(device), images.shape[1:])

@@ -501,9 +501,9 @@ class TestPixelStatistics:
 
     def test_refuses_the_wrong_range(self) -> None:
         images = random_images(4).float()
-        with pytest.raises(InputError, match=r"`images` must have its smallest and largest value in \[-1, 1\]"):
+        with pytest.raises(InputError, match=r"`images` must lie in \[-1, 1\] \(from 0 … 255"):
             pixels.patch_sliced_wasserstein(images, images / 255)
-        with pytest.raises(InputError, match="`reference_images` must have its smallest"):
+        with pytest.raises(InputError, match="`reference_images` must be finite"):
             pixels.spectrum_distance(images / 255, images * float("nan"))
         with pytest.raises(InputError, match=r"`images` must have the shape \(1, 8, 8\) of the reference"):
             pixels.spectrum_distance(images[..., :4] / 255, images / 255)

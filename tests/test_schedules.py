@@ -193,7 +193,7 @@ def test_schedule_without_betas_is_refused(scheduler):
 
 def test_truncated_samples_do_not_depend_on_the_batch():
     scheduler = truncated_scheduler(DDIMScheduler(), 100)
-    images, indices = _images(5, 1, 4, 4).float(), torch.arange(5)
+    images, indices = _images(5, 1, 4, 4).float().clamp(-1, 1), torch.arange(5)
     together = truncated_samples(images, indices, scheduler, epoch=3, seed=7)
     order = torch.tensor([4, 2])
     assert torch.equal(truncated_samples(images[order], order, scheduler, epoch=3, seed=7), together[order])
@@ -204,9 +204,9 @@ def test_truncated_samples_do_not_depend_on_the_batch():
 def test_truncated_samples_have_the_moments_of_the_forward_process():
     scheduler = truncated_scheduler(DDIMScheduler(), 300)
     alpha, sigma = alpha_sigma(scheduler, 299)
-    samples = truncated_samples(torch.full((2000, 1, 4, 4), 0.5), torch.arange(2000), scheduler)
+    samples = truncated_samples(torch.full((2000, 1, 4, 4), -0.5), torch.arange(2000), scheduler)
     # 32,000 normal numbers: standard errors σ/179 and σ/253; four of each.
-    assert samples.mean().item() == pytest.approx(0.5 * alpha.item(), abs=4 * sigma.item() / 179)
+    assert samples.mean().item() == pytest.approx(-0.5 * alpha.item(), abs=4 * sigma.item() / 179)
     assert samples.std().item() == pytest.approx(sigma.item(), rel=4 / 253)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..images import require_model_range
 from .metrics import tensor_summary
 
 
@@ -134,7 +135,4 @@ def _check_pair(images: Tensor, reference_images: Tensor) -> None:
 def _check_images(images: Tensor, name: str) -> None:
     good = isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and len(images) > 0
     require(good, name, "be a float tensor [N, C, H, W]", tensor_summary(images))
-    low, high = images.min().item(), images.max().item()
-    # Half a grey level beyond the range is rounding; NaN fails both comparisons.
-    inside = low >= -1 - 1 / 255 and high <= 1 + 1 / 255
-    require(inside, name, "have its smallest and largest value in [-1, 1]", (low, high))
+    require_model_range(images, name)

@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..errors import require
+from ..images import require_model_range
 from .portable import PortableModel
 
 PRIOR_PREDICTION_TYPES = ("sample", "noisy_sample")
@@ -292,6 +293,7 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
             rank: principal directions kept; all that the data has by default, at most C·H·W.
         """
         require(images.ndim == 4 and len(images) >= 2, "images", "be [N, C, H, W] with N ≥ 2", tuple(images.shape))
+        require_model_range(images)
         labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels.cpu()
         require(len(labels) == len(images), "labels", f"hold {len(images)} classes", len(labels))
         classes, counts = labels.unique(return_counts=True)

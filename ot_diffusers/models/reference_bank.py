@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..errors import require
-from ..images import thumbnails
+from ..images import require_model_range, thumbnails
 from ..transport import median_distance
 from .portable import PortableModel
 
@@ -62,8 +63,8 @@ class ReferenceBank(PortableModel, ConfigMixin):
     ) -> None:
         super().__init__()
         require(num_samples >= 2, "num_samples", "be at least 2 (a distribution, not a point)", num_samples)
-        require(feature_scale > 0, "feature_scale", "be positive", feature_scale)
-        require(pixel_scale > 0, "pixel_scale", "be positive", pixel_scale)
+        require(0 < feature_scale < math.inf, "feature_scale", "be positive", feature_scale)
+        require(0 < pixel_scale < math.inf, "pixel_scale", "be positive", pixel_scale)
         self.features = nn.Parameter(torch.zeros(num_samples, feature_dim), requires_grad=False)
         self.thumbnails: nn.Parameter | None = None
         if thumbnail_shape is not None:
@@ -85,9 +86,9 @@ class ReferenceBank(PortableModel, ConfigMixin):
         require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
         small, pixels = None, {}
         if images is not None:
-            fits = images.is_floating_point() and images.ndim == 4 and len(images) == len(features)
-            wanted = f"be floats [{len(features)}, C, H, W]"
-            require(fits, "images", wanted, (images.dtype, tuple(images.shape)))
+            fits = images.ndim == 4 and len(images) == len(features)
+            require(fits, "images", f"have shape [{len(features)}, C, H, W]", tuple(images.shape))
+            require_model_range(images)
             small = thumbnails(images.float())
             pixels = {"thumbnail_shape": tuple(small.shape[1:]), "pixel_scale": median_distance(small.flatten(1))}
         bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, **pixels)
