@@ -26,6 +26,8 @@ MAX_PLAIN_PASSES = {"cpu": 60, "cuda": 400}
 # Where every row has its mass up to this share of it, Newton has so many passes to finish from there, at the last
 # temperature, before it starts at the top of the ladder.
 NEAR, FINISHING_PASSES = 0.5, 8
+# Newton gets a second ladder of half the steps where the first one left a larger `marginal_error`.
+STUCK = 1e-3
 
 
 def dense_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int) -> Potentials:
@@ -38,6 +40,13 @@ def dense_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: floa
     left = max_iterations - found.iterations
     if left > 0 and len(ladder) > 1:
         found = _finished(found, _unsolved(found, tolerance), problem, f, ladder, tolerance, left)
+        stuck, left = _unsolved(found, max(tolerance, STUCK)), max_iterations - found.iterations
+        if stuck and left > 2 * len(ladder):
+            between = [math.sqrt(hot * cold) for hot, cold in pairwise(ladder)]
+            finer = sorted([*ladder, *between], reverse=True)
+            again = newton_loop(problem.take(stuck), f[stuck], finer, tolerance, left)
+            better = (again.marginal_error < found.marginal_error[stuck]).nonzero()[:, 0].tolist()
+            found = found.put([stuck[position] for position in better], again[better])
     return found
 
 

@@ -14,20 +14,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import require
-from .checks import check_clouds, check_iterations, normalised_weights
+from .checks import check_clouds, check_iterations, is_finite, is_readable, normalised_weights
 from .fixed_schedule import fixed_potentials
 from .geometry import half_squared_distances
-from .precision import full_precision
+from .precision import full_precision, narrowed, resolve, result_dtype
 from .problem import Potentials, Problem, as_batch, problems
-from .sinkhorn import solve, solve_self
+from .sinkhorn import solve, solve_self, warn_of_errors
 
 BACKENDS = ("native", "geomloss", "flash-sinkhorn")
 # The averaged iteration of a self-term halves its error at every step.
@@ -66,31 +66,41 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased entropic transport cost between two clouds, for ½‖x − y‖² and eps = blur².
 
-    Computed in float32 (float64 for float64 clouds) whatever the input, with autocast and TF32 off; gradients come back
-    in the dtype of the input. The gradient mode of the caller is respected and left as it was. In float32 the value,
-    not the gradient, is uncertain by about 1e-6 blur², which shows where clouds of one mean meet a large blur.
+    Computed in float32 whatever the input, with autocast and TF32 off, and in float64 for float64 clouds and where
+    float32 does not resolve the problem: points more than 180 blurs from the centre of `y`, such as outliers, a blur
+    above twice the largest such distance, a reach below .03 blur, or lengths whose squares float32 does not hold.
+    Results come back in the dtype of the input (float32 for half precision), gradients as well. The gradient mode of
+    the caller is respected and left as it was. In float32 the value, not the gradient, is uncertain by about
+    1e-6 blur², which shows where clouds of one mean meet a large blur.
+
+    The value is right to a thousandth (of OT, where debiasing cancels most of it), the gradient to a cosine of .999.
+    Where the solver ends farther from the solution, a warning names the marginal error.
 
     Args:
         x: [N, D] points, or [P, N, D], the clouds of P problems; gradient flows.
         y: [M, D] points, or [P, M, D]; gradient flows if required. One cloud beside P others belongs to all of them.
         blur: length in the units of the points. Below about a third of the median nearest-neighbour distance the
             same-batch debiasing has no effect on the gradient; see `x_pair`.
-        scaling: ratio of successive blurs of the annealing, in (0, 1).
+        scaling: ratio of successive blurs of the annealing, in (0, 1). The result does not depend on it: ratios below
+            .5, and ladders of more levels than the solver has time for, are replaced by the nearest that suit it.
         debias: subtract the self-terms. `False` gives OT(x, y) alone.
-        reach: length of unbalanced transport, `None` for balanced.
+        reach: length of unbalanced transport, any positive number; `None` for balanced.
         x_weights, y_weights: [N], [M] or [P, N], [P, M], positive, sum 1 (uniform by default); no gradient flows to
             them.
         x_pair: [K, D] or [P, K, D], an independent second sample of x's law, for the self-term OT(x, x_pair) instead of
             OT(x, x). If it carries no gradient, x receives the whole gradient of the self-term, as in the same-batch
             form.
-        y_self_cost: OT(y, y) where it is known (`self_transport_cost`), or 0 to leave it out: it shifts the value only.
+        y_self_cost: OT(y, y) where it is known (`self_transport_cost`), or 0 to leave it out, 0-d or [P]: it shifts the
+            value only. A `y` that requires a gradient gets that of the term all the same.
         backend: `"native"`; `"geomloss"` to reproduce results obtained with `SamplesLoss("sinkhorn", p=2)`, whose
             gradient is unconverged at the usual `scaling`; or `"flash-sinkhorn"`, that library's CUDA kernels with the
             same schedule, for clouds of tens of thousands of points on a GPU.
         num_iterations: Sinkhorn steps, at least 1, in place of a solve to convergence: no value is read back, so that a
             GPU does not wait and `torch.compile(fullgraph=True)` traces the call. 20 give the gradient of the converged
             problem to a cosine of .999 from a blur of .3 of the median distance on, 100 from .1 on, and 200 from .05
-            on, there but for clusters of unequal shares. None converges.
+            on, there but for clusters of unequal shares. No warning says how far they got, and on a GPU and in
+            compiled code the values of the clouds do not decide the precision: pass float64 clouds where it matters,
+            such as beside outliers. None converges.
 
     Returns:
         0-d tensor, or [P] for batches; float32 or float64.
@@ -119,17 +129,17 @@ def sinkhorn_divergence(
         library = _geomloss if backend == "geomloss" else _flash_sinkhorn
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # both leave it on
             return library(a.float(), x.float(), b.float(), y.float(), blur, scaling, debias, reach)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    solver = Solver(blur, scaling, reach, num_iterations)
+    if x_pair is not None:
+        check_clouds(x, x_pair, blur=blur, names=("x", "x_pair"))
     with full_precision(x):
-        x, y = x.to(dtype), y.to(dtype)
+        solver, dtype = Solver.of((x, y) if x_pair is None else (x, x_pair, y), blur, scaling, reach, num_iterations)
+        x, y = x.to(solver.dtype), y.to(solver.dtype)
         a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
         value = solver.transport_cost(x, y, a, b)
-        if not debias:
-            return value
-        if y_self_cost is None:
-            y_self_cost = solver.self_transport_cost(y, b)
-        return value - _half_self_term(solver, x, a, x_pair) - y_self_cost / 2
+        if debias:
+            value = value - _half_self_term(solver, x, a, x_pair) - _reference_term(solver, y, b, y_self_cost, value)
+        solver.warn()
+        return narrowed(value, dtype)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,27 @@ class Solver:
     scaling: float = 0.7
     reach: float | None = None
     num_iterations: int | None = None
+    dtype: torch.dtype = torch.float32
+    errors: list[Tensor] = field(default_factory=list, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        clouds: Sequence[Tensor],
+        blur: float,
+        scaling: float = 0.7,
+        reach: float | None = None,
+        num_iterations: int | None = None,
+    ) -> tuple[Solver, torch.dtype]:
+        """A solver for problems between some clouds, with the type that resolves them, and the type of the results."""
+        looks = num_iterations is None or all(is_readable(cloud) for cloud in clouds)
+        solved_in, blur, reach = resolve(clouds, blur, reach, looks=looks)
+        return cls(blur, scaling, reach, num_iterations, solved_in), result_dtype(*clouds)
+
+    def warn(self) -> None:
+        """Say once how far from solved the worst of the problems is, where that matters and no number was set."""
+        if self.num_iterations is None:
+            warn_of_errors(self.errors, 0.0, "raise blur")
 
     def transport_cost(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """OT(x, y), 0-d or [P], with its gradients."""
@@ -159,7 +190,9 @@ class Solver:
         for part, problem in problems(x, y, a, b, self.blur, self.reach):
             start = initial[part] if initial is not None else None
             if self.num_iterations is None:
-                yield problem, solve(problem, self.scaling, initial=start)
+                potentials = solve(problem, self.scaling, initial=start)
+                self.errors.append(problem.misplaced(potentials))
+                yield problem, potentials
             else:
                 yield problem, fixed_potentials(problem, self.num_iterations, start)
 
@@ -232,13 +265,13 @@ def divergence_gradient(
     """
     check_clouds(x, y, blur=blur, scaling=scaling, reach=reach)
     check_iterations(num_iterations)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    solver, is_single = Solver(blur, scaling, reach, num_iterations), x.ndim == y.ndim == 2
+    is_single = x.ndim == y.ndim == 2
     before = initial.cross if initial is not None else None
     own_before = torch.atleast_2d(initial.own) if initial is not None else None
     cross, own, fields, own_fields = [], [], [], []
     with full_precision(x):
-        x, y = x.to(dtype), y.to(dtype)
+        solver, dtype = Solver.of((x, y), blur, scaling, reach, num_iterations)
+        x, y = x.to(solver.dtype), y.to(solver.dtype)
         a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
         for problem, potentials in solver.solutions(x, y, a, b, before[None] if before and is_single else before):
             cross.append(potentials)
@@ -246,11 +279,12 @@ def divergence_gradient(
         for problem, potentials in solver.self_solutions(x, a, own_before):
             own.append(potentials.f)
             own_fields.append(problem.displacement(potentials))
-    field, joined = torch.cat(fields) - torch.cat(own_fields), Potentials.join(cross)
-    own_potential = torch.cat(own).view(a.shape)
+    solver.warn()
+    gradient, joined = (torch.cat(fields) - torch.cat(own_fields)).to(dtype), Potentials.join(cross).to(dtype)
+    own_potential = torch.cat(own).view(a.shape).to(dtype)
     if is_single:
-        return field[0], DivergencePotentials(joined[0], own_potential)
-    return field, DivergencePotentials(joined, own_potential)
+        return gradient[0], DivergencePotentials(joined[0], own_potential)
+    return gradient, DivergencePotentials(joined, own_potential)
 
 
 @torch.no_grad()
@@ -283,38 +317,55 @@ def divergence_gradient_at(
     """
     check_clouds(points, y, blur=blur, names=("points", "y"))
     check_clouds(points, x, blur=blur, names=("points", "x"))
-    eps, log_size, mean = blur**2, math.log(len(x)), y.mean(0)
-    points, x, y = points - mean, x - mean, y - mean
+    log_size, dtype = math.log(len(x)), points.dtype
     with full_precision(points):
+        # Not by the values: what a point gets does not depend on the others.
+        solved_in, blur, _ = resolve((points, x, y), blur, None, looks=False)
+        eps, points, x, y = blur**2, points.to(solved_in), x.to(solved_in), y.to(solved_in)
+        mean = y.mean(0)
+        points, x, y = points - mean, x - mean, y - mean
         towards = torch.softmax((reference_potential - half_squared_distances(points, y)) / eps, dim=1) @ y
         scores = (own_potential - half_squared_distances(points, x)) / eps
         log_others = torch.logsumexp(scores, dim=1) - log_size
         root = torch.logaddexp(2 * log_others, log_others.new_full((), math.log(4) - log_size)) / 2
         kept = torch.exp(2 * (math.log(2) - torch.logaddexp(log_others, root)) - log_size)[:, None]
-        return kept * points + (1 - kept) * (torch.softmax(scores, dim=1) @ x) - towards
+        return (kept * points + (1 - kept) * (torch.softmax(scores, dim=1) @ x) - towards).to(dtype)
 
 
 def self_transport_cost(
     y: Tensor, *, blur: float, reach: float | None = None, y_weights: Tensor | None = None
 ) -> Tensor:
     """OT(y, y), 0-d, or [P] for clouds [P, M, D]: the term of the divergence that a fixed reference can pay once
-    (`y_self_cost`)."""
+    (`y_self_cost`). Its gradient in y, of both arguments, flows if required."""
     check_clouds(y, y, blur=blur, reach=reach)
-    with torch.no_grad(), full_precision(y):
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        return Solver(blur, reach=reach).self_transport_cost(y, normalised_weights(y_weights, y, "y_weights"))
+    with full_precision(y):
+        solver, dtype = Solver.of((y,), blur, reach=reach)
+        y = y.to(solver.dtype)
+        return narrowed(solver.self_transport_cost(y, normalised_weights(y_weights, y, "y_weights")), dtype)
 
 
 def _half_self_term(solver: Solver, x: Tensor, a: Tensor, x_pair: Tensor | None) -> Tensor:
     """½ OT(x, x) or ½ OT(x, x_pair), with the gradient in x of a self-term in both cases."""
     if x_pair is None:
         return solver.self_transport_cost(x, a) / 2
-    check_clouds(x, x_pair, blur=solver.blur, names=("x", "x_pair"))
     x_pair = x_pair.to(x.dtype)
     half = solver.transport_cost(x, x_pair, a, normalised_weights(None, x_pair, "x_pair")) / 2
     if x_pair.requires_grad:
         return half
     return 2 * half - half.detach()  # the value of one half, the gradient of the whole
+
+
+def _reference_term(solver: Solver, y: Tensor, b: Tensor, known: Tensor | float | None, like: Tensor) -> Tensor | float:
+    """½ OT(y, y), of which a known value replaces the value and not the gradient."""
+    if known is None:
+        return solver.self_transport_cost(y, b) / 2
+    known = torch.as_tensor(known, dtype=like.dtype, device=like.device).detach()
+    require(known.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(known.shape))
+    require(not is_readable(known) or is_finite(known), "y_self_cost", "be finite", "NaN or Inf")
+    if not (y.requires_grad and torch.is_grad_enabled()):
+        return known / 2
+    term = solver.self_transport_cost(y, b)
+    return (term - term.detach() + known) / 2
 
 
 class _TransportCost(torch.autograd.Function):

@@ -100,7 +100,9 @@ def median_distance(features: Tensor, max_points: int = 2000) -> float:
         InputError: fewer than two rows, or rows of which most are the same.
     """
     require(len(features) >= 2, "features", "hold at least two rows", tuple(features.shape))
-    rows = features[:: math.ceil(len(features) / max_points)].float()
-    median = torch.pdist(rows).median().item()
+    rows = features[:: math.ceil(len(features) / max_points)]
+    median = torch.pdist(rows if rows.dtype == torch.float64 else rows.float()).median().item()
+    if not 0 < median < math.inf:  # perhaps of lengths whose squares float32 does not hold
+        median = torch.pdist(rows.double()).median().item()
     require(0 < median < math.inf, "features", "differ from one another and be finite", f"median distance {median}")
     return median

@@ -19,25 +19,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import geometry
 from .checks import check_clouds
 from .geometry import Cost, centred
-from .precision import full_precision
-from .problem import Potentials
-from .sinkhorn import sinkhorn_potentials
+from .precision import full_precision, resolve, result_dtype
+from .problem import Potentials, Problem
+from .sinkhorn import solve, warn_of_errors
 
-# The kernel of float32 numbers is held up to this many entries: 1 GiB.
+# The kernel of float32 numbers is held up to this many entries: 1 GiB; 2 GiB where they must be float64.
 MAX_STORED_ENTRIES = 2**28
 # From this many on it pays.
 MIN_STORED_ENTRIES = 2**22
-# Problems of at most this many entries are solved by `sinkhorn_potentials`.
+# Problems of at most this many entries are solved as `sinkhorn_potentials` does.
 MAX_COARSE_ENTRIES = 2**20
 COARSENING = 4
 # Blurs on the full clouds, over the one asked for; the coarse problem is solved at the first.
 LADDER = (2 * math.sqrt(2), 2.0, math.sqrt(2), 1.0)
+# Ratio of successive blurs on the way down to the coarse problem's.
+SCALING = 0.7
 # `marginal_error` at which a temperature is left for the next, and Newton steps until it is left anyway.
 LEVEL_TOLERANCE, MAX_STEPS = 0.05, 30
 # Newton's system is solved roughly: an iteration of conjugate gradients costs as much as a new point.
 CG_TOLERANCE, CG_ITERATIONS = 0.3, 15
+# The `marginal_error` up to which the value is right to a thousandth: it enters by its square.
+LARGEST_ERROR = 0.01
 # log u and log v stay below this, far from float32's limit of 88; beyond it they are absorbed into f and g.
 MAX_LOG_FACTOR = 20.0
 MIN_EXPONENT = -80.0
@@ -56,7 +61,7 @@ def divergence_value(x: Tensor, y: Tensor, *, blur: float) -> float:
     The dual is flat at its maximum: an error of the marginals enters the value by its square.
 
     Args:
-        x: [N, D] points; computed in float32.
+        x: [N, D] points; computed in float32, or in float64 where that does not resolve them.
         y: [M, D] points.
         blur: length in the units of the points.
 
@@ -67,9 +72,15 @@ def divergence_value(x: Tensor, y: Tensor, *, blur: float) -> float:
     """
     check_clouds(x, y, blur=blur)
     with torch.no_grad(), full_precision(x):
-        x, y = centred(x.float(), y.float())
+        dtype = result_dtype(x, y)
+        x, y = (cloud.float() for cloud in centred(x.to(dtype), y.to(dtype)))
+        solved_in, blur, _ = resolve((x, y), blur, None, looks=True)
+        x, y = x.to(solved_in), y.to(solved_in)
         storage = x.new_empty(max(len(x), len(y)) ** 2)
         potentials = multiscale_potentials(x, y, blur=blur, storage=storage)
+        if potentials.marginal_error > LARGEST_ERROR and len(x) * len(y) <= geometry.MAX_DENSE_ENTRIES:
+            potentials = _solve_densely(x, y, blur, LARGEST_ERROR / 10)
+        warn_of_errors([potentials.marginal_error], LARGEST_ERROR, "raise blur")
         cross = _mean(potentials.f) + _mean(potentials.g)
         return cross - sum(_mean(_self_potential(cloud, blur**2, storage)) for cloud in (x, y))
 
@@ -78,14 +89,14 @@ def divergence_value(x: Tensor, y: Tensor, *, blur: float) -> float:
 def multiscale_potentials(
     x: Tensor, y: Tensor, *, blur: float, tolerance: float = 0.002, storage: Tensor | None = None
 ) -> Potentials:
-    """As `sinkhorn_potentials` with uniform weights, float32 and a coarser tolerance, for clouds of N·M > 2²⁰.
+    """As `sinkhorn_potentials` with uniform weights and a coarser tolerance, for clouds of N·M > 2²⁰.
 
     Args:
-        x: [N, D] points, float32.
-        y: [M, D] points, float32.
+        x: [N, D] points, of the type that resolves them.
+        y: [M, D] points, of the same type.
         blur: length; eps = blur².
         tolerance: stop when `marginal_error` falls below it.
-        storage: at least N·M float32 numbers to hold kernels in, overwritten; allocated here by default.
+        storage: at least N·M numbers of that type to hold kernels in, overwritten; allocated here by default.
 
     Returns:
         Potentials; `iterations` counts the Newton steps on the full clouds.
@@ -96,7 +107,7 @@ def multiscale_potentials(
         found = multiscale_potentials(y, x, blur=blur, tolerance=tolerance, storage=storage)
         return Potentials(found.g, found.f, found.marginal_error, found.iterations)
     if len(x) * len(y) <= MAX_COARSE_ENTRIES:
-        return sinkhorn_potentials(x, y, blur=blur, tolerance=tolerance)
+        return _solve_densely(x, y, blur, tolerance)
     storage = x.new_empty(len(x) * len(y)) if storage is None else storage
     few_x, few_y, eps = x[::COARSENING], y[::COARSENING], (LADDER[0] * blur) ** 2
     coarse = multiscale_potentials(few_x, few_y, blur=LADDER[0] * blur, tolerance=LEVEL_TOLERANCE, storage=storage)
@@ -108,6 +119,13 @@ def multiscale_potentials(
         f, g, error, taken = _solve_level(x, y, f, g, (ratio * blur) ** 2, enough, storage)
         steps += taken
     return Potentials(f, g, torch.tensor(error), steps)
+
+
+def _solve_densely(x: Tensor, y: Tensor, blur: float, tolerance: float) -> Potentials:
+    """The problem as `sinkhorn_potentials` solves it."""
+    a, b = x.new_full((1, len(x)), 1 / len(x)), y.new_full((1, len(y)), 1 / len(y))
+    problem = Problem(Cost(*(cloud[None] for cloud in centred(x, y))), a, b, blur)
+    return solve(problem, SCALING, tolerance)[0]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,10 @@ def _improve(plan: Plan) -> tuple[Plan, list[float], list[int]]:
     log_rows = plan.rows.clamp(min=tiny).log()
     sinkhorn_step = (plan.u + dual.log_a - log_rows) / (1 + dual.relaxation) - plan.u
     newton_step = _newton_step(plan)
-    newton_step = newton_step / (newton_step.abs().amax(-1, keepdim=True) / LONGEST_STEP).clamp(min=1)
+    if dual.is_balanced:
+        newton_step = newton_step / (newton_step.abs().amax(-1, keepdim=True) / LONGEST_STEP).clamp(min=1)
+    else:  # a row out of reach goes on by reach² at a time, and the others do not wait for it
+        newton_step = newton_step.clamp(-LONGEST_STEP, max(LONGEST_STEP, 1 / float(dual.relaxation)))
     step = torch.where(newton_step.isfinite().all(-1, keepdim=True), newton_step, sinkhorn_step)
     value = plan.value
     floor = value - 8 * rounding * (1 + value.abs())

@@ -13,6 +13,9 @@ from . import geometry
 from .geometry import Cost, centred
 from .semidual import SemiDual
 
+# The ladder of temperatures: a solution must be a start for the next one.
+SMALLEST_SCALING = 0.5
+
 
 @dataclass(frozen=True)
 class Potentials:
@@ -49,6 +52,10 @@ class Potentials:
         error = merged(self.marginal_error, others.marginal_error)
         return Potentials(merged(self.f, others.f), merged(self.g, others.g), error, iterations)
 
+    def to(self, dtype: torch.dtype) -> Potentials:
+        """The same solution, rounded."""
+        return Potentials(self.f.to(dtype), self.g.to(dtype), self.marginal_error.to(dtype), self.iterations)
+
     @classmethod
     def join(cls, parts: Sequence[Potentials]) -> Potentials:
         """Batches one after the other as one."""
@@ -58,7 +65,7 @@ class Potentials:
         error = torch.cat([part.marginal_error for part in parts])
         return cls(f, g, error, max(part.iterations for part in parts))
 
-    def __getitem__(self, index: int | slice | None) -> Potentials:
+    def __getitem__(self, index: int | slice | list[int] | None) -> Potentials:
         """One problem of a batch, or some; None makes a batch of one."""
         return Potentials(self.f[index], self.g[index], self.marginal_error[index], self.iterations)
 
@@ -108,6 +115,14 @@ class Problem:
         """Mass of the rows at the solution, [P, N]: a, or what is left of it within reach."""
         return self.a if self.reach is None else self.a * torch.exp(-f / self.reach**2)
 
+    def misplaced(self, potentials: Potentials) -> Tensor:
+        """The marginal error in units of all mass, [P], where part of it may be out of reach."""
+        error = potentials.marginal_error
+        if self.reach is None:
+            return error
+        mass = self.row_mass(potentials.f).sum(-1).to(error)
+        return torch.where(mass <= torch.finfo(mass.dtype).tiny, 0.0, error * mass)
+
     def displacement(self, potentials: Potentials) -> Tensor:
         """∂OT/∂x, [P, N, D]: row mass × (x − T(x)).
 
@@ -124,8 +139,10 @@ class Problem:
         if self.reach is None:
             return (self.a * potentials.f).sum(-1) + (self.b * potentials.g).sum(-1)
         rho = self.reach**2
-        mass = self.row_mass(potentials.f).sum(-1) + self.T.row_mass(potentials.g).sum(-1)
-        return rho * (2 - mass) + self.eps * (1 - mass / 2)
+        # With the best f for g the mass of the plan is that of its rows, and the error of g enters by its square.
+        f = self.cost.softmin(potentials.g, self.b.log(), self.eps) / (1 + self.relaxation(self.eps))
+        lost, other = (self.a * torch.expm1(-f / rho)).sum(-1), (self.b * torch.expm1(-potentials.g / rho)).sum(-1)
+        return -(rho + self.eps) * lost - rho * other
 
 
 def as_batch(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +164,11 @@ def problems(
         yield part, Problem(Cost(*centred(x[part], y[part])), a[part], b[part], blur, reach)
 
 
-def annealing_ladder(diameter: float, blur: float, scaling: float) -> list[float]:
-    """Temperatures from diameter² to blur², each `scaling`² times the one before."""
-    levels = max(0, math.ceil(math.log(blur / max(diameter, blur)) / math.log(scaling)))
+def annealing_ladder(diameter: float, blur: float, scaling: float, max_levels: int) -> list[float]:
+    """Temperatures from diameter² to blur², each `scaling`² times the one before, within what suits the solver: not
+    below `SMALLEST_SCALING`, and not on more than so many levels above the last, which are spread evenly instead."""
+    scaling, ratio = max(scaling, SMALLEST_SCALING), blur / max(diameter, blur)
+    levels = math.ceil(math.log(ratio) / math.log(scaling))
+    if levels > max_levels:
+        levels, scaling = max_levels, ratio ** (1 / max(1, max_levels))
     return [(blur / scaling**level) ** 2 for level in range(levels, -1, -1)]

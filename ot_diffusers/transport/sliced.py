@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from .checks import is_readable
+from .precision import LENGTHS, largest_radius, narrowed, result_dtype
+
+# Points whose coordinates are so many times as large as their cloud leave float32 too little for the cloud.
+LARGE_OFFSET = 100.0
 
 
 def sliced_wasserstein(
@@ -53,7 +58,8 @@ def sliced_wasserstein(
         require(cloud.ndim == 2 and len(cloud) > 0, name, "have shape [N, D] with N ≥ 1", tuple(cloud.shape))
         require(cloud.is_cuda or bool(cloud.isfinite().all()), name, "be finite", "NaN or Inf")
     require(x.shape[1] == y.shape[1], "y", f"have the width of x, {x.shape[1]}", y.shape[1])
-    x, y = _full_precision(x), _full_precision(y)
+    dtype = result_dtype(x, y)
+    x, y = (cloud.to(_resolving_dtype(x, y)) for cloud in (x, y))
     if projections is None:
         projections = random_directions(
             num_projections, x.shape[1], orthogonal=orthogonal, generator=generator, device=x.device, dtype=x.dtype
@@ -62,7 +68,7 @@ def sliced_wasserstein(
     require(matched, "projections", f"have shape [K, {x.shape[1]}]", tuple(projections.shape))
     with torch.autocast(x.device.type, enabled=False):
         projections = projections.to(x)
-        return _transport_on_lines(projections @ x.T, projections @ y.T)
+        return narrowed(_transport_on_lines(projections @ x.T, projections @ y.T), dtype)
 
 
 def patch_sliced_wasserstein(
@@ -139,6 +145,17 @@ def random_directions(
     gaussian = torch.randn(num_blocks, dim, dim, generator=generator, device=source, dtype=dtype)
     # The sign of a column of Q is not uniform; the cost does not change under θ → −θ.
     return torch.linalg.qr(gaussian).Q.mT.reshape(-1, dim)[:num_projections].to(device)
+
+
+def _resolving_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """float32 if it holds the squares of the points, and their offsets beside what separates them."""
+    dtype = result_dtype(x, y)
+    if not (is_readable(x) and is_readable(y)) or dtype == torch.float64:
+        return dtype
+    low, high = LENGTHS[dtype]
+    radius = largest_radius((x, y), dtype)
+    farthest = max(cloud.abs().max().item() for cloud in (x, y)) if x.numel() else 0.0
+    return dtype if radius == 0 or (low < radius < high and farthest < LARGE_OFFSET * radius) else torch.float64
 
 
 def _project_patches(images: Tensor, filters: Tensor, stride: int, per_position: bool) -> Tensor:
