@@ -31,7 +31,7 @@ WRONG = {
     "uint8": (LEVELS, "be floats in .* uint8|be a float tensor"),
     "int64": (LEVELS.long(), "be floats in|be a float tensor"),
     "0 … 255": (LEVELS.float(), r"lie in .* \(from 0 … 255: images / 127.5 - 1\), got 0 … 25"),
-    "−2 … 2": (LEVELS / 63.75 - 2, r"lie in \[-1, 1\], got -2 … 2"),
+    "−2 … 2": (LEVELS / 63.75 - 2, r"lie in \[-1, 1\], got -2 … 1.98"),
     "NaN": (to_model_range(LEVELS) * torch.nan, "be finite"),
     "one infinity": (to_model_range(LEVELS) / (LEVELS.max() != LEVELS), "be finite"),
 }
