@@ -57,6 +57,7 @@ def load_images(
         InputError: for a data set, column, split or image that is missing, unreadable or of the wrong kind.
 
     Example:
+        >>> import torch
         >>> digits = load_images("digits", "test")
         >>> len(digits), digits.image_shape, digits.fetch(torch.tensor([0, 1])).shape
         (540, (1, 8, 8), torch.Size([2, 1, 8, 8]))
@@ -128,7 +129,7 @@ class ImageSource:
 
 
 def local_folder(dataset: str) -> Path | None:
-    """The folder that `dataset` names on this machine; None for a name of the table above, or a Hub id."""
+    """The folder that `dataset` names on this machine; None for a name in `HUB_IDS`, or a Hub id."""
     folder = Path(dataset).expanduser()
     return folder if dataset not in HUB_IDS and folder.is_dir() else None
 
