@@ -32,9 +32,18 @@ from test_training import ROOT, TINY, assert_same_end, last_checkpoint, metrics,
 
 from ot_diffusers import cli
 from ot_diffusers.config import BaselineConfig, OTConfig, PriorConfig, run_script
+from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError, TrainingError, surroundings
 from ot_diffusers.signals import StopRequest
-from ot_diffusers.training import Record, Schedule, TrainingState
+from ot_diffusers.training import (
+    Record,
+    Schedule,
+    TrainingState,
+    open_run,
+    save_checkpoint,
+    save_results,
+    saved_model,
+)
 from ot_diffusers.training.averages import Averages, effective_rank
 from ot_diffusers.training.files import CHECKSUMS, damage, placed_in, write_checksums, written_aside
 from ot_diffusers.training.folder import batch_sizes, check_batch
@@ -299,32 +308,45 @@ def test_files_take_their_places_and_leave_others_alone(tmp_path: Path) -> None:
 # --- The folder while a run goes on -----------------------------------------------------------------------------------
 
 
-HOW_A_FOLDER_GOES: dict[str, Callable[[Path, Path], object]] = {
-    "deleted": lambda run, other: run.rename(run.with_name("gone")),
-    "given to another run": lambda run, other: (run.rename(run.with_name("gone")), shutil.copytree(other, run)),
-}
-
-
-@pytest.mark.parametrize("how", HOW_A_FOLDER_GOES)
-def test_a_run_whose_folder_is_gone_stops_and_writes_nothing(how: str, whole: Path, tmp_path: Path) -> None:
-    """Renamed, rather than deleted, as that takes a moment in which the run writes."""
+def test_a_run_whose_folder_is_gone_stops_and_does_not_make_it_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
 
-    def meddle() -> None:
+    def take_away() -> None:
         while not list(run.glob("checkpoints/update-*")):
             time.sleep(0.01)
-        HOW_A_FOLDER_GOES[how](run, whole)
+        run.rename(tmp_path / "gone")  # deleting takes a moment, in which the run writes
 
-    meddler = threading.Thread(target=meddle)
+    meddler = threading.Thread(target=take_away)
     meddler.start()
     with pytest.raises(TrainingError, match=r"the run's folder .* was deleted or moved while the run was going on"):
         train("baseline", run, max_train_steps=5000, checkpointing_steps=3)
     meddler.join()
-    if how == "deleted":
-        assert not run.exists()
-    else:
-        names = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
-        assert names == sorted(str(path.relative_to(whole)) for path in whole.rglob("*"))
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["gone", "given to another run"])
+def test_nothing_is_written_into_a_folder_that_is_not_the_runs_own(given: bool, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config, schedule = BaselineConfig(output_dir=str(run), report_to="none"), Schedule(4, 4, 2, 8)
+    state, accelerator = tiny_state()
+    open_run(config, accelerator, load_images("digits", "train"))
+    record = Record(config, schedule, accelerator, state)
+    save_checkpoint(state, config, accelerator)
+    run.rename(tmp_path / "gone")
+    if given:
+        shutil.copytree(whole, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    state.update = 2
+    for write in (
+        lambda: save_checkpoint(state, config, accelerator),
+        lambda: record.end_epoch(validation_loss=1.0),
+        lambda: save_results(state, config, schedule, accelerator),
+        lambda: saved_model(config).__enter__(),
+    ):
+        with pytest.raises(TrainingError, match="nothing more is written there"):
+            write()
+    assert run.exists() == given
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_that_another_run_takes_meanwhile_is_refused(whole: Path, tmp_path: Path) -> None:
