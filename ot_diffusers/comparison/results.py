@@ -32,7 +32,11 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     }
     tested = [metric for metric in config.family if all(metric in found for found in values.values())]
     evaluator = evaluator_facts(study.extractor, study.test_images)
-    testing = {"primary": config.primary_metric, "family": tested, "trusted": evaluator_doubt(evaluator) is None}
+    testing: dict[str, Any] = {
+        "primary": config.primary_metric,
+        "family": tested,
+        "trusted": evaluator_doubt(evaluator) is None,
+    }
     results = {
         "title": f"{' · '.join(config.reported)}: {config.dataset}",
         "dataset": config.dataset,
