@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
-from ot_diffusers.models.guidance_field import Correction, GuidanceField
+from ot_diffusers.models.guidance_field import Correction, GuidanceField, completed
 from ot_diffusers.models.reference_bank import ReferenceBank
 from ot_diffusers.transport import divergence_gradient, median_distance, sinkhorn_divergence
 
@@ -368,15 +370,15 @@ def test_a_field_of_features_and_pixels(parts_with_images):
 @pytest.fixture
 def field(parts) -> GuidanceField:
     history: list[Correction] = []
-    OTGuidance(*parts, num_correction_steps=2, history=history).correct(_blurred(256), 500)
+    OTGuidance(*parts, num_correction_steps=2, history=history).correct(_blurred(1000), 500)
     return GuidanceField.from_corrections(history, guidance_scale=1.0, blur=0.3)
 
 
 def test_a_member_of_the_bank_moves_as_it_did_in_the_batch(parts, field):
-    bank = _blurred(256)
+    bank = _blurred(1000)
     together = OTGuidance(*parts, num_correction_steps=2).correct(bank)
     alone = OTGuidance(*parts, num_correction_steps=2, guidance_field=field).correct(bank[:8], 500)
-    # Each is guided as a 257th member, beside its own copy.
+    # Each is guided as a 1,001st member, beside its own copy.
     moved, expected = (alone - bank[:8]).flatten(1), (together[:8] - bank[:8]).flatten(1)
     assert torch.cosine_similarity(moved, expected).min() > 0.9
 
@@ -394,6 +396,40 @@ def test_a_field_brings_new_images_nearer_to_the_references(parts, field):
     images = 0.5 * images + 0.5 * images.mean(0)
     guidance = OTGuidance(*parts, num_correction_steps=2, guidance_field=field)
     assert _divergence(parts, guidance.correct(images, 500)) < 0.95 * _divergence(parts, images)
+
+
+@pytest.mark.parametrize("count", [16, 64, 256])
+def test_a_field_of_few_samples_leaves_alone_what_is_right(count):
+    """Samples and references of one law: the field of infinitely many is 0, and what a few say beyond that is noise."""
+    generator = torch.Generator().manual_seed(0)
+    samples, references, others = (torch.randn(rows, 8, generator=generator) / 4 for rows in (count, 400, 100))
+    lengths = []
+    for cloud, weights in ((samples, None), completed(samples, references)):
+        _, potentials = divergence_gradient(cloud, references, blur=0.3, x_weights=weights)
+        field = GuidanceField.from_corrections([Correction(0, samples, potentials)], guidance_scale=1.0, blur=0.3)
+        assert field.config.is_completed == (weights is not None)
+        lengths.append(field.gradient(others, references, timestep=0, correction=0).norm(dim=1).mean())
+    assert lengths[1] < lengths[0] / (5 if count < 100 else 2)
+
+
+def test_a_field_of_enough_samples_is_theirs_alone():
+    cloud, weights = completed(torch.randn(1000, 2), torch.randn(5, 2))
+    assert cloud.shape == (1000, 2) and weights is None
+    cloud, weights = completed(torch.randn(750, 2), torch.randn(5, 2))  # references: 2 × 250 of 1,250
+    assert cloud.shape == (755, 2) and weights[:750].sum().item() == pytest.approx(0.6)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_field_recorded_before_fields_were_completed_loads(tmp_path):
+    field = GuidanceField((500,), 2, 30, 40, 6)
+    field.features.data.normal_()
+    field.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["is_completed"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, arguments = GuidanceField.from_pretrained(tmp_path), (torch.randn(3, 6), torch.randn(40, 6))
+    found, expected = (part.gradient(*arguments, timestep=500, correction=1) for part in (again, field))
+    assert torch.equal(found, expected)
 
 
 def test_a_field_leaves_steps_alone_that_it_was_not_recorded_at(parts, field):

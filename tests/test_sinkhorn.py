@@ -296,6 +296,19 @@ def test_the_gradient_extends_to_points_that_were_not_there():
     )
 
 
+def test_the_gradient_extends_with_the_weights_of_the_cloud():
+    """A point of weight 2a stands for two of weight a; further points have the first one's weight."""
+    x, y = _cloud(200, 2), _cloud(150, 2, seed=1, shift=1.0)
+    weights = torch.cat([torch.full((100,), 1 / 300), torch.full((100,), 2 / 300)]).to(x)
+    field, potentials = divergence_gradient(x, y, blur=0.4, x_weights=weights)
+    twice = torch.cat([x, x[100:]])
+    own = torch.cat([potentials.own, potentials.own[100:]])
+    found = divergence_gradient_at(x, x, y, potentials.cross.g, potentials.own, blur=0.4, x_weights=weights)
+    expected = divergence_gradient_at(x, twice, y, potentials.cross.g, own, blur=0.4)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert (found[:100] - 300 * field[:100]).abs().mean() < 0.02  # each beside its own copy
+
+
 def test_a_point_far_from_its_cloud_keeps_its_own_mass():
     x, y = _cloud(50, 2), _cloud(60, 2, seed=1)
     _, potentials = divergence_gradient(x, y, blur=0.1)
