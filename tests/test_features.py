@@ -291,7 +291,7 @@ def test_data_without_labels_or_square_images_is_refused(images: ResidentImages)
 
 
 def test_folder_without_a_network_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="`feature_extractor` must be a folder or Hub id of a feature network"):
+    with pytest.raises(InputError, match="`feature_extractor` must be a folder that exists, or a Hub id"):
         load_feature_extractor(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(

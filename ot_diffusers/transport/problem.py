@@ -47,7 +47,7 @@ class Potentials:
             return replace(others, iterations=iterations)
 
         def merged(mine: Tensor, theirs: Tensor) -> Tensor:
-            return mine.index_copy(0, torch.tensor(problems, device=mine.device), theirs)
+            return mine.index_copy(0, torch.tensor(problems, dtype=torch.long, device=mine.device), theirs)
 
         error = merged(self.marginal_error, others.marginal_error)
         return Potentials(merged(self.f, others.f), merged(self.g, others.g), error, iterations)

@@ -145,7 +145,7 @@ class Plan:
         """The batch with other points for some of its problems."""
         if len(problems) == len(self.u):
             return plan
-        index = torch.tensor(problems, device=self.u.device)
+        index = torch.tensor(problems, dtype=torch.long, device=self.u.device)
         pairs = zip(self._tensors, plan._tensors, strict=True)
         return Plan(self.dual, *(mine.index_copy(0, index, theirs) for mine, theirs in pairs))
 
