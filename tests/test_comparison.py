@@ -134,6 +134,21 @@ def test_report_says_what_the_numbers_say(results: dict[str, Any], config: Compa
     assert means[0] == pytest.approx(means[1])
 
 
+@pytest.mark.filterwarnings("ignore")  # of the evaluator, and of few images
+def test_an_untrained_evaluator_gives_no_verdict(config: ComparisonConfig, tmp_path: Path) -> None:
+    ConvFeatureExtractor(sample_size=8, feature_dim=16, block_out_channels=(8, 16)).save_pretrained(tmp_path / "net")
+    arms = {name: config.arms[name] for name in ("first", "worse")}
+    options = {"evaluator": str(tmp_path / "net"), "arms": arms, "seeds": 3, "num_samples": 24}
+    study = dataclasses.replace(config, output_dir=str(tmp_path / "study"), **options)
+    found = run_comparison(study, announce=lambda line: None)
+    assert "no verdict, the evaluator cannot be trusted" in found["summary"] and "worse: " not in found["summary"]
+    assert not any(entry["shown"] for entry in found["differences"]["worse"].values())
+    table, page = ((tmp_path / "study" / name).read_text("utf-8") for name in ("results.md", "report.html"))
+    for text in (table, page):
+        assert "withheld" in text and "No verdict should rest on it" in text and NOT_SHOWN not in text
+    assert "class=best" not in page and table.count("Evaluated by a ConvFeatureExtractor: 16 features") == 3
+
+
 def test_any_arm_can_be_compared_with(results: dict[str, Any], config: ComparisonConfig) -> None:
     other = dataclasses.replace(config, compare_with="worse")
     found = collect(Study(other, Path(config.output_dir), Clock(), print), results["seeds"])
