@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from ot_diffusers.evaluation.tracking import find_checkpoints
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.config import BaselineConfig, DistilledConfig, FeaturesConfig, OTConfig, make_config, run_script
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.tracking import find_checkpoints
 from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.losses import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator

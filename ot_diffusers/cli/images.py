@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,10 +46,10 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         return 0
     text = json.dumps(results, indent=2, ensure_ascii=False)
     if output is not None:
+        from ..training.files import write_text
+
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.{os.getpid()}")
-        partial.write_text(f"{text}\n", encoding="utf-8")
-        partial.replace(output)
+        write_text(output, f"{text}\n")
     from ..evaluation.report import text_table
 
     print(text if arguments.json else text_table(results))
@@ -59,10 +58,9 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The contents of `results.json` for one arm; None in a process that helped to sample only."""
-    from ..evaluation.evaluate import evaluate_images, real_floor
+    from ..evaluation.evaluate import evaluate_images, real_floor, sample_count
     from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
     from ..evaluation.page import provenance
-    from ..experiment import sample_count
 
     evaluator = load_evaluator(arguments.evaluator).to(chosen_device(arguments.device))
     train, test = (load_real_images(arguments.dataset, split, evaluator) for split in ("train", "test"))

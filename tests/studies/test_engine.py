@@ -14,13 +14,14 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
-from ot_diffusers.comparison import Arm, ComparisonConfig, choose_arms, read_config, run_comparison
-from ot_diffusers.comparison.arms import equal_time_updates
-from ot_diffusers.comparison.results import collect
-from ot_diffusers.comparison.study import Clock, Study
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict
+from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config
+from ot_diffusers.studies.results import collect
+from ot_diffusers.studies.run import run_study
+from ot_diffusers.studies.runs import equal_time_updates
+from ot_diffusers.studies.study import Clock, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
 
@@ -93,24 +94,24 @@ ARMS = {"first": (0.1, 0), "same": (0.1, 100), "worse": (0.4, 200)}
 
 
 @pytest.fixture(scope="module")
-def config(unet: UNet2DModel, evaluator: Path, tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
+def config(unet: UNet2DModel, evaluator: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     """Three arms with a network of their own for each of five seeds."""
     folder = tmp_path_factory.mktemp("arms")
     for name, (amount, start) in ARMS.items():
         for seed in range(5):
             save_pipeline(jittered(unet, amount, start + seed), folder / f"{name}-{seed}")
-    return ComparisonConfig(
+    return StudyConfig(
         output_dir=str(tmp_path_factory.mktemp("comparison") / "study"),
         evaluator=str(evaluator),
-        arms={name: Arm(pipeline=f"{folder}/{name}-{{seed}}") for name in ARMS},
+        arms={name: Variant(pipeline=f"{folder}/{name}-{{seed}}") for name in ARMS},
         num_samples=48,
         call={"num_inference_steps": 6},
     )
 
 
 @pytest.fixture(scope="module")
-def results(config: ComparisonConfig) -> dict[str, Any]:
-    return run_comparison(config, announce=lambda line: None)
+def results(config: StudyConfig) -> dict[str, Any]:
+    return run_study(config, announce=lambda line: None)
 
 
 def test_planted_difference_is_found_and_no_difference_is_not(results: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ def test_planted_difference_is_found_and_no_difference_is_not(results: dict[str,
     assert results["complete"] and results["seeds"] == [0, 1, 2, 3, 4]
 
 
-def test_report_says_what_the_numbers_say(results: dict[str, Any], config: ComparisonConfig) -> None:
+def test_report_says_what_the_numbers_say(results: dict[str, Any], config: StudyConfig) -> None:
     folder = Path(config.output_dir)
     table, page = (folder / "results.md").read_text("utf-8"), (folder / "report.html").read_text("utf-8")
     for text in (table, page):
@@ -133,7 +134,7 @@ def test_report_says_what_the_numbers_say(results: dict[str, Any], config: Compa
     assert means[0] == pytest.approx(means[1])
 
 
-def test_any_arm_can_be_compared_with(results: dict[str, Any], config: ComparisonConfig) -> None:
+def test_any_arm_can_be_compared_with(results: dict[str, Any], config: StudyConfig) -> None:
     other = dataclasses.replace(config, compare_with="worse")
     found = collect(Study(other, Path(config.output_dir), Clock(), print), results["seeds"])
     assert list(found["arms"]) == ["worse", "first", "same"] and "worse" not in found["differences"]
@@ -143,7 +144,7 @@ def test_any_arm_can_be_compared_with(results: dict[str, Any], config: Compariso
     assert back == pytest.approx(-forth)
     with pytest.raises(InputError, match="`compare_with` must be one of first, same, worse, got 'absent'"):
         dataclasses.replace(config, compare_with="absent")
-    assert choose_arms(other, ["first", "same"]).compare_with is None
+    assert choose_variants(other, ["first", "same"]).compare_with is None
 
 
 def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -> None:
@@ -153,15 +154,15 @@ def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -
 
 
 def test_stopped_and_resumed_is_the_uninterrupted_comparison(
-    results: dict[str, Any], config: ComparisonConfig, tmp_path: Path
+    results: dict[str, Any], config: StudyConfig, tmp_path: Path
 ) -> None:
     short = dataclasses.replace(config, seeds=2, output_dir=str(tmp_path / "study"))
-    assert run_comparison(short, max_seconds=1e-9, announce=lambda line: None) == {"complete": False, "seeds": []}
+    assert run_study(short, max_seconds=1e-9, announce=lambda line: None) == {"complete": False, "seeds": []}
     assert not (tmp_path / "study" / "results.json").exists()
-    one = run_comparison(dataclasses.replace(short, seeds=1), announce=lambda line: None)
+    one = run_study(dataclasses.replace(short, seeds=1), announce=lambda line: None)
     assert one["differences"] == {} and one["arms"]["first"]["intervals"] == {}
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "seed-0").iterdir()}
-    two = run_comparison(short, announce=lambda line: None)
+    two = run_study(short, announce=lambda line: None)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     for name, values in two["per_seed"].items():
         assert values == {metric: found[:2] for metric, found in results["per_seed"][name].items()}
@@ -178,7 +179,7 @@ def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
         '  one step: {pipeline: "{all steps}", call: {num_inference_steps: 1}}\n'
     )
     lines: list[str] = []
-    found = run_comparison(read_config(str(file), ["seeds=1"]), announce=lines.append)
+    found = run_study(read_config(str(file), ["seeds=1"]), announce=lines.append)
     assert lines[0].startswith("seed 0: train all steps")
     assert [(entry["updates"], entry["nfe"]) for entry in found["arms"].values()] == [(2, 2), (2, 1)]
     assert "Losses" in (tmp_path / "study" / "report.html").read_text("utf-8")
@@ -192,25 +193,26 @@ def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, t
         part.save_pretrained(tmp_path / "features" / name)
     pipeline, features = save_pipeline(unet, tmp_path / "plain"), str(tmp_path / "features")
     arms = {
-        "plain": Arm(pipeline=pipeline),
-        "field": Arm(pipeline=pipeline, features=features, field_samples=16, batch_size=12),
-        "the same": Arm(pipeline=pipeline, features=features, field_samples=16, batch_size=8),
+        "plain": Variant(pipeline=pipeline),
+        "field": Variant(pipeline=pipeline, features=features, field_samples=16, batch_size=12),
+        "the same": Variant(pipeline=pipeline, features=features, field_samples=16, batch_size=8),
     }
     call = {"num_inference_steps": 3}
     values = {"evaluator": str(evaluator), "seeds": 1, "num_samples": 24, "call": call}
-    run_comparison(
-        ComparisonConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), announce=lambda line: None
-    )
-    images = {name: load_file(tmp_path / "study" / "seed-0" / f"{name}.safetensors")["images"].int() for name in arms}
+    run_study(StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), announce=lambda line: None)
+    images = {
+        name: load_file(tmp_path / "study" / "seed-0" / "samples" / f"{name}.safetensors")["images"].int()
+        for name in arms
+    }
     assert (images["field"] - images["the same"]).abs().max() <= 1  # any batch
     assert (images["field"] - images["plain"]).abs().max() > 5
 
 
 def test_equal_compute_is_in_seconds(tmp_path: Path) -> None:
     """The baseline makes 100 updates in 10 s and the OT model trains for 25 s: 250 updates."""
-    arms = {"baseline": Arm(train="baseline"), "ot": Arm(train="ot")}
-    arms["control"] = Arm(train="baseline", seconds_of="ot")
-    study = Study(ComparisonConfig(arms=arms), tmp_path, Clock(), lambda line: None)
+    arms = {"baseline": Variant(train="baseline"), "ot": Variant(train="ot")}
+    arms["control"] = Variant(train="baseline", seconds_of="ot")
+    study = Study(StudyConfig(arms=arms), tmp_path, Clock(), lambda line: None)
     for name, seconds in (("baseline", 10.0), ("ot", 25.0)):
         study.run(name, 3).mkdir(parents=True)
         record = {"updates": 100, "training_seconds": seconds}
@@ -236,18 +238,22 @@ def test_pipelines_on_the_command_line(
 
 
 BAD = {
-    "one arm": ({"a": Arm(pipeline="x/y")}, {}, "`arms` must be at least two"),
-    "later arm": ({"a": Arm(pipeline="{b}"), "b": Arm(train="baseline")}, {}, "trained arms before 'a'"),
-    "no feature network": ({"a": Arm(pipeline="x/y", features="{features}")}, {}, "features or seed, got 'features'"),
-    "nobody's seconds": ({"a": Arm(train="baseline", seconds_of="b")}, {}, "`seconds_of` must name a trained arm"),
+    "one arm": ({"a": Variant(pipeline="x/y")}, {}, "`arms` must be at least two"),
+    "later arm": ({"a": Variant(pipeline="{b}"), "b": Variant(train="baseline")}, {}, "trained arms before 'a'"),
+    "no feature network": (
+        {"a": Variant(pipeline="x/y", features="{features}")},
+        {},
+        "features or seed, got 'features'",
+    ),
+    "nobody's seconds": ({"a": Variant(train="baseline", seconds_of="b")}, {}, "`seconds_of` must name a trained arm"),
     "no pace": (
-        {"a": Arm(train="ot"), "b": Arm(train="baseline", seconds_of="a")},
+        {"a": Variant(train="ot"), "b": Variant(train="baseline", seconds_of="a")},
         {},
         "`seconds_of` must have an earlier arm that trains as 'b' does",
     ),
     "unknown metric": ({}, {"primary_metric": "fid"}, "got 'fid'"),
     "no seed": ({}, {"seeds": 0}, "`seeds` must be at least 1"),
-    "a path as a name": ({"../a": Arm(pipeline="x/y")}, {}, "got '../a'"),
+    "a path as a name": ({"../a": Variant(pipeline="x/y")}, {}, "got '../a'"),
 }
 
 
@@ -255,40 +261,40 @@ BAD = {
 def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
     arms, values, message = BAD[case]
     with pytest.raises(InputError) as caught:
-        run_comparison(ComparisonConfig(output_dir=str(tmp_path / "new"), arms=arms, **values))
+        run_study(StudyConfig(output_dir=str(tmp_path / "new"), arms=arms, **values))
     assert message in str(caught.value) and not (tmp_path / "new").exists()
 
 
-def test_nothing_is_written_before_all_is_there(config: ComparisonConfig, unet: UNet2DModel, tmp_path: Path) -> None:
-    arms = {name: Arm(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
+def test_nothing_is_written_before_all_is_there(config: StudyConfig, unet: UNet2DModel, tmp_path: Path) -> None:
+    arms = {name: Variant(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
     for values, message in (
         ({"evaluator": "./nowhere"}, "`evaluator` must be a folder"),
         ({"dataset": "./nowhere"}, "`dataset` must be"),
         ({"call": {"guidance_scale": 1}}, "`guidance_scale` must be left out for a DDIMPipeline"),
-        ({"arms": arms | {"c": Arm(pipeline="./nowhere")}}, "`pipeline` must be a folder"),
+        ({"arms": arms | {"c": Variant(pipeline="./nowhere")}}, "`pipeline` must be a folder"),
     ):
         changed = dataclasses.replace(config, **{"arms": arms, "output_dir": str(tmp_path / "new")} | values)
         with pytest.raises(InputError, match=message):
-            run_comparison(changed)
+            run_study(changed)
         assert not (tmp_path / "new").exists()
 
 
 def test_arms_that_cannot_be() -> None:
     for values in ({}, {"pipeline": "x", "train": "ot"}, {"pipeline": "x", "seconds_of": "y"}, {"train": "paint"}):
         with pytest.raises(InputError):
-            Arm(**values)
+            Variant(**values)
     with pytest.raises(InputError, match="max_train_seconds"):
-        Arm(train="ot", overrides=("max_train_seconds=5",))
+        Variant(train="ot", overrides=("max_train_seconds=5",))
     with pytest.raises(InputError, match="`field_samples` must come with the features that guide, got 100"):
-        Arm(pipeline="x", field_samples=100)
+        Variant(pipeline="x", field_samples=100)
     with pytest.raises(InputError, match="`field_samples` must be at least 16, got 2"):
-        Arm(pipeline="x", features="y", field_samples=2)
+        Variant(pipeline="x", features="y", field_samples=2)
 
 
-def test_arms_are_chosen_by_name_or_folder(config: ComparisonConfig) -> None:
-    chosen = choose_arms(config, ["worse", "runs/other"])
+def test_arms_are_chosen_by_name_or_folder(config: StudyConfig) -> None:
+    chosen = choose_variants(config, ["worse", "runs/other"])
     assert list(chosen.arms) == ["worse", "other"] and chosen.arms["other"].pipeline == "runs/other"
-    assert list(choose_arms(config, ["a/run", "b/run"]).arms) == ["a-run", "b-run"]
+    assert list(choose_variants(config, ["a/run", "b/run"]).arms) == ["a-run", "b-run"]
 
 
 def test_preset_is_a_study_of_five_seeds_with_an_equal_compute_control() -> None:

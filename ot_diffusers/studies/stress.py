@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .data import pixels_of
-from .errors import require, require_same
-from .evaluation import plots, report
-from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
-from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
-from .evaluation.metrics import frechet_distance, sinkhorn_distance
-from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
-from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
-from .features import labels_of, weights_fingerprint
-from .training import write_json
+from ..data import pixels_of
+from ..errors import require, require_same
+from ..evaluation import plots, report
+from ..evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+from ..evaluation.metrics import frechet_distance, sinkhorn_distance
+from ..evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from ..evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
+from ..features import labels_of, weights_fingerprint
+from ..training.files import write_json
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),

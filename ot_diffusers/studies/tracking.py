@@ -28,15 +28,16 @@ from torch import Tensor
 from ..config import BaselineConfig, make_config
 from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
+from ..evaluation import metrics, plots
+from ..evaluation.evaluate import ImageSet, describe_images
+from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+from ..evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from ..evaluation.report import METRICS, format_number
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..sampling import sample_images
-from ..training import make_noise_scheduler, make_unet, write_json
-from . import metrics, plots
-from .evaluate import ImageSet, describe_images
-from .extractors import evaluator_facts, load_evaluator, load_real_images
-from .page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
-from .report import METRICS, format_number
+from ..training import make_noise_scheduler, make_unet
+from ..training.files import write_json
 
 RECORD_NAME = "tracking.json"
 FEW_CHECKPOINTS = 3

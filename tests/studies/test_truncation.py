@@ -14,7 +14,7 @@ from ot_diffusers.cli import main
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ot_diffusers.models.reference_bank import ReferenceBank
-from ot_diffusers.truncation_study import TruncationConfig
+from ot_diffusers.studies.truncation import TruncationConfig
 
 SAMPLES = 16
 
@@ -97,7 +97,7 @@ def test_the_goal_is_stated_with_its_numbers(study: tuple[Path, list[str]]) -> N
 
 def test_guided_rows_are_other_images_from_the_same_noise(study: tuple[Path, list[str]]) -> None:
     plain, guided = (
-        load_file(study[0] / "samples" / f"{name}_4_4.safetensors")["images"].float() for name in ("ot", "ot_guided")
+        load_file(study[0] / "samples" / f"{name}.safetensors")["images"].float() for name in ("OT", "OT, guided")
     )
     # Five corrections of the prior and three guided steps, each of three Adam steps of .02 at most.
     assert 1 < (plain - guided).abs().mean() < 8 * 3 * 0.02 * 127.5
