@@ -39,7 +39,6 @@ class Variant:
     train: str | None = option(None, f"script that trains it: {', '.join(SCRIPTS)}")
     preset: str | None = option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
     overrides: tuple[str, ...] = option((), "key=value for the script")
-    run: str | None = option(None, "folder of the training run; none is the variant's name")
     seconds_of: str | None = option(None, "train for as long as that variant: equal compute")
     max_train_seconds: float | None = option(None, "training time; none is what the updates take")
     start: str | None = option(
@@ -66,9 +65,9 @@ class Variant:
         require(enough, "field_samples", f"be at least {SMALL_BATCH}", self.field_samples)
         guided = self.field_samples is None or self.features is not None
         require(guided, "field_samples", "come with the features that guide", self.field_samples)
-        of_training = (self.preset, self.overrides, self.run, self.seconds_of, self.max_train_seconds)
-        trained_only = self.train is not None or not any(of_training)
-        require(trained_only, "arms", f"have {', '.join(OF_TRAINING)} only with train", self.pipeline)
+        of_training = ("preset", "overrides", "seconds_of", "max_train_seconds")
+        trained_only = self.train is not None or not any(getattr(self, name) for name in of_training)
+        require(trained_only, "arms", f"have {', '.join(of_training)} only with train", self.pipeline)
         started = self.start is None or self.pipeline is not None
         require(started, "start", "come with the pipeline of the denoiser", self.start)
         length = self.truncation_timestep
@@ -79,9 +78,6 @@ class Variant:
         require(seconds is None or seconds > 0, "max_train_seconds", "be positive or none", seconds)
         timed = [text for text in self.overrides if text.startswith("max_train_seconds")]
         require(not timed, "overrides", "leave the time to max_train_seconds, seconds_of and --max-seconds", timed)
-
-
-OF_TRAINING = ("preset", "overrides", "run", "seconds_of", "max_train_seconds")
 
 
 @dataclass
@@ -224,7 +220,7 @@ def with_step_curves(config: StudyConfig) -> StudyConfig:
 
 def point_of(name: str, variant: Variant, **call: Any) -> Variant:
     """The variant with other arguments of its call, as a point of a curve; what it trains is not trained again."""
-    source: dict[str, Any] = {"pipeline": f"{{{name}}}", "train": None, "preset": None, "overrides": (), "run": None}
+    source: dict[str, Any] = {"pipeline": f"{{{name}}}", "train": None, "preset": None, "overrides": ()}
     source |= {"seconds_of": None, "max_train_seconds": None}
     changes = source if variant.train is not None else {}
     return dataclasses.replace(variant, **changes, call=variant.call | call, steps=(), role=CURVE)

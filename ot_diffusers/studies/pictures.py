@@ -45,10 +45,10 @@ def draw(study: Study, results: Mapping[str, Any], seed: int) -> dict[str, Path]
     pictures["Worst samples by distance to the nearest real image"] = plots.failure_gallery(
         failures, folder / "failures.png"
     )
-    histories = {name: study.run(name, seed) / "metrics.jsonl" for name in shown}
-    found = {name: plots.read_history(file) for name, file in histories.items() if file.is_file()}
-    if found:
-        pictures["Losses"] = plots.loss_curves(found, folder / "loss_curves.png")
+    files = {Path(study.source(name, seed)) / "metrics.jsonl": name for name in reversed(shown)}
+    histories = {name: plots.read_history(file) for file, name in reversed(files.items()) if file.is_file()}
+    if histories:
+        pictures["Losses"] = plots.loss_curves(histories, folder / "loss_curves.png")
     return pictures
 
 

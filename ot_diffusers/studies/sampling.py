@@ -118,7 +118,7 @@ def sample_variant(study: Study, name: str, seed: int) -> Sampled:
 def make_pipeline(study: Study, name: str, seed: int) -> Any:
     """The variant's pipeline, ready to sample: the saved one, or its denoiser behind another start of the chain."""
     variant = study.config.arms[name]
-    source = study.resolve(variant.pipeline, seed) if variant.pipeline else str(study.run(name, seed))
+    source = study.source(name, seed)
     features = study.resolve(variant.features, seed) if variant.features else None
     if variant.start is None:
         pipeline = load_pipeline(source, features)
@@ -171,8 +171,8 @@ def costs_of_training(study: Study, name: str, seed: int, pipeline: Any) -> dict
     variant = study.config.arms[name]
     if variant.start in (NOISE, REAL):
         return {}
-    made = variant.start or variant.pipeline
-    record = (Path(study.resolve(made, seed)) if made else study.run(name, seed)) / "results.json"
+    made = study.resolve(variant.start, seed) if variant.start else study.source(name, seed)
+    record = Path(made) / "results.json"
     run = read_json(record) if record.is_file() else {}
     parts = [getattr(pipeline, part) for part in ("prior", "unet") if hasattr(pipeline, part)]
     counted = {"parameters": sum(parameter.numel() for part in parts for parameter in part.parameters())}

@@ -97,9 +97,12 @@ class Study:
 
     def run(self, name: str, seed: int) -> Path:
         """Folder of the training run of a variant or network."""
-        if name in NETWORKS:
-            return self.output / name
-        return self.folder(seed) / (self.config.arms[name].run or name)
+        return (self.output if name in NETWORKS else self.folder(seed)) / name
+
+    def source(self, name: str, seed: int) -> str:
+        """Where the variant's pipeline is."""
+        pipeline = self.config.arms[name].pipeline
+        return str(self.run(name, seed)) if pipeline is None else self.resolve(pipeline, seed)
 
     def folder(self, seed: int) -> Path:
         """Folder of the seed's runs, samples and metrics."""

@@ -32,7 +32,7 @@ from ..launch import preset_path
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
 from .axes import TIMESTEPS
-from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, place, point_of
+from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, place
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
 from .study import Announce, Study
@@ -49,22 +49,22 @@ HEADLINE = (
 METRICS = (*HEADLINE, "coverage")
 COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
 LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
-LEARNED = ("gan", "ot", "vae")
-"""In pairs that are trained side by side on a CPU, so that the seconds of the first two are comparable."""
-DENOISER = "baseline"
-VANILLA = "vanilla, truncated"
-ORACLE = "oracle"
+CLOSED_FORM, LEARNED = ("gaussian", "gaussian_classes"), ("gan", "ot", "vae")
+"""Learned priors are trained in pairs on a CPU, so that the seconds of the first two are comparable."""
+OPTIONS = {"ot": ("feature_extractor={features}",), "gaussian_classes": ("class_wise=true",)}
+"""Of the script that trains the prior, beside those of its preset."""
+DENOISER, FULL = "baseline", "full"
+VANILLA, ORACLE = "vanilla, truncated", "oracle"
 DESCRIPTIONS = {
+    NOISE: "N(0, I) fed to the truncated chain.",
+    FULL: "N(0, I) and the whole chain, by DDIM.",
     "gaussian": "One Gaussian with the moments of the training images, in closed form.",
     "gaussian_classes": "One such Gaussian for each class.",
     "vae": "Encoder and generator under the evidence bound; latents from a mixture fitted to the codes.",
     "gan": "The generator against a discriminator of its widths.",
     "ot": "The generator by optimal transport alone, no adversary.",
+    REAL: "Real training images, diffused: what a perfect prior would reach.",
 }
-NOISE_TRUNCATED = "N(0, I) fed to the truncated chain."
-NOISE_FULL = "N(0, I) and the whole chain, by DDIM."
-FROM_REAL = "Real training images, diffused: what a perfect prior would reach."
-GUIDED = "With OT guidance."
 GOAL_METRICS = {
     "frechet_distance": "Fréchet",
     "recall_distance": "recall distance",
@@ -152,7 +152,7 @@ def run_truncation_study(
 
 
 def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConfig:
-    """The variants of the table, in its order, and those of the curves over T'.
+    """The training runs, the variants of the table in its order, and those of the curves over T'.
 
     Raises:
         InputError: a data set or a preset that does not exist.
@@ -161,139 +161,114 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
     # One Gaussian for each class needs classes.
     priors = [name for name in config.priors if images.labels is not None or name != "gaussian_classes"]
     guided = [name for name in priors if name in config.guided]
-    arms: dict[str, Variant] = {}
-    if config.denoiser is None:
-        arms[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", role=TRAINING)
-    main, shortest = config.truncation_timestep, min(config.full_steps)
-    arms[VANILLA] = chain(config, NOISE, main, main, NOISE_TRUNCATED)
-    arms |= {full_label(steps): chain(config, NOISE, None, steps, NOISE_FULL) for steps in config.full_steps}
-    arms |= {LABELS[name]: trained_prior(config, name, main) for name in priors}
-    for name in guided:
-        arms[guided_label(name)] = with_guidance(config, point_of(LABELS[name], arms[LABELS[name]]))
-    goal_timestep = config.goal_timestep
-    for name in guided if goal_timestep is not None else ():
-        assert goal_timestep is not None
-        short = chain(config, start_of(name), goal_timestep, curve_steps(config, goal_timestep), DESCRIPTIONS[name])
-        arms[goal_label(config, name)] = with_guidance(config, short)
-    if guided:
-        full = chain(config, NOISE, None, shortest, NOISE_FULL)
-        arms[f"{full_label(shortest)}, guided"] = with_guidance(config, full)
-    arms[ORACLE] = chain(config, REAL, main, main, FROM_REAL)
-    compared = [goal_label(config, name) for name in guided] if goal_timestep else []
-    compared += [full_label(shortest)] if compared else []
+    runs = training_runs(config, priors)
+    rows = {label: variant_at(config, runs, *row) for label, row in table_rows(config, priors, guided).items()}
+    arms = runs | rows
     lines = curves(config, arms, priors, guided)
+    compared = [label for label in rows if label.endswith(f"T' = {config.goal_timestep}")]
+    compared += [full_label(min(config.full_steps))] if compared else []
     return StudyConfig(
-        **study_settings(config, overrides),
-        title=f"Priors of the truncated chain, T' = {main}: {images.name}",
+        output_dir=config.output_dir,
+        title=f"Priors of the truncated chain, T' = {config.truncation_timestep}: {images.name}",
+        dataset=config.dataset,
+        evaluator=config.evaluator or f"{config.presets}/evaluator.yaml",
+        features=config.feature_extractor or f"{config.presets}/features.yaml",
         arms=arms,
+        seed=config.seed,
+        num_samples=config.num_samples,
         curves={TIMESTEPS: lines} if config.timesteps else {},
+        metrics=HEADLINE,
+        measured=METRICS,
+        costs=COSTS,
         pictured=(VANILLA, *(LABELS[name] for name in priors), *compared, ORACLE),
-        together=groups(config, arms),
-    )
-
-
-def study_settings(config: TruncationConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the study takes over as it stands, and its metrics and costs."""
-    return {
-        "output_dir": config.output_dir,
-        "dataset": config.dataset,
-        "evaluator": config.evaluator or f"{config.presets}/evaluator.yaml",
-        "features": config.feature_extractor or f"{config.presets}/features.yaml",
-        "seed": config.seed,
-        "num_samples": config.num_samples,
-        "metrics": HEADLINE,
-        "measured": METRICS,
-        "costs": COSTS,
-        "overrides": tuple(overrides),
-    }
-
-
-def chain(config: TruncationConfig, start: str, timestep: int | None, steps: int, description: str) -> Variant:
-    """The denoiser from T' on, in so many steps, behind a start that is not trained for it."""
-    return Variant(
-        pipeline=config.denoiser or f"{{{DENOISER}}}",
-        start=start,
-        truncation_timestep=timestep,
-        call={"num_inference_steps": steps},
-        batch_size=config.batch_size,
-        description=description,
-    )
-
-
-def trained_prior(config: TruncationConfig, name: str, timestep: int, steps: int | None = None) -> Variant:
-    """A prior that is trained, or fitted, for this T'."""
-    overrides = [f"denoiser={config.denoiser or f'{{{DENOISER}}}'}", f"truncation_timestep={timestep}"]
-    overrides += ["feature_extractor={features}"] if name == "ot" else []
-    overrides += ["class_wise=true"] if name == "gaussian_classes" else []
-    learned = name in LEARNED
-    overrides += [f"max_train_steps={config.max_train_steps}"] if learned and config.max_train_steps else []
-    return Variant(
-        train="prior",
-        preset=prior_preset(config, name),
+        together=groups(runs),
         overrides=tuple(overrides),
-        run=f"prior_{name}_{timestep}",
-        max_train_seconds=config.max_train_seconds if learned else None,
-        call={"num_inference_steps": steps or timestep},
-        batch_size=config.batch_size,
-        description=DESCRIPTIONS[name],
     )
 
 
-def with_guidance(config: TruncationConfig, variant: Variant, role: str = "table") -> Variant:
-    """The variant guided by the feature network of the losses."""
-    description = f"{variant.description} {GUIDED}"
-    changes: dict[str, Any] = {"batch_size": config.guided_batch_size, "description": description, "role": role}
-    return dataclasses.replace(variant, features="{features}", **changes)
+def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, Variant]:
+    """The denoiser, if there is none, and every prior for the T' of the table, learned ones for some of the curves'."""
+    runs = {}
+    if config.denoiser is None:
+        runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", role=TRAINING)
+    limits = [f"max_train_steps={config.max_train_steps}"] if config.max_train_steps else []
+    for timestep in dict.fromkeys((config.truncation_timestep, *config.learned_timesteps)):
+        for name in (*CLOSED_FORM, *LEARNED):
+            learned = name in LEARNED
+            if name in priors and (learned or timestep == config.truncation_timestep):
+                options = [f"denoiser={denoiser(config)}", f"truncation_timestep={timestep}", *OPTIONS.get(name, ())]
+                runs[run_name(name, timestep)] = Variant(
+                    train="prior",
+                    preset=prior_preset(config, name),
+                    overrides=(*options, *(limits if learned else ())),
+                    max_train_seconds=config.max_train_seconds if learned else None,
+                    role=TRAINING,
+                )
+    return runs
+
+
+def groups(runs: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
+    """The networks together, the closed forms together, the learned priors in pairs."""
+    networks = ("features", "evaluator", *(name for name in runs if name == DENOISER))
+    learned = [run for run in runs if any(run.startswith(f"prior_{name}_") for name in LEARNED)]
+    closed = tuple(run for run in runs if run != DENOISER and run not in learned)
+    pairs = [tuple(learned[first : first + 2]) for first in range(0, len(learned), 2)]
+    return tuple(group for group in (networks, closed, *pairs) if group)
+
+
+Row = tuple[str, int | None, int, bool]
+"""Start (noise, real or the name of a prior), T' (None for the whole chain), steps, and whether it is guided."""
+
+
+def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence[str]) -> dict[str, Row]:
+    """Label to what the row is."""
+    main, goal_timestep, shortest = config.truncation_timestep, config.goal_timestep, min(config.full_steps)
+    rows: dict[str, Row] = {VANILLA: (NOISE, main, main, False)}
+    rows |= {full_label(steps): (NOISE, None, steps, False) for steps in config.full_steps}
+    rows |= {LABELS[name]: (name, main, main, False) for name in priors}
+    rows |= {guided_label(name): (name, main, main, True) for name in guided}
+    if goal_timestep is not None:
+        steps = min(goal_timestep, config.curve_steps)
+        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in guided}
+    rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
+    return rows | {ORACLE: (REAL, main, main, False)}
 
 
 def curves(
     config: TruncationConfig, arms: dict[str, Variant], priors: Sequence[str], guided: Sequence[str]
 ) -> dict[str, dict[str, str]]:
     """Method → T' → variant, for every T' that a prior can start at; the variants are added to `arms`."""
-    lines: dict[str, dict[str, str]] = {}
-    for label, start in ((VANILLA, NOISE), *((LABELS[name], name) for name in priors), (ORACLE, REAL)):
-        lines[label] = {}
+    methods = [(VANILLA, NOISE, False), *((LABELS[name], name, False) for name in priors), (ORACLE, REAL, False)]
+    methods += [(guided_label(name), name, True) for name in guided]
+    lines: dict[str, dict[str, str]] = {label: {} for label, _, _ in methods}
+    for label, start, is_guided in methods:
         for timestep in config.timesteps:
-            point = point_at(config, arms, label, start, timestep)
-            if point is not None:
+            if start in (NOISE, REAL) or run_name(start, timestep) in arms or makes_clean_images(config, start):
+                row = start, timestep, min(timestep, config.curve_steps), is_guided
+                point = dataclasses.replace(variant_at(config, arms, *row), role=CURVE)
                 lines[label][str(timestep)] = place(arms, f"{label}, T'={timestep}", point)
-    for name in guided:
-        label = guided_label(name)
-        lines[label] = {}
-        for timestep, plain in lines[LABELS[name]].items():
-            point = with_guidance(config, point_of(plain, arms[plain]), CURVE)
-            lines[label][timestep] = place(arms, f"{label}, T'={timestep}", point)
     return lines
 
 
-def point_at(
-    config: TruncationConfig, arms: Mapping[str, Variant], label: str, start: str, timestep: int
-) -> Variant | None:
-    """A start at another T' than that of the table, or with other steps; None for a prior that has only its own T'."""
-    steps = curve_steps(config, timestep)
-    if start in (NOISE, REAL):
-        variant = chain(config, start, timestep, steps, "")
-    elif timestep == config.truncation_timestep:
-        variant = point_of(label, arms[label], num_inference_steps=steps)
-    elif start in LEARNED and timestep in config.learned_timesteps:
-        variant = trained_prior(config, start, timestep, steps)
-    elif makes_clean_images(config, start):
-        variant = chain(config, start_of(start), timestep, steps, "")
+def variant_at(
+    config: TruncationConfig, runs: Mapping[str, Variant], start: str, timestep: int | None, steps: int, guided: bool
+) -> Variant:
+    """A chain from T' on: the run of a prior for this T', or the denoiser behind noise, real images, or the table's
+    prior, whose clean images are diffused to any T'."""
+    run = run_name(start, timestep)
+    if run in runs:
+        source: dict[str, Any] = {"pipeline": f"{{{run}}}"}
     else:
-        return None
-    return dataclasses.replace(variant, role=CURVE)
-
-
-def groups(config: TruncationConfig, arms: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
-    """The networks together, the closed forms together, the learned priors in pairs."""
-    closed = tuple(LABELS[name] for name in LABELS if name not in LEARNED and LABELS[name] in arms)
-    runs = {variant.run: label for label, variant in arms.items() if variant.train == "prior"}
-    steps = dict.fromkeys((config.truncation_timestep, *config.learned_timesteps))
-    order = [f"prior_{name}_{timestep}" for timestep in steps for name in LEARNED]
-    learned = [runs[run] for run in order if run in runs]
-    networks = ("features", "evaluator", *([DENOISER] if DENOISER in arms else []))
-    pairs = [tuple(learned[first : first + 2]) for first in range(0, len(learned), 2)]
-    return tuple(group for group in (networks, closed, *pairs) if group)
+        other = start if start in (NOISE, REAL) else f"{{{run_name(start, config.truncation_timestep)}}}"
+        source = {"pipeline": denoiser(config), "start": other, "truncation_timestep": timestep}
+    description = DESCRIPTIONS[FULL if timestep is None else start]
+    return Variant(
+        **source,
+        features="{features}" if guided else None,
+        call={"num_inference_steps": steps},
+        batch_size=config.guided_batch_size if guided else config.batch_size,
+        description=f"{description} With OT guidance." if guided else description,
+    )
 
 
 def makes_clean_images(config: TruncationConfig, name: str) -> bool:
@@ -306,13 +281,13 @@ def prior_preset(config: TruncationConfig, name: str) -> str:
     return f"{config.presets}/prior_{name.removesuffix('_classes')}.yaml"
 
 
-def start_of(name: str) -> str:
-    """The run of the table's prior."""
-    return f"{{{LABELS[name]}}}"
+def denoiser(config: TruncationConfig) -> str:
+    return config.denoiser or f"{{{DENOISER}}}"
 
 
-def curve_steps(config: TruncationConfig, timestep: int) -> int:
-    return min(timestep, config.curve_steps)
+def run_name(name: str, timestep: int | None) -> str:
+    """Of a prior that is trained for this T'."""
+    return f"prior_{name}_{timestep}"
 
 
 def full_label(steps: int) -> str:

@@ -1,9 +1,11 @@
-"""Comparisons: a planted difference is found, none is not; pieces are kept; every arm starts from the same noise."""
+"""The engine of all studies: a planted difference is found, none is not; pieces are kept; curves; every variant starts from the same noise."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict
-from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config
+from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config, with_step_curves
 from ot_diffusers.studies.results import collect
 from ot_diffusers.studies.run import run_study
-from ot_diffusers.studies.runs import equal_time_updates
+from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side
 from ot_diffusers.studies.study import Clock, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
@@ -153,6 +155,73 @@ def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -
     assert arm["nfe"] == 6 and arm["parameters"] > 1000 and arm["seconds_per_1000"] > 0
 
 
+def test_quality_by_steps(results: dict[str, Any], config: StudyConfig, tmp_path: Path) -> None:
+    """The numbers of a point are those of a study with as many steps; the table's own steps are not sampled twice."""
+    arms = {"first": config.arms["first"], "worse": dataclasses.replace(config.arms["worse"], steps=(1, 2))}
+    short = dataclasses.replace(config, arms=arms, seeds=2, num_samples=24, metrics=("recall",))
+    study = dataclasses.replace(short, steps=(2, 6), output_dir=str(tmp_path / "curves"))
+    found = run_study(study, announce=lambda line: None)
+    curves = found["quality_by_steps"]
+    assert {name: list(line) for name, line in curves.items()} == {"first": ["2", "6"], "worse": ["1", "2"]}
+    assert [point["nfe"] for line in curves.values() for point in line.values()] == [2, 6, 1, 2]
+    files = {file.stem for file in (tmp_path / "curves" / "seed-0" / "samples").iterdir()}
+    assert files == {"first", "worse", "first, steps=2", "worse, steps=1", "worse, steps=2"}
+    row = found["arms"]["first"]
+    for metric in ("frechet_distance", "recall"):
+        assert curves["first"]["6"][metric] == row["metrics"][metric]
+        assert curves["first"]["6"]["intervals"][metric] == row["intervals"][metric]
+
+    short = dataclasses.replace(short, call={"num_inference_steps": 2}, output_dir=str(tmp_path / "two steps"))
+    two = run_study(short, announce=lambda line: None)
+    for name, line in curves.items():
+        assert line["2"]["per_seed"]["frechet_distance"] == two["per_seed"][name]["frechet_distance"]
+    assert curves["worse"]["2"]["differences"] == two["differences"]["worse"]
+    assert "differences" not in curves["worse"]["1"]  # the first has no such point
+
+    table = (tmp_path / "curves" / "results.md").read_text("utf-8")
+    assert "## Fréchet by steps" in table and "| steps = | 1 | 2 | 6 |" in table
+    assert (tmp_path / "curves" / "quality_by_steps.png").is_file()
+    assert "Quality by network calls" in (tmp_path / "curves" / "report.html").read_text("utf-8")
+
+
+def test_points_of_the_curves_follow_the_variant() -> None:
+    arms = {
+        "trained": Variant(train="baseline"),
+        "short": Variant(pipeline="{trained}", start="noise", truncation_timestep=10, call={"num_inference_steps": 10}),
+    }
+    study = with_step_curves(StudyConfig(arms=arms, steps=(1, 10, 50)))
+    lines = study.curves["steps"]
+    # A chain of ten timesteps has no fifty steps, and its ten are those of the table.
+    assert list(lines["trained"]) == ["1", "10", "50"] and lines["short"] == {"1": "short, steps=1", "10": "short"}
+    assert study.arms["trained, steps=1"].pipeline == "{trained}" and study.arms["trained, steps=1"].train is None
+    assert list(study.reported) == ["trained", "short"] and list(study.trained) == ["trained"]
+
+
+def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    said = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    for names, threads in ((("a",), "4"), (("a", "b"), "2"), (tuple("abcde"), "1")):
+        run_side_by_side(dict.fromkeys(names, said), tmp_path)
+        assert {(tmp_path / f"{name}.log").read_text().strip() for name in names} == {threads}
+    with pytest.raises(RuntimeError, match=r"training 'b' failed:\n +no such network"):
+        run_side_by_side({"b": [sys.executable, "-c", "import sys; sys.exit('no such network')"]}, tmp_path)
+
+
+def test_a_run_has_its_own_time(tmp_path: Path) -> None:
+    """Stopped by its own limit it is complete, stopped by that of the call it is not."""
+    arms = {"limited": Variant(train="baseline", max_train_seconds=20), "free": Variant(train="baseline")}
+    study = Study(StudyConfig(arms=arms, seed=3), tmp_path, Clock(), lambda line: None)
+    for name in arms:
+        (tmp_path / name).mkdir()
+        record = {"complete": False, "stopped_by": "max_train_seconds", "training_seconds": 20.1, "updates": 7}
+        (tmp_path / name / "results.json").write_text(json.dumps(record))
+    assert is_trained(study, "limited", 3) and not is_trained(study, "free", 3)
+    (tmp_path / "limited" / "results.json").write_text(json.dumps(record | {"training_seconds": 15}))
+    assert not is_trained(study, "limited", 3) and "max_train_seconds=5" in command(study, "limited", 3)
+    assert "seed=3" in command(study, "limited", 3) and "seed=1003" in command(study, "evaluator", 3)
+
+
 def test_stopped_and_resumed_is_the_uninterrupted_comparison(
     results: dict[str, Any], config: StudyConfig, tmp_path: Path
 ) -> None:
@@ -253,6 +322,14 @@ BAD = {
     ),
     "unknown metric": ({}, {"primary_metric": "fid"}, "got 'fid'"),
     "no seed": ({}, {"seeds": 0}, "`seeds` must be at least 1"),
+    "a run beside what it builds on": (
+        {"a": Variant(train="baseline"), "b": Variant(train="distilled", overrides=("teacher={a}",))},
+        {"together": (("a", "b"),)},
+        "`together` must not hold 'b' with a run that it builds on, got 'a'",
+    ),
+    "nobody together": ({}, {"together": (("a",),)}, "`together` must name some of features, evaluator"),
+    "nobody pictured": ({}, {"pictured": ("a",)}, "`pictured` must name some of"),
+    "no steps": ({}, {"steps": (0,)}, "`steps` must hold numbers from 1"),
     "a path as a name": ({"../a": Variant(pipeline="x/y")}, {}, "got '../a'"),
 }
 
@@ -282,6 +359,13 @@ def test_nothing_is_written_before_all_is_there(config: StudyConfig, unet: UNet2
 def test_arms_that_cannot_be() -> None:
     for values in ({}, {"pipeline": "x", "train": "ot"}, {"pipeline": "x", "seconds_of": "y"}, {"train": "paint"}):
         with pytest.raises(InputError):
+            Variant(**values)
+    for values, message in (
+        ({"pipeline": "x", "truncation_timestep": 10}, "`truncation_timestep` must come with a start"),
+        ({"train": "ot", "start": "noise"}, "`start` must come with the pipeline of the denoiser"),
+        ({"pipeline": "x", "role": "row"}, "`role` must be table, curve or training"),
+    ):
+        with pytest.raises(InputError, match=message):
             Variant(**values)
     with pytest.raises(InputError, match="max_train_seconds"):
         Variant(train="ot", overrides=("max_train_seconds=5",))
