@@ -90,8 +90,8 @@ def collect_curves(
             summarised = summarise(values)
             point = summarised["metrics"] | mean_costs(found, name)
             curves[method][value] = point | {"intervals": summarised["intervals"], "per_seed": values}
-    first, *others = curves
-    for method in others if len(found) >= 2 else ():
+    first = next(iter(curves), "")
+    for method in list(curves)[1:] if len(found) >= 2 else ():
         for value, point in curves[method].items():
             if value in curves[first]:
                 pair = {name: curves[name][value]["per_seed"] for name in (first, method)}

@@ -1,4 +1,4 @@
-"""The engine of all studies: a planted difference is found, none is not; pieces are kept; curves; every variant starts from the same noise."""
+"""The engine of all studies: a planted difference is found, none is not; curves; pieces are kept; runs side by side."""
 
 from __future__ import annotations
 
