@@ -10,7 +10,6 @@ from urllib.error import URLError
 import pytest
 import torch
 import torch_fidelity
-from ot_diffusers.evaluation.tracking import RealImages
 from ot_diffusers.stress_study import load_split
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -25,6 +24,7 @@ from ot_diffusers.images import to_model_range
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.studies.config import StudyConfig
 from ot_diffusers.studies.study import Clock, Study, settings_of
+from ot_diffusers.studies.tracking import RealImages
 
 SIDE = 16
 

@@ -21,7 +21,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
-from ot_diffusers.evaluation.tracking import find_checkpoints
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.losses import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator
+from ot_diffusers.studies.tracking import find_checkpoints
 from ot_diffusers.training import (
     Schedule,
     diffusion_batches,
