@@ -10,7 +10,6 @@ from urllib.error import URLError
 import pytest
 import torch
 import torch_fidelity
-from ot_diffusers.stress_study import load_split
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -23,6 +22,7 @@ from ot_diffusers.features import weights_fingerprint
 from ot_diffusers.images import to_model_range
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.studies.config import StudyConfig
+from ot_diffusers.studies.stress import load_split
 from ot_diffusers.studies.study import Clock, Study, settings_of
 from ot_diffusers.studies.tracking import RealImages
 
