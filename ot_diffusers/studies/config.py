@@ -208,7 +208,7 @@ def with_step_curves(config: StudyConfig) -> StudyConfig:
 
     A truncated chain has no more steps than T', so larger numbers are left out there.
     """
-    arms, lines = dict(config.arms), {}
+    arms, lines = dict(config.arms), dict[str, dict[str, str]]()
     for name, variant in config.reported.items():
         steps = [count for count in variant.steps or config.steps if count <= (variant.truncation_timestep or count)]
         points = {str(count): point_of(name, variant, num_inference_steps=count) for count in sorted(set(steps))}

@@ -43,8 +43,13 @@ def run_demo(
         RuntimeError: a training script that failed, with the end of its log.
     """
     started = time.monotonic()
-    changes = {"output_dir": str(output), "seed": seed, "overrides": tuple(overrides), "num_samples": num_samples}
-    config = dataclasses.replace(read_config("digits/demo.yaml", []), **changes)
+    config = dataclasses.replace(
+        read_config("digits/demo.yaml", []),
+        output_dir=str(output),
+        seed=seed,
+        overrides=tuple(overrides),
+        num_samples=num_samples,
+    )
     results = run_study(config, announce=announce, table=text_table)
     run_truncation_study(priors_of(config), announce, overrides=overrides)
     announce(f"{time.monotonic() - started:.0f} s in all. Pictures and numbers: {Path(output) / 'report.html'}")

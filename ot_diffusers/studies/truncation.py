@@ -140,7 +140,7 @@ def run_truncation_study(
     """
 
     def extend(study: Study, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
-        more = {"truncation_timestep": config.truncation_timestep}
+        more: dict[str, Any] = {"truncation_timestep": config.truncation_timestep}
         more |= {"summary": goal(config, results["arms"])} if config.goal_timestep else {}
         picture = plots.image_panels(starts(study, config), study.output / "starts.png")
         return more, {"What the chain starts from": picture}
