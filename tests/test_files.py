@@ -385,7 +385,7 @@ CONFIGS = {
     kind
     for module in (config, studies_config, truncation)
     for kind in vars(module).values()
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
 }
 PLACE = re.compile(r"folder|Hub id|\bFILE\b|YAML file|\brun of|preset to train")
 

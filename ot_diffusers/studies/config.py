@@ -100,7 +100,7 @@ class StudyConfig(Options):
     )
     compare_with: str | None = option(None, "the variant that the others are compared with; none is the first")
     seeds: int = option(5, "how many: 0, 1, 2, …")
-    seed: int | None = option(None, "this random seed alone, with its runs in the study's folder itself")
+    seed: int | None = option(None, "this random seed alone; its runs lie beside the results")
     num_samples: int | None = option(None, "images of each variant and seed; none is as many as there are test images")
     call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of every pipeline's call"})
     steps: tuple[int, ...] = option((), "numbers of denoising steps at which every variant is sampled and scored too")
