@@ -97,14 +97,25 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
     """Raise `InputError` where the results in a folder were made with other `settings`; the line shows what differs.
 
     Example:
-        >>> require_same({"seed": 1, "steps": 50}, {"seed": 0, "steps": 50}, "output")
+        >>> require_same({"seed": 1, "call": {"steps": 50}}, {"seed": 1, "call": {"steps": 20}}, "output")
         Traceback (most recent call last):
         ...
-        ot_diffusers.errors.InputError: `output` must be a new folder, or one made with {'seed': 1}, got {'seed': 0}
+        ot_diffusers.errors.InputError: `output` must be a new folder, or one made with {'call.steps': 50}, got \
+{'call.steps': 20}
     """
-    differing = [name for name, value in settings.items() if earlier.get(name) != value]
-    wanted, found = ({name: values.get(name) for name in differing} for values in (settings, earlier))
+    now, before = _flat(settings), _flat(earlier)
+    differing = [name for name in now | before if name.split(".")[0] in settings and now.get(name) != before.get(name)]
+    wanted, found = ({name: values.get(name) for name in differing} for values in (now, before))
     require(not differing, argument, f"be a new folder, or one made with {wanted}", found)
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested values by dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {}
+        flat |= inner or {f"{prefix}{name}": value}
+    return flat
 
 
 # What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.

@@ -24,10 +24,10 @@ from ot_diffusers import (
 )
 from ot_diffusers.config import OTConfig
 from ot_diffusers.data import load_images
-from ot_diffusers.demo import run_demo
 from ot_diffusers.errors import InputError
 from ot_diffusers.launch import SCRIPTS, training_command
 from ot_diffusers.sampling import accelerate_networks, load_pipeline, read_images, sample_images, save_images
+from ot_diffusers.studies.demo import run_demo
 
 ROOT = Path(__file__).parent.parent
 
@@ -380,11 +380,7 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
 
     lines.clear()
     again = run_demo(tmp_path / "demo", **short)
-    assert [line for line in lines if line.startswith("train")] == [
-        "train the feature network and the evaluator: done before",
-        "train the baseline and the OT model: done before",
-        "train prior_gan_10 and prior_ot_10: done before",
-    ]
+    assert not [line for line in lines if line.startswith(("train", "sample", "evaluate"))]  # all of it is there
     assert {arm: entry["metrics"] for arm, entry in again["arms"].items()} == {
         arm: entry["metrics"] for arm, entry in results["arms"].items()
     }

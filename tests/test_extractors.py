@@ -15,17 +15,17 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from ot_diffusers.comparison import ComparisonConfig
-from ot_diffusers.comparison.study import Clock, Study, settings
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images
 from ot_diffusers.evaluation.extractors import evaluator_facts, load_evaluator
-from ot_diffusers.evaluation.tracking import RealImages
 from ot_diffusers.features import weights_fingerprint
 from ot_diffusers.images import to_model_range
 from ot_diffusers.models.backbone_extractor import BackboneFeatureExtractor
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
-from ot_diffusers.stress_study import load_split
+from ot_diffusers.studies.config import StudyConfig
+from ot_diffusers.studies.stress import load_split
+from ot_diffusers.studies.study import Clock, Study, settings_of
+from ot_diffusers.studies.tracking import RealImages
 
 SIDE = 16
 
@@ -213,9 +213,9 @@ class TestBackbones:
         network = load_evaluator(str(folder))
         real = RealImages.load("digits", network, 8)
         assert real.train.images.shape == (8, 1, 8, 8) and real.test.features.shape == (8, 16)
-        config = ComparisonConfig(output_dir=str(tmp_path / "comparison"), evaluator=str(folder))
+        config = StudyConfig(output_dir=str(tmp_path / "comparison"), evaluator=str(folder))
         study = Study(config, Path(config.output_dir), Clock(), print)
-        assert study.test_images.extractor == settings(config)["contents"]["evaluator"] == real.test.extractor
+        assert study.test_images.extractor == settings_of(config)["contents"]["evaluator"] == real.test.extractor
         split = load_split("digits", "test", network, 8, seed=0)
         assert split.images.extractor == real.test.extractor and split.images.logits is None
         with pytest.warns(UserWarning, match="cannot be trusted: its features of real images have an effective rank"):

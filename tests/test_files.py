@@ -23,24 +23,24 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli, config, files
-from ot_diffusers.comparison import config as comparison_config
-from ot_diffusers.comparison.config import Arm, pipeline_arms
 from ot_diffusers.data import load_images
-from ot_diffusers.demo import run_demo
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.evaluation.extractors import load_evaluator
-from ot_diffusers.evaluation.tracking import track_runs
-from ot_diffusers.experiment import claim_folder
 from ot_diffusers.features import load_feature_extractor, load_reference_bank
 from ot_diffusers.hub import export_run, push_folder, read_results, repository_files
 from ot_diffusers.launch import preset_path, training_command
 from ot_diffusers.sampling import load_pipeline, pipeline_class_name, save_images
 from ot_diffusers.schedules import truncated_scheduler
-from ot_diffusers.stress_study import run_stress_study
+from ot_diffusers.studies import config as studies_config
+from ot_diffusers.studies import truncation
+from ot_diffusers.studies.config import Variant, pipeline_variants
+from ot_diffusers.studies.demo import run_demo
+from ot_diffusers.studies.stress import run_stress_study
+from ot_diffusers.studies.study import claim_folder
+from ot_diffusers.studies.tracking import track_runs
 from ot_diffusers.training import check_output_dir
 from ot_diffusers.training.files import delete_partial
 from ot_diffusers.truncated_set import export_truncated_set
-from ot_diffusers.truncation_study import config as truncation_config
 
 ROOT = Path(__file__).parent.parent
 LIST = ".ot-diffusers-sample.sha256"
@@ -383,9 +383,9 @@ def test_home_is_expanded_in_every_text_option_of_every_command(monkeypatch: pyt
 
 CONFIGS = {
     kind
-    for module in (config, comparison_config, truncation_config)
+    for module in (config, studies_config, truncation)
     for kind in vars(module).values()
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
 }
 PLACE = re.compile(r"folder|Hub id|\bFILE\b|YAML file|\brun of|preset to train")
 
@@ -393,7 +393,7 @@ PLACE = re.compile(r"folder|Hub id|\bFILE\b|YAML file|\brun of|preset to train")
 def test_every_configuration_is_known_here() -> None:
     sources = [file for file in (ROOT / "ot_diffusers").rglob("*.py") if re.search(r"= option\(", file.read_text())]
     assert {file.parent.name + "/" + file.stem for file in sources} == {
-        "ot_diffusers/config", "comparison/config", "truncation_study/config",
+        "ot_diffusers/config", "studies/config", "studies/truncation",
     }  # fmt: skip
     assert all(issubclass(kind, config.Options) for kind in CONFIGS)
 
@@ -401,7 +401,7 @@ def test_every_configuration_is_known_here() -> None:
 @pytest.mark.parametrize("kind", sorted(CONFIGS - {config.Options}, key=lambda kind: kind.__name__))
 def test_home_is_expanded_in_every_option_that_names_a_place(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    needed = {"pipeline": "p"} if kind is Arm else {}
+    needed = {"pipeline": "p"} if kind is Variant else {}
     places = [entry.name for entry in dataclasses.fields(kind) if PLACE.search(entry.metadata["help"])]
     assert places
     for name in places:
@@ -417,13 +417,13 @@ def test_home_is_expanded_in_yaml_at_any_depth(tmp_path: Path, monkeypatch: pyte
         "output_dir: ~/out\nfeatures: ~/features\nevaluator: inception=~/weights.pth\narms:\n"
         "  a: {pipeline: ~/a, features: ~/f}\n  b: {train: ot, preset: ~/ot.yaml, overrides: [feature_extractor=~/n]}\n"
     )
-    read = comparison_config.read_config("~/own.yaml", ["dataset=~/data"])
+    read = studies_config.read_config("~/own.yaml", ["dataset=~/data"])
     assert read.output_dir == f"{tmp_path}/out" and read.dataset == f"{tmp_path}/data"
     assert read.features == f"{tmp_path}/features" and read.evaluator == f"inception={tmp_path}/weights.pth"
     assert read.arms["a"].pipeline == f"{tmp_path}/a" and read.arms["a"].features == f"{tmp_path}/f"
     assert read.arms["b"].preset == f"{tmp_path}/ot.yaml"
     assert read.arms["b"].overrides == (f"feature_extractor={tmp_path}/n",)
-    assert pipeline_arms([files.expand_home("~/a")])["a"].pipeline == f"{tmp_path}/a"
+    assert pipeline_variants([files.expand_home("~/a")])["a"].pipeline == f"{tmp_path}/a"
 
 
 def test_home_is_expanded_in_functions(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

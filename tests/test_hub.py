@@ -21,10 +21,10 @@ from test_loading import make_guided, make_truncated, make_unet
 
 from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline, cli
 from ot_diffusers.cards import CardFacts, render_card
-from ot_diffusers.comparison import read_config
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.quoting import quote
 from ot_diffusers.hub import push_folder, repository_files
+from ot_diffusers.studies.config import read_config
 
 ROOT = Path(__file__).parent.parent
 RESULTS: dict[str, Any] = {

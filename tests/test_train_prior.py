@@ -26,8 +26,8 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.models.prior import PriorGenerator
 from ot_diffusers.models.prior_networks import PriorEncoder
 from ot_diffusers.schedules import truncated_scheduler
+from ot_diffusers.studies.truncation import TruncationConfig
 from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
-from ot_diffusers.truncation_study import TruncationConfig
 
 ROOT = Path(__file__).parent.parent
 

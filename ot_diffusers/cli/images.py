@@ -69,10 +69,9 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The contents of `results.json` for one arm; None in a process that helped to sample only."""
-    from ..evaluation.evaluate import evaluate_images, real_floor
+    from ..evaluation.evaluate import evaluate_images, real_floor, sample_count
     from ..evaluation.extractors import dataset_facts, evaluator_facts, load_evaluator, load_real_images
     from ..evaluation.page import provenance
-    from ..experiment import sample_count
     from ..outgoing import last_name, public_name
 
     evaluator = load_evaluator(arguments.evaluator).to(chosen_device(arguments.device))

@@ -121,10 +121,10 @@ def _rows(name: str, value: Any) -> list[str]:
 def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """`results.json` as a table and as one HTML file with the pictures beside it."""
     prepare_libraries()
-    from ..comparison import tables
     from ..evaluation.page import REPORT
     from ..evaluation.report import text_table, write_report
     from ..hub import read_results
+    from ..studies.results import tables
 
     path = Path(arguments.results)
     file = path / "results.json" if path.is_dir() else path
@@ -135,7 +135,7 @@ def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     free = not os.path.lexists(output) or is_own(output, REPORT)
     require(free, "output", "be a new file, or a page of ot-diffusers that nobody has changed since", str(output))
     pictures = {picture.stem.replace("_", " ").capitalize(): picture for picture in sorted(file.parent.glob("*.png"))}
-    further = tables(results) if results.get("differences") else {}
+    further = tables(results) if "differences" in results else {}
     return _print([text_table(results), str(write_report(results, pictures, output, tables=further))])
 
 

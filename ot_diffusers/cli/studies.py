@@ -17,7 +17,7 @@ def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Everything on digits."""
     stop_on_sigterm()
     prepare_libraries()
-    from ..demo import run_demo as run
+    from ..studies.demo import run_demo as run
 
     run(arguments.output, seed=arguments.seed)
     return 0
@@ -36,7 +36,7 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
-    """Arms over paired seeds; exit status 3 where the time was over before all seeds were done."""
+    """Variants over paired seeds; exit status 3 where the time was over before all seeds were done."""
     words = [expand_home(word) for word in (*arguments.arms, *unknown)]
     options = [word for word in words if word.startswith("-")]
     require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
@@ -47,17 +47,18 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     overrides += [word for word in words if word not in names]
     stop_on_sigterm()
     prepare_libraries()
-    from ..comparison import choose_arms, read_config, run_comparison
+    from ..studies.config import choose_variants, read_config
+    from ..studies.run import run_study
 
     config = read_config(arguments.config, overrides, arguments.num_inference_steps)
-    results = run_comparison(choose_arms(config, names) if names else config, max_seconds=arguments.max_seconds)
+    results = run_study(choose_variants(config, names) if names else config, max_seconds=arguments.max_seconds)
     return 0 if results["complete"] else 3
 
 
 def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Every checkpoint of the runs, in one report."""
     prepare_libraries()
-    from ..evaluation.tracking import track_runs
+    from ..studies.tracking import track_runs
 
     output: Path = arguments.output
     track_runs(
@@ -91,7 +92,7 @@ def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
 def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Damaged real images under every metric."""
     prepare_libraries()
-    from ..stress_study import run_stress_study
+    from ..studies.stress import run_stress_study
 
     run_stress_study(
         arguments.dataset,
@@ -112,10 +113,10 @@ def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     prepare_libraries()
     from ..config import load_config
     from ..launch import preset_path
-    from ..truncation_study import TruncationConfig, run_study
+    from ..studies.truncation import TruncationConfig, run_truncation_study
 
     preset = ["--config", str(preset_path(arguments.config))] if arguments.config else []
-    run_study(load_config(TruncationConfig, [*preset, *overrides]))
+    run_truncation_study(load_config(TruncationConfig, [*preset, *overrides]))
     return 0
 
 

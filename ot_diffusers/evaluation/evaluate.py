@@ -293,6 +293,18 @@ def real_floor(
     )
 
 
+def sample_count(requested: int | None, num_train: int, num_test: int) -> int:
+    """Images to generate: as many as asked for, or as there are test images.
+
+    Raises:
+        InputError: more than the training images can be held against, see `real_floor`.
+    """
+    most = num_train - 2
+    count = requested or min(num_test, most)
+    require(count <= most, "num_samples", f"be at most {most}, two fewer than the training images", count)
+    return count
+
+
 def _chosen(metrics: Collection[str] | None) -> list[str]:
     """The named metrics in the order of the results, all for None."""
     if metrics is None:

@@ -22,7 +22,6 @@ from ..errors import require
 
 if TYPE_CHECKING:
     from .stress import StressCurve
-    from .tracking import Track
 
 COLOURS = {
     "real": "#6b7280",
@@ -203,7 +202,7 @@ def differences(results: Mapping[str, Any], metrics: Mapping[str, str], path: Pa
     """Paired differences to the first arm with their intervals, a panel per metric; hollow where none is shown.
 
     Args:
-        results: the contents of a comparison's `results.json`, see `ot_diffusers.comparison`.
+        results: the contents of a comparison's `results.json`, see `ot_diffusers.studies`.
         metrics: metric to title. Values are shares of the first arm's mean.
         path: PNG file to write.
     """
@@ -289,11 +288,11 @@ def stress_curves(
     return _save(figure, path)
 
 
-def tracking_curves(tracks: Mapping[str, Track], path: Path, *, titles: Mapping[str, str] | None = None) -> Path:
+def tracking_curves(tracks: Mapping[str, Any], path: Path, *, titles: Mapping[str, str] | None = None) -> Path:
     """Coverage, fidelity and their gap along training: a column each, a row per distance, a line per run.
 
     Args:
-        tracks: run to what `tracking.track_runs` found.
+        tracks: run to its `studies.tracking.Track`.
         path: PNG file to write.
         titles: distance to its name beside the row; its own by default.
     """
@@ -329,37 +328,57 @@ def line_panels(
     path: Path,
     *,
     xlabel: str,
+    titles: Mapping[str, str] | None = None,
     logarithmic: Sequence[str] = (),
+    logarithmic_x: bool = False,
     variants: Mapping[str, str] | None = None,
+    bands: Mapping[str, Mapping[str, Mapping[float, tuple[float, float]]]] | None = None,
+    floors: Mapping[str, float] | None = None,
 ) -> Path:
     """One panel for each quantity, one line with points for each arm, one legend for all.
 
     Args:
-        panels: title to arm to {x: y}.
+        panels: quantity to arm to {x: y}.
         path: PNG file to write.
         xlabel: what x is.
-        logarithmic: titles of the panels with a logarithmic y axis; the others start at 0.
+        titles: quantity to the title of its panel; its own name by default.
+        logarithmic: quantities with a logarithmic y axis; the others start at 0.
+        logarithmic_x: make the x axis logarithmic, too.
         variants: arm to the arm whose colour it has, dashed.
+        bands: quantity to arm to {x: (low, high)}, the ends of an interval.
+        floors: quantity to what real images score, a dashed line.
     """
     require(bool(panels), "panels", "hold at least one quantity", panels)
-    variants = variants or {}
+    variants, titles, bands, floors = variants or {}, titles or {}, bands or {}, floors or {}
     arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines))
     own = arm_colours([arm for arm in arms if arm not in variants])
     colours = own | {arm: own[plain] for arm, plain in variants.items()}
-    styles = {arm: "--" if arm in variants else "-" for arm in arms}
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
-    for index, (title, lines) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), index + 1)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.4), layout="constrained")
+    for index, (quantity, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
         for arm, points in lines.items():
-            look: dict[str, Any] = {"color": colours[arm], "linestyle": styles[arm], "linewidth": 1.8}
-            axes.plot(list(points), list(points.values()), marker="o", markersize=4, **look)
-        if title in logarithmic:
+            look: dict[str, Any] = {"color": colours[arm], "linestyle": "--" if arm in variants else "-"}
+            axes.plot(list(points), list(points.values()), marker="o", markersize=4, linewidth=1.8, **look)
+            ends = bands.get(quantity, {}).get(arm, {})
+            lows, highs = [low for low, _ in ends.values()], [high for _, high in ends.values()]
+            axes.fill_between(list(ends), lows, highs, color=colours[arm], alpha=0.18, linewidth=0)
+        if quantity in floors:
+            axes.axhline(floors[quantity], color=INK, linestyle=":", linewidth=1.2)
+        if quantity in logarithmic:
             _log_scale(axes)
         else:
             axes.set_ylim(bottom=0)
-        _finish(axes, title=title, xlabel=xlabel)
-    dashed = {arm: {"color": colours[arm], "linestyle": "--", "linewidth": 2.4} for arm in variants}
-    _legend(figure, own, columns=4, others=dashed)
+        if logarithmic_x:
+            axes.set_xscale("log")
+            axes.set_xticks(sorted({x for points in lines.values() for x in points}), minor=False)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        _finish(axes, title=titles.get(quantity, quantity), xlabel=xlabel if index >= len(panels) - columns else "")
+    others: dict[str, Any] = {arm: {"color": colours[arm], "linestyle": "--", "linewidth": 2.4} for arm in variants}
+    others |= {"real vs real": {"color": INK, "linestyle": ":"}} if floors else {}
+    _legend(figure, own, columns=4, others=others)
     return _save(figure, path)
 
 

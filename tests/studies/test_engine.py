@@ -1,9 +1,11 @@
-"""Comparisons: a planted difference is found, none is not; pieces are kept; every arm starts from the same noise."""
+"""The engine of all studies: a planted difference is found, none is not; curves; pieces are kept; runs side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
-from ot_diffusers.comparison import Arm, ComparisonConfig, choose_arms, read_config, run_comparison
-from ot_diffusers.comparison.arms import equal_time_updates
-from ot_diffusers.comparison.results import collect
-from ot_diffusers.comparison.study import Clock, Study
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict
+from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config, with_step_curves
+from ot_diffusers.studies.results import collect
+from ot_diffusers.studies.run import run_study
+from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side
+from ot_diffusers.studies.study import Clock, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
 
@@ -93,24 +96,24 @@ ARMS = {"first": (0.1, 0), "same": (0.1, 100), "worse": (0.4, 200)}
 
 
 @pytest.fixture(scope="module")
-def config(unet: UNet2DModel, evaluator: Path, tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
+def config(unet: UNet2DModel, evaluator: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     """Three arms with a network of their own for each of five seeds."""
     folder = tmp_path_factory.mktemp("arms")
     for name, (amount, start) in ARMS.items():
         for seed in range(5):
             save_pipeline(jittered(unet, amount, start + seed), folder / f"{name}-{seed}")
-    return ComparisonConfig(
+    return StudyConfig(
         output_dir=str(tmp_path_factory.mktemp("comparison") / "study"),
         evaluator=str(evaluator),
-        arms={name: Arm(pipeline=f"{folder}/{name}-{{seed}}") for name in ARMS},
+        arms={name: Variant(pipeline=f"{folder}/{name}-{{seed}}") for name in ARMS},
         num_samples=48,
         call={"num_inference_steps": 6},
     )
 
 
 @pytest.fixture(scope="module")
-def results(config: ComparisonConfig) -> dict[str, Any]:
-    return run_comparison(config, announce=lambda line: None)
+def results(config: StudyConfig) -> dict[str, Any]:
+    return run_study(config, announce=lambda line: None)
 
 
 def test_planted_difference_is_found_and_no_difference_is_not(results: dict[str, Any]) -> None:
@@ -122,7 +125,7 @@ def test_planted_difference_is_found_and_no_difference_is_not(results: dict[str,
     assert results["complete"] and results["seeds"] == [0, 1, 2, 3, 4]
 
 
-def test_report_says_what_the_numbers_say(results: dict[str, Any], config: ComparisonConfig) -> None:
+def test_report_says_what_the_numbers_say(results: dict[str, Any], config: StudyConfig) -> None:
     folder = Path(config.output_dir)
     table, page = (folder / "results.md").read_text("utf-8"), (folder / "report.html").read_text("utf-8")
     for text in (table, page):
@@ -135,12 +138,12 @@ def test_report_says_what_the_numbers_say(results: dict[str, Any], config: Compa
 
 
 @pytest.mark.filterwarnings("ignore")  # of the evaluator, and of few images
-def test_an_untrained_evaluator_gives_no_verdict(config: ComparisonConfig, tmp_path: Path) -> None:
+def test_an_untrained_evaluator_gives_no_verdict(config: StudyConfig, tmp_path: Path) -> None:
     ConvFeatureExtractor(sample_size=8, feature_dim=16, block_out_channels=(8, 16)).save_pretrained(tmp_path / "net")
     arms = {name: config.arms[name] for name in ("first", "worse")}
     options = {"evaluator": str(tmp_path / "net"), "arms": arms, "seeds": 3, "num_samples": 24}
     study = dataclasses.replace(config, output_dir=str(tmp_path / "study"), **options)
-    found = run_comparison(study, announce=lambda line: None)
+    found = run_study(study, announce=lambda line: None)
     assert "no verdict, the evaluator cannot be trusted" in found["summary"] and "worse: " not in found["summary"]
     assert not any(entry["shown"] for entry in found["differences"]["worse"].values())
     table, page = ((tmp_path / "study" / name).read_text("utf-8") for name in ("results.md", "report.html"))
@@ -149,7 +152,7 @@ def test_an_untrained_evaluator_gives_no_verdict(config: ComparisonConfig, tmp_p
     assert "class=best" not in page and table.count("Evaluated by a ConvFeatureExtractor: 16 features") == 3
 
 
-def test_any_arm_can_be_compared_with(results: dict[str, Any], config: ComparisonConfig) -> None:
+def test_any_arm_can_be_compared_with(results: dict[str, Any], config: StudyConfig) -> None:
     other = dataclasses.replace(config, compare_with="worse")
     found = collect(Study(other, Path(config.output_dir), Clock(), print), results["seeds"])
     assert list(found["arms"]) == ["worse", "first", "same"] and "worse" not in found["differences"]
@@ -159,7 +162,7 @@ def test_any_arm_can_be_compared_with(results: dict[str, Any], config: Compariso
     assert back == pytest.approx(-forth)
     with pytest.raises(InputError, match="`compare_with` must be one of first, same, worse, got 'absent'"):
         dataclasses.replace(config, compare_with="absent")
-    assert choose_arms(other, ["first", "same"]).compare_with is None
+    assert choose_variants(other, ["first", "same"]).compare_with is None
 
 
 def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -> None:
@@ -168,16 +171,83 @@ def test_real_images_are_the_floor_and_costs_are_told(results: dict[str, Any]) -
     assert arm["nfe"] == 6 and arm["parameters"] > 1000 and arm["seconds_per_1000"] > 0
 
 
+def test_quality_by_steps(results: dict[str, Any], config: StudyConfig, tmp_path: Path) -> None:
+    """The numbers of a point are those of a study with as many steps; the table's own steps are not sampled twice."""
+    arms = {"first": config.arms["first"], "worse": dataclasses.replace(config.arms["worse"], steps=(1, 2))}
+    short = dataclasses.replace(config, arms=arms, seeds=2, num_samples=24, metrics=("recall",))
+    study = dataclasses.replace(short, steps=(2, 6), output_dir=str(tmp_path / "curves"))
+    found = run_study(study, announce=lambda line: None)
+    curves = found["quality_by_steps"]
+    assert {name: list(line) for name, line in curves.items()} == {"first": ["2", "6"], "worse": ["1", "2"]}
+    assert [point["nfe"] for line in curves.values() for point in line.values()] == [2, 6, 1, 2]
+    files = {file.stem for file in (tmp_path / "curves" / "seed-0" / "samples").iterdir()}
+    assert files == {"first", "worse", "first, steps=2", "worse, steps=1", "worse, steps=2"}
+    row = found["arms"]["first"]
+    for metric in ("frechet_distance", "recall"):
+        assert curves["first"]["6"][metric] == row["metrics"][metric]
+        assert curves["first"]["6"]["intervals"][metric] == row["intervals"][metric]
+
+    short = dataclasses.replace(short, call={"num_inference_steps": 2}, output_dir=str(tmp_path / "two steps"))
+    two = run_study(short, announce=lambda line: None)
+    for name, line in curves.items():
+        assert line["2"]["per_seed"]["frechet_distance"] == two["per_seed"][name]["frechet_distance"]
+    assert curves["worse"]["2"]["differences"] == two["differences"]["worse"]
+    assert "differences" not in curves["worse"]["1"]  # the first has no such point
+
+    table = (tmp_path / "curves" / "results.md").read_text("utf-8")
+    assert "## Fréchet by steps" in table and "| steps = | 1 | 2 | 6 |" in table
+    assert (tmp_path / "curves" / "quality_by_steps.png").is_file()
+    assert "Quality by network calls" in (tmp_path / "curves" / "report.html").read_text("utf-8")
+
+
+def test_points_of_the_curves_follow_the_variant() -> None:
+    arms = {
+        "trained": Variant(train="baseline"),
+        "short": Variant(pipeline="{trained}", start="noise", truncation_timestep=10, call={"num_inference_steps": 10}),
+    }
+    study = with_step_curves(StudyConfig(arms=arms, steps=(1, 10, 50)))
+    lines = study.curves["steps"]
+    # A chain of ten timesteps has no fifty steps, and its ten are those of the table.
+    assert list(lines["trained"]) == ["1", "10", "50"] and lines["short"] == {"1": "short, steps=1", "10": "short"}
+    assert study.arms["trained, steps=1"].pipeline == "{trained}" and study.arms["trained, steps=1"].train is None
+    assert list(study.reported) == ["trained", "short"] and list(study.trained) == ["trained"]
+
+
+def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    said = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    for names, threads in ((("a",), "4"), (("a", "b"), "2"), (tuple("abcde"), "1")):
+        run_side_by_side(dict.fromkeys(names, said), tmp_path)
+        assert {(tmp_path / f"{name}.log").read_text().strip() for name in names} == {threads}
+    with pytest.raises(RuntimeError, match=r"training 'b' failed:\n +no such network"):
+        run_side_by_side({"b": [sys.executable, "-c", "import sys; sys.exit('no such network')"]}, tmp_path)
+
+
+def test_a_run_has_its_own_time(tmp_path: Path) -> None:
+    """Stopped by its own limit it is complete, stopped by that of the call it is not."""
+    arms = {"limited": Variant(train="baseline", max_train_seconds=20), "free": Variant(train="baseline")}
+    study = Study(StudyConfig(arms=arms, seed=3), tmp_path, Clock(), lambda line: None)
+    for name in arms:
+        (tmp_path / name).mkdir()
+        record = {"complete": False, "stopped_by": "max_train_seconds", "training_seconds": 20.1, "updates": 7}
+        (tmp_path / name / "results.json").write_text(json.dumps(record))
+    assert is_trained(study, "limited", 3) and not is_trained(study, "free", 3)
+    (tmp_path / "limited" / "results.json").write_text(json.dumps(record | {"training_seconds": 15}))
+    assert not is_trained(study, "limited", 3) and "max_train_seconds=5" in command(study, "limited", 3)
+    assert "seed=3" in command(study, "limited", 3) and "seed=1003" in command(study, "evaluator", 3)
+
+
 def test_stopped_and_resumed_is_the_uninterrupted_comparison(
-    results: dict[str, Any], config: ComparisonConfig, tmp_path: Path
+    results: dict[str, Any], config: StudyConfig, tmp_path: Path
 ) -> None:
     short = dataclasses.replace(config, seeds=2, output_dir=str(tmp_path / "study"))
-    assert run_comparison(short, max_seconds=1e-9, announce=lambda line: None) == {"complete": False, "seeds": []}
+    assert run_study(short, max_seconds=1e-9, announce=lambda line: None) == {"complete": False, "seeds": []}
     assert not (tmp_path / "study" / "results.json").exists()
-    one = run_comparison(dataclasses.replace(short, seeds=1), announce=lambda line: None)
+    one = run_study(dataclasses.replace(short, seeds=1), announce=lambda line: None)
     assert one["differences"] == {} and one["arms"]["first"]["intervals"] == {}
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "seed-0").iterdir()}
-    two = run_comparison(short, announce=lambda line: None)
+    two = run_study(short, announce=lambda line: None)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     for name, values in two["per_seed"].items():
         assert values == {metric: found[:2] for metric, found in results["per_seed"][name].items()}
@@ -194,7 +264,7 @@ def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
         '  one step: {pipeline: "{all steps}", call: {num_inference_steps: 1}}\n'
     )
     lines: list[str] = []
-    found = run_comparison(read_config(str(file), ["seeds=1"]), announce=lines.append)
+    found = run_study(read_config(str(file), ["seeds=1"]), announce=lines.append)
     assert lines[0].startswith("seed 0: train all steps")
     assert [(entry["updates"], entry["nfe"]) for entry in found["arms"].values()] == [(2, 2), (2, 1)]
     assert "Losses" in (tmp_path / "study" / "report.html").read_text("utf-8")
@@ -208,25 +278,26 @@ def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, t
         part.save_pretrained(tmp_path / "features" / name)
     pipeline, features = save_pipeline(unet, tmp_path / "plain"), str(tmp_path / "features")
     arms = {
-        "plain": Arm(pipeline=pipeline),
-        "field": Arm(pipeline=pipeline, features=features, field_samples=16, batch_size=12),
-        "the same": Arm(pipeline=pipeline, features=features, field_samples=16, batch_size=8),
+        "plain": Variant(pipeline=pipeline),
+        "field": Variant(pipeline=pipeline, features=features, field_samples=16, batch_size=12),
+        "the same": Variant(pipeline=pipeline, features=features, field_samples=16, batch_size=8),
     }
     call = {"num_inference_steps": 3}
     values = {"evaluator": str(evaluator), "seeds": 1, "num_samples": 24, "call": call}
-    run_comparison(
-        ComparisonConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), announce=lambda line: None
-    )
-    images = {name: load_file(tmp_path / "study" / "seed-0" / f"{name}.safetensors")["images"].int() for name in arms}
+    run_study(StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), announce=lambda line: None)
+    images = {
+        name: load_file(tmp_path / "study" / "seed-0" / "samples" / f"{name}.safetensors")["images"].int()
+        for name in arms
+    }
     assert (images["field"] - images["the same"]).abs().max() <= 1  # any batch
     assert (images["field"] - images["plain"]).abs().max() > 5
 
 
 def test_equal_compute_is_in_seconds(tmp_path: Path) -> None:
     """The baseline makes 100 updates in 10 s and the OT model trains for 25 s: 250 updates."""
-    arms = {"baseline": Arm(train="baseline"), "ot": Arm(train="ot")}
-    arms["control"] = Arm(train="baseline", seconds_of="ot")
-    study = Study(ComparisonConfig(arms=arms), tmp_path, Clock(), lambda line: None)
+    arms = {"baseline": Variant(train="baseline"), "ot": Variant(train="ot")}
+    arms["control"] = Variant(train="baseline", seconds_of="ot")
+    study = Study(StudyConfig(arms=arms), tmp_path, Clock(), lambda line: None)
     for name, seconds in (("baseline", 10.0), ("ot", 25.0)):
         study.run(name, 3).mkdir(parents=True)
         record = {"updates": 100, "training_seconds": seconds}
@@ -252,18 +323,30 @@ def test_pipelines_on_the_command_line(
 
 
 BAD = {
-    "one arm": ({"a": Arm(pipeline="x/y")}, {}, "`arms` must be at least two"),
-    "later arm": ({"a": Arm(pipeline="{b}"), "b": Arm(train="baseline")}, {}, "trained arms before 'a'"),
-    "no feature network": ({"a": Arm(pipeline="x/y", features="{features}")}, {}, "features or seed, got 'features'"),
-    "nobody's seconds": ({"a": Arm(train="baseline", seconds_of="b")}, {}, "`seconds_of` must name a trained arm"),
+    "one arm": ({"a": Variant(pipeline="x/y")}, {}, "`arms` must be at least two"),
+    "later arm": ({"a": Variant(pipeline="{b}"), "b": Variant(train="baseline")}, {}, "trained arms before 'a'"),
+    "no feature network": (
+        {"a": Variant(pipeline="x/y", features="{features}")},
+        {},
+        "features or seed, got 'features'",
+    ),
+    "nobody's seconds": ({"a": Variant(train="baseline", seconds_of="b")}, {}, "`seconds_of` must name a trained arm"),
     "no pace": (
-        {"a": Arm(train="ot"), "b": Arm(train="baseline", seconds_of="a")},
+        {"a": Variant(train="ot"), "b": Variant(train="baseline", seconds_of="a")},
         {},
         "`seconds_of` must have an earlier arm that trains as 'b' does",
     ),
     "unknown metric": ({}, {"primary_metric": "fid"}, "got 'fid'"),
     "no seed": ({}, {"seeds": 0}, "`seeds` must be at least 1"),
-    "a path as a name": ({"../a": Arm(pipeline="x/y")}, {}, "got '../a'"),
+    "a run beside what it builds on": (
+        {"a": Variant(train="baseline"), "b": Variant(train="ot", overrides=("feature_extractor={a}",))},
+        {"together": (("a", "b"),)},
+        "`together` must not hold 'b' with a run that it builds on, got 'a'",
+    ),
+    "nobody together": ({}, {"together": (("a",),)}, "`together` must name some of features, evaluator"),
+    "nobody pictured": ({}, {"pictured": ("a",)}, "`pictured` must name some of"),
+    "no steps": ({}, {"steps": (0,)}, "`steps` must hold numbers from 1"),
+    "a path as a name": ({"../a": Variant(pipeline="x/y")}, {}, "got '../a'"),
 }
 
 
@@ -271,40 +354,47 @@ BAD = {
 def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
     arms, values, message = BAD[case]
     with pytest.raises(InputError) as caught:
-        run_comparison(ComparisonConfig(output_dir=str(tmp_path / "new"), arms=arms, **values))
+        run_study(StudyConfig(output_dir=str(tmp_path / "new"), arms=arms, **values))
     assert message in str(caught.value) and not (tmp_path / "new").exists()
 
 
-def test_nothing_is_written_before_all_is_there(config: ComparisonConfig, unet: UNet2DModel, tmp_path: Path) -> None:
-    arms = {name: Arm(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
+def test_nothing_is_written_before_all_is_there(config: StudyConfig, unet: UNet2DModel, tmp_path: Path) -> None:
+    arms = {name: Variant(pipeline=save_pipeline(unet, tmp_path / name)) for name in ("a", "b")}
     for values, message in (
         ({"evaluator": "./nowhere"}, "`evaluator` must be a folder"),
         ({"dataset": "./nowhere"}, "`dataset` must be"),
         ({"call": {"guidance_scale": 1}}, "`guidance_scale` must be left out for a DDIMPipeline"),
-        ({"arms": arms | {"c": Arm(pipeline="./nowhere")}}, "`pipeline` must be a folder"),
+        ({"arms": arms | {"c": Variant(pipeline="./nowhere")}}, "`pipeline` must be a folder"),
     ):
         changed = dataclasses.replace(config, **{"arms": arms, "output_dir": str(tmp_path / "new")} | values)
         with pytest.raises(InputError, match=message):
-            run_comparison(changed)
+            run_study(changed)
         assert not (tmp_path / "new").exists()
 
 
 def test_arms_that_cannot_be() -> None:
     for values in ({}, {"pipeline": "x", "train": "ot"}, {"pipeline": "x", "seconds_of": "y"}, {"train": "paint"}):
         with pytest.raises(InputError):
-            Arm(**values)
+            Variant(**values)
+    for values, message in (
+        ({"pipeline": "x", "truncation_timestep": 10}, "`truncation_timestep` must come with a start"),
+        ({"train": "ot", "start": "noise"}, "`start` must come with the pipeline of the denoiser"),
+        ({"pipeline": "x", "role": "row"}, "`role` must be table, curve or training"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Variant(**values)
     with pytest.raises(InputError, match="max_train_seconds"):
-        Arm(train="ot", overrides=("max_train_seconds=5",))
+        Variant(train="ot", overrides=("max_train_seconds=5",))
     with pytest.raises(InputError, match="`field_samples` must come with the features that guide, got 100"):
-        Arm(pipeline="x", field_samples=100)
+        Variant(pipeline="x", field_samples=100)
     with pytest.raises(InputError, match="`field_samples` must be at least 16, got 2"):
-        Arm(pipeline="x", features="y", field_samples=2)
+        Variant(pipeline="x", features="y", field_samples=2)
 
 
-def test_arms_are_chosen_by_name_or_folder(config: ComparisonConfig) -> None:
-    chosen = choose_arms(config, ["worse", "runs/other"])
+def test_arms_are_chosen_by_name_or_folder(config: StudyConfig) -> None:
+    chosen = choose_variants(config, ["worse", "runs/other"])
     assert list(chosen.arms) == ["worse", "other"] and chosen.arms["other"].pipeline == "runs/other"
-    assert list(choose_arms(config, ["a/run", "b/run"]).arms) == ["a-run", "b-run"]
+    assert list(choose_variants(config, ["a/run", "b/run"]).arms) == ["a-run", "b-run"]
 
 
 def test_preset_is_a_study_of_five_seeds_with_an_equal_compute_control() -> None:

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .data import pixels_of
-from .errors import require, require_same
-from .evaluation import plots, report
-from .evaluation.evaluate import ImageSet, describe_images, evaluate_images
-from .evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
-from .evaluation.health import evaluator_line, evaluator_properties
-from .evaluation.metrics import frechet_distance, sinkhorn_distance
-from .evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
-from .evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
-from .experiment import check_study_folder
-from .features import labels_of, weights_fingerprint
-from .files import user_path, write_json
-from .seeds import seeded_generator
+from ..data import pixels_of
+from ..errors import require, require_same
+from ..evaluation import plots, report
+from ..evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+from ..evaluation.health import evaluator_line, evaluator_properties
+from ..evaluation.metrics import frechet_distance, sinkhorn_distance
+from ..evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from ..evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
+from ..features import labels_of, weights_fingerprint
+from ..files import user_path, write_json
+from ..seeds import seeded_generator
+from .study import Announce, check_study_folder
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),
@@ -60,7 +60,6 @@ READING = (
 )
 TRAIN_SHARE = 5  # training images for each damaged one
 
-Announce = Callable[[str], None]
 Curves = dict[str, StressCurve]
 
 

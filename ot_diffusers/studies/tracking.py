@@ -28,18 +28,18 @@ from torch import Tensor
 from ..config import BaselineConfig, make_config
 from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
-from ..experiment import check_study_folder
+from ..evaluation import metrics, plots
+from ..evaluation.evaluate import ImageSet, describe_images
+from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
+from ..evaluation.health import evaluator_line, evaluator_properties
+from ..evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from ..evaluation.report import METRICS, format_number
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..files import user_path, write_json
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet
-from . import metrics, plots
-from .evaluate import ImageSet, describe_images
-from .extractors import evaluator_facts, load_evaluator, load_real_images
-from .health import evaluator_line, evaluator_properties
-from .page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
-from .report import METRICS, format_number
+from .study import Announce, check_study_folder
 
 RECORD_NAME = "tracking.json"
 FEW_CHECKPOINTS = 3
@@ -49,7 +49,6 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 Distances = dict[str, float]
-Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)

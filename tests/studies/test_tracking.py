@@ -20,11 +20,11 @@ from ot_diffusers.evaluation import plots
 from ot_diffusers.evaluation.evaluate import describe_images
 from ot_diffusers.evaluation.metrics import frechet_distance
 from ot_diffusers.evaluation.report import format_number
-from ot_diffusers.evaluation.tracking import RealImages, Track, load_checkpoint, track_runs
 from ot_diffusers.features import load_feature_extractor
 from ot_diffusers.sampling import load_pipeline, sample_images
+from ot_diffusers.studies.tracking import RealImages, Track, load_checkpoint, track_runs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY: dict[str, Any] = {
     "dataset": "digits",
     "train_batch_size": 16,

@@ -1,0 +1,294 @@
+"""What is studied: the variants, the curves, and the YAML file or command line that names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from ..config import Options, load_config, option
+from ..data import DATA_OPTIONS
+from ..errors import require
+from ..evaluation import report
+from ..evaluation.extractors import load_evaluator
+from ..features import load_feature_extractor
+from ..launch import SCRIPTS, preset_path
+from ..outgoing import distinct_names
+from ..pipelines.guided import SMALL_BATCH
+from ..sampling import check_dtype
+
+NETWORKS: dict[str, Callable[[str], Any]] = {"features": load_feature_extractor, "evaluator": load_evaluator}
+RESERVED = (*NETWORKS, "seed", "logs", "samples")
+NOISE, REAL = "noise", "real"
+TABLE, CURVE, TRAINING = "table", "curve", "training"
+STEPS = "steps"
+"""The axis of the curves that `steps` asks for, see `pictures.AXES`."""
+
+
+@dataclass
+class Variant(Options):
+    """One way to make images: a pipeline that exists, or one that is trained anew for every seed.
+
+    In `pipeline`, `start`, `features` and `overrides`, `{name}` stands for the run of an earlier variant with the same
+    seed, `{features}` for the study's feature network, and `{seed}` for the seed.
+    """
+
+    pipeline: str | None = option(None, "folder or Hub id of a saved pipeline; none trains one")
+    train: str | None = option(None, f"script that trains it: {', '.join(SCRIPTS)}")
+    preset: str | None = option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
+    overrides: tuple[str, ...] = option((), "key=value for the script")
+    seconds_of: str | None = option(None, "train for as long as that variant: equal compute")
+    max_train_seconds: float | None = option(None, "training time; none is what the updates take")
+    start: str | None = option(
+        None,
+        "what the pipeline's denoiser starts from: noise, real (diffused training images: no start is better), or a "
+        "pipeline whose prior starts the chain; none leaves the pipeline as it is",
+    )
+    truncation_timestep: int | None = option(None, "T' at which the chain starts; none is the whole chain")
+    features: str | None = option(None, "run of train_features.py that guides the pipeline")
+    call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the pipeline's call"})
+    steps: tuple[int, ...] = option((), "numbers of denoising steps of its curve; none are the study's")
+    field_samples: int | None = option(None, "guide images one by one, by a field recorded on this many other samples")
+    batch_size: int | None = option(None, "images at once, at most; none for all")
+    role: str = option(TABLE, "table; curve: a point of a curve only; training: trained for other variants only")
+    description: str = option("", "a sentence for the report")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one = (self.pipeline is None) != (self.train is None)
+        require(one, "arms", "have either a pipeline or a script to train", (self.pipeline, self.train))
+        known = self.train is None or self.train in SCRIPTS
+        require(known, "train", f"be one of {', '.join(SCRIPTS)}", self.train)
+        require(self.role in (TABLE, CURVE, TRAINING), "role", "be table, curve or training", self.role)
+        enough = self.field_samples is None or self.field_samples >= SMALL_BATCH
+        require(enough, "field_samples", f"be at least {SMALL_BATCH}", self.field_samples)
+        guided = self.field_samples is None or self.features is not None
+        require(guided, "field_samples", "come with the features that guide", self.field_samples)
+        of_training = ("preset", "overrides", "seconds_of", "max_train_seconds")
+        trained_only = self.train is not None or not any(getattr(self, name) for name in of_training)
+        require(trained_only, "arms", f"have {', '.join(of_training)} only with train", self.pipeline)
+        started = self.start is None or self.pipeline is not None
+        require(started, "start", "come with the pipeline of the denoiser", self.start)
+        length = self.truncation_timestep
+        require(length is None or length >= 1, "truncation_timestep", "be at least 1 or none", length)
+        require(length is None or self.start is not None, "truncation_timestep", "come with a start", length)
+        check_steps(self.steps)
+        seconds = self.max_train_seconds
+        require(seconds is None or seconds > 0, "max_train_seconds", "be positive or none", seconds)
+        timed = [text for text in self.overrides if text.startswith("max_train_seconds")]
+        require(not timed, "overrides", "leave the time to max_train_seconds, seconds_of and --max-seconds", timed)
+
+
+@dataclass
+class StudyConfig(Options):
+    """A study: variants, each sampled and scored with the same random seeds."""
+
+    output_dir: str = option("runs/comparison", "folder of the study")
+    title: str | None = option(None, "of the report; none lists the variants")
+    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
+    evaluator: str = option(
+        "digits/evaluator.yaml", "network no loss sees: of `ot-diffusers evaluate`, or a preset to train once"
+    )
+    features: str | None = option(None, "network for losses and guidance: a run, a Hub id, or a preset to train once")
+    arms: dict[str, Variant] = field(
+        default_factory=dict, metadata={"help": "name to variant, in the order of the work"}
+    )
+    compare_with: str | None = option(None, "the variant that the others are compared with; none is the first")
+    seeds: int = option(5, "how many: 0, 1, 2, …")
+    seed: int | None = option(None, "this random seed alone; its runs lie beside the results")
+    num_samples: int | None = option(None, "images of each variant and seed; none is as many as there are test images")
+    call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of every pipeline's call"})
+    steps: tuple[int, ...] = option((), "numbers of denoising steps at which every variant is sampled and scored too")
+    curves: dict[str, dict[str, dict[str, str]]] = field(
+        default_factory=dict, metadata={"help": "axis to method to value to the variant that stands for it there"}
+    )
+    dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
+    primary_metric: str = option("frechet_distance", "the metric that decides, fixed beforehand")
+    metrics: tuple[str, ...] = option(report.HEADLINE, "the family of metrics whose differences are tested")
+    measured: tuple[str, ...] = option((), "all metrics of the variants in the table; none is every one there is")
+    costs: tuple[str, ...] = option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(report.COSTS)}")
+    pictured: tuple[str, ...] = option((), "variants whose images and features are shown; none is those of the table")
+    together: tuple[tuple[str, ...], ...] = option(
+        (), "runs (variants, features, evaluator) trained side by side on a CPU, the cores shared; the rest take turns"
+    )
+    overrides: tuple[str, ...] = option((), "key=value for every training script, such as image_size=32")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.seeds >= 1, "seeds", "be at least 1", self.seeds)
+        require(self.seed is None or self.seed >= 0, "seed", "be at least 0", self.seed)
+        require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
+        check_dtype(self.dtype)
+        check_steps(self.steps)
+        for name in (self.primary_metric, *self.metrics, *self.measured):
+            require(name in report.METRICS, "metrics", f"be among {', '.join(report.METRICS)}", name)
+        for name in self.costs:
+            require(name in report.COSTS, "costs", f"be among {', '.join(report.COSTS)}", name)
+        for name, variant in self.arms.items():
+            plain = re.fullmatch(r"[\w][\w .+,='-]*", name) is not None and name not in RESERVED
+            require(plain, "arms", "have names of letters, digits, spaces and -_.+,='", name)
+            check_references(self, name, variant)
+        known = self.compare_with is None or self.compare_with in self.reported
+        require(known, "compare_with", f"be one of {', '.join(self.reported)}", self.compare_with)
+        for option_name, names, known_names in (
+            ("pictured", self.pictured, (*self.arms,)),
+            ("together", [name for group in self.together for name in group], (*NETWORKS, *self.arms)),
+            ("curves", [name for line in self.lines for name in line.values()], (*self.arms,)),
+        ):
+            for name in names:
+                require(name in known_names, option_name, f"name some of {', '.join(known_names)}", name)
+
+    @property
+    def reported(self) -> dict[str, Variant]:
+        """The variants of the table: first the one that the others are compared with."""
+        rows = [name for name, variant in self.arms.items() if variant.role == TABLE]
+        return {name: self.arms[name] for name in sorted(rows, key=lambda name: name != self.compare_with)}
+
+    @property
+    def sampled(self) -> dict[str, Variant]:
+        """The variants whose images are made: rows of the table and points of curves."""
+        return {name: variant for name, variant in self.arms.items() if variant.role != TRAINING}
+
+    @property
+    def trained(self) -> dict[str, Variant]:
+        return {name: variant for name, variant in self.arms.items() if variant.train is not None}
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The overrides that say how the data set is read, which hold for the real images as well."""
+        return data_options(self.overrides)
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """The tested metrics, the primary one first."""
+        return tuple(dict.fromkeys((self.primary_metric, *self.metrics)))
+
+    @property
+    def lines(self) -> list[dict[str, str]]:
+        """The curves of all axes, value to variant."""
+        return [line for lines in self.curves.values() for line in lines.values()]
+
+
+def data_options(overrides: Sequence[str]) -> dict[str, Any]:
+    """Those of the `key=value` that are options of `load_images`."""
+    given = (override.partition("=") for override in overrides)
+    return {name: yaml.safe_load(value) for name, _, value in given if name in DATA_OPTIONS}
+
+
+def check_steps(steps: Sequence[int]) -> None:
+    require(all(count >= 1 for count in steps), "steps", "hold numbers from 1", steps)
+
+
+def check_references(config: StudyConfig, name: str, variant: Variant) -> None:
+    """Refuse a variant that builds on what comes later or does not exist.
+
+    Raises:
+        InputError: naming the reference.
+    """
+    names = list(config.arms)
+    earlier = [other for other in names[: names.index(name)] if config.arms[other].train is not None]
+    known = [*earlier, "seed", *(["features"] if config.features else [])]
+    together = {other for group in config.together if name in group for other in group}
+    for text in (variant.pipeline, variant.start, variant.features, *variant.overrides):
+        for reference in re.findall(r"{([^}]*)}", text or ""):
+            require(reference in known, "arms", f"refer to trained arms before {name!r}, features or seed", reference)
+            apart = variant.train is None or reference not in together
+            require(apart, "together", f"not hold {name!r} with a run that it builds on", reference)
+    if variant.seconds_of is not None:
+        require(variant.seconds_of in earlier, "seconds_of", f"name a trained arm before {name!r}", variant.seconds_of)
+        require(twin(config, name) is not None, "seconds_of", f"have an earlier arm that trains as {name!r} does", None)
+        require(len(together) < 2, "together", "leave out variants with seconds_of", name)
+
+
+def twin(config: StudyConfig, name: str) -> str | None:
+    """The earlier variant with the same script, preset and overrides, whose run tells how long an update takes."""
+    variant = config.arms[name]
+    names = list(config.arms)
+    for other in names[: names.index(name)]:
+        found = config.arms[other]
+        if (found.train, found.preset, found.overrides) == (variant.train, variant.preset, variant.overrides):
+            return other
+    return None
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
+
+
+def with_step_curves(config: StudyConfig) -> StudyConfig:
+    """The study with a variant for every point of the curves that `steps` asks for.
+
+    A truncated chain has no more steps than T', so larger numbers are left out there.
+    """
+    arms, lines = dict(config.arms), dict[str, dict[str, str]]()
+    for name, variant in config.reported.items():
+        steps = [count for count in variant.steps or config.steps if count <= (variant.truncation_timestep or count)]
+        points = {str(count): point_of(name, variant, num_inference_steps=count) for count in sorted(set(steps))}
+        line = {count: place(arms, f"{name}, steps={count}", point, config.call) for count, point in points.items()}
+        lines |= {name: line} if line else {}
+    curves = {STEPS: lines} if lines else {}
+    return dataclasses.replace(config, arms=arms, steps=(), curves=curves | config.curves)
+
+
+def point_of(name: str, variant: Variant, **call: Any) -> Variant:
+    """The variant with other arguments of its call, as a point of a curve; what it trains is not trained again."""
+    source: dict[str, Any] = {"pipeline": f"{{{name}}}", "train": None, "preset": None, "overrides": ()}
+    source |= {"seconds_of": None, "max_train_seconds": None}
+    changes = source if variant.train is not None else {}
+    return dataclasses.replace(variant, **changes, call=variant.call | call, steps=(), role=CURVE)
+
+
+def place(arms: dict[str, Variant], name: str, point: Variant, call: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """The name of a variant whose images are those of `point`; added under `name` where there is none.
+
+    Args:
+        arms: name to variant.
+        name: of the point.
+        point: a variant.
+        call: arguments of every pipeline's call.
+    """
+
+    def images(name: str, variant: Variant) -> tuple[Any, ...]:
+        source = variant.pipeline or f"{{{name}}}", variant.start, variant.truncation_timestep, variant.features
+        return *source, dict(call) | variant.call, variant.field_samples, variant.batch_size
+
+    for other, variant in arms.items():
+        if variant.role != TRAINING and images(other, variant) == images(name, point):
+            return other
+    require(name not in arms, "arms", "leave the names of the curves' points free", name)
+    arms[name] = point
+    return name
+
+
+# --- From the command line --------------------------------------------------------------------------------------------
+
+
+def pipeline_variants(pipelines: Sequence[str]) -> dict[str, Variant]:
+    """Variants for saved pipelines, named by their folders, and by those above where two have one name."""
+    names = distinct_names(pipelines)
+    require(len(set(names)) == len(names), "arms", "be different pipelines", list(pipelines))
+    return {name: Variant(pipeline=path) for name, path in zip(names, pipelines, strict=True)}
+
+
+def read_config(preset: str | None, overrides: Sequence[str], num_inference_steps: int | None = None) -> StudyConfig:
+    """The study of a YAML file or preset, with `key=value` overrides and the step count of every variant."""
+    file = ["--config", str(preset_path(preset))] if preset else []
+    config = load_config(StudyConfig, [*file, *overrides])
+    steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    return dataclasses.replace(config, call=config.call | steps)
+
+
+def choose_variants(config: StudyConfig, names: Sequence[str]) -> StudyConfig:
+    """The named variants only, in that order; what is no name of one is the folder or Hub id of a pipeline."""
+    others = pipeline_variants([name for name in names if name not in config.arms])
+    known = {name: config.arms[name] for name in names if name in config.arms}
+    chosen = known | others
+    reference = config.compare_with if config.compare_with in chosen else None
+    pictured = tuple(name for name in config.pictured if name in chosen)
+    together = tuple(tuple(name for name in group if name in (*NETWORKS, *chosen)) for group in config.together)
+    changes: dict[str, Any] = {"compare_with": reference, "pictured": pictured, "together": together, "curves": {}}
+    return dataclasses.replace(config, arms=chosen, **changes)

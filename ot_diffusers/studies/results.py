@@ -1,0 +1,239 @@
+"""Scores of a seed; means, intervals and paired differences over the seeds; and the tables that show them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..evaluation import report
+from ..evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
+from ..evaluation.evaluate import evaluate_images, real_floor
+from ..evaluation.extractors import dataset_facts, evaluator_facts
+from ..evaluation.health import evaluator_doubt
+from ..evaluation.page import Rows, provenance
+from ..launch import SCRIPTS
+from ..outgoing import without_local_paths
+from .axes import AXES, Axis
+from .config import CURVE, NETWORKS, REAL, StudyConfig, Variant
+from .sampling import sampled
+from .study import Study, read_json, settings_of
+
+Seeds = Sequence[Mapping[str, Any]]
+"""What `metrics.json` of every seed holds, see `evaluate_seed`."""
+
+
+def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
+    """Metrics and cost of every variant, and the metrics of real images, with the same random subsets."""
+    config, reference, real = study.config, study.test_images, study.train_images
+    settings: dict[str, Any] = {"extractor": study.extractor, "seed": seed}
+    measured = config.measured or None
+    arms = {}
+    for name, variant in config.sampled.items():
+        found = sampled(study, name, seed)
+        wanted = config.family if variant.role == CURVE else measured
+        metrics = evaluate_images(found.images, reference=reference, train=real, metrics=wanted, **settings)
+        arms[name] = {"metrics": metrics, "cost": found.cost}
+    floor = real_floor(reference, real, study.num_samples, metrics=measured, **settings)
+    return {"arms": arms, "floor": floor}
+
+
+# --- results.json -----------------------------------------------------------------------------------------------------
+
+
+def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
+    """The contents of `results.json`: those of `evaluation.report`, with differences, curves, costs and the values of
+    every seed."""
+    config = study.config
+    found = [read_json(study.folder(seed) / "metrics.json") for seed in seeds]
+    values: Values = {name: values_of(found, name) for name in config.reported}
+    floor = by_metric([run["floor"] for run in found])
+    data = dataset_facts(study.splits["test"])
+    evaluator = evaluator_facts(study.extractor, study.test_images)
+    trusted = evaluator_doubt(evaluator) is None
+    tested = [metric for metric in config.family if all(metric in by_name for by_name in values.values())]
+    paired = {}
+    if len(seeds) >= 2:
+        paired = differences(values, primary=config.primary_metric, family=tested, trusted=trusted)
+    results = {
+        "title": config.title or f"{' · '.join(config.reported)}: {data['dataset']}",
+        **data,
+        "num_samples": study.num_samples,
+        "num_test_images": len(study.test_images),
+        "seeds": list(seeds),
+        "complete": len(seeds) == len(study.seeds),
+        "extractor": evaluator,
+        "primary_metric": config.primary_metric,
+        "headline": tested,
+        "costs": list(config.costs),
+        "arms": {name: entry_of(study, name, found) for name in config.reported},
+        "floor": summarise(floor),
+        "differences": paired,
+        **{AXES[axis].key: collect_curves(config, lines, found, trusted) for axis, lines in config.curves.items()},
+        "notes": notes(study, seeds),
+        "per_seed": {name: dict(by_name) for name, by_name in values.items()} | {"real vs real": floor},
+        "provenance": provenance() | {"study": settings_of(config)} | training_records(study, seeds[0]),
+    }
+    results = without_local_paths(results)
+    return results | ({"summary": summary(results)} if results["differences"] else {})
+
+
+def entry_of(study: Study, name: str, found: Seeds) -> dict[str, Any]:
+    """A row of the table: means with intervals, costs, and what the variant is."""
+    variant = study.config.arms[name]
+    about = {"description": describe_variant(variant), "bound": variant.start == REAL}
+    return summarise(values_of(found, name)) | mean_costs(found, name) | about
+
+
+def collect_curves(
+    config: StudyConfig, lines: Mapping[str, Mapping[str, str]], found: Seeds, trusted: bool
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Method → value on the axis → means of the metrics, costs, intervals, and values of every seed; for several seeds
+    the paired differences to the first method at the same value."""
+    curves: dict[str, dict[str, dict[str, Any]]] = {}
+    for method, line in lines.items():
+        curves[method] = {}
+        for value, name in line.items():
+            values = {metric: of for metric, of in values_of(found, name).items() if metric in config.family}
+            summarised = summarise(values)
+            point = summarised["metrics"] | mean_costs(found, name)
+            curves[method][value] = point | {"intervals": summarised["intervals"], "per_seed": values}
+    first = next(iter(curves), "")
+    for method in list(curves)[1:] if len(found) >= 2 else ():
+        for value, point in curves[method].items():
+            if value in curves[first]:
+                pair = {name: curves[name][value]["per_seed"] for name in (first, method)}
+                family = [metric for metric in config.family if all(metric in values for values in pair.values())]
+                compared = differences(pair, primary=config.primary_metric, family=family, trusted=trusted)
+                point["differences"] = compared[method]
+    return curves
+
+
+def values_of(found: Seeds, name: str) -> dict[str, list[float]]:
+    """Metric → one value per seed of a variant."""
+    return by_metric([run["arms"][name]["metrics"] for run in found])
+
+
+def by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Name → one value per seed, for what every seed has."""
+    return {name: [run[name] for run in runs] for name in runs[0] if all(name in run for run in runs)}
+
+
+def mean_costs(found: Seeds, name: str) -> dict[str, float]:
+    """Means over the seeds; counts that are alike stay counts."""
+    costs = by_metric([run["arms"][name]["cost"] for run in found])
+    return {
+        key: values[0] if len(set(values)) == 1 else round(statistics.fmean(values), 3) for key, values in costs.items()
+    }
+
+
+def describe_variant(variant: Variant) -> str:
+    """The variant's own sentence, or what it is."""
+    if variant.description:
+        return variant.description
+    script = SCRIPTS[variant.train][0] if variant.train else None
+    parts = [f"Trained by {script} for every seed" if script else f"The pipeline {variant.pipeline}"]
+    parts += [f"from {variant.start}"] if variant.start else []
+    parts += [f"{name}={value}" for name, value in variant.call.items()]
+    parts += [f"guided by {variant.features}"] if variant.features else []
+    return f"{', '.join(parts)}."
+
+
+def training_records(study: Study, seed: int) -> dict[str, Any]:
+    """The configuration of every run of the study, of one seed."""
+    names = [name for name in NETWORKS if study.trains(name)] + list(study.config.trained)
+    folders = [study.run(name, seed) for name in names]
+    return {f"{folder.name} run": read_json(folder / "run.json")["config"] for folder in folders}
+
+
+def notes(study: Study, seeds: Sequence[int]) -> list[str]:
+    """What a reader must know to read the tables."""
+    config = study.config
+    given = {name: variant.pipeline for name, variant in config.reported.items() if variant.pipeline is not None}
+    fixed = [name for name, pipeline in given.items() if "{" not in pipeline]
+    primary = report.METRICS[config.primary_metric].label
+    shared = (
+        "All arms of a seed share the starting noise, the data order, the initial weights and the evaluation's random "
+        "subsets."
+    )
+    if config.seed is not None:
+        return [shared, *unfinished(study, config.seed)]
+    found = [
+        f"{primary} is the primary metric, fixed beforehand: it decides by its own 95% interval. The others show a "
+        "difference where the interval leaves out 0 and Holm's correction over them agrees.",
+        shared,
+    ]
+    if fixed:
+        found.append(
+            f"{', '.join(fixed)}: trained before, so the seeds vary the starting noise only. The intervals speak of "
+            "these networks, not of how they were trained."
+        )
+    if len(seeds) < MIN_SEEDS:
+        found.append(f"Fewer than {MIN_SEEDS} seeds show no difference, whatever it is.")
+    return [*found, *(note for seed in seeds for note in unfinished(study, seed))]
+
+
+def unfinished(study: Study, seed: int) -> list[str]:
+    """A sentence for each run that its own time limit stopped."""
+    found = []
+    for name in study.config.trained:
+        run = read_json(study.run(name, seed) / "results.json")
+        if not run["complete"]:
+            spent = f"{run['training_seconds']:.0f} s and {run['updates']} updates"
+            found.append(f"{name} was stopped after {spent}; its preset has more.")
+    return found
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
+    """Caption to table, for the report and the Markdown file."""
+    tested = next(iter(results["differences"].values()), dict.fromkeys(results["headline"]))
+    first = next(iter(results["arms"]))
+    found = {f"{arm} against {first}": difference_rows(results, arm) for arm in results["differences"]}
+    if len(results["seeds"]) > 1:
+        found[f"Mean ± 95% interval over {len(results['seeds'])} seeds"] = interval_rows(results, list(tested))
+        found["Cost"] = cost_rows(results)
+    for axis in AXES.values():
+        for metric in axis.tabled or tested if results.get(axis.key) else ():
+            found[f"{report.METRICS[metric].label} by {axis.title}"] = curve_rows(results, axis, metric)
+    return found
+
+
+def cost_rows(results: Mapping[str, Any]) -> Rows:
+    """What each variant of the table costs."""
+    costs = [key for key in report.COSTS if any(key in entry for entry in results["arms"].values())]
+    rows = [[name, *(report.format_number(entry.get(key)) for key in costs)] for name, entry in results["arms"].items()]
+    return [["", *(report.COSTS[key] for key in costs)], *rows]
+
+
+def curve_rows(results: Mapping[str, Any], axis: Axis, metric: str) -> Rows:
+    """Methods down, values of the axis across, the real-vs-real score below."""
+    curves = results[axis.key]
+    values = sorted({value for line in curves.values() for value in line}, key=float)
+
+    def cell(point: Mapping[str, Any]) -> str:
+        interval = point.get("intervals", {}).get(metric)
+        half = f" ± {(interval['high'] - interval['low']) / 2:.2g}" if interval else ""
+        return report.format_number(point.get(metric)) + half
+
+    rows = [[method, *(cell(line.get(value, {})) for value in values)] for method, line in curves.items()]
+    floor = report.format_number(results["floor"]["metrics"].get(metric))
+    return [[f"{axis.title} =", *values], *rows, ["real vs real", *[floor] * len(values)]]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables in Markdown, with evaluator, N and seeds of the distances."""
+    lead = (
+        f"{results['num_samples']} generated against {results['num_test_images']} test images of {results['dataset']}; "
+        f"seeds {results['seeds']}."
+    )
+    lead = f"{lead}\n\n**{results['summary']}**" if "summary" in results else lead
+    single = [] if len(results["seeds"]) > 1 else [report.markdown_table(results)]
+    parts = [
+        f"## {caption}\n\n{report.captioned(report.markdown_rows(rows), results)}"
+        for caption, rows in tables(results).items()
+    ]
+    remarks = "\n".join(f"* {note}" for note in results["notes"])
+    return "\n\n".join([f"# {results['title']}", lead, *single, *parts, remarks]) + "\n"

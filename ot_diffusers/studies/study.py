@@ -1,0 +1,226 @@
+"""What every part of a study needs: its folder, its clock, its networks and its real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..data import ResidentImages, StreamedImages, pixels_of
+from ..errors import InputError, require, require_same
+from ..evaluation.evaluate import ImageSet, describe_images, sample_count
+from ..evaluation.extractors import load_evaluator, load_real_images
+from ..features import weights_fingerprint
+from ..files import check_folder, is_name_aside, write_json
+from ..launch import preset_path
+from ..sampling import best_device
+from .config import NETWORKS, StudyConfig
+
+RECORD_NAME = "study.json"
+
+Announce = Callable[[str], None]
+
+
+class OutOfTime(Exception):
+    """The time of this call is over; what is finished is on disk."""
+
+
+@dataclass
+class Clock:
+    """The time that a call may take.
+
+    Attributes:
+        max_seconds: None for no limit.
+    """
+
+    max_seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds left, infinite without a limit."""
+        return math.inf if self.max_seconds is None else self.max_seconds - self.seconds
+
+    def check(self) -> None:
+        """Raise `OutOfTime` where no time is left."""
+        if self.left <= 0:
+            raise OutOfTime
+
+
+@dataclass
+class Study:
+    """What every part of a study needs.
+
+    Attributes:
+        config: of the study, with a variant for every point of its curves.
+        output: its folder.
+        clock: when to stop.
+        announce: takes the lines that tell how far it is.
+    """
+
+    config: StudyConfig
+    output: Path
+    clock: Clock
+    announce: Announce
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.config.seeds)) if self.config.seed is None else [self.config.seed]
+
+    def network(self, name: str) -> str:
+        """Where the network `features` or `evaluator` is: the study's own folder if its preset is trained here."""
+        return str(self.output / name) if self.trains(name) else str(getattr(self.config, name))
+
+    def trains(self, name: str) -> bool:
+        """Whether the network is trained here."""
+        path = getattr(self.config, name)
+        return path is not None and preset_path(path).is_file()
+
+    def resolve(self, text: str, seed: int) -> str:
+        """`text` with what `{variant}`, `{features}` and `{seed}` stand for."""
+        fixed = {"seed": str(seed), "features": self.network("features") if self.config.features else ""}
+        return re.sub(r"{([^}]*)}", lambda found: fixed.get(found[1]) or str(self.run(found[1], seed)), text)
+
+    def run(self, name: str, seed: int) -> Path:
+        """Folder of the training run of a variant or network."""
+        return (self.output if name in NETWORKS else self.folder(seed)) / name
+
+    def source(self, name: str, seed: int) -> str:
+        """Where the variant's pipeline is."""
+        pipeline = self.config.arms[name].pipeline
+        return str(self.run(name, seed)) if pipeline is None else self.resolve(pipeline, seed)
+
+    def folder(self, seed: int) -> Path:
+        """Folder of the seed's runs, samples and metrics."""
+        return self.output / f"seed-{seed}" if self.config.seed is None else self.output
+
+    def headed(self, title: str, seed: int) -> str:
+        """The title of a stage, after the seed where there are several."""
+        return f"seed {seed}: {title}" if self.config.seed is None else title
+
+    @cached_property
+    def extractor(self) -> Any:
+        return load_evaluator(self.network("evaluator")).to(best_device())
+
+    @cached_property
+    def splits(self) -> dict[str, ResidentImages | StreamedImages]:
+        """The real images of both splits, as the evaluator takes them."""
+        dataset, options = self.config.dataset, self.config.data_options
+        return {split: load_real_images(dataset, split, self.extractor, **options) for split in ("train", "test")}
+
+    @cached_property
+    def train_images(self) -> ImageSet:
+        return self.described("train")
+
+    @cached_property
+    def test_images(self) -> ImageSet:
+        return self.described("test")
+
+    def described(self, split: str) -> ImageSet:
+        images = self.splits[split]
+        return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
+
+    @cached_property
+    def num_samples(self) -> int:
+        return sample_count(self.config.num_samples, len(self.train_images), len(self.test_images))
+
+
+@contextmanager
+def stage(title: str, announce: Announce) -> Iterator[None]:
+    """One line for a stage with its seconds; on a terminal, its title from the start."""
+    started = time.monotonic()
+    rewrites = sys.stdout.isatty()
+    if rewrites:
+        sys.stdout.write(f"{title} …\r")
+        sys.stdout.flush()
+    yield
+    announce(f"{title}: {time.monotonic() - started:.0f} s")
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+
+def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "output") -> None:
+    """Create the folder of `record` and write the settings there, or find it with the same settings.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    check_study_folder(record, argument)
+    if record.is_file():
+        require_same(settings, _read_settings(record, argument), argument)
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, dict(settings))
+
+
+def check_study_folder(record: Path, argument: str = "output") -> None:
+    """Refuse, before the work, a folder that cannot be written into, or that holds something else than what belongs to
+    `record`.
+
+    Raises:
+        InputError: naming the folder.
+    """
+    folder = check_folder(record.parent, argument)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    own = record.is_file() or all(is_name_aside(name, re.escape(record.name)) for name in names)
+    require(own, argument, f"be a new or empty folder, or an earlier {record.stem}'s", str(folder))
+
+
+def _read_settings(record: Path, argument: str) -> dict[str, Any]:
+    """What an earlier call wrote.
+
+    Raises:
+        InputError: somebody else wrote it.
+    """
+    try:
+        settings = read_json(record)
+    except ValueError as error:
+        raise InputError(f"`{argument}` must hold a readable {record.name}, got {str(record.parent)!r}") from error
+    require(isinstance(settings, dict), argument, f"be an earlier {record.stem}'s", str(record.parent))
+    return settings
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def settings_of(config: StudyConfig) -> dict[str, Any]:
+    """What makes two calls one study: all but the folder and the number of seeds, and the content of what exists.
+
+    Raises:
+        InputError: a network that is not there.
+    """
+    contents = {name: content_hash(Path(variant.pipeline)) for name, variant in config.arms.items() if variant.pipeline}
+    for name, load in NETWORKS.items():
+        path = getattr(config, name)
+        if path is not None and not preset_path(path).is_file():
+            contents[name] = weights_fingerprint(load(path))
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = {name: value for name, value in values.items() if name not in ("output_dir", "seeds")}
+    return kept | {"contents": contents}
+
+
+def content_hash(folder: Path) -> str | None:
+    """SHA-256 over the weights and configurations in a folder; None for what is not one."""
+    if not (folder / "model_index.json").is_file():
+        return None
+    digest = hashlib.sha256()
+    components = sorted(file for file in folder.glob("*/*") if file.suffix in (".json", ".safetensors"))
+    for file in (folder / "model_index.json", *components):
+        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,362 @@
+"""The truncated chain with every prior, on one data set, in one table: the variants of a study, and its curves over T'.
+
+    ot-diffusers truncation --config configs/digits/truncation.yaml output_dir=runs/digits-truncation
+
+The scripts train the denoiser, the evaluator and the learned priors. Every way to start the chain is sampled and scored
+by the evaluator, which no loss has seen: pure noise in the truncated and in the full chain, closed-form Gaussians, the
+learned priors, and real noisy images as the bound of what a prior can reach. Then Fréchet distance and time against T':
+a learned prior makes clean images, so that the one of the table starts the chain anywhere, or another is trained for
+each T'. Some priors are sampled with OT guidance, too, by the feature network of the losses: in the table, on the
+curves, and once from the step `goal_timestep`, where a short guided chain is held against a long plain one.
+
+`expand` turns this configuration into the variants of a `StudyConfig`; the engine does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Options, PriorConfig, load_config, option
+from ..data import load_images
+from ..errors import require
+from ..evaluation import plots, report
+from ..evaluation.health import evaluator_doubt
+from ..images import to_uint8
+from ..launch import preset_path
+from ..schedules import alpha_sigma
+from ..seeds import keyed_generator
+from .axes import TIMESTEPS
+from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, data_options, place
+from .run import run_study
+from .sampling import make_pipeline, real_latents, real_rows
+from .study import RECORD_NAME, Announce, Study, check_study_folder
+
+HEADLINE = (
+    "frechet_distance",
+    "recall_distance",
+    "precision_distance",
+    "precision",
+    "recall",
+    "nearest_distance_ratio",
+    "patch_sliced_wasserstein",
+)
+METRICS = (*HEADLINE, "coverage")
+COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
+LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
+CLOSED_FORM, LEARNED = ("gaussian", "gaussian_classes"), ("gan", "ot", "vae")
+"""Learned priors are trained in pairs on a CPU, so that the seconds of the first two are comparable."""
+OPTIONS = {"ot": ("feature_extractor={features}",), "gaussian_classes": ("class_wise=true",)}
+"""Of the script that trains the prior, beside those of its preset."""
+DENOISER, FULL = "baseline", "full"
+VANILLA, ORACLE = "vanilla, truncated", "oracle"
+DESCRIPTIONS = {
+    NOISE: "N(0, I) fed to the truncated chain.",
+    FULL: "N(0, I) and the whole chain, by DDIM.",
+    "gaussian": "One Gaussian with the moments of the training images, in closed form.",
+    "gaussian_classes": "One such Gaussian for each class.",
+    "vae": "Encoder and generator under the evidence bound; latents from a mixture fitted to the codes.",
+    "gan": "The generator against a discriminator of its widths.",
+    "ot": "The generator by optimal transport alone, no adversary.",
+    REAL: "Real training images, diffused: what a perfect prior would reach.",
+}
+GOAL_METRICS = {
+    "frechet_distance": "Fréchet",
+    "recall_distance": "recall distance",
+    "patch_sliced_wasserstein": "patch SW",
+}
+NUM_STARTS = 36
+
+
+@dataclass
+class TruncationConfig(Options):
+    """The study of priors."""
+
+    output_dir: str = option("runs/truncation", "folder of the study")
+    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
+    presets: str = option("digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …")
+    denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
+    feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
+    evaluator: str | None = option(None, "network no loss sees: of `ot-diffusers evaluate`; none trains the preset")
+    priors: tuple[str, ...] = option(tuple(LABELS), "rows of the table beside noise and the oracle")
+    truncation_timestep: int = option(10, "T' of the table")
+    timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
+    learned_timesteps: tuple[int, ...] = option((), "those T' of the curves for which learned priors are trained anew")
+    guided: tuple[str, ...] = option(
+        (), "priors that are sampled with OT guidance as well; any adds the noise of a full chain"
+    )
+    goal_timestep: int | None = option(None, "T' of guided rows beside the table's own; none is no such rows")
+    num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
+    full_steps: tuple[int, ...] = option((50, 1000), "reverse steps of the full chains")
+    curve_steps: int = option(10, "reverse steps of each point of the curves, at most T'")
+    batch_size: int | None = option(None, "images sampled at once; none is up to 1,000")
+    guided_batch_size: int | None = option(None, "the same where guidance couples them")
+    max_train_steps: int | None = option(None, "updates of each learned prior; none is the preset's")
+    max_train_seconds: float | None = option(None, "time of each learned prior; none is what its updates take")
+    seed: int = option(0, "of the models and of the starting noise")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("truncation_timestep", "curve_steps"):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("timesteps", "full_steps"):
+            values = getattr(self, name)
+            require(all(value >= 1 for value in values), name, "hold numbers from 1", values)
+        known = set(self.priors) <= set(LABELS)
+        require(known, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
+        known = set(self.guided) <= set(self.priors)
+        require(known, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
+        goal = self.goal_timestep
+        require(goal is None or goal >= 1, "goal_timestep", "be at least 1 or none", goal)
+        require(goal is None or bool(self.guided), "goal_timestep", "be none without guided priors", goal)
+        known = set(self.learned_timesteps) <= set(self.timesteps)
+        require(known, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
+        require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
+        for name in ("batch_size", "guided_batch_size", "max_train_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "be at least 1 or none", value)
+        seconds = self.max_train_seconds
+        require(seconds is None or seconds > 0, "max_train_seconds", "be positive or none", seconds)
+        require(self.seed >= 0, "seed", "be at least 0", self.seed)
+
+
+def run_truncation_study(
+    config: TruncationConfig, announce: Announce = print, *, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the study and write `results.json`, `results.md`, `report.html` and pictures; returns the results.
+
+    Args:
+        config: of the study.
+        announce: takes the lines that tell how far it is.
+        overrides: `key=value` for every training script, such as `max_train_steps=4`.
+
+    Raises:
+        InputError: a folder that holds something else, a preset that does not exist.
+        RuntimeError: a training script that failed, with the end of its log.
+    """
+
+    def extend(study: Study, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+        more: dict[str, Any] = {"truncation_timestep": config.truncation_timestep}
+        more |= {"summary": goal(config, results["arms"], results["extractor"])} if config.goal_timestep else {}
+        picture = plots.image_panels(starts(study, config), study.output / "starts.png")
+        return more, {"What the chain starts from": picture}
+
+    check_study_folder(Path(config.output_dir) / RECORD_NAME, "output_dir")
+    return run_study(expand(config, overrides), announce=announce, extend=extend)
+
+
+# --- The variants -----------------------------------------------------------------------------------------------------
+
+
+def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConfig:
+    """The training runs, the variants of the table in its order, and those of the curves over T'.
+
+    Raises:
+        InputError: a data set or a preset that does not exist.
+    """
+    images = load_images(config.dataset, "train", **data_options(overrides))
+    # One Gaussian for each class needs classes.
+    labelled = images.labels is not None and images.label_problem is None
+    priors = [name for name in config.priors if labelled or name != "gaussian_classes"]
+    guided = [name for name in priors if name in config.guided]
+    runs = training_runs(config, priors)
+    rows = {label: variant_at(config, runs, *row) for label, row in table_rows(config, priors, guided).items()}
+    arms = runs | rows
+    lines = curves(config, arms, priors, guided)
+    compared = [label for label in rows if label.endswith(f"T' = {config.goal_timestep}")]
+    compared += [full_label(min(config.full_steps))] if compared else []
+    return StudyConfig(
+        output_dir=config.output_dir,
+        title=f"Priors of the truncated chain, T' = {config.truncation_timestep}: {images.name}",
+        dataset=config.dataset,
+        evaluator=config.evaluator or f"{config.presets}/evaluator.yaml",
+        features=config.feature_extractor or f"{config.presets}/features.yaml",
+        arms=arms,
+        seed=config.seed,
+        num_samples=config.num_samples,
+        curves={TIMESTEPS: lines if config.timesteps else {}},
+        metrics=HEADLINE,
+        measured=METRICS,
+        costs=COSTS,
+        pictured=(VANILLA, *(LABELS[name] for name in priors), *compared, ORACLE),
+        together=groups(runs),
+        overrides=tuple(overrides),
+    )
+
+
+def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, Variant]:
+    """The denoiser, if there is none, and every prior for the T' of the table, learned ones for some of the curves'."""
+    runs = {}
+    if config.denoiser is None:
+        runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", role=TRAINING)
+    limits = [f"max_train_steps={config.max_train_steps}"] if config.max_train_steps else []
+    for timestep in dict.fromkeys((config.truncation_timestep, *config.learned_timesteps)):
+        for name in (*CLOSED_FORM, *LEARNED):
+            learned = name in LEARNED
+            if name in priors and (learned or timestep == config.truncation_timestep):
+                options = [f"denoiser={denoiser(config)}", f"truncation_timestep={timestep}", *OPTIONS.get(name, ())]
+                runs[run_name(name, timestep)] = Variant(
+                    train="prior",
+                    preset=prior_preset(config, name),
+                    overrides=(*options, *(limits if learned else ())),
+                    max_train_seconds=config.max_train_seconds if learned else None,
+                    role=TRAINING,
+                )
+    return runs
+
+
+def groups(runs: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
+    """The networks together, the closed forms together, the learned priors in pairs."""
+    networks = ("features", "evaluator", *(name for name in runs if name == DENOISER))
+    learned = [run for run in runs if any(run.startswith(f"prior_{name}_") for name in LEARNED)]
+    closed = tuple(run for run in runs if run != DENOISER and run not in learned)
+    pairs = [tuple(learned[first : first + 2]) for first in range(0, len(learned), 2)]
+    return tuple(group for group in (networks, closed, *pairs) if group)
+
+
+Row = tuple[str, int | None, int, bool]
+"""Start (noise, real or the name of a prior), T' (None for the whole chain), steps, and whether it is guided."""
+
+
+def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence[str]) -> dict[str, Row]:
+    """Label to what the row is."""
+    main, goal_timestep, shortest = config.truncation_timestep, config.goal_timestep, min(config.full_steps)
+    rows: dict[str, Row] = {VANILLA: (NOISE, main, main, False)}
+    rows |= {full_label(steps): (NOISE, None, steps, False) for steps in config.full_steps}
+    rows |= {LABELS[name]: (name, main, main, False) for name in priors}
+    rows |= {guided_label(name): (name, main, main, True) for name in guided}
+    if goal_timestep is not None:
+        steps = min(goal_timestep, config.curve_steps)
+        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in guided}
+    rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
+    return rows | {ORACLE: (REAL, main, main, False)}
+
+
+def curves(
+    config: TruncationConfig, arms: dict[str, Variant], priors: Sequence[str], guided: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Method → T' → variant, for every T' that a prior can start at; the variants are added to `arms`."""
+    methods = [(VANILLA, NOISE, False), *((LABELS[name], name, False) for name in priors), (ORACLE, REAL, False)]
+    methods += [(guided_label(name), name, True) for name in guided]
+    lines: dict[str, dict[str, str]] = {label: {} for label, _, _ in methods}
+    for label, start, is_guided in methods:
+        for timestep in config.timesteps:
+            if start in (NOISE, REAL) or run_name(start, timestep) in arms or makes_clean_images(config, start):
+                row = start, timestep, min(timestep, config.curve_steps), is_guided
+                point = dataclasses.replace(variant_at(config, arms, *row), role=CURVE)
+                lines[label][str(timestep)] = place(arms, f"{label}, T'={timestep}", point)
+    return lines
+
+
+def variant_at(
+    config: TruncationConfig, runs: Mapping[str, Variant], start: str, timestep: int | None, steps: int, guided: bool
+) -> Variant:
+    """A chain from T' on: the run of a prior for this T', or the denoiser behind noise, real images, or the table's
+    prior, whose clean images are diffused to any T'."""
+    run = run_name(start, timestep)
+    if run in runs:
+        source: dict[str, Any] = {"pipeline": f"{{{run}}}"}
+    else:
+        other = start if start in (NOISE, REAL) else f"{{{run_name(start, config.truncation_timestep)}}}"
+        source = {"pipeline": denoiser(config), "start": other, "truncation_timestep": timestep}
+    description = DESCRIPTIONS[FULL if timestep is None else start]
+    return Variant(
+        **source,
+        features="{features}" if guided else None,
+        call={"num_inference_steps": steps},
+        batch_size=config.guided_batch_size if guided else config.batch_size,
+        description=f"{description} With OT guidance." if guided else description,
+    )
+
+
+def makes_clean_images(config: TruncationConfig, name: str) -> bool:
+    """Whether the prior's preset makes images that can be diffused to any T'."""
+    preset = str(preset_path(prior_preset(config, name)))
+    return load_config(PriorConfig, ["--config", preset]).prediction_type == "sample"
+
+
+def prior_preset(config: TruncationConfig, name: str) -> str:
+    return f"{config.presets}/prior_{name.removesuffix('_classes')}.yaml"
+
+
+def denoiser(config: TruncationConfig) -> str:
+    return config.denoiser or f"{{{DENOISER}}}"
+
+
+def run_name(name: str, timestep: int | None) -> str:
+    """Of a prior that is trained for this T'."""
+    return f"prior_{name}_{timestep}"
+
+
+def full_label(steps: int) -> str:
+    return f"vanilla, full in {steps}"
+
+
+def guided_label(name: str) -> str:
+    """Of a guided row from the T' of the table, and of its curve."""
+    return f"{LABELS[name]}, guided"
+
+
+def goal_label(config: TruncationConfig, name: str) -> str:
+    """Of a guided row from the goal's T'."""
+    return f"{guided_label(name)}, T' = {config.goal_timestep}"
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def goal(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]], evaluator: Mapping[str, Any]) -> str:
+    """Whether the guided chains from the goal's T' are at least as good as the plain full one, a sentence for each; or
+    why there is no verdict.
+
+    Args:
+        config: of the study.
+        arms: those of the results.
+        evaluator: what `evaluator_facts` says of it.
+    """
+    doubt = evaluator_doubt(evaluator)
+    if doubt is not None:
+        return f"No verdict, the evaluator cannot be trusted: {doubt}."
+    steps = min(config.full_steps)
+    full = arms[full_label(steps)]
+    sentences = []
+    for label in (goal_label(config, name) for name in config.guided):
+        if label not in arms:
+            continue
+        met = all(arms[label]["metrics"][metric] <= full["metrics"][metric] for metric in GOAL_METRICS)
+        values = [
+            f"{title} {report.format_number(arms[label]['metrics'][metric])} "
+            f"against {report.format_number(full['metrics'][metric])}"
+            for metric, title in GOAL_METRICS.items()
+        ]
+        short, long = (arm["seconds_per_1000"] for arm in (arms[label], full))
+        values.append(f"{short:.1f} s against {long:.1f} s per 1,000 images")
+        verdict = "at least as good as" if met else "not as good in all as"
+        sentences.append(
+            f"{label}, {arms[label]['nfe']} network calls: {verdict} {steps} calls from noise ({', '.join(values)})."
+        )
+    return " ".join(sentences)
+
+
+def starts(study: Study, config: TruncationConfig) -> dict[str, Tensor]:
+    """x_T' of real images and of every prior, uint8, by name."""
+    labels = [label for label in (ORACLE, VANILLA, *LABELS.values()) if label in study.config.arms]
+    shown = {}
+    for label in labels:
+        pipeline = make_pipeline(study, label, config.seed)
+        rows = real_rows(study)[:NUM_STARTS]
+        if label == ORACLE:
+            images = real_latents(study, pipeline, rows, config.seed)
+        else:
+            generators = [keyed_generator("cpu", config.seed, "image", row) for row in range(NUM_STARTS)]
+            with torch.no_grad():
+                level = alpha_sigma(pipeline.scheduler, config.truncation_timestep - 1)
+                images = pipeline.prior.eval().sample(NUM_STARTS, *level, generator=generators)
+        shown["real" if label == ORACLE else label] = to_uint8(images.cpu())
+    return shown
