@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ot_diffusers.evaluation.page import provenance
-from ot_diffusers.evaluation.report import format_number
+from ot_diffusers.reporting.page import provenance
+from ot_diffusers.reporting.report import format_number
 
 from . import evaluation, package, sampling, scaling, solver, training
 from .timing import Row

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from ot_diffusers.data import load_images, pixels_of
-from ot_diffusers.evaluation.page import provenance
+from ot_diffusers.reporting.page import provenance
 from ot_diffusers.training.files import write_json
 
 COMMON = {"dataset": "digits", "report_to": "none", "checkpointing_steps": 4, "train_batch_size": 32}

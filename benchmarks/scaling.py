@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ot_diffusers.evaluation.report import format_number
+from ot_diffusers.reporting.report import format_number
 from ot_diffusers.training.processes import gather_rows
 from ot_diffusers.transport import sinkhorn_divergence, sinkhorn_potentials
 from ot_diffusers.transport.geometry import MAX_DENSE_ENTRIES

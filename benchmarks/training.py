@@ -16,7 +16,7 @@ from ot_diffusers import ConvFeatureExtractor
 from ot_diffusers.config import OTConfig
 from ot_diffusers.data import ResidentImages
 from ot_diffusers.images import to_unit_range
-from ot_diffusers.losses import denoising_loss, image_features
+from ot_diffusers.losses.denoising import denoising_loss, image_features
 from ot_diffusers.schedules import to_original_sample
 from ot_diffusers.training import (
     DiffusionBatch,

@@ -14,28 +14,23 @@ import datetime
 import difflib
 import math
 import os
-import signal
-import sys
-import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from .errors import InputError, TrainingError, require, shown, surroundings
+from .errors import InputError, require, shown
 from .files import expand_home
-from .signals import end_with_launcher, stop_on_signals
 
 C = TypeVar("C")
 
 # diffusers' names of what needs no further options.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 PRECISIONS = ("no", "fp16", "bf16")
-SILENCE_SECONDS = 10.0
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
@@ -445,42 +440,6 @@ def describe(config_class: type) -> str:
         for field in dataclasses.fields(config_class)
     ]
     return "\n".join(lines)
-
-
-def run_script(main: Callable[[C], None], config_class: type[C], launch_line: str) -> None:
-    """Run `main` with the configuration from the command line, so that it ends well, or with one line on stderr.
-
-    The exit status is 0 also after SIGTERM or SIGINT, which end the run with a checkpoint; 2 for bad input; 1 where the
-    run broke, or its surroundings did: disk, memory, another process.
-    """
-    arguments = sys.argv[1:]
-    if "-h" in arguments or "--help" in arguments:
-        sys.stdout.write(f"{launch_line}\n\noptions, as key=value:\n{describe(config_class)}\n")
-        return
-    end_with_launcher()
-    try:
-        with stop_on_signals():
-            main(load_config(config_class, arguments))
-        return
-    except InputError as error:
-        line, status = str(error), 2
-    except TrainingError as error:
-        line, status = str(error), 1
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
-    except Exception as error:
-        reason = surroundings(error)
-        if reason is None:
-            raise
-        line, status = f"{reason}; the same command goes on from the last checkpoint", 1
-    # The exception is gone, and with it the loop's progress bar: the line stands alone.
-    if int(os.environ.get("RANK", 0)) > 0:
-        # The launcher ends the other processes when one has left. One that is still there has more to say than the
-        # first.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SILENCE_SECONDS)
-    sys.stderr.write(f"error: {line}\n")
-    sys.exit(status)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .data import ResidentImages, StreamedImages, evenly_spaced, pixels_of
 from .errors import InputError, require
 from .files import local_or_hub
 from .images import to_model_range
-from .losses import image_features
+from .losses.denoising import image_features
 from .models.backbone_extractor import PREPROCESSING, BackboneFeatureExtractor
 from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
 from .models.reference_bank import ReferenceBank

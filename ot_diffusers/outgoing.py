@@ -32,7 +32,7 @@ from huggingface_hub import constants
 
 from .data import HUB_IDS
 from .errors import InputError, require
-from .launch import preset_path
+from .launch.commands import preset_path
 
 logger = logging.getLogger(__name__)
 

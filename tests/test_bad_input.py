@@ -20,10 +20,10 @@ from test_train_prior import TINY as TINY_PRIOR
 from test_training import TINY, main_of
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidance, ReferenceBank, cli
-from ot_diffusers.config import run_script
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.launch import SCRIPTS
+from ot_diffusers.launch import run_script
+from ot_diffusers.launch.commands import SCRIPTS
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.training.files import write_checksums

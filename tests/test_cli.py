@@ -25,7 +25,7 @@ from ot_diffusers import (
 from ot_diffusers.config import OTConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.launch import SCRIPTS, training_command
+from ot_diffusers.launch.commands import SCRIPTS, training_command
 from ot_diffusers.sampling import accelerate_networks, load_pipeline, read_images, sample_images, save_images
 from ot_diffusers.studies.demo import run_demo
 
@@ -320,7 +320,7 @@ def test_training_commands_are_those_of_the_readme() -> None:
     assert Path(script).name == SCRIPTS["ot"][0] and Path(script).is_file()
     assert arguments[0] == "--config" and Path(arguments[1]).is_file() and arguments[2:] == ["max_train_steps=5"]
     several = training_command("ot", num_processes=2)
-    assert several[1:4] == ["-m", "ot_diffusers.workers", "2"] and Path(several[4]).is_file()
+    assert several[1:4] == ["-m", "ot_diffusers.launch.workers", "2"] and Path(several[4]).is_file()
     machine = str(ROOT / "configs" / "accelerate" / "multi_gpu.yaml")
     launched = training_command("ot", num_processes=2, accelerate_config=machine)
     assert launched[1:7] == ["-m", "accelerate.commands.launch", "--config_file", machine, "--num_processes", "2"]

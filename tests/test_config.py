@@ -18,9 +18,9 @@ from ot_diffusers.config import (
     load_config,
     make_config,
     option,
-    run_script,
 )
 from ot_diffusers.errors import InputError
+from ot_diffusers.launch import run_script
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = {"features": FeaturesConfig, "evaluator": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}

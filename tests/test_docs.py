@@ -20,8 +20,8 @@ from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBa
 from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
 from ot_diffusers.data import load_images
-from ot_diffusers.evaluation.quoting import main as quote
-from ot_diffusers.launch import SCRIPTS, preset_path, training_command
+from ot_diffusers.launch.commands import SCRIPTS, preset_path, training_command
+from ot_diffusers.reporting.quoting import main as quote
 from ot_diffusers.sampling import save_images
 
 ROOT = Path(__file__).parent.parent

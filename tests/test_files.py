@@ -24,11 +24,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli, config, files
 from ot_diffusers.data import load_images
+from ot_diffusers.data.truncated_set import export_truncated_set
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.evaluation.extractors import load_evaluator
 from ot_diffusers.features import load_feature_extractor, load_reference_bank
-from ot_diffusers.hub import export_run, push_folder, read_results, repository_files
-from ot_diffusers.launch import preset_path, training_command
+from ot_diffusers.hub.push import export_run, push_folder, read_results, repository_files
+from ot_diffusers.launch.commands import preset_path, training_command
 from ot_diffusers.sampling import load_pipeline, pipeline_class_name, save_images
 from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.studies import config as studies_config
@@ -40,7 +41,6 @@ from ot_diffusers.studies.study import claim_folder
 from ot_diffusers.studies.tracking import track_runs
 from ot_diffusers.training import check_output_dir
 from ot_diffusers.training.files import delete_partial
-from ot_diffusers.truncated_set import export_truncated_set
 
 ROOT = Path(__file__).parent.parent
 LIST = ".ot-diffusers-sample.sha256"
@@ -444,7 +444,7 @@ def test_home_is_expanded_in_functions(home: Path, tmp_path: Path, monkeypatch: 
     assert export_run("~/pipeline", "~/card", features="~/features", results="~/results.json", num_images=0).is_dir()
     assert "model_index.json" in repository_files("~/card")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("ot_diffusers.hub.get_token", lambda: None)
+    monkeypatch.setattr("ot_diffusers.hub.push.get_token", lambda: None)
     with pytest.raises(InputError, match="`token` must be there"):  # the folder was found
         push_folder("~/card", "user/name")
     scheduler = truncated_scheduler(DDIMScheduler(), 10)

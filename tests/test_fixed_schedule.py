@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.losses import ot_loss
+from ot_diffusers.losses.denoising import ot_loss
 from ot_diffusers.transport import divergence_gradient, divergence_gradient_at, geometry, sinkhorn_divergence
 
 

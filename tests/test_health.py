@@ -19,8 +19,8 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.evaluate import ImageSet, describe_images, evaluate_images
 from ot_diffusers.evaluation.extractors import evaluator_facts, load_real_images
 from ot_diffusers.evaluation.health import evaluator_doubt, evaluator_line, warn_of_doubt
-from ot_diffusers.evaluation.report import text_table
 from ot_diffusers.features import classification_accuracy
+from ot_diffusers.reporting.report import text_table
 
 
 def classifier(updates: int) -> ConvFeatureExtractor:

@@ -20,10 +20,10 @@ from loopback_hub import READER, WRITER, LoopbackHub, Repository
 from test_loading import make_guided, make_truncated, make_unet
 
 from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline, cli
-from ot_diffusers.cards import CardFacts, render_card
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.quoting import quote
-from ot_diffusers.hub import push_folder, repository_files
+from ot_diffusers.hub.cards import CardFacts, render_card
+from ot_diffusers.hub.push import push_folder, repository_files
+from ot_diffusers.reporting.quoting import quote
 from ot_diffusers.studies.config import read_config
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.metrics import frechet_distance_infinity, kernel_distance
 from ot_diffusers.evaluation.pixels import patch_sliced_wasserstein
 from ot_diffusers.evaluation.stress import stress_test
-from ot_diffusers.launch import launched, training_command
+from ot_diffusers.launch.commands import launched, training_command
 from ot_diffusers.schedules import truncated_samples
 from ot_diffusers.seeds import folded, seeded_generator
 from ot_diffusers.training import make_accelerator

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.losses import denoising_loss, disjoint_reference_indices, image_features, ot_loss, squash_to_image
+from ot_diffusers.losses.denoising import (
+    denoising_loss,
+    disjoint_reference_indices,
+    image_features,
+    ot_loss,
+    squash_to_image,
+)
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.transport import self_transport_cost, sinkhorn_divergence
 

@@ -19,7 +19,7 @@ from torch_fidelity import metric_fid, metric_kid, metric_prc
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import metrics, neighbors, pixels
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images, real_floor
-from ot_diffusers.evaluation.report import METRICS
+from ot_diffusers.reporting.report import METRICS
 
 FEATURE_METRICS = [
     metrics.frechet_distance,

@@ -26,11 +26,11 @@ from test_loading import make_guided
 from test_training import TINY
 
 from ot_diffusers import BackboneFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
-from ot_diffusers.cards import DATA
 from ot_diffusers.config import FeaturesConfig, OTConfig, make_config
 from ot_diffusers.data import HUB_IDS, load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.hub import export_run, repository_files
+from ot_diffusers.hub.cards import DATA
+from ot_diffusers.hub.push import export_run, repository_files
 from ot_diffusers.outgoing import LocalPaths, outgoing_files, without_local_paths
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,7 @@ from diffusers import UNet2DModel
 from torch.distributions import Normal, kl_divergence
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
-from ot_diffusers.prior_losses import (
+from ot_diffusers.losses.priors import (
     denoiser_features,
     discriminator_loss,
     evidence_bound,
@@ -23,6 +22,7 @@ from ot_diffusers.prior_losses import (
     pixel_transport,
     sinkhorn_transport,
 )
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 
 
 def _seeded(seed: int = 0) -> torch.Generator:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.differences import differences, summarise, summary
-from ot_diffusers.evaluation.quoting import main, quote, render_quotes
-from ot_diffusers.evaluation.report import markdown_table
+from ot_diffusers.reporting.differences import differences, summarise, summary
+from ot_diffusers.reporting.quoting import main, quote, render_quotes
+from ot_diffusers.reporting.report import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = {

@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
-from ot_diffusers.launch import SCRIPTS, preset_path
+from ot_diffusers.launch.commands import SCRIPTS, preset_path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation import page, plots, report, stress
-from ot_diffusers.evaluation.differences import difference_rows, interval_rows, summary
+from ot_diffusers.evaluation import stress
 from ot_diffusers.evaluation.evaluate import ImageSet
 from ot_diffusers.evaluation.failures import worst_samples
 from ot_diffusers.evaluation.intervals import holm, mean_interval, paired_difference
-from ot_diffusers.evaluation.quoting import quote
+from ot_diffusers.reporting import page, plots, report
+from ot_diffusers.reporting.differences import difference_rows, interval_rows, summary
+from ot_diffusers.reporting.quoting import quote
 
 
 @pytest.fixture

@@ -31,19 +31,12 @@ from safetensors.torch import load_file, save_file
 from test_training import ROOT, TINY, assert_same_end, last_checkpoint, metrics, results, train
 
 from ot_diffusers import cli
-from ot_diffusers.config import BaselineConfig, OTConfig, PriorConfig, run_script
+from ot_diffusers.config import BaselineConfig, OTConfig, PriorConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError, TrainingError, surroundings
-from ot_diffusers.signals import StopRequest
-from ot_diffusers.training import (
-    Record,
-    Schedule,
-    TrainingState,
-    open_run,
-    save_checkpoint,
-    save_results,
-    saved_model,
-)
+from ot_diffusers.launch import run_script
+from ot_diffusers.launch.signals import StopRequest
+from ot_diffusers.training import Record, Schedule, TrainingState, open_run, save_checkpoint, save_results, saved_model
 from ot_diffusers.training.averages import Averages, effective_rank
 from ot_diffusers.training.files import CHECKSUMS, damage, placed_in, write_checksums, written_aside
 from ot_diffusers.training.folder import batch_sizes, check_batch

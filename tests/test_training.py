@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
-from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config, run_script
+from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.features import cached_features, load_feature_extractor
-from ot_diffusers.losses import disjoint_reference_indices
+from ot_diffusers.launch import run_script
+from ot_diffusers.losses.denoising import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Schedule,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ot_diffusers import truncated_set
 from ot_diffusers.cli import main
-from ot_diffusers.data import load_images
+from ot_diffusers.data import load_images, truncated_set
 from ot_diffusers.schedules import truncated_samples, truncated_scheduler
 
 

@@ -10,9 +10,9 @@ stopped.
 from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.training_utils import EMAModel
 
-from ot_diffusers.config import BaselineConfig, run_script
-from ot_diffusers.launch import launched
-from ot_diffusers.losses import denoising_loss
+from ot_diffusers.config import BaselineConfig
+from ot_diffusers.launch import launched, run_script
+from ot_diffusers.losses.denoising import denoising_loss
 from ot_diffusers.training import (
     Record,
     TrainingState,

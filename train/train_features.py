@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
-from ot_diffusers.config import FeaturesConfig, run_script
+from ot_diffusers.config import FeaturesConfig
 from ot_diffusers.data import SPLITS, to_unit_range
 from ot_diffusers.features import (
     classification_accuracy,
@@ -23,7 +23,7 @@ from ot_diffusers.features import (
     make_reference_bank,
 )
 from ot_diffusers.images import random_crop_and_flip
-from ot_diffusers.launch import launched
+from ot_diffusers.launch import launched, run_script
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Record,

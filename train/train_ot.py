@@ -14,11 +14,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
-from ot_diffusers.config import OTConfig, run_script
+from ot_diffusers.config import OTConfig
 from ot_diffusers.errors import require
 from ot_diffusers.features import cached_features, check_trained_on, load_feature_extractor, make_reference_bank
-from ot_diffusers.launch import launched
-from ot_diffusers.losses import denoising_loss, disjoint_reference_indices, image_features, ot_loss
+from ot_diffusers.launch import launched, run_script
+from ot_diffusers.losses.denoising import denoising_loss, disjoint_reference_indices, image_features, ot_loss
 from ot_diffusers.models.feature_extractor import FeatureExtractor
 from ot_diffusers.schedules import min_snr_weight, to_original_sample
 from ot_diffusers.seeds import keyed_generator

@@ -19,11 +19,11 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 
 from ot_diffusers import TruncatedPriorPipeline
-from ot_diffusers.config import PriorConfig, run_script
+from ot_diffusers.config import PriorConfig
 from ot_diffusers.data import evenly_spaced
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.features import labels_of
-from ot_diffusers.launch import launched
+from ot_diffusers.launch import launched, run_script
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
 from ot_diffusers.sampling import load_pipeline

@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..config import SILENCE_SECONDS
 from ..errors import PLACE, SHOWN, InputError, TrainingError, require, surroundings
 from ..files import is_first_process, local_or_hub
+from ..launch.script import SILENCE_SECONDS
 from .parser import make_parser
 
 __all__ = ["main", "make_parser"]

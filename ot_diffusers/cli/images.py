@@ -57,7 +57,7 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     results = _evaluate(arguments)
     if results is None:
         return 0
-    from ..evaluation.report import text_table
+    from ..reporting.report import text_table
 
     text = json.dumps(results, indent=2, ensure_ascii=False)
     print(text if arguments.json else text_table(results), flush=True)
@@ -71,8 +71,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The contents of `results.json` for one arm; None in a process that helped to sample only."""
     from ..evaluation.evaluate import evaluate_images, real_floor, sample_count
     from ..evaluation.extractors import dataset_facts, evaluator_facts, load_evaluator, load_real_images
-    from ..evaluation.page import provenance
     from ..outgoing import last_name, public_name
+    from ..reporting.page import provenance
 
     evaluator = load_evaluator(arguments.evaluator).to(chosen_device(arguments.device))
     options = data_options(arguments)

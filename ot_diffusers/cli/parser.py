@@ -12,7 +12,7 @@ from .. import __version__
 from ..config import LARGEST, describe
 from ..errors import InputError, shown
 from ..files import check_file, check_folder, expand_home
-from ..launch import SCRIPTS, presets_of
+from ..launch.commands import SCRIPTS, presets_of
 from .images import run_evaluate, run_sample
 from .publishing import run_card, run_completion, run_info, run_push, run_report
 from .studies import run_compare, run_demo, run_stress, run_track, run_train, run_truncated_set, run_truncation
@@ -297,7 +297,7 @@ def _add_completion(commands: Any) -> None:
         "completion", help="print a script that completes commands and options", allow_abbrev=False
     )
     completion.add_argument("shell", choices=("bash", "zsh"), help='load it by: eval "$(… completion bash)"')
-    completion.set_defaults(command=run_completion)
+    completion.set_defaults(command=run_completion, make_parser=make_parser)
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ MEGABYTE = 1e6
 def run_card(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """A run as the folder that goes to the Hub."""
     prepare_libraries()
-    from ..hub import export_run, repository_files
+    from ..hub.push import export_run, repository_files
 
     folder = export_run(arguments.run, arguments.output, **_export_options(arguments))
     return _print(_listing(repository_files(folder), str(folder)))
@@ -33,7 +33,7 @@ def run_push(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     prepare_libraries()
     from huggingface_hub.utils import disable_progress_bars
 
-    from ..hub import check_repo_id, export_run, file_sizes, find_token, outgoing_files, push_files
+    from ..hub.push import check_repo_id, export_run, file_sizes, find_token, outgoing_files, push_files
 
     check_repo_id(arguments.repo)
     if not arguments.dry_run:
@@ -89,7 +89,7 @@ def describe_pipeline(path: str) -> dict[str, Any]:
     Raises:
         InputError: no pipeline there.
     """
-    from ..hub import parameters, scheduler_facts
+    from ..hub.push import parameters, scheduler_facts
     from ..sampling import load_pipeline
 
     pipeline = load_pipeline(path)
@@ -121,9 +121,9 @@ def _rows(name: str, value: Any) -> list[str]:
 def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """`results.json` as a table and as one HTML file with the pictures beside it."""
     prepare_libraries()
-    from ..evaluation.page import REPORT
-    from ..evaluation.report import text_table, write_report
-    from ..hub import read_results
+    from ..hub.push import read_results
+    from ..reporting.page import REPORT
+    from ..reporting.report import text_table, write_report
     from ..studies.results import tables
 
     path = Path(arguments.results)
@@ -145,9 +145,7 @@ def run_completion(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         import shtab
     except ImportError as error:
         raise InputError("`completion` needs shtab: pip install shtab") from error
-    from .parser import make_parser
-
-    return _print([shtab.complete(make_parser(), arguments.shell)])
+    return _print([shtab.complete(arguments.make_parser(), arguments.shell)])
 
 
 def _json(content: Any) -> str:

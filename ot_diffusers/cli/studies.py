@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import require
 from ..files import expand_home
-from ..launch import run_command, training_command
+from ..launch.commands import run_command, training_command
 from .process import call_arguments, chosen_device, data_options, prepare_libraries, stop_on_sigterm
 
 
@@ -112,7 +112,7 @@ def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     stop_on_sigterm()
     prepare_libraries()
     from ..config import load_config
-    from ..launch import preset_path
+    from ..launch.commands import preset_path
     from ..studies.truncation import TruncationConfig, run_truncation_study
 
     preset = ["--config", str(preset_path(arguments.config))] if arguments.config else []
@@ -128,9 +128,9 @@ def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from diffusers import DDPMScheduler
 
     from ..data import load_images
+    from ..data.truncated_set import export_truncated_set
     from ..sampling import load_pipeline
     from ..schedules import truncated_scheduler
-    from ..truncated_set import export_truncated_set
 
     full = load_pipeline(arguments.denoiser).scheduler if arguments.denoiser else DDPMScheduler()
     scheduler = truncated_scheduler(full, arguments.truncation_timestep)

@@ -230,13 +230,13 @@ def evaluate_images(
             against it; with labels, it tells whether the network can be trusted.
         extractor: the evaluation network, see `describe_images`; one that no loss has seen.
         train: what the model was trained on; adds the memorisation check `nearest_distance_ratio`.
-        metrics: names of the metrics to compute, keys of `report.METRICS`; all that can be measured by default, which
+        metrics: names of the metrics to compute, keys of `METRICS`; all that can be measured by default, which
             for fewer than 6 images are not all.
         batch_size: images in one pass of the network.
         seed: decides the random subsets, patches and directions; keep it equal across arms.
 
     Returns:
-        Metric name to value, in one order whichever are named; `report.METRICS` says what each name means and which
+        Metric name to value, in one order whichever are named; `metric_table` says what each name means and which
         direction is better.
 
     Raises:

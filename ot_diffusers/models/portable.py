@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -59,15 +61,19 @@ class PortableModel(ModelMixin):
         Raises:
             InputError: no token, no permission, no network; the repository is then as it was.
         """
-        # What a push needs is above this layer, and not needed to load or save.
-        from ..hub import push_part
-
         options: dict[str, Any] = {"private": private, "token": token, "create_pr": create_pr}
-        return push_part(self, repo_id, variant=variant, subfolder=subfolder, commit_message=commit_message, **options)
+        return hub().push_part(
+            self, repo_id, variant=variant, subfolder=subfolder, commit_message=commit_message, **options
+        )
 
     def to_json_string(self) -> str:
         """The contents of `config.json`."""
         return without_origin(super().to_json_string())
+
+
+def hub() -> ModuleType:
+    """`ot_diffusers.hub`, by its name: it stands above the models and pipelines, and nothing but a push needs it."""
+    return import_module("ot_diffusers.hub")
 
 
 def without_origin(config: str) -> str:

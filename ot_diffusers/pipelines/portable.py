@@ -23,7 +23,7 @@ from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
-from ..models.portable import HUB_OPTIONS, to_json, without_origin
+from ..models.portable import HUB_OPTIONS, hub, to_json, without_origin
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
 
@@ -150,10 +150,7 @@ class PortablePipeline(DiffusionPipeline):
         Raises:
             InputError: no token, no permission, no network; the repository is then as it was.
         """
-        # What a push needs is above this layer, and not needed to sample.
-        from ..hub import push_pipeline
-
-        return push_pipeline(
+        return hub().push_pipeline(
             self,
             repo_id,
             commit_message=commit_message,

@@ -14,10 +14,10 @@ import yaml
 from ..config import Options, load_config, option
 from ..data import DATA_OPTIONS
 from ..errors import require
-from ..evaluation import report
 from ..evaluation.extractors import load_evaluator
+from ..evaluation.metric_table import COSTS, HEADLINE, METRICS
 from ..features import load_feature_extractor
-from ..launch import SCRIPTS, preset_path
+from ..launch.commands import SCRIPTS, preset_path
 from ..outgoing import distinct_names
 from ..pipelines.guided import SMALL_BATCH
 from ..sampling import check_dtype
@@ -109,9 +109,9 @@ class StudyConfig(Options):
     )
     dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
     primary_metric: str = option("frechet_distance", "the metric that decides, fixed beforehand")
-    metrics: tuple[str, ...] = option(report.HEADLINE, "the family of metrics whose differences are tested")
+    metrics: tuple[str, ...] = option(HEADLINE, "the family of metrics whose differences are tested")
     measured: tuple[str, ...] = option((), "all metrics of the variants in the table; none is every one there is")
-    costs: tuple[str, ...] = option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(report.COSTS)}")
+    costs: tuple[str, ...] = option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(COSTS)}")
     pictured: tuple[str, ...] = option((), "variants whose images and features are shown; none is those of the table")
     together: tuple[tuple[str, ...], ...] = option(
         (), "runs (variants, features, evaluator) trained side by side on a CPU, the cores shared; the rest take turns"
@@ -126,9 +126,9 @@ class StudyConfig(Options):
         check_dtype(self.dtype)
         check_steps(self.steps)
         for name in (self.primary_metric, *self.metrics, *self.measured):
-            require(name in report.METRICS, "metrics", f"be among {', '.join(report.METRICS)}", name)
+            require(name in METRICS, "metrics", f"be among {', '.join(METRICS)}", name)
         for name in self.costs:
-            require(name in report.COSTS, "costs", f"be among {', '.join(report.COSTS)}", name)
+            require(name in COSTS, "costs", f"be among {', '.join(COSTS)}", name)
         for name, variant in self.arms.items():
             plain = re.fullmatch(r"[\w][\w .+,='-]*", name) is not None and name not in RESERVED
             require(plain, "arms", "have names of letters, digits, spaces and -_.+,='", name)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import text_table
+from ..reporting.report import text_table
 from .config import StudyConfig, read_config
 from .run import run_study
 from .study import Announce

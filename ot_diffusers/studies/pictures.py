@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import plots, report
 from ..evaluation.evaluate import describe_images
 from ..evaluation.failures import worst_samples
+from ..evaluation.metric_table import COSTS, METRICS
+from ..reporting import plots
 from .axes import AXES, Axis
 from .sampling import sampled
 from .study import Study
@@ -29,10 +30,10 @@ def draw(study: Study, results: Mapping[str, Any], seed: int) -> dict[str, Path]
     several = ": mean and 95% interval" if len(results["seeds"]) > 1 else ""
     pictures = {
         "Samples from the same noise": plots.image_panels({"real": reference.images} | images, folder / "samples.png"),
-        f"{report.METRICS[primary].label}{several}": plots.bars(results, primary, folder / "bars.png"),
+        f"{METRICS[primary].label}{several}": plots.bars(results, primary, folder / "bars.png"),
     }
     if results["differences"]:
-        tested = {metric: report.METRICS[metric].label for metric in results["headline"]}
+        tested = {metric: METRICS[metric].label for metric in results["headline"]}
         caption = f"Paired differences to {next(iter(images))} with 95% intervals; hollow where none is shown"
         pictures[caption] = plots.differences(results, tested, folder / "differences.png")
     for axis in AXES.values():
@@ -64,7 +65,7 @@ def draw_curves(results: Mapping[str, Any], axis: Axis, path: Path) -> Path:
             panels[quantity][method] = {x: point[quantity] for x, point in points.items() if quantity in point}
             ends = {x: point["intervals"].get(quantity) for x, point in points.items()}
             bands[quantity][method] = {x: (end["low"], end["high"]) for x, end in ends.items() if end}
-    titles = {name: report.METRICS[name].label if name in report.METRICS else report.COSTS[name] for name in panels}
+    titles = {name: METRICS[name].label if name in METRICS else COSTS[name] for name in panels}
     return plots.line_panels(
         panels,
         path,

@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation import report
-from ..evaluation.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
 from ..evaluation.evaluate import evaluate_images, real_floor
 from ..evaluation.extractors import dataset_facts, evaluator_facts
 from ..evaluation.health import evaluator_doubt
-from ..evaluation.page import Rows, provenance
-from ..launch import SCRIPTS
+from ..evaluation.metric_table import COSTS, METRICS
+from ..launch.commands import SCRIPTS
 from ..outgoing import without_local_paths
+from ..reporting import report
+from ..reporting.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
+from ..reporting.page import Rows, provenance
 from .axes import AXES, Axis
 from .config import CURVE, NETWORKS, REAL, StudyConfig, Variant
 from .sampling import sampled
@@ -151,7 +152,7 @@ def notes(study: Study, seeds: Sequence[int]) -> list[str]:
     config = study.config
     given = {name: variant.pipeline for name, variant in config.reported.items() if variant.pipeline is not None}
     fixed = [name for name, pipeline in given.items() if "{" not in pipeline]
-    primary = report.METRICS[config.primary_metric].label
+    primary = METRICS[config.primary_metric].label
     shared = (
         "All arms of a seed share the starting noise, the data order, the initial weights and the evaluation's random "
         "subsets."
@@ -197,15 +198,15 @@ def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
         found["Cost"] = cost_rows(results)
     for axis in AXES.values():
         for metric in axis.tabled or tested if results.get(axis.key) else ():
-            found[f"{report.METRICS[metric].label} by {axis.title}"] = curve_rows(results, axis, metric)
+            found[f"{METRICS[metric].label} by {axis.title}"] = curve_rows(results, axis, metric)
     return found
 
 
 def cost_rows(results: Mapping[str, Any]) -> Rows:
     """What each variant of the table costs."""
-    costs = [key for key in report.COSTS if any(key in entry for entry in results["arms"].values())]
+    costs = [key for key in COSTS if any(key in entry for entry in results["arms"].values())]
     rows = [[name, *(report.format_number(entry.get(key)) for key in costs)] for name, entry in results["arms"].items()]
-    return [["", *(report.COSTS[key] for key in costs)], *rows]
+    return [["", *(COSTS[key] for key in costs)], *rows]
 
 
 def curve_rows(results: Mapping[str, Any], axis: Axis, metric: str) -> Rows:

@@ -8,11 +8,11 @@ from typing import Any
 
 from ..data import load_images
 from ..errors import require
-from ..evaluation import report
 from ..evaluation.evaluate import sample_count
 from ..features import load_reference_bank
 from ..files import write_json, write_text
-from ..launch import preset_path, training_command
+from ..launch.commands import preset_path, training_command
+from ..reporting import report
 from ..sampling import check_call_arguments, load_pipeline
 from .config import StudyConfig, with_step_curves
 from .pictures import draw

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import require
 from ..features import load_feature_extractor, weights_fingerprint
-from ..launch import training_command
+from ..launch.commands import training_command
 from .config import NETWORKS, StudyConfig, twin
 from .study import OutOfTime, Study, read_json, stage
 

@@ -43,7 +43,7 @@ class Sampled:
         images: uint8 [N, C, H, W].
         seconds: that sampling them took.
         nfe: network calls for each.
-        others: further keys of `report.COSTS`.
+        others: further keys of `metric_table.COSTS`.
     """
 
     images: Tensor
@@ -53,7 +53,7 @@ class Sampled:
 
     @property
     def cost(self) -> dict[str, float]:
-        """By the keys of `report.COSTS`."""
+        """By the keys of `metric_table.COSTS`."""
         per_1000 = round(1000 * self.seconds / len(self.images), 3)
         return {"nfe": self.nfe, "seconds": round(self.seconds, 2), "seconds_per_1000": per_1000, **self.others}
 

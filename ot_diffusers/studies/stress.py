@@ -23,15 +23,16 @@ from torch.nn.functional import normalize
 
 from ..data import pixels_of
 from ..errors import require, require_same
-from ..evaluation import plots, report
 from ..evaluation.evaluate import ImageSet, describe_images, evaluate_images
 from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from ..evaluation.health import evaluator_line, evaluator_properties
+from ..evaluation.metric_table import METRICS
 from ..evaluation.metrics import frechet_distance, sinkhorn_distance
-from ..evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from ..evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, drop_classes, memorise, stress_test
 from ..features import labels_of, weights_fingerprint
 from ..files import user_path, write_json
+from ..reporting import plots, report
+from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from ..seeds import seeded_generator
 from .study import Announce, check_study_folder
 
@@ -248,8 +249,8 @@ def as_curve(values: Mapping[str, Any]) -> StressCurve:
 def verdict_rows(results: Mapping[str, Any]) -> Rows:
     """Metrics down, damages across."""
     curves = results["curves"]
-    metrics = [name for name in report.METRICS if any(name in found for found in curves.values())]
-    rows = [[report.METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
+    metrics = [name for name in METRICS if any(name in found for found in curves.values())]
+    rows = [[METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
     return [["", *curves], *rows]
 
 
@@ -316,7 +317,7 @@ def steady(rows: Rows) -> set[tuple[int, int]]:
 def blind_spots(results: Mapping[str, Any]) -> list[str]:
     """For each damage, the metrics that do not move at all."""
     flat = {
-        name: [report.METRICS[metric].label for metric in report.METRICS if is_flat(found.get(metric))]
+        name: [METRICS[metric].label for metric in METRICS if is_flat(found.get(metric))]
         for name, found in results["curves"].items()
     }
     return [f"Blind to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics]
@@ -337,7 +338,7 @@ def cell(values: Mapping[str, Any] | None) -> str:
 
 def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:
     """One picture for each test, caption to file."""
-    titles = {name: metric.label for name, metric in report.METRICS.items()}
+    titles = {name: metric.label for name, metric in METRICS.items()}
     pictures = {}
     for kind, labels, axes, prefix in (
         ("source figures", SOURCE_TITLES, SOURCE_AXES, "source_"),

@@ -22,7 +22,7 @@ from ..evaluation.evaluate import ImageSet, describe_images, sample_count
 from ..evaluation.extractors import load_evaluator, load_real_images
 from ..features import weights_fingerprint
 from ..files import check_folder, is_name_aside, write_json
-from ..launch import preset_path
+from ..launch.commands import preset_path
 from ..sampling import best_device
 from .config import NETWORKS, StudyConfig
 

@@ -28,15 +28,17 @@ from torch import Tensor
 from ..config import BaselineConfig, make_config
 from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
-from ..evaluation import metrics, plots
+from ..evaluation import metrics
 from ..evaluation.evaluate import ImageSet, describe_images
 from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from ..evaluation.health import evaluator_line, evaluator_properties
-from ..evaluation.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
-from ..evaluation.report import METRICS, format_number
+from ..evaluation.metric_table import METRICS
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..files import user_path, write_json
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
+from ..reporting import plots
+from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from ..reporting.report import format_number
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet
 from .study import Announce, check_study_folder

@@ -26,10 +26,10 @@ from torch import Tensor
 from ..config import Options, PriorConfig, load_config, option
 from ..data import load_images
 from ..errors import require
-from ..evaluation import plots, report
 from ..evaluation.health import evaluator_doubt
 from ..images import to_uint8
-from ..launch import preset_path
+from ..launch.commands import preset_path
+from ..reporting import plots, report
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
 from .axes import TIMESTEPS

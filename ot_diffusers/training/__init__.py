@@ -18,35 +18,11 @@ from .batches import (
     noised_batch,
     plan,
 )
-from .checkpoints import (
-    TrainingState,
-    checkpoints,
-    resume,
-    save_checkpoint,
-)
-from .folder import (
-    check_output_dir,
-    load_split,
-    load_splits,
-    make_accelerator,
-    open_run,
-    saved_model,
-    write_json,
-)
-from .models import (
-    make_noise_scheduler,
-    make_optimizer,
-    make_unet,
-)
+from .checkpoints import TrainingState, checkpoints, resume, save_checkpoint
+from .folder import check_output_dir, load_split, load_splits, make_accelerator, open_run, saved_model, write_json
+from .models import make_noise_scheduler, make_optimizer, make_unet
 from .processes import gather_rows
-from .records import (
-    Record,
-    averaged_weights,
-    save_results,
-    save_sample_grid,
-    validation_loss,
-    wants_grid,
-)
+from .records import Record, averaged_weights, save_results, save_sample_grid, validation_loss, wants_grid
 
 __all__ = [
     "DiffusionBatch",

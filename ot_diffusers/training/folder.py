@@ -23,7 +23,7 @@ from ..data import SPLITS, ImageSource, StreamedImages, open_images
 from ..errors import InputError, TrainingError, require
 from ..features import weights_fingerprint
 from ..files import check_folder
-from ..launch import launched
+from ..launch.commands import launched
 from ..outgoing import without_local_paths
 from ..seeds import folded
 from .batches import Images

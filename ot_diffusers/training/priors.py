@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from ..config import PriorConfig
 from ..data import evenly_spaced
 from ..features import check_trained_on, load_feature_extractor
-from ..models.prior import PriorGenerator
-from ..models.prior_networks import PriorEncoder
-from ..prior_losses import (
+from ..losses.priors import (
     denoiser_features,
     discriminator_loss,
     evidence_bound,
@@ -33,6 +31,8 @@ from ..prior_losses import (
     pixel_transport,
     sinkhorn_transport,
 )
+from ..models.prior import PriorGenerator
+from ..models.prior_networks import PriorEncoder
 from ..schedules import alpha_sigma, truncated_samples
 from ..seeds import folded, key, keyed_generator
 from ..transport import median_distance

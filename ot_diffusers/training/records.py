@@ -16,9 +16,9 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import signals
 from ..config import DiffusionConfig, TrainingConfig
-from ..losses import denoising_loss
+from ..launch import signals
+from ..losses.denoising import denoising_loss
 from ..seeds import keyed_generator, seeded_generator
 from .averages import effective_rank
 from .batches import Images, Schedule, draw_noise, noised_batch

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict
+from ot_diffusers.reporting.differences import NOT_SHOWN, differences, verdict
 from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config, with_step_curves
 from ot_diffusers.studies.results import collect
 from ot_diffusers.studies.run import run_study

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ot_diffusers import cli
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation import plots
 from ot_diffusers.evaluation.stress import StressCurve
+from ot_diffusers.reporting import plots
 from ot_diffusers.studies.stress import AMOUNTS, as_curve, cell, run_stress_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")

@@ -16,11 +16,11 @@ from PIL import Image
 from ot_diffusers import cli
 from ot_diffusers.config import BaselineConfig, make_config
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation import plots
 from ot_diffusers.evaluation.evaluate import describe_images
 from ot_diffusers.evaluation.metrics import frechet_distance
-from ot_diffusers.evaluation.report import format_number
 from ot_diffusers.features import load_feature_extractor
+from ot_diffusers.reporting import plots
+from ot_diffusers.reporting.report import format_number
 from ot_diffusers.sampling import load_pipeline, sample_images
 from ot_diffusers.studies.tracking import RealImages, Track, load_checkpoint, track_runs
 

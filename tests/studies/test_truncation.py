@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ot_diffusers.cli import main
 from ot_diffusers.config import load_config
 from ot_diffusers.errors import InputError
-from ot_diffusers.launch import preset_path
+from ot_diffusers.launch.commands import preset_path
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ot_diffusers.models.reference_bank import ReferenceBank
 from ot_diffusers.studies.truncation import TruncationConfig, goal

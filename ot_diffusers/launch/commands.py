@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .config import PRECISIONS, BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, TrainingConfig, load_config
-from .errors import InputError, require
-from .files import expand_home
+from ..config import PRECISIONS, BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, TrainingConfig, load_config
+from ..errors import InputError, require
+from ..files import expand_home
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -30,7 +30,7 @@ SCRIPTS: dict[str, tuple[str, type[Any]]] = {
 }
 """Name on the command line to script and configuration class."""
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 CHECKOUT = PACKAGE.parent
 
 
@@ -75,7 +75,7 @@ def training_command(
     num_processes: int = 1,
     accelerate_config: str | None = None,
 ) -> list[str]:
-    """The command line that trains: this Python for one process, `ot_diffusers.workers` for several.
+    """The command line that trains: this Python for one process, `ot_diffusers.launch.workers` for several.
 
     Args:
         name: a key of `SCRIPTS`.
@@ -98,7 +98,7 @@ def training_command(
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
         return [*launcher, *count, *script]
     if num_processes > 1:
-        return [sys.executable, "-m", "ot_diffusers.workers", str(num_processes), *script]
+        return [sys.executable, "-m", "ot_diffusers.launch.workers", str(num_processes), *script]
     return [sys.executable, *script]
 
 

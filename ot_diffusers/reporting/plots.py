@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import require
 
 if TYPE_CHECKING:
-    from .stress import StressCurve
+    from ..evaluation.stress import StressCurve
 
 COLOURS = {
     "real": "#6b7280",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import InputError, require
-from .images import to_unit_range
-from .models.feature_extractor import FeatureExtractor
-from .transport import sinkhorn_divergence
+from ..errors import InputError, require
+from ..images import to_unit_range
+from ..models.feature_extractor import FeatureExtractor
+from ..transport import sinkhorn_divergence
 
 
 def denoising_loss(model_output: Tensor, target: Tensor) -> Tensor:

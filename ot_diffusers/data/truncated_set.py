@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .data import ResidentImages, StreamedImages
-from .errors import require
-from .files import check_folder, new_folder, write_json
-from .schedules import truncated_samples
+from ..errors import require
+from ..files import check_folder, new_folder, write_json
+from ..schedules import truncated_samples
+from . import ResidentImages, StreamedImages
 
 CHUNK = 1000
 """Images that are held in memory at once."""

@@ -1,4 +1,4 @@
-"""Several processes of a script on this machine: `python -m ot_diffusers.workers COUNT SCRIPT [ARGUMENT ...]`.
+"""Several processes of a script on this machine: `python -m ot_diffusers.launch.workers COUNT SCRIPT [ARGUMENT ...]`.
 
 torchrun does the work. Its SIGTERM would end the processes, and its exit status is always 1; here SIGTERM and SIGINT
 are passed on to the processes, which save and leave, and the exit status is that of the one that failed first.

@@ -5,8 +5,8 @@ A Markdown file says where a table belongs by a pair of comments, and everything
     <!-- results: docs/digits/results.json -->
     <!-- /results -->
 
-    python -m ot_diffusers.evaluation.quoting README.md            renders
-    python -m ot_diffusers.evaluation.quoting --check README.md    fails where a quoted number and its file differ
+    python -m ot_diffusers.reporting.quoting README.md            renders
+    python -m ot_diffusers.reporting.quoting --check README.md    fails where a quoted number and its file differ
 """
 
 from __future__ import annotations

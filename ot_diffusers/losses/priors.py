@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import require
-from .models.feature_extractor import FeatureExtractor, ResidualBlock
-from .transport import sinkhorn_divergence
-from .transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
+from ..errors import require
+from ..models.feature_extractor import FeatureExtractor, ResidualBlock
+from ..transport import sinkhorn_divergence
+from ..transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
 
 POOLED_SIZE = 4
 """Feature maps are averaged down to this many rows and columns: they keep where things are, in few numbers."""

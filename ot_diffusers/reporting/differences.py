@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import require
-from .health import evaluator_doubt
-from .intervals import PairedDifference, holm, mean_interval, paired_difference
+from ..evaluation.health import evaluator_doubt
+from ..evaluation.intervals import PairedDifference, holm, mean_interval, paired_difference
+from ..evaluation.metric_table import METRICS
 from .page import Rows
-from .report import METRICS, format_number
+from .report import format_number
 
 SIGNIFICANCE = 0.05
 MIN_SEEDS = 3

@@ -12,10 +12,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .data import HUB_IDS
-from .errors import require
-from .evaluation.quoting import quote
-from .evaluation.report import HEADLINE, METRICS, format_number
+from ..data import HUB_IDS
+from ..errors import require
+from ..evaluation.metric_table import HEADLINE, METRICS
+from ..reporting.quoting import quote
+from ..reporting.report import format_number
 
 LICENSE = "apache-2.0"
 TASK = "unconditional-image-generation"

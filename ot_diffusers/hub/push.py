@@ -24,13 +24,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from ..data import HUB_IDS
+from ..errors import InputError, require
+from ..files import check_folder, local_or_hub, user_path
+from ..outgoing import outgoing_files
+from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
+from ..sampling import load_pipeline, sample_images, save_grid
 from .cards import DATA, KINDS, MARK, CardFacts, Records, render_card, render_part_card
-from .data import HUB_IDS
-from .errors import InputError, require
-from .files import check_folder, local_or_hub, user_path
-from .outgoing import outgoing_files
-from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
-from .sampling import load_pipeline, sample_images, save_grid
 
 CARD = "README.md"
 PICTURE = "samples.png"
