@@ -135,8 +135,7 @@ def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     free = not os.path.lexists(output) or is_own(output, REPORT)
     require(free, "output", "be a new file, or a page of ot-diffusers that nobody has changed since", str(output))
     pictures = {picture.stem.replace("_", " ").capitalize(): picture for picture in sorted(file.parent.glob("*.png"))}
-    further = tables(results) if "differences" in results else {}
-    return _print([text_table(results), str(write_report(results, pictures, output, tables=further))])
+    return _print([text_table(results), str(write_report(results, pictures, output, tables=tables(results)))])
 
 
 def run_completion(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -189,12 +189,12 @@ def unfinished(study: Study, seed: int) -> list[str]:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
-    """Caption to table, for the report and the Markdown file."""
-    tested = next(iter(results["differences"].values()), dict.fromkeys(results["headline"]))
-    first = next(iter(results["arms"]))
-    found = {f"{arm} against {first}": difference_rows(results, arm) for arm in results["differences"]}
-    if len(results["seeds"]) > 1:
-        found[f"Mean ± 95% interval over {len(results['seeds'])} seeds"] = interval_rows(results, list(tested))
+    """Caption to table, for the report and the Markdown file; those of one seed are the curves alone."""
+    tested, compared = results.get("headline", report.HEADLINE), results.get("differences", {})
+    first, seeds = next(iter(results["arms"])), len(results.get("seeds", ()))
+    found = {f"{arm} against {first}": difference_rows(results, arm) for arm in compared}
+    if seeds > 1:
+        found[f"Mean ± 95% interval over {seeds} seeds"] = interval_rows(results, tested)
         found["Cost"] = cost_rows(results)
     for axis in AXES.values():
         for metric in axis.tabled or tested if results.get(axis.key) else ():

@@ -27,7 +27,7 @@ def train_runs(study: Study, seed: int) -> None:
     Raises:
         InputError: one network for losses and evaluation.
         OutOfTime: before all were complete.
-        RuntimeError: a script that failed, with the end of its log.
+        RuntimeError: a script that failed, with the end of its log, or that a signal stopped.
     """
     networks = [name for name in NETWORKS if study.trains(name)]
     for name in networks:
@@ -55,8 +55,11 @@ def train_group(study: Study, names: Sequence[str], seed: int) -> None:
     title = f"train {' and '.join(names)}"
     with stage(title if shared else study.headed(title, seed), study.announce):
         run_side_by_side({name: command(study, name, seed) for name in names}, folder / "logs")
-    if not all(is_trained(study, name, seed) for name in names):
+    unfinished = [name for name in names if not is_trained(study, name, seed)]
+    if unfinished and study.clock.max_seconds is not None:
         raise OutOfTime
+    if unfinished:
+        raise RuntimeError(f"training {' and '.join(unfinished)} was stopped by a signal; the same command goes on")
 
 
 def command(study: Study, name: str, seed: int) -> list[str]:

@@ -19,11 +19,12 @@ from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.reporting.differences import NOT_SHOWN, differences, verdict
+from ot_diffusers.studies import runs
 from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config, with_step_curves
 from ot_diffusers.studies.results import collect
 from ot_diffusers.studies.run import run_study
-from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side
-from ot_diffusers.studies.study import Clock, Study
+from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side, train_group
+from ot_diffusers.studies.study import Clock, OutOfTime, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
 
@@ -236,6 +237,18 @@ def test_a_run_has_its_own_time(tmp_path: Path) -> None:
     (tmp_path / "limited" / "results.json").write_text(json.dumps(record | {"training_seconds": 15}))
     assert not is_trained(study, "limited", 3) and "max_train_seconds=5" in command(study, "limited", 3)
     assert "seed=3" in command(study, "limited", 3) and "seed=1003" in command(study, "evaluator", 3)
+
+
+def test_a_run_that_a_signal_stopped_is_no_end_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(StudyConfig(arms={"a": Variant(train="baseline")}, seed=0), tmp_path, Clock(), lambda line: None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "results.json").write_text(json.dumps({"complete": False, "training_seconds": 1.0}))
+    monkeypatch.setattr(runs, "command", lambda *_: [sys.executable, "-c", "pass"])
+    with pytest.raises(RuntimeError, match="training a was stopped by a signal; the same command goes on"):
+        train_group(study, ["a"], 0)
+    study.clock.max_seconds = 60
+    with pytest.raises(OutOfTime):
+        train_group(study, ["a"], 0)
 
 
 def test_stopped_and_resumed_is_the_uninterrupted_comparison(
