@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import name_aside
+from .files import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,9 @@ def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
         OSError: no space, or no permission.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = name_aside(file)
     tensors = _on_cpu(tensors)
-    try:
+    with new_file(file) as partial:
         save_tensors(tensors, partial, {CHECKSUM: _checksum(tensors, file.name)})
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

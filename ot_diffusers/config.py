@@ -14,12 +14,13 @@ import datetime
 import difflib
 import math
 import os
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -31,21 +32,68 @@ C = TypeVar("C")
 # diffusers' names of what needs no further options.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 PRECISIONS = ("no", "fp16", "bf16")
+HELP_COLUMN, NO_BREAK = 36, "\N{NO-BREAK SPACE}"
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-
+OT_BACKENDS = ("native", "geomloss", "flash-sinkhorn")
+TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")
 
 LARGEST = 10**9
 """Of a whole number: more images, updates or channels no machine holds. A random seed may be any."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its line of `--help`."""
-    return field(default=default, metadata={"help": help})
+class Range(NamedTuple):
+    """What an option may be, besides none where its type allows that; of a list, every item. `must` says it in the
+    words of `require` where the bounds say too little."""
+
+    minimum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    must: str = ""
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value, or every item of it, is one of the choices, or within the bounds, in which no NaN is."""
+        if isinstance(value, tuple):
+            return all(map(self.holds, value))
+        if self.choices:
+            return value in self.choices
+        enough = self.minimum is None or value >= self.minimum
+        return enough and (self.above is None or value > self.above) and (self.below is None or value < self.below)
+
+    def requirement(self, optional: bool) -> str:
+        """In the words of `require`."""
+        if self.must:
+            return self.must
+        if self.choices:
+            names = [*map(str, self.choices), *(["none"] if optional else [])]
+            return f"be {', '.join(names[:-1])} or {names[-1]}" if len(names) < 4 else f"be one of {', '.join(names)}"
+        if self.below is not None:
+            return f"lie in {self}" if self.above is None else f"lie strictly between {self.above} and {self.below}"
+        above = f"be above {self.above}" if self.above else "be positive"
+        return (above if self.minimum is None else f"be at least {self.minimum}") + (" or none" if optional else "")
+
+    def __str__(self) -> str:
+        """As `--help` shows it."""
+        if self.choices:
+            return f"({', '.join(map(str, self.choices))})"
+        if self.below is not None:
+            return f"({self.above}, {self.below})" if self.minimum is None else f"[{self.minimum}, {self.below})"
+        return f"(> {self.above})" if self.minimum is None else f"(≥ {self.minimum})"
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """A dataclass field with its line of `--help`, and the bounds of its `Range`, which are checked and shown."""
+    return field(default=default, metadata={"help": help, "range": Range(**bounds) if bounds else None})
 
 
 @dataclass
 class Options:
-    """A configuration. In every text, `~` at the beginning of a path is the home folder."""
+    """A configuration. In every text, `~` at the beginning of a path is the home folder.
+
+    Raises:
+        InputError: a value out of its range.
+    """
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
@@ -54,79 +102,46 @@ class Options:
                 setattr(self, entry.name, expand_home(value))
             elif isinstance(value, tuple):
                 setattr(self, entry.name, tuple(expand_home(v) if isinstance(v, str) else v for v in value))
+            allowed, optional = entry.metadata.get("range"), "None" in str(entry.type)
+            if allowed is not None and not (optional and value is None):
+                require(allowed.holds(value), entry.name, allowed.requirement(optional), value)
 
 
 @dataclass
 class TrainingConfig(Options):
     """What every training script takes."""
 
-    output_dir: str = option(
-        "runs/run", "folder of the run: model, checkpoints, samples, metrics.jsonl, TensorBoard logs"
-    )
+    output_dir: str = option("runs/run", "folder of model, checkpoints, samples, metrics.jsonl and TensorBoard logs")
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
     image_column: str | None = option(None, "column of the images; None is image, or the only one there is")
-    label_column: str | None = option(
-        None, "column of the class labels; None is label, or the class folders of pictures"
+    label_column: str | None = option(None, "column of the class labels; None is label, or the class folders")
+    image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size", minimum=1)
+    channels: int | None = option(None, "grey or RGB; None keeps the data's own", choices=(1, 3))
+    num_workers: int = option(0, "decoding processes for data too large to be held decoded", minimum=0)
+    seed: int = option(0, "of the initial weights, the data order and the noise", minimum=0, must="not be negative")
+    train_batch_size: int = option(128, "images per process and forward pass", minimum=1)
+    gradient_accumulation_steps: int | None = option(
+        None, "forward passes per update; none is the launcher's, or 1", minimum=1
     )
-    image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size")
-    channels: int | None = option(None, "1 (grey) or 3 (RGB); None keeps the data's own")
-    num_workers: int = option(0, "decoding processes for data too large to be held decoded")
-    seed: int = option(0, "of the initial weights, the data order and the noise")
-    train_batch_size: int = option(128, "images per process and forward pass")
-    gradient_accumulation_steps: int | None = option(None, "forward passes per update; none is the launcher's, or 1")
-    num_train_epochs: int = option(35, "passes over the training data")
-    max_train_steps: int | None = option(None, "updates; overrides num_train_epochs")
-    max_train_seconds: float | None = option(None, "stop cleanly, with a checkpoint, after this long")
-    learning_rate: float = option(2e-4, "peak learning rate")
-    lr_scheduler: str = option("constant", "diffusers' names: constant, cosine, constant_with_warmup, …")
-    lr_warmup_steps: int = option(0, "updates until the peak learning rate")
-    adam_beta1: float = option(0.9, "Adam's β1")
-    adam_beta2: float = option(0.999, "Adam's β2")
-    adam_weight_decay: float = option(0.0, "decoupled weight decay; 0 is plain Adam")
-    max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
-    max_skipped_updates: int = option(0, "leave out so many updates at most whose gradient is not finite; 0 stops")
-    mixed_precision: str | None = option(None, "no, fp16 or bf16; none is the launcher's, or no")
+    num_train_epochs: int = option(35, "passes over the training data", minimum=1)
+    max_train_steps: int | None = option(None, "updates; overrides num_train_epochs", minimum=1)
+    max_train_seconds: float | None = option(None, "stop cleanly, with a checkpoint, after this long", above=0)
+    learning_rate: float = option(2e-4, "peak learning rate", above=0)
+    lr_scheduler: str = option("constant", "course of the learning rate, by diffusers' name", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(0, "updates until the peak learning rate", minimum=0)
+    adam_beta1: float = option(0.9, "Adam's β1", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "Adam's β2", minimum=0, below=1)
+    adam_weight_decay: float = option(0.0, "decoupled weight decay; 0 is plain Adam", minimum=0)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this", above=0)
+    max_skipped_updates: int = option(0, "updates left out at most, whose gradient is not finite; 0 stops", minimum=0)
+    mixed_precision: str | None = option(None, "none is the launcher's", choices=PRECISIONS, must="be no, fp16 or bf16")
     report_to: str = option("tensorboard", "tracker by accelerate's name: tensorboard, wandb, …; none for none")
-    logging_steps: int = option(20, "updates between records")
-    checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch")
-    checkpoints_total_limit: int = option(2, "keep this many checkpoints")
+    logging_steps: int = option(20, "updates between records", minimum=1)
+    checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch", minimum=1)
+    checkpoints_total_limit: int = option(2, "keep this many checkpoints", minimum=1)
     resume_from_checkpoint: str | None = option(
         "latest", "latest, the folder of a checkpoint, or none to refuse a used folder"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            "train_batch_size",
-            "num_train_epochs",
-            "logging_steps",
-            "checkpoints_total_limit",
-        ):
-            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        for name in ("seed", "num_workers", "lr_warmup_steps", "adam_weight_decay", "max_skipped_updates"):
-            require(getattr(self, name) >= 0, name, "not be negative", getattr(self, name))
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
-        known = self.lr_scheduler in LR_SCHEDULERS
-        require(known, "lr_scheduler", f"be one of {', '.join(LR_SCHEDULERS)}", self.lr_scheduler)
-        for name in ("gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "image_size"):
-            require(
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                name,
-                "be at least 1 or none",
-                getattr(self, name),
-            )
-        require(
-            self.max_train_seconds is None or self.max_train_seconds > 0,
-            "max_train_seconds",
-            "be positive or none",
-            self.max_train_seconds,
-        )
-        require(self.learning_rate > 0, "learning_rate", "be positive", self.learning_rate)
-        require(self.max_grad_norm > 0, "max_grad_norm", "be positive", self.max_grad_norm)
-        known = self.mixed_precision in (None, *PRECISIONS)
-        require(known, "mixed_precision", "be no, fp16 or bf16", self.mixed_precision)
-        require(self.channels in (None, 1, 3), "channels", "be 1, 3 or none", self.channels)
 
     @property
     def compares_distributions(self) -> bool:
@@ -139,86 +154,61 @@ class FeaturesConfig(TrainingConfig):
     """train/train_features.py"""
 
     output_dir: str = option("runs/features", "folder of the run: the network and its reference bank")
-    architecture: str = option("conv", "conv (the source's network) or residual (the independent evaluator)")
+    architecture: str = option("conv", "conv as in the source, residual to evaluate with", choices=("conv", "residual"))
     block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
-    layers_per_block: int = option(1, "residual: blocks of each stage")
-    norm_type: str = option("group_norm", "residual: group_norm, or batch_norm (over a process' batch)")
-    feature_dim: int = option(128, "width of the penultimate layer")
-    optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum; neither decays biases and norms")
-    sgd_momentum: float = option(0.9, "sgd: Nesterov's momentum")
-    sgd_weight_decay: float = option(5e-4, "sgd: weight decay, as a gradient")
-    label_smoothing: float = option(0.0, "share of each label spread over all classes")
-    num_train_epochs: int = option(10, "passes over the training data")
-    learning_rate: float = option(1e-3, "peak learning rate")
-    lr_scheduler: str = option("cosine", "diffusers' names; with lr_warmup_steps, cosine and linear are one cycle")
-    num_reference_samples: int = option(2000, "rows of the reference bank, from the training split")
+    layers_per_block: int = option(1, "residual: blocks of each stage", minimum=1)
+    norm_type: str = option(
+        "group_norm", "residual: batch_norm is over a process' batch", choices=("group_norm", "batch_norm")
+    )
+    feature_dim: int = option(128, "width of the penultimate layer", minimum=1)
+    optimizer: str = option(
+        "adamw", "sgd with Nesterov momentum; neither decays biases and norms", choices=("adamw", "sgd")
+    )
+    sgd_momentum: float = option(0.9, "sgd: Nesterov's momentum", above=0, below=1)
+    sgd_weight_decay: float = option(5e-4, "sgd: weight decay, as a gradient", minimum=0)
+    label_smoothing: float = option(0.0, "share of each label spread over all classes", minimum=0, below=1)
+    num_train_epochs: int = option(10, "passes over the training data", minimum=1)
+    learning_rate: float = option(1e-3, "peak learning rate", above=0)
+    lr_scheduler: str = option("cosine", "with lr_warmup_steps, cosine and linear are one cycle", choices=LR_SCHEDULERS)
+    num_reference_samples: int = option(2000, "rows of the reference bank, from the training split", minimum=2)
     random_flip: bool = option(False, "flip half of the images left to right")
-    crop_padding: int = option(0, "move images by up to this many pixels, borders mirrored")
+    crop_padding: int = option(0, "move images by up to this many pixels, borders mirrored", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("architecture", ("conv", "residual")),
-            ("norm_type", ("group_norm", "batch_norm")),
-            ("optimizer", ("adamw", "sgd")),
-        ):
-            require(getattr(self, name) in choices, name, f"be {' or '.join(choices)}", getattr(self, name))
-        require(0 < self.sgd_momentum < 1, "sgd_momentum", "lie strictly between 0 and 1", self.sgd_momentum)
-        require(self.sgd_weight_decay >= 0, "sgd_weight_decay", "not be negative", self.sgd_weight_decay)
-        require(0 <= self.label_smoothing < 1, "label_smoothing", "lie in [0, 1)", self.label_smoothing)
-        require(
-            self.architecture != "conv" or len(self.block_out_channels) == 2,
-            "block_out_channels",
-            "hold two widths for conv",
-            self.block_out_channels,
-        )
-        require(self.num_reference_samples >= 2, "num_reference_samples", "be at least 2", self.num_reference_samples)
-        for name in ("feature_dim", "layers_per_block"):
-            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        require(self.crop_padding >= 0, "crop_padding", "not be negative", self.crop_padding)
+        widths = self.block_out_channels
+        fits = self.architecture != "conv" or len(widths) == 2
+        require(fits, "block_out_channels", "hold two widths for conv", widths)
         unit = 8 if self.architecture == "residual" else 1  # groups of the residual network's normalisation
-        fits = all(width >= 1 and width % unit == 0 for width in self.block_out_channels)
-        require(
-            fits and len(self.block_out_channels) > 0,
-            "block_out_channels",
-            f"be multiples of {unit}",
-            self.block_out_channels,
-        )
+        require(_multiples(widths, unit), "block_out_channels", f"be multiples of {unit}", widths)
 
 
 @dataclass
 class DiffusionConfig(TrainingConfig):
     """What every script takes that trains a denoiser."""
 
-    num_train_timesteps: int = option(1000, "T, length of the noising chain")
-    timestep_sampler: str = option("uniform", "uniform, or quadratic (t = T·u², more of the late, clean steps)")
-    max_timestep: int | None = option(None, "train on t < max_timestep only (for truncated chains)")
-    noise_coupling: str = option(
-        "none", "none, or assignment: assign a batch's noise to its images by optimal transport"
+    num_train_timesteps: int = option(1000, "T, length of the noising chain", minimum=1)
+    timestep_sampler: str = option(
+        "uniform", "quadratic: t = T·u², more of the late, clean steps", choices=("uniform", "quadratic")
     )
-    ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
-    num_validation_samples: int = option(1000, "validation images per epoch")
-    num_inference_steps: int = option(50, "DDIM steps of the sample grids")
-    sample_epochs: int = option(5, "epochs between sample grids")
+    max_timestep: int | None = option(None, "train on t < max_timestep only, for truncated chains", minimum=1)
+    noise_coupling: str = option(
+        "none",
+        "assignment: assign a batch's noise to its images by optimal transport",
+        choices=("none", "assignment"),
+        must="be one of none, assignment",
+    )
+    ema_decay: float = option(0.999, "upper bound of the weights' averaging; lower on short runs", minimum=0, below=1)
+    num_validation_samples: int = option(1000, "validation images per epoch", minimum=1)
+    num_inference_steps: int = option(50, "DDIM steps of the sample grids", minimum=1)
+    sample_epochs: int = option(5, "epochs between sample grids", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.timestep_sampler in ("uniform", "quadratic"),
-            "timestep_sampler",
-            "be uniform or quadratic",
-            self.timestep_sampler,
-        )
-        couplings = ("none", "assignment")
-        known = self.noise_coupling in couplings
-        require(known, "noise_coupling", f"be one of {', '.join(couplings)}", self.noise_coupling)
-        for name in ("num_train_timesteps", "num_validation_samples", "sample_epochs"):
-            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        in_chain = 1 <= self.num_inference_steps <= self.num_train_timesteps
-        require(in_chain, "num_inference_steps", f"lie in 1 … {self.num_train_timesteps}", self.num_inference_steps)
-        in_chain = self.max_timestep is None or 1 <= self.max_timestep <= self.num_train_timesteps
-        require(in_chain, "max_timestep", f"lie in 1 … {self.num_train_timesteps}", self.max_timestep)
-        require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
+        length = self.num_train_timesteps
+        for name in ("num_inference_steps", "max_timestep"):
+            value = getattr(self, name)
+            require(value is None or value <= length, name, f"lie in 1 … {length}", value)
 
     @property
     def compares_distributions(self) -> bool:
@@ -231,36 +221,18 @@ class BaselineConfig(DiffusionConfig):
 
     output_dir: str = option("runs/baseline", "folder of the run: a diffusers pipeline and all that belongs to it")
     block_out_channels: tuple[int, ...] = option((64, 128, 256), "UNet channels of each resolution")
-    layers_per_block: int = option(2, "UNet residual blocks per resolution")
+    layers_per_block: int = option(2, "UNet residual blocks per resolution", minimum=1)
     attention_levels: tuple[int, ...] = option((2,), "resolutions with self-attention, counted from 0, the finest")
-    norm_num_groups: int = option(32, "groups of the UNet's group normalisation")
-    dropout: float = option(0.0, "UNet dropout")
-    beta_schedule: str = option("linear", "diffusers' names: linear, squaredcos_cap_v2, …")
-    prediction_type: str = option("epsilon", "epsilon, v_prediction or sample")
+    norm_num_groups: int = option(32, "groups of the UNet's group normalisation", minimum=1)
+    dropout: float = option(0.0, "UNet dropout", minimum=0, below=1)
+    beta_schedule: str = option("linear", "course of the noise, by diffusers' name", choices=BETA_SCHEDULES)
+    prediction_type: str = option("epsilon", "what the UNet predicts", choices=PREDICTION_TYPES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.prediction_type in ("epsilon", "v_prediction", "sample"),
-            "prediction_type",
-            "be epsilon, v_prediction or sample",
-            self.prediction_type,
-        )
-        for name in ("layers_per_block", "norm_num_groups"):
-            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        known = self.beta_schedule in BETA_SCHEDULES
-        require(known, "beta_schedule", f"be one of {', '.join(BETA_SCHEDULES)}", self.beta_schedule)
-        require(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
-        fits = all(width >= 1 and width % self.norm_num_groups == 0 for width in self.block_out_channels)
-        require(
-            fits and len(self.block_out_channels) > 0,
-            "block_out_channels",
-            f"be multiples of norm_num_groups ({self.norm_num_groups})",
-            self.block_out_channels,
-        )
-
-
-OT_BACKENDS = ("native", "geomloss", "flash-sinkhorn")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        fits = _multiples(widths, groups)
+        require(fits, "block_out_channels", f"be multiples of norm_num_groups ({groups})", widths)
 
 
 @dataclass
@@ -269,46 +241,40 @@ class OTConfig(BaselineConfig):
 
     output_dir: str = option("runs/ot", "folder of the run: an OT-guided pipeline and all that belongs to it")
     feature_extractor: str = option("runs/features", "folder or Hub id of a feature network trained on the same data")
-    ot_weight: float = option(0.03, "λ, weight of the transport term; 0 trains the baseline")
-    num_reference_samples: int = option(2000, "real images the batch is compared with, none of them in the batch")
-    blur: float = option(0.3, "blur of the Sinkhorn divergence, a length in feature space")
-    scaling: float = option(0.7, "ratio of successive blurs in the solver")
+    ot_weight: float = option(0.03, "λ, weight of the transport term; 0 trains the baseline", minimum=0)
+    num_reference_samples: int = option(
+        2000,
+        "real images the batch is compared with, none of them in the batch",
+        minimum=2,
+        must="be at least 2 (a distribution, not a point)",
+    )
+    blur: float = option(0.3, "of the Sinkhorn divergence, in feature space", above=0, must="be a positive length")
+    scaling: float = option(0.7, "ratio of successive blurs in the solver", above=0, below=1)
     normalize_features: bool = option(True, "divide features by their median distance; the source takes them raw")
     squash: str = option(
-        "clamp", "how x̂0 is brought into [-1, 1]: clamp, or tanh as in the source (then also for the references)"
+        "clamp",
+        "how x̂0 is brought into [-1, 1]; tanh as in the source, then also for the references",
+        choices=("clamp", "tanh"),
     )
-    snr_weighting: bool = option(
-        True, "weight each image by min(SNR, 5)/5: x̂0 of a very noisy image is no sample of the data"
+    snr_weighting: bool = option(True, "weight images by min(SNR, 5)/5: x̂0 of a noisy image is no sample of the data")
+    ot_backend: str = option(
+        "native",
+        "geomloss as in the source; flash-sinkhorn for CUDA, installed apart",
+        choices=OT_BACKENDS,
+        must=f"be one of {', '.join(OT_BACKENDS)}",
     )
-    ot_backend: str = option("native", "native, geomloss as in the source, or flash-sinkhorn (CUDA, installed apart)")
     ot_iterations: int | None = option(
-        None, "steps of the native solver, set in advance so that a GPU never waits: 20 do at this blur; none converges"
+        None, "native: steps set in advance, so that a GPU never waits: 20 do at this blur; none converges", minimum=1
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.ot_weight >= 0, "ot_weight", "be at least 0", self.ot_weight)
-        require(self.blur > 0, "blur", "be a positive length", self.blur)
-        require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
-        require(
-            self.num_reference_samples >= 2,
-            "num_reference_samples",
-            "be at least 2 (a distribution, not a point)",
-            self.num_reference_samples,
-        )
-        require(self.squash in ("clamp", "tanh"), "squash", "be clamp or tanh", self.squash)
-        require(self.ot_backend in OT_BACKENDS, "ot_backend", f"be one of {', '.join(OT_BACKENDS)}", self.ot_backend)
-        iterations = self.ot_iterations
-        require(iterations is None or iterations >= 1, "ot_iterations", "be at least 1 or none", iterations)
-        fits = iterations is None or self.ot_backend == "native"
-        require(fits, "ot_iterations", f"be none with ot_backend={self.ot_backend}", iterations)
+        fits = self.ot_iterations is None or self.ot_backend == "native"
+        require(fits, "ot_iterations", f"be none with ot_backend={self.ot_backend}", self.ot_iterations)
 
     @property
     def compares_distributions(self) -> bool:
         return self.ot_weight > 0 or super().compares_distributions
-
-
-TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")
 
 
 @dataclass
@@ -317,62 +283,51 @@ class PriorConfig(TrainingConfig):
 
     output_dir: str = option("runs/prior", "folder of the run: a truncated pipeline and all that belongs to it")
     denoiser: str = option("runs/baseline", "folder or Hub id of a trained pipeline; its UNet walks the last steps")
-    prior: str = option("ot", "gaussian (closed form), vae, gan or ot")
-    prediction_type: str = option("sample", "sample: clean images, then diffused; noisy_sample: noisy ones at once")
-    truncation_timestep: int = option(10, "T', length of the truncated chain")
-    latent_dim: int = option(1024, "width of the generator's latents")
+    prior: str = option(
+        "ot", "gaussian in closed form, the others are trained", choices=("gaussian", "vae", "gan", "ot")
+    )
+    prediction_type: str = option(
+        "sample", "sample: clean, then diffused; noisy_sample: noisy at once", choices=("sample", "noisy_sample")
+    )
+    truncation_timestep: int = option(10, "T', length of the truncated chain", minimum=1)
+    latent_dim: int = option(1024, "width of the generator's latents", minimum=1)
     block_out_channels: tuple[int, ...] = option((512, 256, 128, 64), "channels of the maps, smallest first")
-    num_train_epochs: int = option(32, "passes over the training data")
-    adam_beta1: float = option(0.5, "Adam's β1")
-    ema_decay: float = option(0.999, "upper bound of the averaging of weights; it starts lower on short runs")
+    num_train_epochs: int = option(32, "passes over the training data", minimum=1)
+    adam_beta1: float = option(0.5, "Adam's β1", minimum=0, below=1)
+    ema_decay: float = option(0.999, "upper bound of the weights' averaging; lower on short runs", minimum=0, below=1)
     num_inference_steps: int | None = option(None, "reverse steps of the sample grids; none is T'")
-    sample_epochs: int = option(5, "epochs between sample grids")
+    sample_epochs: int = option(5, "epochs between sample grids", minimum=1)
     class_wise: bool = option(False, "gaussian: one for each class label")
-    beta: float = option(1.0, "vae: weight of the divergence")
-    latent_components: int = option(10, "vae: Gaussians fitted to the codes of the data for sampling; 0 keeps N(0, I)")
-    discriminator_learning_rate: float | None = option(None, "gan: the discriminator's own; none is learning_rate")
+    beta: float = option(1.0, "vae: weight of the divergence", minimum=0)
+    latent_components: int = option(10, "vae: Gaussians fitted to the codes of the data; 0 keeps N(0, I)", minimum=0)
+    discriminator_learning_rate: float | None = option(None, "gan: its own; none is learning_rate", above=0)
     spectral_norm: bool = option(True, "gan: bound each layer of the discriminator")
-    r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none")
-    r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy")
-    ot_objective: str = option("sinkhorn", "ot: pixel, patch, feature, sinkhorn, joined by +")
+    r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none", minimum=0)
+    r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy", minimum=1)
+    ot_objective: str = option("sinkhorn", f"ot: {', '.join(TRANSPORT_TERMS)}, joined by +")
     ot_weights: tuple[float, ...] = option((), "ot: weights of these terms, in their order; none is 1 each")
     feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
-    num_reference_samples: int | None = option(None, "ot: images on both sides of sinkhorn's field; none is the batch")
-    num_projections: int = option(256, "ot: random directions of each sliced term")
-    patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches")
-    blur: float = option(0.3, "ot: blur of the Sinkhorn divergence; features have median distance 1")
-    scaling: float = option(0.5, "ot: ratio of successive blurs in the solver")
+    num_reference_samples: int | None = option(
+        None, "ot: images on both sides of sinkhorn's field; none is the batch", minimum=2
+    )
+    num_projections: int = option(256, "ot: random directions of each sliced term", minimum=1)
+    patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches", minimum=1)
+    blur: float = option(
+        0.3, "ot: of the Sinkhorn divergence; features have median distance 1", above=0, must="be a positive length"
+    )
+    scaling: float = option(0.5, "ot: ratio of successive blurs in the solver", above=0, below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("prior", ("gaussian", "vae", "gan", "ot")),
-            ("prediction_type", ("sample", "noisy_sample")),
-        ):
-            value = getattr(self, name)
-            require(value in choices, name, f"be one of {', '.join(choices)}", value)
-        for name in ("truncation_timestep", "latent_dim", "r1_interval", "num_projections", "sample_epochs"):
-            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         closed_form = self.prior == "gaussian"
         require(closed_form or not self.class_wise, "class_wise", "be false but for prior=gaussian", self.class_wise)
         fits = not closed_form or self.prediction_type == "sample"
         require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
-        require(0 <= self.ema_decay < 1, "ema_decay", "lie in [0, 1)", self.ema_decay)
-        require(self.beta >= 0, "beta", "be at least 0", self.beta)
-        require(self.latent_components >= 0, "latent_components", "be at least 0", self.latent_components)
-        own_rate = self.discriminator_learning_rate
-        require(own_rate is None or own_rate > 0, "discriminator_learning_rate", "be positive or none", own_rate)
-        references = self.num_reference_samples
-        require(references is None or references >= 2, "num_reference_samples", "be at least 2 or none", references)
-        require(self.r1_weight >= 0, "r1_weight", "be at least 0", self.r1_weight)
         terms = self.ot_objective.split("+")
         known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
         require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
-        weights = self.ot_weights
-        matched = len(weights) in (0, len(terms)) and all(weight > 0 for weight in weights)
-        require(matched, "ot_weights", f"be none or a positive number for each of {', '.join(terms)}", weights)
-        require(self.blur > 0, "blur", "be a positive length", self.blur)
-        require(0 < self.scaling < 1, "scaling", "lie strictly between 0 and 1", self.scaling)
+        matched = len(self.ot_weights) in (0, len(terms)) and all(weight > 0 for weight in self.ot_weights)
+        require(matched, "ot_weights", f"be none or a positive number for each of {', '.join(terms)}", self.ot_weights)
 
     @property
     def compares_distributions(self) -> bool:
@@ -434,12 +389,17 @@ def make_config(config_class: type[C], values: dict[str, Any]) -> C:
 
 
 def describe(config_class: type) -> str:
-    """The options of a script with their defaults, one a line: the body of its `--help`."""
-    lines = [
-        f"  {field.name}={_show(field.default):<14} {field.metadata['help']}"
-        for field in dataclasses.fields(config_class)
-    ]
-    return "\n".join(lines)
+    """The options of a script with their defaults and what they may be: the body of its `--help`."""
+    return "\n".join(map(_described, dataclasses.fields(config_class)))
+
+
+def _described(entry: dataclasses.Field[Any]) -> str:
+    text, allowed = entry.metadata["help"], entry.metadata.get("range")
+    if allowed is not None:
+        text += f" {allowed}" if allowed.choices else " " + f"{allowed}".replace(" ", NO_BREAK)
+    start = f"  {entry.name}={_show(entry.default)}  ".ljust(HELP_COLUMN)
+    wrapper = textwrap.TextWrapper(80, start, " " * HELP_COLUMN, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text).replace(NO_BREAK, " ")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -467,9 +427,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_value(text: str, kind: Any) -> Any:
-    """The value of `key=text`: as it stands for an option that is text, otherwise as YAML would read it."""
+    """The value of `key=text`: as it stands for an option that is text, otherwise as YAML would read it. Nothing is an
+    empty list, or none."""
     if text == "":
-        return None
+        return () if typing.get_origin(kind) is tuple else None
     if typing.get_origin(kind) is not dict and str in (typing.get_args(kind) or (kind,)):
         return text
     try:
@@ -527,6 +488,10 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
 def _name(arms: tuple[Any, ...]) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
     return " or ".join(names.get(arm, "a list of whole numbers") for arm in arms)
+
+
+def _multiples(widths: Sequence[int], unit: int) -> bool:
+    return len(widths) > 0 and all(width >= 1 and width % unit == 0 for width in widths)
 
 
 def _show(default: Any) -> str:

@@ -168,20 +168,27 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, content: str) -> None:
     """As `write_json`, for any text."""
-    partial = name_aside(file)
-    try:
+    with new_file(file) as partial:
         partial.write_text(content, encoding="utf-8")
         sync(partial)
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     sync(file.parent)
 
 
 @contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A name to write under, which becomes `file` in one step when the block ends, and vanishes where it fails."""
+    partial = name_aside(file)
+    try:
+        yield partial
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` in one step when the block ends, and vanishes where it fails."""
+    """As `new_file`, for a folder."""
     partial = name_aside(folder)
     partial.mkdir(parents=True)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from ot_diffusers.config import (
     BaselineConfig,
     FeaturesConfig,
     OTConfig,
+    PriorConfig,
+    Range,
     TrainingConfig,
     describe,
     load_config,
@@ -24,6 +28,7 @@ from ot_diffusers.launch import run_script
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = {"features": FeaturesConfig, "evaluator": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
+CONFIG_CLASSES = [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig, PriorConfig]
 PRESETS = sorted(
     file for file in CONFIGS.glob("*/*.yaml") if file.parent.name != "accelerate" and file.stem.split("_")[0] in CLASSES
 )
@@ -114,6 +119,7 @@ def test_runs_of_presets_never_share_a_folder() -> None:
         ("block_out_channels", "32,64", (32, 64)),
         ("block_out_channels", "32", (32,)),
         ("attention_levels", "[]", ()),
+        ("attention_levels", "", ()),
         ("snr_weighting", "false", False),
         ("normalize_features", "yes", True),
         ("mixed_precision", "no", "no"),  # a truth value to YAML 1.1
@@ -145,16 +151,45 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load_config(BaselineConfig, ["--config", str(file)]) == BaselineConfig()
 
 
-@pytest.mark.parametrize("config_class", [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig])
-def test_help_lists_every_option_with_its_default(config_class: type) -> None:
-    lines = describe(config_class).splitlines()
+@pytest.mark.parametrize("config_class", CONFIG_CLASSES)
+def test_help_lists_every_option_with_its_default_and_what_it_may_be(config_class: type) -> None:
+    shown = describe(config_class)
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  \w)", shown)]
     fields = dataclasses.fields(config_class)
-    assert [line.split("=")[0].strip() for line in lines] == [field.name for field in fields]
-    for line, field in zip(lines, fields, strict=True):
-        assert field.metadata["help"] in line
+    assert [entry.split("=")[0] for entry in entries] == [field.name for field in fields]
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for entry, field in zip(entries, fields, strict=True):
+        allowed = field.metadata["range"]
+        text = f"{field.metadata['help']} {allowed}" if allowed else field.metadata["help"]
+        assert entry.endswith(f" {text}") or entry.endswith(f"={text}")
         # What help shows can be given back.
-        shown = line.split("=", 1)[1].removesuffix(field.metadata["help"]).strip()
-        assert getattr(load_config(config_class, [f"{field.name}={shown}"]), field.name) == field.default
+        default = entry.removesuffix(text).split("=", 1)[1].strip()
+        assert getattr(load_config(config_class, [f"{field.name}={default}"]), field.name) == field.default
+
+
+@pytest.mark.parametrize("config_class", CONFIG_CLASSES)
+def test_an_option_with_another_default_keeps_its_range(config_class: type) -> None:
+    own = {field.name: field.metadata["range"] for field in dataclasses.fields(config_class)}
+    for field in dataclasses.fields(TrainingConfig):
+        assert own[field.name] == field.metadata["range"], field.name
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "shown", "requirement"),
+    [
+        ({"minimum": 0}, (0, 2.5), (-1, math.nan, (1, -1)), "(≥ 0)", "be at least 0"),
+        ({"above": 0}, (0.1, math.inf, (), (1, 2)), (0, math.nan, (1, 0)), "(> 0)", "be positive"),
+        ({"minimum": 0, "below": 1}, (0, 0.9), (-0.1, 1, math.nan), "[0, 1)", "lie in [0, 1)"),
+        ({"above": 0, "below": 1}, (0.1, 0.9), (0, 1, math.nan), "(0, 1)", "lie strictly between 0 and 1"),
+        ({"choices": ("a", "b")}, ("a", ("a", "b")), ("c", ("a", "c"), None), "(a, b)", "be a or b"),
+        ({"choices": tuple("abcd")}, ("d",), ("e",), "(a, b, c, d)", "be one of a, b, c, d"),
+        ({"minimum": 1, "must": "hold a point"}, (1,), (0,), "(≥ 1)", "hold a point"),
+    ],
+)
+def test_range(bounds: dict[str, Any], inside: Any, outside: Any, shown: str, requirement: str) -> None:
+    found = Range(**bounds)
+    assert all(map(found.holds, inside)) and not any(map(found.holds, outside))
+    assert (str(found), found.requirement(optional=False)) == (shown, requirement)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

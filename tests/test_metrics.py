@@ -19,7 +19,9 @@ from torch_fidelity import metric_fid, metric_kid, metric_prc
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import metrics, neighbors, pixels
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images, real_floor
-from ot_diffusers.reporting.report import METRICS
+from ot_diffusers.evaluation.metric_table import METRICS
+from ot_diffusers.seeds import seeded_generator
+from ot_diffusers.transport.sliced import random_directions, sliced_wasserstein
 
 FEATURE_METRICS = [
     metrics.frechet_distance,
@@ -472,10 +474,19 @@ class TestPatchSlicedWasserstein:
         assert found == pytest.approx(0.25, rel=1e-4)  # D = 48 divides 96; float32 sums of 48 terms
         assert pixels.patch_sliced_wasserstein(images, images) == 0
 
-    def test_unequal_sizes_interpolate_quantiles(self) -> None:
-        """1×1 patches {0, 1} against {0, 0, 1, 1}: the two midpoint quantiles of both are 0 and 1."""
+    def test_copies_of_every_patch_change_nothing(self) -> None:
+        """1×1 patches {0, 1} against {0, 0, 1, 1}: every quantile of both is the same."""
         x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
         assert pixels.patch_sliced_wasserstein(x, x.repeat(2, 1, 1, 1), num_projections=1) == 0
+
+    def test_is_twice_the_loss_on_the_same_directions(self) -> None:
+        """W₂², where transport costs are ½ W₂²: of all 4×4 patches, in unequal numbers, the loss doubled."""
+        x, y = (torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(n)) for n in (5, 8))
+        directions = random_directions(32, 16, orthogonal=True, generator=seeded_generator(3))
+        patches = [a.unfold(2, 4, 1).unfold(3, 4, 1).reshape(-1, 16) for a in (x, y)]
+        loss = sliced_wasserstein(*patches, projections=directions).item()
+        found = pixels.patch_sliced_wasserstein(x, y, patch_size=4, num_projections=32, seed=3)
+        assert found == pytest.approx(2 * loss, rel=1e-5)  # float32 sums in another order
 
     def test_patch_is_capped_at_the_image(self) -> None:
         a, b = torch.zeros(4, 1, 3, 5), torch.ones(4, 1, 3, 5)

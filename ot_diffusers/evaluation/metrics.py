@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError, require
 from ..seeds import folded, seeded_generator
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
+from ..transport.geometry import log_effective_rank
 from .neighbors import count_members, in_each_others_balls, nearest_rows
 
 Normalization = Literal["l2", "median", "none"]
@@ -231,10 +232,9 @@ def effective_rank(features: Tensor) -> float:
     Reference: [Roy2007].
     """
     features = _checked(features, "features").double()
-    spectrum = torch.linalg.svdvals(features - features.mean(dim=0)).square()
-    require(spectrum.sum().item() > 0, "features", "hold more than copies of one row", 0.0)
-    shares = spectrum / spectrum.sum()
-    return math.exp(torch.special.entr(shares).sum().item())
+    differ = bool((features != features.mean(dim=0)).any())
+    require(differ, "features", "hold more than copies of one row", 0.0)
+    return math.exp(log_effective_rank(features).item())
 
 
 def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:

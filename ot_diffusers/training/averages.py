@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..transport.geometry import log_effective_rank
 
 MAX_RANK_ROWS = 256
 
@@ -104,19 +105,12 @@ class Averages:
 
 @torch.no_grad()
 def effective_rank(rows: Tensor) -> Tensor:
-    """exp of the entropy of the covariance's normalised eigenvalues, of rows [N, …]: in how many directions they
-    spread, from 1 (all on a line) to min(N − 1, D); 0-d float32. The metric of that name, on any device and any rows.
-
-    Of more than 256 rows, the first 256 are looked at. Rows that are all one point have rank 1.
-
-    Reference: [Roy2007].
+    """In how many directions rows [N, …] spread, 0-d float32: the metric of that name for any rows, on any device,
+    without a wait. Of more than 256 rows, the first 256 are looked at. Rows that are all one point have rank 1.
 
     Example:
         >>> line = torch.arange(5.0)[:, None] * torch.ones(1, 3)
         >>> round(effective_rank(line).item(), 3), round(effective_rank(torch.eye(4)).item(), 3)
         (1.0, 3.0)
     """
-    rows = rows[:MAX_RANK_ROWS].flatten(1).float().nan_to_num()
-    spectrum = torch.linalg.svdvals(rows - rows.mean(0)).square()
-    shares = spectrum / spectrum.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.special.entr(shares).sum().exp()
+    return log_effective_rank(rows[:MAX_RANK_ROWS].flatten(1).float().nan_to_num()).exp()

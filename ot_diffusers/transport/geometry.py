@@ -1,4 +1,5 @@
-"""Distances between clouds: the cost ½‖x − y‖², stored where it fits, and the lengths that blurs are measured in."""
+"""Distances between clouds: the cost ½‖x − y‖², stored where it fits. Of one cloud, the length that blurs are measured
+in, and how many directions it spreads in."""
 
 from __future__ import annotations
 
@@ -106,3 +107,18 @@ def median_distance(features: Tensor, max_points: int = 2000) -> float:
         median = torch.pdist(rows.double()).median().item()
     require(0 < median < math.inf, "features", "differ from one another and be finite", f"median distance {median}")
     return median
+
+
+def log_effective_rank(points: Tensor) -> Tensor:
+    """Entropy of the covariance's normalised eigenvalues, of a cloud [N, D]: the log of how many directions it spreads
+    in, from 0 (on a line, or in one place) to log min(N − 1, D); 0-d, in the precision of the points.
+
+    Reference: [Roy2007].
+
+    Example:
+        >>> [round(log_effective_rank(points).exp().item(), 3) for points in (torch.eye(4)[:2], torch.eye(4))]
+        [1.0, 3.0]
+    """
+    spectrum = torch.linalg.svdvals(points - points.mean(dim=0)).square()
+    shares = spectrum / spectrum.sum().clamp(min=torch.finfo(spectrum.dtype).tiny)
+    return torch.special.entr(shares).sum()

@@ -68,7 +68,7 @@ def sliced_wasserstein(
     require(matched, "projections", f"have shape [K, {x.shape[1]}]", tuple(projections.shape))
     with torch.autocast(x.device.type, enabled=False):
         projections = projections.to(x)
-        return narrowed(_transport_on_lines(projections @ x.T, projections @ y.T), dtype)
+        return narrowed(transport_on_lines(projections @ x.T, projections @ y.T), dtype)
 
 
 def patch_sliced_wasserstein(
@@ -119,7 +119,7 @@ def patch_sliced_wasserstein(
         filters = directions.view(num_projections, channels, size, size)
         step = stride or max(1, size // 2)
         projected = [_project_patches(batch, filters, step, per_position) for batch in (images, reference)]
-        losses.append(_transport_on_lines(*projected))
+        losses.append(transport_on_lines(*projected))
     return torch.stack(losses).mean()
 
 
@@ -141,10 +141,11 @@ def random_directions(
     if not orthogonal:
         gaussian = torch.randn(num_projections, dim, generator=generator, device=source, dtype=dtype)
         return torch.nn.functional.normalize(gaussian, dim=1).to(device)
-    num_blocks = -(-num_projections // dim)
-    gaussian = torch.randn(num_blocks, dim, dim, generator=generator, device=source, dtype=dtype)
-    # The sign of a column of Q is not uniform; the cost does not change under θ → −θ.
-    return torch.linalg.qr(gaussian).Q.mT.reshape(-1, dim)[:num_projections].to(device)
+    blocks = []
+    for _ in range(0, num_projections, dim):
+        gaussian = torch.randn(dim, dim, generator=generator, device=source, dtype=dtype)
+        blocks.append(torch.linalg.qr(gaussian).Q.mT)  # a column's sign is not uniform; costs are the same for −θ
+    return torch.cat(blocks)[:num_projections].to(device)
 
 
 def _resolving_dtype(x: Tensor, y: Tensor) -> torch.dtype:
@@ -165,7 +166,7 @@ def _project_patches(images: Tensor, filters: Tensor, stride: int, per_position:
     return response.permute(1, 2, 0).flatten(0, 1) if per_position else response.transpose(0, 1).flatten(1)
 
 
-def _transport_on_lines(x: Tensor, y: Tensor) -> Tensor:
+def transport_on_lines(x: Tensor, y: Tensor) -> Tensor:
     """Mean over the lines [K, N] and [K, M] of ½ ∫ (F_x⁻¹(u) − F_y⁻¹(u))² du, by sorting."""
     x, y = x.sort(dim=1).values, y.sort(dim=1).values
     if x.shape[1] == y.shape[1]:
