@@ -6,7 +6,6 @@ no code from a file: weights that torch-fidelity would unpickle are checked firs
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..data import ResidentImages, StreamedImages, load_images
 from ..errors import InputError, require
 from ..features import check_trained_on, load_feature_extractor
-from ..files import expand_home
+from ..files import expand_home, sha256
 from ..images import to_uint8
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import FeatureExtractor
@@ -189,8 +188,7 @@ def _check_weights(kind: Any, name: str, weights: str) -> None:
     """Refuse a file that may do more than hold tensors: a published TorchScript archive is known by its sha256."""
     expected = _published_hash(kind, name)
     if expected:
-        with open(weights, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(weights)
         require(found == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {found}")
         return
     try:

@@ -6,9 +6,12 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from diffusers.models.modeling_utils import ModelMixin
+
+if TYPE_CHECKING:
+    from typing import Self
 
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 """What `save_pretrained(push_to_hub=True)` passes on."""

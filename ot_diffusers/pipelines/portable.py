@@ -1,5 +1,8 @@
 """What both pipelines add to saving and loading: repositories that open with diffusers alone, and never by a pickle.
 
+if TYPE_CHECKING:
+    from typing import Self
+
 In `model_index.json`, a part whose class is this package's stands without a library, as `[null, "ReferenceBank"]`.
 diffusers takes that for an absent part, so that a guided repository is a plain `DDIMPipeline` for people who do not
 have the package (a repository with a library that it does not know, it refuses whole). The pipelines here know the
@@ -12,7 +15,7 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diffusers
 import torch
