@@ -91,7 +91,9 @@ class TrainingConfig(Options):
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
     max_skipped_updates: int = option(0, "leave out so many updates at most whose gradient is not finite; 0 stops")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; none is the launcher's, or no")
-    report_to: str = option("tensorboard", "tracker by accelerate's name: tensorboard, wandb, …; none for none")
+    report_to: str = option(
+        "auto", "tracker by accelerate's name: tensorboard, wandb, …; auto is tensorboard where it is installed, or none"
+    )
     logging_steps: int = option(20, "updates between records")
     checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch")
     checkpoints_total_limit: int = option(2, "keep this many checkpoints")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ResidentImages, StreamedImages, load_images
-from ..errors import InputError, require
+from ..errors import InputError, extra, require
 from ..features import check_trained_on, load_feature_extractor
 from ..files import expand_home, sha256
 from ..images import to_uint8
@@ -47,17 +47,16 @@ def load_evaluator(name_or_path: str) -> nn.Module:
         ...
         ot_diffusers.errors.InputError: `evaluator` must name an existing weights file, got 'missing.pth'
     """
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
     name_or_path = expand_home(name_or_path)
     name, _, weights = name_or_path.partition("=")
-    if name in FEATURE_EXTRACTORS_REGISTRY:
+    if name in (registered := _registered_names()):
         network: nn.Module = FidelityExtractor(name, weights or None)
     else:
         try:
             network = load_feature_extractor(name_or_path)
         except InputError as error:
-            names = ", ".join(sorted(set(FEATURE_EXTRACTORS_REGISTRY) - set(_run_downloaded_code())))
+            names = ", ".join(sorted(registered - set(_run_downloaded_code())))
+            names = names or "torch-fidelity's names (pip install 'ot-diffusers[evaluation]')"
             raise InputError(
                 f"`evaluator` must be a folder or Hub id of a feature network or vision backbone, or one of {names}, "
                 f"got {name_or_path!r}"
@@ -125,7 +124,8 @@ class FidelityExtractor(nn.Module):
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
         self.name = name
-        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+        with extra("evaluation"):
+            from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
         stand_in = _run_downloaded_code().get(name)
         use = f"not be {name!r}, which runs code from the network; {stand_in!r} is the same one by transformers"
@@ -161,6 +161,15 @@ def _three_channels(images: Tensor) -> Tensor:
     channels = images.shape[1]
     require(channels in (1, 3), "images", "have 1 or 3 channels", channels)
     return images.expand(-1, 3, -1, -1)
+
+
+def _registered_names() -> set[str]:
+    """The extractors of torch-fidelity; none where it is not installed."""
+    try:
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+    except ModuleNotFoundError:
+        return set()
+    return set(FEATURE_EXTRACTORS_REGISTRY)
 
 
 def _run_downloaded_code() -> dict[str, str]:

@@ -28,9 +28,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import require
+from .colours import arm_colours
 from .health import evaluator_doubt, evaluator_line, evaluator_properties
 from .page import Rows, definitions, paragraphs, picture, provenance_list, rows_table, table, write_page
-from .plots import arm_colours
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import InputError, require
+from ..errors import InputError, extra, require
 from .feature_extractor import FeatureExtractor, FeatureExtractorOutput
 
 PREPROCESSING = ("image_size", "image_mean", "image_std")
@@ -55,7 +55,8 @@ class BackboneFeatureExtractor(FeatureExtractor):
         data_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
-        from transformers import AutoConfig, AutoModel
+        with extra("backbones"):
+            from transformers import AutoConfig, AutoModel
 
         self.network = AutoModel.from_config(AutoConfig.for_model(**backbone))
         self._freeze()
@@ -76,7 +77,8 @@ class BackboneFeatureExtractor(FeatureExtractor):
         Raises:
             InputError: no vision backbone with safetensors and an image processor there.
         """
-        from transformers import AutoImageProcessor, AutoModel
+        with extra("backbones"):
+            from transformers import AutoImageProcessor, AutoModel
 
         try:
             processor = AutoImageProcessor.from_pretrained(name_or_path, **options)
