@@ -92,7 +92,7 @@ class TrainingConfig(Options):
     max_skipped_updates: int = option(0, "leave out so many updates at most whose gradient is not finite; 0 stops")
     mixed_precision: str | None = option(None, "no, fp16 or bf16; none is the launcher's, or no")
     report_to: str = option(
-        "auto", "tracker by accelerate's name: tensorboard, wandb, …; auto is tensorboard where it is installed, or none"
+        "auto", "tracker by accelerate's name: tensorboard, wandb, …; auto: tensorboard where it is installed; or none"
     )
     logging_steps: int = option(20, "updates between records")
     checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch")
@@ -229,6 +229,7 @@ class DiffusionConfig(TrainingConfig):
 
     @property
     def compares_distributions(self) -> bool:
+        """Whether noise is assigned within the batch."""
         return self.noise_coupling == "assignment"
 
 
@@ -312,6 +313,7 @@ class OTConfig(BaselineConfig):
 
     @property
     def compares_distributions(self) -> bool:
+        """Whether the loss has a transport term, or noise is assigned within the batch."""
         return self.ot_weight > 0 or super().compares_distributions
 
 
@@ -383,6 +385,7 @@ class PriorConfig(TrainingConfig):
 
     @property
     def compares_distributions(self) -> bool:
+        """Whether the prior's training matches distributions, of images or of codes."""
         return self.prior in ("vae", "ot")
 
 

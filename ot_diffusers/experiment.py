@@ -200,6 +200,7 @@ def write_results(results: Mapping[str, Any], output: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file in UTF-8."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 

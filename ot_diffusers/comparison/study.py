@@ -38,6 +38,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the beginning."""
         return time.monotonic() - self.started
 
     @property
@@ -84,27 +85,33 @@ class Study:
         return self.folder(seed) / arm
 
     def folder(self, seed: int) -> Path:
+        """Where a seed's runs and samples lie."""
         return self.output / f"seed-{seed}"
 
     @cached_property
     def extractor(self) -> Any:
+        """The evaluator, loaded once."""
         return load_evaluator(self.network("evaluator")).to(best_device())
 
     @cached_property
     def train_images(self) -> ImageSet:
+        """What the data's training images are to the evaluator."""
         return self.real_images("train")
 
     @cached_property
     def test_images(self) -> ImageSet:
+        """What the data's test images are to the evaluator."""
         return self.real_images("test")
 
     def real_images(self, split: str) -> ImageSet:
+        """Features, and pixels where they are needed, of a split."""
         images = load_real_images(self.config.dataset, split, self.extractor, **self.config.data_options)
         self.data = dataset_facts(images)
         return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
     @cached_property
     def num_samples(self) -> int:
+        """Images of an arm and seed: as many as asked for, or as there are real ones to compare with."""
         return sample_count(self.config.num_samples, len(self.train_images), len(self.test_images))
 
 

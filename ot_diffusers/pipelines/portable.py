@@ -1,8 +1,5 @@
 """What both pipelines add to saving and loading: repositories that open with diffusers alone, and never by a pickle.
 
-if TYPE_CHECKING:
-    from typing import Self
-
 In `model_index.json`, a part whose class is this package's stands without a library, as `[null, "ReferenceBank"]`.
 diffusers takes that for an absent part, so that a guided repository is a plain `DDIMPipeline` for people who do not
 have the package (a repository with a library that it does not know, it refuses whole). The pipelines here know the
@@ -29,6 +26,9 @@ from ..models.guidance_field import GuidanceField
 from ..models.portable import HUB_OPTIONS, to_json, without_origin
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 

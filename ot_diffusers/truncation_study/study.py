@@ -49,12 +49,15 @@ class Study:
 
     @property
     def denoiser(self) -> str:
+        """The configuration's, or the run that this study trains."""
         return self.config.denoiser or str(self.output / "baseline")
 
     @property
     def feature_extractor(self) -> str:
+        """The configuration's, or the run that this study trains."""
         return self.config.feature_extractor or str(self.output / "features")
 
     @property
     def evaluator(self) -> str:
+        """The configuration's, or the run that this study trains."""
         return self.config.evaluator or str(self.output / "evaluator")
