@@ -22,7 +22,10 @@ from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.differences import NOT_SHOWN, differences, verdict
 
-pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Fréchet distance from"),
+]  # small N; all arms share it
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from ot_diffusers.evaluation.tracking import RealImages, Track, load_checkpoint,
 from ot_diffusers.features import load_feature_extractor
 from ot_diffusers.sampling import load_pipeline, sample_images
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
     "dataset": "digits",

@@ -29,6 +29,8 @@ from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 from ot_diffusers.truncation_study import TruncationConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 # A generator of 4,000 parameters on the real digits: an update takes a few hundredths of a second.

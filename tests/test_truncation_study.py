@@ -21,6 +21,8 @@ from ot_diffusers.truncation_study import TruncationConfig
 from ot_diffusers.truncation_study.results import goal
 from ot_diffusers.truncation_study.study import Study
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 16
 
 

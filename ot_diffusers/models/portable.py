@@ -8,11 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from diffusers.models.modeling_utils import ModelMixin
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from typing import Self
 
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 """What `save_pretrained(push_to_hub=True)` passes on."""
 
@@ -32,7 +35,7 @@ class PortableModel(ModelMixin):
         pickle_free = path is not None and Path(path).is_dir() and not any(Path(path).glob("*.bin"))
         if kwargs.get("use_safetensors") is None and not pickle_free:
             kwargs["use_safetensors"] = True
-        return super().from_pretrained(path, **kwargs)
+        return super().from_pretrained(path, **with_known_dtype(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.save_pretrained`; weights are safetensors, whatever `safe_serialization` says."""
@@ -71,6 +74,11 @@ class PortableModel(ModelMixin):
     def to_json_string(self) -> str:
         """The contents of `config.json`."""
         return without_origin(super().to_json_string())
+
+
+def with_known_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` with `dtype` under the name that the installed diffusers gives it."""
+    return {DTYPE if name == "dtype" else name: value for name, value in options.items()}
 
 
 def without_origin(config: str) -> str:
