@@ -2,22 +2,36 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint bench faults docs clean
+PYTHON310 ?= python3.10
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.installed
+
+PYTEST := -m pytest -q -n 2 --dist loadfile
+
+.PHONY: help demo test test-fast test-oldest lint bench faults docs clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
 	@echo "make test   linters, types and tests"
+	@echo "make test-fast    the tests that train nothing, in a minute"
+	@echo "make test-oldest  the same on Python 3.10 with the oldest versions that are supported (oldest.txt)"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
 	@echo "make docs   the documentation as a site, into build/site"
-	@echo "make clean  remove the environment and caches, keep runs/"
+	@echo "make clean  remove the environments and caches, keep runs/"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/ot-diffusers demo --output runs/demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) --durations=15
+
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m fast
+
+test-oldest: $(OLDEST_INSTALLED)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m fast
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -41,6 +55,12 @@ $(INSTALLED): pyproject.toml
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
+$(OLDEST_INSTALLED): pyproject.toml oldest.txt
+	@echo "Installing the oldest versions that are supported into $(OLDEST): a few minutes, once."
+	@test -x $(OLDEST)/bin/python || $(PYTHON310) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -e ".[all,test]" -c oldest.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache
 	find ot_diffusers train tests -name __pycache__ -type d -prune -exec rm -rf {} +

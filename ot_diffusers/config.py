@@ -135,7 +135,9 @@ class TrainingConfig(Options):
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this", above=0)
     max_skipped_updates: int = option(0, "updates left out at most, whose gradient is not finite; 0 stops", minimum=0)
     mixed_precision: str | None = option(None, "none is the launcher's", choices=PRECISIONS, must="be no, fp16 or bf16")
-    report_to: str = option("tensorboard", "tracker by accelerate's name: tensorboard, wandb, …; none for none")
+    report_to: str = option(
+        "auto", "tracker by accelerate's name: tensorboard, wandb, …; auto: tensorboard where it is installed; or none"
+    )
     logging_steps: int = option(20, "updates between records", minimum=1)
     checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch", minimum=1)
     checkpoints_total_limit: int = option(2, "keep this many checkpoints", minimum=1)
@@ -212,6 +214,7 @@ class DiffusionConfig(TrainingConfig):
 
     @property
     def compares_distributions(self) -> bool:
+        """Whether noise is assigned within the batch."""
         return self.noise_coupling == "assignment"
 
 
@@ -274,6 +277,7 @@ class OTConfig(BaselineConfig):
 
     @property
     def compares_distributions(self) -> bool:
+        """Whether the loss has a transport term, or noise is assigned within the batch."""
         return self.ot_weight > 0 or super().compares_distributions
 
 
@@ -331,6 +335,7 @@ class PriorConfig(TrainingConfig):
 
     @property
     def compares_distributions(self) -> bool:
+        """Whether the prior's training matches distributions, of images or of codes."""
         return self.prior in ("vae", "ot")
 
 

@@ -6,7 +6,8 @@ import errno
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 
 MOST = 10**8
@@ -116,6 +117,31 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {}
         flat |= inner or {f"{prefix}{name}": value}
     return flat
+
+
+def missing(library: str, group: str) -> InputError:
+    """The error for a library of an optional group of requirements that is not installed.
+
+    Example:
+        >>> raise missing("matplotlib", "plots")
+        Traceback (most recent call last):
+        ...
+        ot_diffusers.errors.InputError: matplotlib is not installed: pip install 'ot-diffusers[plots]'
+    """
+    return InputError(f"{library} is not installed: pip install 'ot-diffusers[{group}]'")
+
+
+@contextmanager
+def extra(group: str) -> Iterator[None]:
+    """A block of imports from an optional group of requirements.
+
+    Raises:
+        InputError: see `missing`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing((error.name or "a library").partition(".")[0], group) from error
 
 
 # What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from .models.feature_extractor import FeatureExtractor
 from .models.guidance_field import Correction, GuidanceField, completed
 from .models.reference_bank import ReferenceBank
 from .transport import DivergencePotentials, divergence_gradient
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # At guidance_scale=1: Adam's learning rate, in pixel units of [-1, 1], …
 PIXELS_PER_STEP = 0.02

@@ -61,14 +61,17 @@ def require_model_range(images: Tensor, argument: str = "images") -> None:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Float images from [-1, 1] to [0, 1], values outside clamped. Gradients flow where nothing is clamped.
+    """Float images from [-1, 1] to [0, 1], values outside clamped. Gradients flow strictly inside only.
+
+    At the bounds themselves, versions of torch differ in the gradient of `clamp`: 1 in 2.6, 0 in 2.14.
 
     Example:
         >>> to_unit_range(torch.tensor([-1.0, 0.0, 1.5]))
         tensor([0.0000, 0.5000, 1.0000])
     """
     _require_floats(images)
-    return (images / 2 + 0.5).clamp(0, 1)
+    unit = images / 2 + 0.5
+    return torch.where((unit > 0) & (unit < 1), unit, unit.detach().clamp(0, 1))
 
 
 def to_uint8(images: Tensor) -> Tensor:

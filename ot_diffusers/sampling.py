@@ -29,6 +29,7 @@ from .guidance import check_takes
 from .pipelines.call import unet_image_shape
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
+from .pipelines.portable import check_holds_no_code
 from .seeds import keyed_generator
 
 PIPELINES: dict[str, type[Any]] = {
@@ -59,11 +60,12 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     place = local_or_hub(path, "pipeline", INDEXED)
     name = pipeline_class_name(place)
     require(name in PIPELINES, "pipeline", f"be one of {', '.join(PIPELINES)}", name)
+    check_holds_no_code(place)
     if features is not None:
         features = local_or_hub(features, "features")
     try:
         pipeline = PIPELINES[name].from_pretrained(place, use_safetensors=True)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
     return pipeline if features is None else with_guidance(pipeline, str(features))
 

@@ -26,6 +26,13 @@ settings.register_profile("ot_diffusers", deadline=None, derandomize=True)
 settings.load_profile("ot_diffusers")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is not marked as slow is fast."""
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
     """Commands that are run in this process leave their handlers behind when they are done."""

@@ -13,6 +13,8 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import scaling, solver, timing
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

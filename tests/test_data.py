@@ -326,6 +326,7 @@ def test_images_of_different_shape_are_refused(tmp_path, max_resident_bytes):
         assert load_images(folder, "test", **known).image_shape == (1, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_workers_of_any_start_method(tmp_path, method):
     """What one worker decodes is what this process decodes, and its refusal is one line."""

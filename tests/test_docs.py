@@ -24,6 +24,8 @@ from ot_diffusers.launch.commands import SCRIPTS, preset_path, training_command
 from ot_diffusers.reporting.quoting import main as quote
 from ot_diffusers.sampling import save_images
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}

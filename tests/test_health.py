@@ -129,6 +129,7 @@ def save_pictures(images: Tensor, folder: Path) -> None:
         Image.fromarray(image[0].numpy()).save(folder / f"{number:05d}.png")
 
 
+@pytest.mark.slow
 def test_evaluate_tells_the_accuracy_and_the_doubt(
     weak: ConvFeatureExtractor, good: ConvFeatureExtractor, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

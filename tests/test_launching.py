@@ -26,6 +26,8 @@ from ot_diffusers.schedules import truncated_samples
 from ot_diffusers.seeds import folded, seeded_generator
 from ot_diffusers.training import make_accelerator
 
+pytestmark = pytest.mark.slow
+
 PRECISION, STEPS = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 

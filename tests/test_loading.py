@@ -30,6 +30,8 @@ from ot_diffusers import (
     truncated_scheduler,
 )
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import json, os, sys, urllib.request
 checks = {}

@@ -24,6 +24,7 @@ def small_coarse_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiscale, "MAX_COARSE_ENTRIES", 50 * 50)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_coarse_problem")
 @pytest.mark.parametrize(("rows", "columns"), [(600, 600), (300, 700), (700, 300)])
 @pytest.mark.parametrize("blur", [0.05, 0.3])
@@ -70,6 +71,7 @@ def test_potentials_solve_the_marginals() -> None:
     assert (plan.sum(0) - 1 / 400).abs().sum() < 0.004
 
 
+@pytest.mark.slow
 def test_large_sets_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_stored_solver(10_000, 10_000) and not has_stored_solver(1000, 1000)
     assert not has_stored_solver(200_000, 100)  # its self-term has a kernel of 160 GB

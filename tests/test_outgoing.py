@@ -33,6 +33,8 @@ from ot_diffusers.hub.cards import DATA
 from ot_diffusers.hub.push import export_run, repository_files
 from ot_diffusers.outgoing import LocalPaths, outgoing_files, without_local_paths
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

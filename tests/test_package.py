@@ -25,6 +25,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert run_python(code) == "[]"
 
 
+@pytest.mark.slow
 def test_public_names_load_without_the_tools_of_the_scripts():
     names = [name for name in ot_diffusers.__all__ if name != "__version__"]
     scripts_only = ("datasets", "matplotlib", "torch_fidelity")

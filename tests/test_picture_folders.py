@@ -379,6 +379,7 @@ def test_evaluate_reads_what_the_data_set_reads(tmp_path: Path) -> None:
     assert torch.equal(read_images(tmp_path / "sampled", 1), digits)
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_in_one_line(tmp_path: Path, evaluator: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "one", ["a/0.png", "b.txt"])
     write(tmp_path / "sizes", numbered(""))

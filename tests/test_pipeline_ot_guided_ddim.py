@@ -206,6 +206,7 @@ def test_the_interval_of_guided_steps(options, expected, monkeypatch):
     assert pipe.num_timesteps == 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, expected", [(8, 10), (16, 10), (20, 9), (32, 9)])
 def test_the_model_cleans_up_where_thumbnails_are_coarse(side, expected):
     """Thumbnails are 8×8: of more than 2×2 pixels each, and the last 8% of the chain are not guided."""

@@ -82,6 +82,7 @@ def test_standard_gaussian_at_full_length_is_ddpm_bit_for_bit():
     assert np.array_equal(images, expected)
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_loads_in_a_fresh_interpreter(tmp_path):
     # diffusers finds the classes of components only in modules that are imported already.
     _pipeline().save_pretrained(tmp_path)

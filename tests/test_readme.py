@@ -14,6 +14,8 @@ from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
 from ot_diffusers.launch.commands import SCRIPTS, preset_path
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 

@@ -41,6 +41,8 @@ from ot_diffusers.training.averages import Averages, effective_rank
 from ot_diffusers.training.files import CHECKSUMS, damage, placed_in, write_checksums, written_aside
 from ot_diffusers.training.folder import batch_sizes, check_batch
 
+pytestmark = pytest.mark.slow
+
 SEVEN: dict[str, Any] = {"train_batch_size": 384, "max_train_steps": 7, "checkpointing_steps": 1}
 SEVEN |= {"checkpoints_total_limit": 9, "logging_steps": 2}
 

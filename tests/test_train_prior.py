@@ -29,6 +29,8 @@ from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.studies.truncation import TruncationConfig
 from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 # A generator of 4,000 parameters on the real digits: an update takes a few hundredths of a second.

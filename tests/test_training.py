@@ -46,6 +46,8 @@ from ot_diffusers.training import (
 from ot_diffusers.training.coupling import assigned_noise
 from ot_diffusers.transport import median_distance
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
 

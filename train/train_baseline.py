@@ -35,6 +35,7 @@ from ot_diffusers.training import (
 
 
 def main(config: BaselineConfig) -> None:
+    """One run, from the checked configuration to the saved pipeline."""
     # Accelerator and data.
     config = launched(config)
     check_output_dir(config)

@@ -42,6 +42,7 @@ from ot_diffusers.training import (
 
 
 def main(config: FeaturesConfig) -> None:
+    """One run, from the checked configuration to the saved network."""
     # Accelerator and data.
     config = launched(config)
     check_output_dir(config)

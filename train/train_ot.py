@@ -47,6 +47,7 @@ from ot_diffusers.transport import check_backend, median_distance
 
 
 def main(config: OTConfig) -> None:
+    """One run, from the checked configuration to the saved pipeline."""
     # Accelerator and data.
     config = launched(config)
     check_output_dir(config)

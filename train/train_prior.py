@@ -62,6 +62,7 @@ from ot_diffusers.training.priors import (
 
 
 def main(config: PriorConfig) -> None:
+    """One run, from the checked configuration to the saved pipeline."""
     # Accelerator and data.
     config = launched(config)
     check_output_dir(config)
@@ -181,6 +182,7 @@ def make_generator(config: PriorConfig, images: Images) -> PriorGenerator:
 
 
 def make_encoder(config: PriorConfig, images: Images) -> PriorEncoder:
+    """The VAE's encoder for images of that shape, with new weights."""
     channels, height, width = images.image_shape
     return PriorEncoder(
         sample_size=(height, width),
@@ -235,6 +237,7 @@ def save_grid(
 
 
 def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: str, rows: int = 6) -> None:
+    """Save a square of samples under `samples/`."""
     pipeline = TruncatedPriorPipeline(prior, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     generator = seeded_generator(config.seed)

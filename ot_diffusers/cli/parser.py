@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", None, expand_home)
 
     def error(self, message: str) -> NoReturn:
+        """Raise `InputError` in place of argparse's usage and exit."""
         option, _, problem = message.partition(": ")
         if problem.startswith("must "):  # from `whole` and `number`
             message = f"`{option.removeprefix('argument --').replace('-', '_')}` {problem}"

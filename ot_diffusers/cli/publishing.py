@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import InputError, require
+from ..errors import extra, require
 from ..files import check_file, is_own
 from .process import prepare_libraries
 
@@ -140,10 +140,8 @@ def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def run_completion(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """The script that completes commands and options in a shell."""
-    try:
+    with extra("completion"):
         import shtab
-    except ImportError as error:
-        raise InputError("`completion` needs shtab: pip install shtab") from error
     return _print([shtab.complete(arguments.make_parser(), arguments.shell)])
 
 

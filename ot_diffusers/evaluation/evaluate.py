@@ -152,10 +152,12 @@ class Comparison:
 
     @property
     def features(self) -> tuple[Tensor, Tensor]:
+        """Of the images and of the reference set."""
         return self.images.features, self.reference.features
 
     @property
     def logits(self) -> tuple[Tensor, Tensor] | None:
+        """As `features`; None without a classifier."""
         found = self.images.logits, self.reference.logits
         return None if found[0] is None or found[1] is None else (found[0], found[1])
 
@@ -166,16 +168,20 @@ class Comparison:
 
     @cached_property
     def precision_recall(self) -> feature_metrics.PrecisionRecall:
+        """Both from one search for neighbours."""
         return feature_metrics.precision_recall(*self.features)
 
     @cached_property
     def density_coverage(self) -> feature_metrics.DensityCoverage:
+        """Both from one search for neighbours."""
         return feature_metrics.density_coverage(*self.features)
 
     def class_histogram_distance(self) -> float | None:
+        """None without a classifier."""
         return None if self.logits is None else feature_metrics.class_histogram_distance(*self.logits)
 
     def nearest_distance_ratio(self) -> float | None:
+        """None without training images."""
         if self.train is None:
             return None
         return feature_metrics.nearest_distance_ratio(

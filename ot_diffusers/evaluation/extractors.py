@@ -6,7 +6,6 @@ no code from a file: weights that torch-fidelity would unpickle are checked firs
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ResidentImages, StreamedImages, load_images
-from ..errors import InputError, require
+from ..errors import InputError, extra, require
 from ..features import check_trained_on, load_feature_extractor
-from ..files import expand_home
+from ..files import expand_home, sha256
 from ..images import to_uint8
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import FeatureExtractor
@@ -48,17 +47,16 @@ def load_evaluator(name_or_path: str) -> nn.Module:
         ...
         ot_diffusers.errors.InputError: `evaluator` must name an existing weights file, got 'missing.pth'
     """
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
     name_or_path = expand_home(name_or_path)
     name, _, weights = name_or_path.partition("=")
-    if name in FEATURE_EXTRACTORS_REGISTRY:
+    if name in (registered := _registered_names()):
         network: nn.Module = FidelityExtractor(name, weights or None)
     else:
         try:
             network = load_feature_extractor(name_or_path)
         except InputError as error:
-            names = ", ".join(sorted(set(FEATURE_EXTRACTORS_REGISTRY) - set(_run_downloaded_code())))
+            names = ", ".join(sorted(registered - set(_run_downloaded_code())))
+            names = names or "torch-fidelity's names (pip install 'ot-diffusers[evaluation]')"
             raise InputError(
                 f"`evaluator` must be a folder or Hub id of a feature network or vision backbone, or one of {names}, "
                 f"got {name_or_path!r}"
@@ -126,7 +124,8 @@ class FidelityExtractor(nn.Module):
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
         self.name = name
-        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+        with extra("evaluation"):
+            from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
         stand_in = _run_downloaded_code().get(name)
         use = f"not be {name!r}, which runs code from the network; {stand_in!r} is the same one by transformers"
@@ -164,6 +163,15 @@ def _three_channels(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+def _registered_names() -> set[str]:
+    """The extractors of torch-fidelity; none where it is not installed."""
+    try:
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+    except ModuleNotFoundError:
+        return set()
+    return set(FEATURE_EXTRACTORS_REGISTRY)
+
+
 def _run_downloaded_code() -> dict[str, str]:
     """Extractors that torch-fidelity takes from `torch.hub`, with the same network on the Hub."""
     sizes = {"s": "small", "b": "base", "l": "large", "g": "giant"}
@@ -189,8 +197,7 @@ def _check_weights(kind: Any, name: str, weights: str) -> None:
     """Refuse a file that may do more than hold tensors: a published TorchScript archive is known by its sha256."""
     expected = _published_hash(kind, name)
     if expected:
-        with open(weights, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(weights)
         require(found == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {found}")
         return
     try:

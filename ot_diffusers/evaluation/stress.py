@@ -35,6 +35,7 @@ class StressCurve:
 
     @property
     def means(self) -> tuple[float, ...]:
+        """Mean over the repeats at each amount."""
         return tuple(statistics.fmean(values) for values in self.values)
 
     @property

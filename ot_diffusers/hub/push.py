@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -449,7 +450,9 @@ def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool
     with tempfile.TemporaryDirectory() as fresh:  # what an earlier call cached is not what is there
         try:
             file = api.hf_hub_download(repo_id, CARD, revision=revision, cache_dir=fresh)
-        except RemoteEntryNotFoundError:
+        except LocalEntryNotFoundError:  # nothing was heard from the Hub
+            raise
+        except EntryNotFoundError:
             return False
         return MARK.encode() not in Path(file).read_bytes()
 

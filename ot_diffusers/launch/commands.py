@@ -148,8 +148,8 @@ def launched(config: C, environment: Mapping[str, str] = os.environ) -> C:
 def run_command(command: Sequence[str]) -> int:
     """Run a training command to its end and return its exit status. SIGTERM and SIGINT are passed on to it: it saves
     and leaves with status 0."""
-    # In a group of its own, so that Ctrl-C reaches it once, from here.
-    process = subprocess.Popen(command, process_group=0, env=os.environ | {"OT_DIFFUSERS_LAUNCHED": "1"})
+    # In a session of its own, so that Ctrl-C reaches it once, from here.
+    process = subprocess.Popen(command, start_new_session=True, env=os.environ | {"OT_DIFFUSERS_LAUNCHED": "1"})
     passed_on: set[int] = set()
 
     def pass_on(number: int, frame: FrameType | None) -> None:

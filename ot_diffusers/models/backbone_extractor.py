@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models import modeling_utils
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import InputError, require
+from ..errors import InputError, extra, require
 from .feature_extractor import FeatureExtractor, FeatureExtractorOutput
+
+if TYPE_CHECKING:
+    from typing import Self
 
 PREPROCESSING = ("image_size", "image_mean", "image_std")
 """What the configuration says of the images that a backbone sees."""
@@ -55,15 +60,27 @@ class BackboneFeatureExtractor(FeatureExtractor):
         data_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
-        from transformers import AutoConfig, AutoModel
+        with extra("backbones"):
+            from transformers import AutoConfig, AutoModel
 
-        self.network = AutoModel.from_config(AutoConfig.for_model(**backbone))
+        self.network = _vision_part(AutoModel.from_config(AutoConfig.for_model(**backbone)))
         self._freeze()
 
     @property
     def name(self) -> str:
         """What reports call it: its source, or the family of its architecture."""
         return self.config.source or self.config.backbone["model_type"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> Self:
+        """As the other networks of this package."""
+        # While diffusers loads weights, torch's initialisers return nothing; transformers 4 needs what they return.
+        initialisers = dict(modeling_utils.TORCH_INIT_FUNCTIONS)
+        modeling_utils.TORCH_INIT_FUNCTIONS.clear()
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            modeling_utils.TORCH_INIT_FUNCTIONS.update(initialisers)
 
     @classmethod
     def from_transformers(cls, name_or_path: str, **options: Any) -> BackboneFeatureExtractor:
@@ -76,7 +93,8 @@ class BackboneFeatureExtractor(FeatureExtractor):
         Raises:
             InputError: no vision backbone with safetensors and an image processor there.
         """
-        from transformers import AutoImageProcessor, AutoModel
+        with extra("backbones"):
+            from transformers import AutoImageProcessor, AutoModel
 
         try:
             processor = AutoImageProcessor.from_pretrained(name_or_path, **options)
@@ -84,7 +102,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             requirement = "be a folder or Hub id with a vision backbone (safetensors) and its image processor"
             raise InputError(f"`backbone` must {requirement}, got {name_or_path!r}") from error
-        network = getattr(network, "vision_model", network)  # of CLIP and its kin
+        network = _vision_part(network)
         size = _side_lengths(processor)
         backbone = network.config.to_dict()
         backbone.pop("_name_or_path", None)  # a path of this machine, maybe
@@ -109,6 +127,11 @@ class BackboneFeatureExtractor(FeatureExtractor):
         features = _pooled(self.network, (pixels - mean) / std)
         logits = features.new_empty(len(features), 0)
         return FeatureExtractorOutput(features, logits) if return_dict else (features, logits)
+
+
+def _vision_part(network: Any) -> Any:
+    """That of CLIP and its kin. Before transformers 5, their models of vision alone wrap it too."""
+    return getattr(network, "vision_model", network)
 
 
 def _pooled(network: Any, pixels: Tensor) -> Tensor:

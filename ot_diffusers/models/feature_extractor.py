@@ -187,6 +187,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride=stride)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """The block's output for hidden states [B, C, H, W]."""
         residual = self.conv1(F.silu(self.norm1(hidden)))
         residual = self.conv2(F.silu(self.norm2(residual)))
         return self.shortcut(hidden) + residual

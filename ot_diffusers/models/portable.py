@@ -8,10 +8,16 @@ import os
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 from diffusers.models.modeling_utils import ModelMixin
+from packaging.version import Version
 
+if TYPE_CHECKING:
+    from typing import Self
+
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 """What `save_pretrained(push_to_hub=True)` passes on."""
 
@@ -31,7 +37,7 @@ class PortableModel(ModelMixin):
         pickle_free = path is not None and Path(path).is_dir() and not any(Path(path).glob("*.bin"))
         if kwargs.get("use_safetensors") is None and not pickle_free:
             kwargs["use_safetensors"] = True
-        return super().from_pretrained(path, **kwargs)
+        return super().from_pretrained(path, **with_known_dtype(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.save_pretrained`; weights are safetensors, whatever `safe_serialization` says."""
@@ -74,6 +80,11 @@ class PortableModel(ModelMixin):
 def hub() -> ModuleType:
     """`ot_diffusers.hub`, by its name: it stands above the models and pipelines, and nothing but a push needs it."""
     return import_module("ot_diffusers.hub")
+
+
+def with_known_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` with `dtype` under the name that the installed diffusers gives it."""
+    return {DTYPE if name == "dtype" else name: value for name, value in options.items()}
 
 
 def without_origin(config: str) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError, require, require_integer
 from ..schedules import preserves_variance
+
+if TYPE_CHECKING:
+    from typing import Self
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents",)

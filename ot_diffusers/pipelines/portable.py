@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import diffusers
 import torch
@@ -23,9 +23,12 @@ from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
-from ..models.portable import HUB_OPTIONS, hub, to_json, without_origin
+from ..models.portable import HUB_OPTIONS, hub, to_json, with_known_dtype, without_origin
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -60,9 +63,11 @@ class PortablePipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id; weights are read as safetensors unless
         `use_safetensors=False` asks for others."""
+        if not kwargs.get("trust_remote_code"):
+            check_holds_no_code(pretrained_model_name_or_path)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **with_known_dtype(kwargs))
 
     @classmethod
     def from_pipe(
@@ -164,6 +169,13 @@ class PortablePipeline(DiffusionPipeline):
         )
 
     @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
+        """The classes that each part may have. diffusers 0.33 reads no annotations that are texts, and no `A | B`."""
+        kinds = get_type_hints(cls.__init__)
+        parameters = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        return {name: get_args(kinds[name]) or (kinds[name],) for name in parameters}
+
+    @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As diffusers', with the module of each part of this package."""
         located = {name: _located(entry) for name, entry in config_dict.items()}
@@ -173,6 +185,20 @@ class PortablePipeline(DiffusionPipeline):
         """The contents of `model_index.json`."""
         config = json.loads(without_origin(super().to_json_string()))
         return to_json({name: _unlocated(entry) for name, entry in config.items()})
+
+
+def check_holds_no_code(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose index names Python code in it, for a part or for the whole: diffusers 0.33 runs it unasked.
+
+    Raises:
+        InputError: naming the files. Those of a repository on the Hub, diffusers refuses.
+    """
+    if os.path.isfile(os.path.join(path, "model_index.json")):
+        index = DiffusionPipeline.load_config(path)
+        named = {part: entry[0] for part, entry in index.items() if isinstance(entry, (list, tuple)) and entry}
+        code = [f"{library}.py" if part == "_class_name" else f"{part}/{library}.py" for part, library in named.items()]
+        found = [file for file in code if os.path.isfile(os.path.join(path, file))]
+        require(not found, "pipeline", "be a folder whose index names no code in it", ", ".join(found))
 
 
 def register(kind: type[Pipeline]) -> type[Pipeline]:

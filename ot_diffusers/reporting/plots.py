@@ -10,34 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from ..errors import require
+from ..errors import extra, require
+from .colours import COLOURS, arm_colours
+
+with extra("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
     from ..evaluation.stress import StressCurve
 
-COLOURS = {
-    "real": "#6b7280",
-    "baseline": "#3b6fb6",
-    "OT-trained": "#d97706",
-    "OT-guided": "#0f9d76",
-    "vanilla, truncated": "#a16207",
-    "Gaussian": "#0e8fa8",
-    "Gaussian, class-wise": "#3b6fb6",
-    "VAE": "#8b5cf6",
-    "GAN": "#c2415d",
-    "OT": "#0f9d76",
-    "oracle": "#1f2937",
-}
-"""Colours of the arms with a fixed one; the others take `SPARE_COLOURS` in the order in which they are named."""
-SPARE_COLOURS = ("#8b5cf6", "#c2415d", "#0e8fa8", "#7c6f1f", "#9d4f9a", "#52606d")
 PANELS_PER_ROW, SCATTERS_PER_ROW = 8, 5
 """Grids of images, and planes of features, beside each other at most."""
 INK, FAINT = "#1f2937", "#d7dbe0"
@@ -57,14 +45,6 @@ TRACKED = {
     "gap": "gap: fidelity − coverage",
 }
 """What `tracking_curves` draws, a column each."""
-
-
-def arm_colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour for each arm. Fixed names are matched without regard to case, `_` and spaces."""
-    fixed = {_plain(name): colour for name, colour in COLOURS.items()}
-    others = [name for name in names if _plain(name) not in fixed]
-    spare = {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(others)}
-    return {name: fixed.get(_plain(name)) or spare[name] for name in names}
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -456,7 +436,3 @@ def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return path
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "-").replace(" ", "-")

@@ -29,8 +29,8 @@ from typing import Any
 from ..errors import require
 from ..evaluation.health import evaluator_doubt, evaluator_line, evaluator_properties
 from ..evaluation.metric_table import COSTS, HEADLINE, METRICS
+from .colours import arm_colours
 from .page import Rows, definitions, paragraphs, picture, provenance_list, rows_table, table, write_page
-from .plots import arm_colours
 
 
 def write_report(

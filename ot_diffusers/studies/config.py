@@ -156,6 +156,7 @@ class StudyConfig(Options):
 
     @property
     def trained(self) -> dict[str, Variant]:
+        """The variants that a script trains."""
         return {name: variant for name, variant in self.arms.items() if variant.train is not None}
 
     @property
@@ -181,6 +182,7 @@ def data_options(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def check_steps(steps: Sequence[int]) -> None:
+    """Refuse numbers of steps below 1."""
     require(all(count >= 1 for count in steps), "steps", "hold numbers from 1", steps)
 
 

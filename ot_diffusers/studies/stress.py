@@ -73,6 +73,7 @@ class Split:
     name: str
 
     def rows(self, rows: slice) -> Split:
+        """A part of the split."""
         return Split(self.images.rows(rows), self.labels[rows], self.name)
 
 
@@ -239,10 +240,12 @@ def open_results(file: Path, settings: Mapping[str, Any], extractor: Mapping[str
 
 
 def as_json(curve: StressCurve) -> dict[str, Any]:
+    """A curve as `results.json` holds it."""
     return {"amounts": list(curve.amounts), "values": [list(v) for v in curve.values], "verdict": curve.verdict}
 
 
 def as_curve(values: Mapping[str, Any]) -> StressCurve:
+    """A curve from what `as_json` gave."""
     return StressCurve(tuple(values["amounts"]), tuple(tuple(found) for found in values["values"]))
 
 
@@ -291,6 +294,7 @@ def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file:
 
 
 def title_of(results: Mapping[str, Any]) -> str:
+    """The title of the page."""
     return f"Stress tests: {results['settings']['dataset']}"
 
 
@@ -324,6 +328,7 @@ def blind_spots(results: Mapping[str, Any]) -> list[str]:
 
 
 def is_flat(values: Mapping[str, Any] | None) -> bool:
+    """Whether a metric does not answer to a damage; False where it was not measured."""
     return values is not None and as_curve(values).verdict == "flat"
 
 

@@ -48,6 +48,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the beginning."""
         return time.monotonic() - self.started
 
     @property
@@ -79,6 +80,7 @@ class Study:
 
     @property
     def seeds(self) -> list[int]:
+        """The random seeds of the study."""
         return list(range(self.config.seeds)) if self.config.seed is None else [self.config.seed]
 
     def network(self, name: str) -> str:
@@ -114,6 +116,7 @@ class Study:
 
     @cached_property
     def extractor(self) -> Any:
+        """The evaluator, loaded once."""
         return load_evaluator(self.network("evaluator")).to(best_device())
 
     @cached_property
@@ -124,18 +127,22 @@ class Study:
 
     @cached_property
     def train_images(self) -> ImageSet:
+        """The training images, described by the evaluator."""
         return self.described("train")
 
     @cached_property
     def test_images(self) -> ImageSet:
+        """The test images, described by the evaluator."""
         return self.described("test")
 
     def described(self, split: str) -> ImageSet:
+        """A split with what the evaluator says of it."""
         images = self.splits[split]
         return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
     @cached_property
     def num_samples(self) -> int:
+        """Images of each variant and random seed."""
         return sample_count(self.config.num_samples, len(self.train_images), len(self.test_images))
 
 
@@ -196,6 +203,7 @@ def _read_settings(record: Path, argument: str) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 

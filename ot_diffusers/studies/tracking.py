@@ -13,7 +13,6 @@ that grows while coverage falls below the base line is a model that returns its 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_i
 from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
-from ..files import user_path, write_json
+from ..files import sha256, user_path, write_json
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..reporting import plots
 from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
@@ -169,7 +168,7 @@ def track_runs(
             announce(f"{name}: {len(folders)} checkpoints; a run with checkpoints_total_limit=1000 keeps them all")
         points = {point.update: point for point in tracks[name].points} if name in tracks else {}
         for folder in folders:
-            update, weights = int(folder.name.removeprefix("update-")), file_hash(folder / "ema.safetensors")
+            update, weights = int(folder.name.removeprefix("update-")), sha256(folder / "ema.safetensors")
             if update not in points or points[update].weights != weights:
                 pipeline = load_checkpoint(runs[name], folder, real.test, features).to(device)
                 images = sample_images(pipeline, len(real.test), batch_size=batch_size, seed=seed, **(call or {}))
@@ -295,10 +294,6 @@ def stand_rows(tracks: Mapping[str, Track], distance: str) -> Rows:
         rows.append([name, *map(format_number, numbers)])
     base_line = format_number(next(iter(tracks.values())).base_line[distance])
     return [header, *rows, ["train – test", base_line, "–", base_line, "–", base_line, "–"]]
-
-
-def file_hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _without_gap(point: Mapping[str, Any]) -> dict[str, Any]:

@@ -282,10 +282,12 @@ def makes_clean_images(config: TruncationConfig, name: str) -> bool:
 
 
 def prior_preset(config: TruncationConfig, name: str) -> str:
+    """The preset that trains a prior."""
     return f"{config.presets}/prior_{name.removesuffix('_classes')}.yaml"
 
 
 def denoiser(config: TruncationConfig) -> str:
+    """The configuration's denoiser, or the run that this study trains."""
     return config.denoiser or f"{{{DENOISER}}}"
 
 
@@ -295,6 +297,7 @@ def run_name(name: str, timestep: int | None) -> str:
 
 
 def full_label(steps: int) -> str:
+    """The row of the whole chain in so many steps."""
     return f"vanilla, full in {steps}"
 
 

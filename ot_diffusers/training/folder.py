@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 from ..config import TrainingConfig
 from ..data import SPLITS, ImageSource, StreamedImages, open_images
-from ..errors import InputError, TrainingError, require
+from ..errors import InputError, TrainingError, missing, require
 from ..features import weights_fingerprint
 from ..files import check_folder
 from ..launch.commands import launched
@@ -40,6 +40,7 @@ SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 """What accelerate's variables ACCELERATE_USE_… would split models by. Averages of weights and checkpoints are of whole
 models, which are small beside the memory of a GPU."""
 
+TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 INDEX = "model_index.json"
 CLAIM_SECONDS = 60.0
@@ -110,10 +111,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         InputError: a tracker that is not installed, processes that each hold a part of the model only, or a launcher
             that wants what the configuration or this machine does not.
     """
-    tracker = None if config.report_to == "none" else config.report_to
-    installed = [str(name) for name in get_available_trackers()]
-    known = tracker is None or tracker in installed
-    require(known, "report_to", f"be none or an installed tracker ({', '.join(installed)})", config.report_to)
+    tracker = _chosen_tracker(config.report_to)
     for name in SHARDING:
         sharded = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
         require(not sharded, "distributed_type", "leave the whole model to every process", name)
@@ -134,6 +132,19 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     require(scaled, "mixed_precision", f"be no or bf16 on {accelerator.device}", config.mixed_precision)
     set_seed(folded(config.seed, 32))
     return accelerator
+
+
+def _chosen_tracker(report_to: str) -> str | None:
+    installed = [str(name) for name in get_available_trackers()]
+    if report_to == "auto":
+        return TENSORBOARD if TENSORBOARD in installed else None
+    if report_to == "none":
+        return None
+    if report_to == TENSORBOARD and report_to not in installed:
+        raise missing(TENSORBOARD, "tracking")
+    known = report_to in installed
+    require(known, "report_to", f"be auto, none or an installed tracker ({', '.join(installed)})", report_to)
+    return report_to
 
 
 def open_run(

@@ -136,6 +136,7 @@ class VariationalPrior(nn.Module):
         self.generator, self.encoder = generator, encoder
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructions of images [B, C, H, W], and mean and log-variance of their codes, [B, D]."""
         mean, log_variance = self.encoder(images, return_dict=False)
         latents = mean + (log_variance / 2).exp() * noise
         return self.generator(latents).sample, mean, log_variance
@@ -231,10 +232,12 @@ class FrozenFeatures:
     network: nn.Module | None = None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features of images [B, C, H, W], [B, D] for each level."""
         return tuple(level / scale for level, scale in zip(self.extract(images), self.scales, strict=True))
 
 
 def needs_features(config: PriorConfig) -> bool:
+    """Whether the objective compares images in features of the denoiser."""
     return config.prior == "ot" and bool({"feature", "sinkhorn"} & set(config.ot_objective.split("+")))
 
 

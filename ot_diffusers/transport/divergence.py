@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import extra, require
 from .checks import check_clouds, check_iterations, is_finite, is_readable, normalised_weights
 from .fixed_schedule import fixed_potentials
 from .geometry import half_squared_distances
@@ -445,6 +445,9 @@ def check_backend(backend: str, device: torch.device, name: str = "backend") -> 
         name: the argument that the error names.
     """
     require(backend in BACKENDS, name, f"be one of {', '.join(BACKENDS)}", backend)
+    if backend == "geomloss":
+        with extra("solvers"):
+            importlib.import_module("geomloss")
     if backend == "flash-sinkhorn":
         require(device.type == "cuda", name, f"be native or geomloss for points that are on {device.type}", backend)
         found = importlib.util.find_spec("flash_sinkhorn") is not None

@@ -41,6 +41,7 @@ class Cost:
 
     @property
     def is_dense(self) -> bool:
+        """Whether the matrix of costs is held."""
         return self._matrix is not None
 
     @property

@@ -100,6 +100,7 @@ class Problem:
 
     @property
     def eps(self) -> float:
+        """The strength of the entropy, blur²."""
         return self.blur**2
 
     def relaxation(self, eps: Tensor | float) -> Tensor | float:

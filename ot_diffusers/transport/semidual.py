@@ -42,6 +42,7 @@ class SemiDual:
 
     @property
     def is_balanced(self) -> bool:
+        """Whether both marginals are held exactly."""
         return not isinstance(self.relaxation, Tensor) and self.relaxation == 0
 
     def at(self, u: Tensor) -> Plan:

@@ -26,7 +26,10 @@ from ot_diffusers.studies.run import run_study
 from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side, train_group
 from ot_diffusers.studies.study import Clock, OutOfTime, Study
 
-pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")  # small N; all arms share it
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Fréchet distance from"),
+]  # small N; all arms share it
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from ot_diffusers.evaluation.stress import StressCurve
 from ot_diffusers.reporting import plots
 from ot_diffusers.studies.stress import AMOUNTS, as_curve, cell, run_stress_study
 
-pytestmark = pytest.mark.filterwarnings("ignore:Fréchet distance from")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Fréchet distance from")]
 
 
 @pytest.fixture(scope="module")

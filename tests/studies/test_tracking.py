@@ -24,6 +24,8 @@ from ot_diffusers.reporting.report import format_number
 from ot_diffusers.sampling import load_pipeline, sample_images
 from ot_diffusers.studies.tracking import RealImages, Track, load_checkpoint, track_runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 TINY: dict[str, Any] = {
     "dataset": "digits",

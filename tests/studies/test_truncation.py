@@ -18,6 +18,8 @@ from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, Residual
 from ot_diffusers.models.reference_bank import ReferenceBank
 from ot_diffusers.studies.truncation import TruncationConfig, goal
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 16
 
 
