@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -27,9 +27,11 @@ from .features import load_feature_extractor, load_reference_bank
 from .files import GRID_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
 from .guidance import check_takes
 from .pipelines.call import unet_image_shape
+from .pipelines.guided import GuidedPipeline
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .pipelines.portable import check_holds_no_code
+from .schedules import Scheduler
 from .seeds import keyed_generator
 
 PIPELINES: dict[str, type[Any]] = {
@@ -42,10 +44,24 @@ GRID_IMAGES = 400
 GRID_TILE = 48
 
 
+class Pipeline(Protocol):
+    """What sampling asks of a pipeline, this package's or diffusers' own: one of `PIPELINES`."""
+
+    unet: Any
+    scheduler: Scheduler
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks are."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Images, as the attribute of that name of what is returned."""
+
+
 # --- Pipelines --------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
+def load_pipeline(path: str | Path, features: str | Path | None = None) -> DiffusionPipeline:
     """The saved pipeline at `path`, ready to sample.
 
     Args:
@@ -70,7 +86,7 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Any:
     return pipeline if features is None else with_guidance(pipeline, str(features))
 
 
-def with_guidance(pipeline: Any, features: str) -> Any:
+def with_guidance(pipeline: DiffusionPipeline, features: str) -> GuidedPipeline:
     """The parts of a pipeline as a guided one, with network and references of the `train_features.py` run `features`.
 
     Raises:
@@ -84,7 +100,7 @@ def with_guidance(pipeline: Any, features: str) -> Any:
     return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
 
 
-def accelerate_networks(pipeline: Any, *, channels_last: bool = False, compile: bool = False) -> None:
+def accelerate_networks(pipeline: Pipeline, *, channels_last: bool = False, compile: bool = False) -> None:
     """Lay the denoiser's weights out for convolutions, or compile it, in place; its images change by rounding only.
 
     Args:
@@ -124,7 +140,7 @@ def pipeline_class_name(path: str) -> str:
 
 
 def sample_images(
-    pipeline: Any,
+    pipeline: Pipeline,
     num_images: int,
     *,
     batch_size: int | None = None,
@@ -197,13 +213,13 @@ def networks_in(dtype: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
-def couples_batch(pipeline: Any, call_arguments: dict[str, Any]) -> bool:
+def couples_batch(pipeline: Pipeline, call_arguments: dict[str, Any]) -> bool:
     """Whether an image depends on the others of its batch: with OT guidance that follows no field."""
     guided = getattr(pipeline, "reference_bank", None) is not None and call_arguments.get("guidance_scale") != 0
-    return guided and (pipeline.guidance_field is None or bool(call_arguments.get("joint_batch")))
+    return guided and (getattr(pipeline, "guidance_field", None) is None or bool(call_arguments.get("joint_batch")))
 
 
-def _sample_rows(pipeline: Any, rows: Tensor, seed: int, call_arguments: dict[str, Any]) -> Tensor | None:
+def _sample_rows(pipeline: Pipeline, rows: Tensor, seed: int, call_arguments: dict[str, Any]) -> Tensor | None:
     """The images of these numbers; None where the memory does not suffice."""
     generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
     try:
@@ -216,7 +232,7 @@ def _sample_rows(pipeline: Any, rows: Tensor, seed: int, call_arguments: dict[st
     return torch.from_numpy(pixels).mul(255).round().to(torch.uint8).permute(0, 3, 1, 2).contiguous()
 
 
-def check_call_arguments(pipeline: Any, call_arguments: dict[str, Any]) -> None:
+def check_call_arguments(pipeline: Pipeline, call_arguments: dict[str, Any]) -> None:
     """Refuse arguments that the pipeline's call does not know, and numbers of steps that no chain has.
 
     Raises:
@@ -238,7 +254,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def network_calls(pipeline: Any) -> int:
+def network_calls(pipeline: Pipeline) -> int:
     """Calls of the denoiser, and of the prior where there is one, per image in the pipeline's last run."""
     return pipeline.nfe if hasattr(pipeline, "nfe") else len(pipeline.scheduler.timesteps)
 

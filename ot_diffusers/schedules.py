@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,34 @@ from .seeds import keyed_normal
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device | str | None = None) -> list[int]:
+class Scheduler(Protocol):
+    """What is asked of a diffusers scheduler; each variance-preserving one fits, and a solver also has `sigmas`."""
+
+    timesteps: Tensor
+    betas: Tensor
+    alphas_cumprod: Tensor
+
+    @property
+    def config(self) -> Any:
+        """Its options, among them `num_train_timesteps` and `prediction_type`."""
+
+    def set_timesteps(self, *arguments: Any, **options: Any) -> None:
+        """Prepare a chain of so many steps."""
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        """x_t and a model output to x_{t−1}, the `prev_sample` of what is returned."""
+
+    @classmethod
+    def from_config(cls, *arguments: Any, **options: Any) -> Any:
+        """A scheduler with these options."""
+
+
+S = TypeVar("S", bound=Scheduler)
+
+
+def set_timesteps(
+    scheduler: Scheduler, num_inference_steps: int, device: torch.device | str | None = None
+) -> list[int]:
     """Prepare `scheduler` for a chain, and say which chain it is: one timestep for each call of the denoiser.
 
     It is diffusers' own chain wherever that is a proper one. Two faults of its roundings are mended: the surplus
@@ -62,12 +89,12 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
     return scheduler.timesteps.tolist()
 
 
-def preserves_variance(scheduler: Any) -> bool:
+def preserves_variance(scheduler: Scheduler) -> bool:
     """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow schedulers scale otherwise."""
     return _has_betas(scheduler) and float(getattr(scheduler, "init_noise_sigma", 1.0)) == 1.0
 
 
-def reversible_steps(scheduler: Any, timesteps: Sequence[int]) -> set[int]:
+def reversible_steps(scheduler: Scheduler, timesteps: Sequence[int]) -> set[int]:
     """The steps of a chain at which the model output and x̂0 determine each other, by their positions.
 
     An ε prediction says nothing of x̂0 where α = 0, the start of a schedule with zero terminal SNR; and where σ = 0 the
@@ -80,7 +107,7 @@ def reversible_steps(scheduler: Any, timesteps: Sequence[int]) -> set[int]:
 
 
 def alpha_sigma(
-    scheduler: Any, timestep: Tensor | int, step_index: Tensor | int | None = None
+    scheduler: Scheduler, timestep: Tensor | int, step_index: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Signal and noise level (α_t, σ_t) that `scheduler` itself uses at `timestep`.
 
@@ -97,8 +124,9 @@ def alpha_sigma(
         α_t and σ_t, float32, of the shape of `timestep`, on the CPU unless `timestep` is a tensor elsewhere.
     """
     require(hasattr(scheduler, "alphas_cumprod"), "scheduler", "have `alphas_cumprod`", type(scheduler).__name__)
-    if step_index is not None and getattr(scheduler, "sigmas", None) is not None:
-        ratio = scheduler.sigmas[step_index].float()
+    sigmas = getattr(scheduler, "sigmas", None)
+    if step_index is not None and sigmas is not None:
+        ratio = sigmas[step_index].float()
         alpha = torch.rsqrt(1 + ratio**2)
         return alpha, ratio * alpha
     device = timestep.device if isinstance(timestep, Tensor) else torch.device("cpu")
@@ -171,7 +199,7 @@ def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
     return (alpha**2 / sigma**2).clamp(max=gamma) / gamma
 
 
-def truncated_scheduler(scheduler: Any, truncation_timestep: int) -> Any:
+def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:
     """A scheduler of the same class for the last `truncation_timestep` steps of the reverse chain only.
 
     It keeps the first T' betas, so ᾱ_0 … ᾱ_{T'−1} are those of the full schedule bit for bit, also after
@@ -219,7 +247,9 @@ def truncated_scheduler(scheduler: Any, truncation_timestep: int) -> Any:
     return truncated
 
 
-def truncated_samples(images: Tensor, indices: Tensor, scheduler: Any, *, epoch: int = 0, seed: int = 0) -> Tensor:
+def truncated_samples(
+    images: Tensor, indices: Tensor, scheduler: Scheduler, *, epoch: int = 0, seed: int = 0
+) -> Tensor:
     """Real images diffused to the last step of `scheduler`: x_T' = α x0 + σ ε, one noise per (seed, epoch, image).
 
     An image gets the same noise in any batch and on any number of processes; another device differs by rounding only.
@@ -258,7 +288,7 @@ def _drop_surplus(scheduler: Any, num_inference_steps: int, count: int) -> None:
         scheduler.sigmas = torch.cat([scheduler.sigmas[:count], scheduler.sigmas[-1:]])
 
 
-def _has_betas(scheduler: Any) -> bool:
+def _has_betas(scheduler: Scheduler) -> bool:
     """Whether the noise levels are those of betas, not of a flow-matching grid."""
     has_betas = getattr(scheduler, "betas", None) is not None and hasattr(scheduler, "alphas_cumprod")
     return has_betas and not scheduler.config.get("use_flow_sigmas", False)

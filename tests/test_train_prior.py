@@ -270,7 +270,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_a_denoiser_that_does_not_fit_is_refused(denoiser: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`denoiser` must be trained on images of shape \(1, 8, 8\), got \(3, 8, 8\)"):
         train(tmp_path / "run", save_denoiser(tmp_path / "colour", channels=3))
-    with pytest.raises(InputError, match="`denoiser` must be a folder that exists, or a Hub id"):
+    with pytest.raises(InputError, match=r"`denoiser` must be a folder with a model_index\.json"):
         train(tmp_path / "run", tmp_path / "absent")
     short = shutil.copytree(denoiser, tmp_path / "short")
     (short / "run.json").write_text(json.dumps({"config": {"max_timestep": 5}}))

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import InputError, require, require_integer
-from ..schedules import preserves_variance
+from ..schedules import Scheduler, preserves_variance
 
 if TYPE_CHECKING:
     from typing import Self
@@ -44,7 +44,7 @@ def check_call(
     return generators if several else generators[0]
 
 
-def check_networks(unet: Any, scheduler: Any, image_shape: Sequence[int]) -> None:
+def check_networks(unet: Any, scheduler: Scheduler, image_shape: Sequence[int]) -> None:
     """Refuse a denoiser or a scheduler that does not walk from noise to images of `image_shape`, [C, H, W], alone."""
     name = type(scheduler).__name__
     variance_preserving = "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)"
@@ -71,12 +71,12 @@ def unet_image_shape(unet: Any) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
-def learns_variance(scheduler: Any) -> bool:
+def learns_variance(scheduler: Scheduler) -> bool:
     """Whether steps take a variance from the second half of the model output, as those of `DDPMScheduler` can."""
     return str(vars(scheduler).get("variance_type")).startswith("learned")
 
 
-def extra_step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
+def extra_step_arguments(scheduler: Scheduler, **arguments: Any) -> dict[str, Any]:
     """Those of `arguments` that `scheduler.step` knows."""
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in arguments.items() if name in known}

@@ -16,7 +16,14 @@ from ..guidance import RECORDED, OTGuidance, check_same_data, check_takes
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
-from ..schedules import alpha_sigma, from_original_sample, reversible_steps, set_timesteps, to_original_sample
+from ..schedules import (
+    Scheduler,
+    alpha_sigma,
+    from_original_sample,
+    reversible_steps,
+    set_timesteps,
+    to_original_sample,
+)
 from .call import CALLBACK_TENSORS, FiniteValues, evaluation_mode, extra_step_arguments, learns_variance
 from .portable import PortablePipeline
 
@@ -43,7 +50,7 @@ class Chain:
         guided: positions of the guided steps.
     """
 
-    scheduler: Any
+    scheduler: Scheduler
     timesteps: list[int]
     step_arguments: dict[str, Any]
     guidance: OTGuidance | None
@@ -212,7 +219,7 @@ class GuidedPipeline(PortablePipeline):
 
     def _prepare_chain(
         self,
-        scheduler: Any,
+        scheduler: Scheduler,
         image_shape: tuple[int, ...],
         batch_size: int,
         num_inference_steps: int,
@@ -286,7 +293,7 @@ class GuidedPipeline(PortablePipeline):
 def guided_steps(
     guidance: OTGuidance | None,
     image_size: tuple[int, ...],
-    scheduler: Any,
+    scheduler: Scheduler,
     timesteps: Sequence[int],
     num_guidance_steps: int | None,
     guidance_start_step: int,

@@ -18,7 +18,7 @@ from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.prior import PriorMixin
 from ..models.reference_bank import ReferenceBank
-from ..schedules import alpha_sigma
+from ..schedules import Scheduler, alpha_sigma
 from .call import FiniteValues, Generators, check_call, check_networks, finish_images
 from .guided import Callback, Chain, GuidedPipeline
 from .portable import register
@@ -65,7 +65,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
     """
 
     prior: Any
-    scheduler: Any
+    scheduler: Scheduler
 
     model_cpu_offload_seq = "prior->unet"
 

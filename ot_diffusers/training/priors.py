@@ -33,7 +33,7 @@ from ..losses.priors import (
 )
 from ..models.prior import PriorGenerator
 from ..models.prior_networks import PriorEncoder
-from ..schedules import alpha_sigma, truncated_samples
+from ..schedules import Scheduler, alpha_sigma, truncated_samples
 from ..seeds import folded, key, keyed_generator
 from ..transport import median_distance
 from .batches import Images, Schedule, image_batches
@@ -77,7 +77,7 @@ class PriorBatch:
 
 
 def prior_batches(
-    images: Images, scheduler: Any, config: PriorConfig, schedule: Schedule, accelerator: Accelerator, start: int
+    images: Images, scheduler: Scheduler, config: PriorConfig, schedule: Schedule, accelerator: Accelerator, start: int
 ) -> Iterator[PriorBatch]:
     """Batches from update `start` on; every draw is a function of (seed, update), and each process takes its rows."""
     alpha, sigma = (level.to(accelerator.device) for level in alpha_sigma(scheduler, config.truncation_timestep - 1))
@@ -155,7 +155,9 @@ def vae_terms(
 
 
 @torch.no_grad()
-def with_fitted_latents(model: VariationalPrior, images: Images, scheduler: Any, config: PriorConfig) -> PriorGenerator:
+def with_fitted_latents(
+    model: VariationalPrior, images: Images, scheduler: Scheduler, config: PriorConfig
+) -> PriorGenerator:
     """The generator of a trained VAE with the mixture of Gaussians that fits the codes of its data best.
 
     The codes fill another distribution than N(0, I), which the evidence bound only pulls them towards: what is drawn
@@ -242,7 +244,7 @@ def needs_features(config: PriorConfig) -> bool:
 
 
 @torch.no_grad()
-def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: Any) -> FrozenFeatures:
+def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: Scheduler) -> FrozenFeatures:
     """The features of the configured network, or of the denoiser at step T'; scales from at most 1,000 real images."""
     extract: Callable[[Tensor], tuple[Tensor, ...]]
     network = None
