@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,16 @@ from packaging.version import Version
 import ot_diffusers
 from ot_diffusers.errors import InputError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent
 HEAVY = ("accelerate", "datasets", "diffusers", "matplotlib", "sklearn", "torch", "torch_fidelity", "transformers")
 
-OPTIONAL = "backbones|completion|evaluation|plots|solvers|tracking|test"
-ON_OLDEST = re.compile(rf"^[^;]*$|extra == ['\"]({OPTIONAL})['\"]")
+APART = ("dev", "docs", "space")
+"""Extras of those who work on the package, with the tools of today."""
 
 
 def run_python(code: str) -> str:
@@ -63,15 +68,12 @@ def test_the_citation_is_of_this_version():
 
 
 def test_lower_bounds_are_the_versions_of_the_oldest_environment():
-    lines = [line for line in (ROOT / "oldest.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
-    oldest = {name.lower(): Version(number) for name, number in (line.split("==") for line in lines)}
-    bounds = [Requirement(line.split(";")[0]) for line in requires("ot-diffusers") or [] if ON_OLDEST.search(line)]
-    bounds = [bound for bound in bounds if bound.name.lower() not in ("ot-diffusers", "packaging")]
-    assert {bound.name.lower() for bound in bounds} == oldest.keys()
-    for bound in bounds:
-        assert bound.specifier.contains(oldest[bound.name.lower()])
-        (lowest,) = bound.specifier
-        assert Version(lowest.version) == oldest[bound.name.lower()], bound
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in APART}
+    bounds = map(Requirement, [*project["dependencies"], *(line for lines in extras.values() for line in lines)])
+    lowest = {bound.name: Version(*(one.version for one in bound.specifier)) for bound in bounds if bound.specifier}
+    lines = [line.split("==") for line in (ROOT / "oldest.txt").read_text("utf-8").splitlines() if "==" in line]
+    assert lowest == {name: Version(number) for name, number in lines}
 
 
 def _draw() -> None:
