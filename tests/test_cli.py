@@ -326,6 +326,7 @@ def test_training_commands_are_those_of_the_readme() -> None:
     assert launched[1:7] == ["-m", "accelerate.commands.launch", "--config_file", machine, "--num_processes", "2"]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path: Path) -> None:
     output = tmp_path / "run"
     short = ("max_train_steps=1", "num_reference_samples=8", "report_to=none", f"output_dir={output}")
@@ -333,6 +334,7 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert json.loads((output / "run.json").read_text())["num_processes"] == 2
 
 
+@pytest.mark.slow
 def test_train_passes_on_the_exit_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     used = tmp_path / "used"
     used.mkdir()
@@ -342,6 +344,7 @@ def test_train_passes_on_the_exit_status(tmp_path: Path, capfd: pytest.CaptureFi
     assert error.startswith("error: `output_dir`") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fréchet distance from")  # 32 images say little, which is not the point here
 def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) -> None:
     sample = [str(pipeline), "--num-images", "5", "--num-inference-steps", "2", "--output"]
@@ -358,6 +361,7 @@ def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) ->
     assert (images[0] - images[1]).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
     lines: list[str] = []
     short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "announce": lines.append}

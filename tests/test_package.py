@@ -5,15 +5,28 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from accelerate import tracking
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import ot_diffusers
+from ot_diffusers.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("accelerate", "datasets", "diffusers", "matplotlib", "sklearn", "torch", "torch_fidelity", "transformers")
+
+APART = ("dev", "docs", "space")
+"""Extras of those who work on the package, with the tools of today."""
 
 
 def run_python(code: str) -> str:
@@ -48,6 +61,80 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_version_is_the_one_that_was_installed():
     assert ot_diffusers.__version__ == version("ot-diffusers")
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {ot_diffusers.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_lower_bounds_are_the_versions_of_the_oldest_environment():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in APART}
+    bounds = map(Requirement, [*project["dependencies"], *(line for lines in extras.values() for line in lines)])
+    lowest = {bound.name: Version(*(one.version for one in bound.specifier)) for bound in bounds if bound.specifier}
+    lines = [line.split("==") for line in (ROOT / "oldest.txt").read_text("utf-8").splitlines() if "==" in line]
+    assert lowest == {name: Version(number) for name, number in lines}
+
+
+def _draw() -> None:
+    import_module("ot_diffusers.evaluation.plots")
+
+
+def _complete() -> None:
+    import_module("ot_diffusers.cli.publishing").run_completion(None, [])
+
+
+def _solve() -> None:
+    points = import_module("torch").zeros(2, 2)
+    ot_diffusers.sinkhorn_divergence(points, points, blur=1.0, backend="geomloss")
+
+
+def _evaluate() -> None:
+    import_module("ot_diffusers.evaluation.extractors").load_evaluator("inception-v3-compat")
+
+
+def _wrap() -> None:
+    ot_diffusers.BackboneFeatureExtractor(backbone={})
+
+
+def _accelerator(**options):
+    config = import_module("ot_diffusers.config").BaselineConfig(**options)
+    return import_module("ot_diffusers.training").make_accelerator(config)
+
+
+def _track() -> None:
+    _accelerator(report_to="tensorboard")
+
+
+def _uninstall(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither importable nor among the trackers that accelerate found when it was imported."""
+    monkeypatch.delitem(sys.modules, "ot_diffusers.evaluation.plots", raising=False)
+    for name in [library, *(name for name in sys.modules if name.startswith(f"{library}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+
+
+@pytest.mark.parametrize(
+    ("library", "group", "use"),
+    [
+        ("matplotlib", "plots", _draw),
+        ("shtab", "completion", _complete),
+        ("geomloss", "solvers", _solve),
+        ("torch_fidelity", "evaluation", _evaluate),
+        ("transformers", "backbones", _wrap),
+        ("tensorboard", "tracking", _track),
+    ],
+)
+def test_a_missing_extra_is_one_line_that_says_what_to_install(library, group, use, monkeypatch):
+    _uninstall(library, monkeypatch)
+    with pytest.raises(InputError, match=rf"^[^\n]*pip install 'ot-diffusers\[{group}\]'[^\n]*$"):
+        use()
+
+
+def test_without_tensorboard_runs_are_not_tracked(monkeypatch):
+    assert [str(kind) for kind in _accelerator().log_with] == ["tensorboard"]
+    _uninstall("tensorboard", monkeypatch)
+    assert _accelerator().log_with == []
 
 
 def test_every_cited_reference_is_listed():

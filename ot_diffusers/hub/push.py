@@ -13,14 +13,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -379,6 +378,8 @@ def push_files(
     """
     check_repo_id(repo_id)
     api = HfApi(token=find_token(token))
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"`repo` {repo_id!r} cannot be reached: HF_HUB_OFFLINE is set")
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private:
@@ -397,8 +398,6 @@ def push_files(
         )
     except InputError:
         raise
-    except OfflineModeIsEnabled as error:
-        raise InputError(f"`repo` {repo_id!r} cannot be reached: HF_HUB_OFFLINE is set") from error
     except HfHubHTTPError as error:
         raise InputError(f"`repo` {repo_id!r} refused the push: {_reason(error)}") from error
     except ValueError as error:  # a card's metadata
@@ -450,8 +449,8 @@ def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool
     with tempfile.TemporaryDirectory() as fresh:  # what an earlier call cached is not what is there
         try:
             file = api.hf_hub_download(repo_id, CARD, revision=revision, cache_dir=fresh)
-        except LocalEntryNotFoundError:  # nothing was heard from the Hub
-            raise
+        except LocalEntryNotFoundError as error:  # nothing was heard from the Hub
+            raise ConnectionError(str(error)) from error
         except EntryNotFoundError:
             return False
         return MARK.encode() not in Path(file).read_bytes()

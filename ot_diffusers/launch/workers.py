@@ -18,15 +18,20 @@ import psutil
 def main(arguments: Sequence[str]) -> int:
     """Run the script in as many processes as the first argument says; returns the exit status."""
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the script has said what went wrong
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     count, *script = arguments
-    options = ["--standalone", f"--nproc-per-node={count}", "--signals-to-handle=SIGQUIT", *script]
+    options = ["--standalone", f"--nproc-per-node={count}"]
+    if "--signals-to-handle" in torchrun.get_args_parser().format_help():
+        options.append("--signals-to-handle=SIGQUIT")
     try:
-        torchrun.run(torchrun.parse_args(options))
+        torchrun.run(torchrun.parse_args([*options, *script]))
+    except SignalException as stop:  # torch 2.6 always handles them, and has waited for the processes
+        return 128 + stop.sigval
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
