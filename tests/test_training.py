@@ -508,7 +508,7 @@ def test_sample_grids_and_tensorboard(tmp_path: Path) -> None:
     [
         ({"image_size": 10, "block_out_channels": [8, 8, 8]}, "`image_size` must be a multiple of 4 for a UNet of 3"),
         ({"train_batch_size": 2000}, "`train_batch_size` must give a global batch of at most 1152 images, got 2000"),
-        ({"report_to": "notes"}, "`report_to` must be none or an installed tracker"),
+        ({"report_to": "notes"}, "`report_to` must be auto, none or an installed tracker"),
         ({"dataset": "./absent"}, "`dataset` must be digits, mnist, cifar10, an existing folder or a Hub id"),
         ({"image_column": "img"}, "`image_column` must be one of the columns image, label, got 'img'"),
         (
