@@ -216,6 +216,7 @@ def test_image_i_is_the_same_in_any_batch(pipeline: Path) -> None:
     assert (sample_images(pipe, 7, seed=4, num_inference_steps=5).int() - together).abs().max() > 10
 
 
+@pytest.mark.slow
 def test_lack_of_memory_halves_the_batch_and_keeps_the_images(pipeline: Path, features: Path) -> None:
     plain, guided = load_pipeline(pipeline), load_pipeline(pipeline, features)
     expected = sample_images(plain, 7, seed=3, num_inference_steps=2)
@@ -304,6 +305,7 @@ def test_evaluate_prints_the_table_and_writes_the_same_numbers(
     assert run(*command, *options, "--output", file) == 2
 
 
+@pytest.mark.slow
 def test_evaluate_takes_a_folder_of_images(evaluator: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     test = load_images("digits", "test")
     save_images(test.pixels, tmp_path / "copies")
@@ -392,6 +394,7 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
         run_demo(tmp_path / "demo", seed=1, **short)
 
 
+@pytest.mark.slow
 def test_demo_shows_the_end_of_the_log_of_a_script_that_failed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ class TestFidelity:
         with pytest.raises(InputError, match="'facebook/dinov2-base' is the same one by transformers"):
             load_evaluator("dinov2-vit-b-14")
 
+    @pytest.mark.slow
     def test_local_inception_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "inception.pth"
         with monkeypatch.context() as patch:  # the published weights cannot be had here: random ones of that network
@@ -206,6 +207,7 @@ class TestBackbones:
         assert torch.allclose(found, expected.flatten(1), atol=1e-4 if side == SIDE else 0.08)
         assert found.std(dim=0).max() > 0.005
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("side", "folder"), [(SIDE, "vit")], indirect=True)
     def test_every_command_takes_them(self, folder: Path, tmp_path: Path) -> None:
         """`evaluate`, `compare`, `track` and `stress` open evaluators and real images alike: unresized, under the

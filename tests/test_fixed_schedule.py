@@ -101,6 +101,7 @@ def test_a_warm_start_needs_few_steps():
     assert (warm - expected).norm() < (cold - expected).norm() / 3
 
 
+@pytest.mark.slow
 @needs_newer_torch
 @pytest.mark.parametrize(
     "shape, options", [((20, 5), {"y_self_cost": 0.0}), ((3, 20, 5), {"reach": 2.0, "x_weights": torch.ones(20) / 20})]
@@ -116,6 +117,7 @@ def test_torch_compile_sees_one_graph(shape, options):
     torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-4, atol=1e-6)  # float32 sums in another order
 
 
+@pytest.mark.slow
 @needs_newer_torch
 def test_the_whole_loss_compiles_with_its_backward():
     x, y, weights = _cloud(20, 5), _cloud(30, 5, seed=1), torch.linspace(0.1, 1, 20)
@@ -127,6 +129,7 @@ def test_the_whole_loss_compiles_with_its_backward():
     torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_newer_torch
 @pytest.mark.parametrize("entries", [2**25, 100])
 def test_nothing_is_read_from_a_gpu(entries, monkeypatch):

@@ -82,6 +82,7 @@ def test_doubts(facts: dict[str, Any], words: str | None) -> None:
     assert ("No verdict" in evaluator_line({"name": "x"} | facts)) == (words is not None)
 
 
+@pytest.mark.slow
 def test_a_weak_evaluator_takes_static_for_digits_and_is_found_out(weak: ConvFeatureExtractor) -> None:
     real = reference(weak)
     generator = torch.Generator().manual_seed(0)
@@ -94,6 +95,7 @@ def test_a_weak_evaluator_takes_static_for_digits_and_is_found_out(weak: ConvFea
     assert facts["effective_rank"] < 5 and 0.5 < facts["test_accuracy"] < 0.9
 
 
+@pytest.mark.slow
 def test_a_good_evaluator_is_not_doubted_and_its_accuracy_is_measured(good: ConvFeatureExtractor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -215,6 +215,7 @@ def test_one_dirac_within_reach():
 _SIZES = [(16, 24, 2), (24, 16, 8), (1, 20, 3), (20, 1, 3), (8, 8, 1), (10, 10, 200)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", _SIZES)
 @pytest.mark.parametrize("ratio", [2.0, 0.5, 0.1, 0.03])
 def test_float32_matches_an_independent_float64_solve(sizes, ratio):

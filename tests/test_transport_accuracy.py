@@ -177,6 +177,7 @@ def errors(case: Case) -> dict[str, float] | None:
     return result
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(cases())
 def test_right_or_said(case: Case) -> None:

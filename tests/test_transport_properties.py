@@ -77,6 +77,7 @@ def check(compute: Any) -> Tensor | None:
     return value
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(
     clouds(), st.booleans(), st.one_of(st.none(), st.sampled_from([1e-3, 1.0, 1e3])), st.sampled_from([0.3, 0.7, 0.95])
