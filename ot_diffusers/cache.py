@@ -59,13 +59,15 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
 
 
 def read_verified(file: Path) -> dict[str, Tensor] | None:
-    """The tensors that `save_aside` wrote, on the CPU; None where there is no file or, with a warning, where it is not
-    as it was written."""
+    """The tensors that `save_aside` wrote, on the CPU; None where there is no file, or one without a checksum; with a
+    warning, None where it is not as it was written."""
     if not os.path.lexists(file):
         return None
     try:
         with safe_open(file, framework="pt") as stored:
             checksum = (stored.metadata() or {}).get(CHECKSUM)
+            if checksum is None:
+                return None
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         problem = None if checksum == _checksum(tensors, file.name) else "its checksum does not fit its contents"
     except Exception as error:  # whatever a damaged header leads to

@@ -94,7 +94,6 @@ def a_dangling_link(file: Path) -> None:
 DAMAGE: list[Callable[[Path], object]] = [
     lambda file: file.write_bytes(b""),
     lambda file: file.write_text("PK: a zip, perhaps"),
-    without_checksum,
     of_another_key,
     a_folder,
     a_dangling_link,
@@ -115,6 +114,14 @@ def test_what_is_damaged_is_computed_again_with_a_warning(
     if not file.is_dir():  # which a file cannot replace
         assert same(remembered("features", "key", dict))
         assert not caplog.text
+
+
+def test_what_has_no_checksum_is_computed_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remembered("features", "key", lambda: TENSORS)
+    without_checksum(cache / "features" / "key.safetensors")
+    other = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}
+    found = remembered("features", "key", lambda: other)
+    assert all(torch.equal(found[name], tensor) for name, tensor in other.items()) and not caplog.text
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "dev"])
