@@ -183,7 +183,7 @@ def _facts(results: Mapping[str, Any]) -> list[str]:
     facts = [
         f"data set {results['dataset']}" if "dataset" in results else "",
         f"{results['num_samples']:,} samples per arm" if "num_samples" in results else "",
-        f"{len(results['seeds'])} seeds" if "seeds" in results else "",
+        f"{count} seed{'s' if count > 1 else ''}" if (count := len(results.get("seeds", []))) else "",
         f"evaluated by {extractor['name']}" if "name" in extractor else "",
         *evaluator_properties(extractor),
     ]
