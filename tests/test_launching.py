@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from test_training import last_checkpoint, metrics, results, train
 
+from ot_diffusers.cli.process import chosen_dtype
 from ot_diffusers.config import BaselineConfig, load_config
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.metrics import frechet_distance_infinity, kernel_distance
@@ -49,6 +50,24 @@ def either(launcher: Any, own: Any, absent: Any) -> Any:
     """What holds where one of the two has said something, or both the same; a refusal elsewhere."""
     said = {value for value in (launcher, own) if value is not None}
     return {0: absent, 1: next(iter(said), None)}.get(len(said), InputError)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "own"),
+    list(itertools.product([None, "no", "fp16", "BF16"], [None, "float32", "float16", "bfloat16"])),
+)
+def test_the_dtype_of_sampling_is_the_launchers_or_the_commands(
+    launcher: str | None, own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if launcher is not None:
+        monkeypatch.setenv(PRECISION, launcher)
+    decided = {"fp16": "float16", "BF16": "bfloat16"}.get(launcher or "")
+    expected = either(decided, own, "float32")
+    if expected is InputError:
+        with pytest.raises(InputError, match=f"`dtype` must be {decided} as the launcher says, got '{own}'"):
+            chosen_dtype(own)
+    else:
+        assert chosen_dtype(own) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import require
 from ..files import GRID_NAME, SAMPLE, SAMPLE_NAMES, is_first_process, is_own, not_own, record_of, recorded, write_own
-from .process import call_arguments, chosen_device, data_options, prepare_libraries
+from .process import call_arguments, chosen_device, chosen_dtype, data_options, prepare_libraries
 
 EVALUATE = "evaluate"
 """Under this name `evaluate` lists what it has written."""
@@ -20,6 +20,7 @@ EVALUATE = "evaluate"
 
 def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Images of a pipeline into a folder."""
+    arguments.dtype = chosen_dtype(arguments.dtype)
     output: Path = arguments.output
     if is_first_process():
         _check_sample_folder(output, arguments.overwrite)
@@ -48,6 +49,7 @@ def _check_sample_folder(output: Path, overwrite: bool) -> None:
 
 def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Metrics of generated images against the test split, beside those of real images."""
+    arguments.dtype = chosen_dtype(arguments.dtype)
     output: Path | None = arguments.output
     if output is not None and os.path.lexists(output) and is_first_process():
         require(arguments.overwrite, "output", "be a new file without --overwrite", str(output))

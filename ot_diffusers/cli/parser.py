@@ -327,7 +327,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_speed_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("speed")
     options.add_argument(
-        "--dtype", default="float32", help="of the networks' products: float32, bfloat16 or float16 (%(default)s)"
+        "--dtype", help="of the networks' products: float32, bfloat16 or float16; default: the launcher's, or float32"
     )
     options.add_argument("--channels-last", action="store_true", help="memory layout that many GPUs prefer")
     options.add_argument("--compile", action="store_true", help="torch.compile the denoiser: minutes once, then faster")

@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, require
 
 SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
 """Options that are passed on to the pipeline's call where they are given."""
@@ -29,6 +29,18 @@ def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
 
     return SEED_GUIDANCE | given
+
+
+def chosen_dtype(name: str | None) -> str:
+    """The named dtype, or that of `accelerate launch --mixed_precision`; float32 where nobody has said anything.
+
+    Raises:
+        InputError: the two differ.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    launched = {"no": None, "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision)
+    require(launched is None or name in (None, launched), "dtype", f"be {launched} as the launcher says", name)
+    return name or launched or "float32"
 
 
 def chosen_device(name: str | None) -> Any:

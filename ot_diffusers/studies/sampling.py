@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import name_aside
+from ..cache import read_verified, save_aside
 from ..images import to_model_range, to_uint8
 from ..models.prior import GaussianPrior
 from ..pipelines.guided import SMALL_BATCH
@@ -74,18 +72,15 @@ def sampled(study: Study, name: str, seed: int) -> Sampled:
 
 
 def sampled_once(file: Path, sample: Callable[[], Sampled]) -> Sampled:
-    """What an earlier call left in a safetensors file, or what `sample` makes, left there whole."""
-    if not file.is_file():
+    """What an earlier call left in a file, if that is whole, or what `sample` makes, kept there."""
+    kept = read_verified(file)
+    if kept is None:
         found = sample()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = name_aside(file)
-        cost = {"seconds": found.seconds, "nfe": found.nfe, **found.others}
-        save_file({"images": found.images.contiguous()}, partial, metadata={"cost": json.dumps(cost)})
-        partial.replace(file)
+        cost = json.dumps({"seconds": found.seconds, "nfe": found.nfe, **found.others}).encode()
+        save_aside({"images": found.images, "cost": torch.tensor(list(cost), dtype=torch.uint8)}, file)
         return found
-    with safe_open(file, framework="pt") as stored:
-        cost = json.loads(stored.metadata()["cost"])
-        return Sampled(stored.get_tensor("images"), cost.pop("seconds"), cost.pop("nfe"), cost)
+    cost = json.loads(bytes(kept["cost"].tolist()))
+    return Sampled(kept["images"], cost.pop("seconds"), cost.pop("nfe"), cost)
 
 
 def sample_variant(study: Study, name: str, seed: int) -> Sampled:

@@ -24,6 +24,7 @@ from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, r
 from ot_diffusers.studies.results import collect
 from ot_diffusers.studies.run import run_study
 from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side, train_group
+from ot_diffusers.studies.sampling import Sampled, sampled_once
 from ot_diffusers.studies.study import Clock, OutOfTime, Study
 
 pytestmark = [
@@ -267,6 +268,20 @@ def test_stopped_and_resumed_is_the_uninterrupted_comparison(
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     for name, values in two["per_seed"].items():
         assert values == {metric: found[:2] for metric, found in results["per_seed"][name].items()}
+
+
+@pytest.mark.parametrize("length", [0, 100, -1])
+def test_kept_images_that_are_damaged_are_sampled_again(length: int, tmp_path: Path) -> None:
+    file, drawn = tmp_path / "samples" / "variant.safetensors", []
+
+    def sample() -> Sampled:
+        drawn.append(len(drawn))
+        return Sampled(torch.full((2, 1, 2, 2), len(drawn), dtype=torch.uint8), 1.5, 7, {"field_seconds": 0.25})
+
+    first, kept = sampled_once(file, sample), sampled_once(file, sample)
+    assert len(drawn) == 1 and torch.equal(first.images, kept.images) and first.cost == kept.cost
+    file.write_bytes(file.read_bytes()[:length])
+    assert sampled_once(file, sample).images.unique().tolist() == [2]
 
 
 def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
