@@ -77,7 +77,7 @@ def test_lower_bounds_are_the_versions_of_the_oldest_environment():
 
 
 def _draw() -> None:
-    import_module("ot_diffusers.evaluation.plots")
+    import_module("ot_diffusers.reporting.plots")
 
 
 def _complete() -> None:
@@ -108,7 +108,7 @@ def _track() -> None:
 
 def _uninstall(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither importable nor among the trackers that accelerate found when it was imported."""
-    monkeypatch.delitem(sys.modules, "ot_diffusers.evaluation.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "ot_diffusers.reporting.plots", raising=False)
     for name in [library, *(name for name in sys.modules if name.startswith(f"{library}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(tracking, "_available_trackers", [])

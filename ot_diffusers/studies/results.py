@@ -43,7 +43,7 @@ def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
 
 
 def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
-    """The contents of `results.json`: those of `evaluation.report`, with differences, curves, costs and the values of
+    """The contents of `results.json`: those of `reporting.report`, with differences, curves, costs and the values of
     every seed."""
     config = study.config
     found = [read_json(study.folder(seed) / "metrics.json") for seed in seeds]
