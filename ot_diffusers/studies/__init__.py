@@ -3,7 +3,7 @@
     ot-diffusers compare runs/baseline runs/ot --dataset digits --evaluator runs/evaluator --seeds 5
     ot-diffusers compare --config configs/digits/compare.yaml
 
-The way of a number, a module each:
+The way of a number, a module each::
 
     config     a `StudyConfig` names variants: a saved pipeline or a training script, a start of the chain, arguments;
                `steps` and `curves` (`axes`) add variants as points of curves
