@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
-from huggingface_hub import ModelCard, constants, file_download
+from huggingface_hub import ModelCard, constants, file_download, utils
 from loopback_hub import READER, WRITER, LoopbackHub, Repository
 from test_loading import make_guided, make_truncated, make_unet
 
@@ -73,6 +73,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
     for module in (constants, file_download):
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Before version 1 the client's sessions remember that they were offline.
+    getattr(utils, "reset_sessions", lambda: None)()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
