@@ -13,7 +13,7 @@ PYTEST := -m pytest -q -n 2 --dist loadfile
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
 	@echo "make test   linters, types and tests"
-	@echo "make test-fast    the tests that train nothing, in a minute"
+	@echo "make test-fast    the tests that train nothing, in little more than a minute"
 	@echo "make test-oldest  the same on Python 3.10 with the oldest versions that are supported (oldest.txt)"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"

@@ -320,12 +320,6 @@ def read_images(folder: str | Path, channels: int) -> Tensor:
     return Decoder(picture_table(listing), "image", str(folder), None, channels, "images").decode_all()
 
 
-def _to_tensor(picture: PIL.Image.Image) -> Tensor:
-    """A grey or RGB picture as uint8 [C, H, W]."""
-    pixels = torch.from_numpy(np.array(picture))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
-
-
 def _to_picture(image: Tensor) -> PIL.Image.Image:
     """uint8 [C, H, W] as a grey or RGB picture."""
     return PIL.Image.fromarray(image.permute(1, 2, 0).squeeze(-1).cpu().numpy())

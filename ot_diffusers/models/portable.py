@@ -41,12 +41,10 @@ class PortableModel(ModelMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.save_pretrained`; weights are safetensors, whatever `safe_serialization` says."""
-        push = kwargs.pop("push_to_hub", False)
-        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        push = take_push_options(save_directory, kwargs)
         super().save_pretrained(save_directory, *args, **kwargs | {"safe_serialization": True})
-        if push:
-            options.setdefault("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(variant=kwargs.get("variant"), **options)
+        if push is not None:
+            self.push_to_hub(**push)
 
     # Pipelines pass on the options that the signature shows.
     save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
@@ -80,6 +78,14 @@ class PortableModel(ModelMixin):
 def hub() -> ModuleType:
     """`ot_diffusers.hub`, by its name: it stands above the models and pipelines, and nothing but a push needs it."""
     return import_module("ot_diffusers.hub")
+
+
+def take_push_options(save_directory: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any] | None:
+    """What `save_pretrained` passes on to `push_to_hub`, taken out of its options; None where nothing is pushed."""
+    pushes = options.pop("push_to_hub", False)
+    named = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    own = {"repo_id": Path(save_directory).resolve().name, "variant": options.get("variant")}
+    return own | named if pushes else None
 
 
 def with_known_dtype(options: dict[str, Any]) -> dict[str, Any]:

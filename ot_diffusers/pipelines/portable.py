@@ -23,7 +23,7 @@ from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
-from ..models.portable import HUB_OPTIONS, hub, to_json, with_known_dtype, without_origin
+from ..models.portable import hub, take_push_options, to_json, with_known_dtype, without_origin
 from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
 
@@ -114,14 +114,12 @@ class PortablePipeline(DiffusionPipeline):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_NAME).write_text(CODE.format(name=type(self).__name__), encoding="utf-8")
-        push = kwargs.pop("push_to_hub", False)
-        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        push = take_push_options(folder, kwargs)
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         for part in folder.glob("*/config.json"):
             part.write_text(without_origin(part.read_text(encoding="utf-8")), encoding="utf-8")
-        if push:
-            options.setdefault("repo_id", folder.resolve().name)
-            self.push_to_hub(variant=kwargs.get("variant"), **options)
+        if push is not None:
+            self.push_to_hub(**push)
 
     def push_to_hub(
         self,
