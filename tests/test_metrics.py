@@ -386,6 +386,14 @@ class TestCounts:
         monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", 900)
         assert metrics.density_coverage(*pair) == whole
 
+    def test_spread_is_the_area_in_the_principal_plane(self) -> None:
+        real = gaussian(500, dim=5) * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0])
+        assert metrics.principal_spread(real, real) == pytest.approx(1, rel=1e-9)
+        assert metrics.principal_spread(real / 3 + 7, real) == pytest.approx(1 / 9, rel=1e-6)
+        # Beyond the plane nothing counts, and a line in it has no area.
+        assert metrics.principal_spread(real * torch.tensor([1.0, 1, 0, 0, 9]), real) == pytest.approx(1, rel=0.02)
+        assert metrics.principal_spread(real * torch.tensor([1.0, 0, 0, 0, 0]), real) < 0.05
+
     def test_effective_rank_counts_equal_directions(self) -> None:
         """±e₁, …, ±e_k in D dimensions: k equal eigenvalues, so rank k."""
         axes = torch.eye(8)[:5]

@@ -214,7 +214,7 @@ def test_presets_give_every_prior_the_same_generator(data: str) -> None:
 
 
 def test_the_source_presets_are_its_recipe() -> None:
-    config = load_config(PriorConfig, ["--config", str(ROOT / "configs" / "cifar10" / "prior_ot_seed.yaml")])
+    config = load_config(PriorConfig, ["--config", str(ROOT / "configs" / "cifar10" / "prior_ot_original.yaml")])
     assert (config.truncation_timestep, config.latent_dim, config.train_batch_size) == (10, 1024, 128)
     assert (config.num_train_epochs, config.prediction_type, config.ot_objective) == (32, "noisy_sample", "pixel")
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from ot_diffusers.training import (
     Schedule,
     diffusion_batches,
     draw_noise,
+    image_batches,
     index_batches,
     load_split,
     make_accelerator,
@@ -403,20 +405,39 @@ def test_record_of_an_ot_run_adds_up(features: Path, tmp_path: Path) -> None:
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sampler", "power"), [("uniform", 1.0), ("quadratic", 2.0)])
-def test_timesteps_are_distributed_as_named(sampler: str, power: float) -> None:
-    """t = T·u^p, so that P(t < T·x) = x^(1/p). The largest deviation of 100,000 draws exceeds 1.95/√N once in a
-    thousand seeds, plus a timestep's own share of the chain."""
+@pytest.mark.parametrize(
+    ("sampler", "below"),
+    [
+        ("uniform", lambda count, length: count / length),
+        ("quadratic", lambda count, length: (count / length) ** 0.5),
+        ("log_uniform", lambda count, length: count.log() / math.log(length)),
+    ],
+)
+def test_timesteps_are_distributed_as_named(sampler: str, below: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    """P(t < n) for every n. The largest deviation of 100,000 draws exceeds 1.95/√N once in a thousand seeds, plus a
+    timestep's own share of the chain."""
     count, length = 100_000, 1000
     config = BaselineConfig(timestep_sampler=sampler)
     noise, timesteps = draw_noise(count, torch.Size([1]), config, torch.Generator().manual_seed(0))
     edges = torch.arange(1, length + 1)
     reached = torch.searchsorted(timesteps.sort().values, edges) / count
-    expected = (edges / length) ** (1 / power)
+    expected = below(edges.float(), length)
     assert (reached - expected).abs().max() < 1.95 / count**0.5 + 1e-4
     # ε is standard normal: mean and variance within 4 standard errors, √(1/N) and √(2/N).
     assert abs(noise.mean().item()) < 4 / count**0.5
     assert abs(noise.var().item() - 1) < 4 * (2 / count) ** 0.5
+
+
+def test_denoisers_see_flipped_images_as_well() -> None:
+    images = load_images("digits", "train")
+    config = BaselineConfig(train_batch_size=64, random_flip=True)
+    accelerator = make_accelerator(config)
+    schedule = plan(config, accelerator, images)
+    ((_, indices, part, batch), *_) = itertools.islice(image_batches(images, config, schedule, accelerator, 0), 1)
+    plain = images.fetch(indices[part])
+    same, mirrored = ((batch == other).flatten(1).all(1) for other in (plain, plain.flip(3)))
+    assert bool((same | mirrored).all())
+    assert 16 < int(mirrored.sum()) < 48  # four standard errors of a fair coin
 
 
 def test_max_timestep_ends_the_chain_early() -> None:

@@ -22,9 +22,7 @@ from ot_diffusers.features import (
     make_feature_optimizer,
     make_reference_bank,
 )
-from ot_diffusers.images import random_crop_and_flip
 from ot_diffusers.launch import launched, run_script
-from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Record,
     TrainingState,
@@ -69,11 +67,8 @@ def main(config: FeaturesConfig) -> None:
     record = Record(config, schedule, accelerator, state)
 
     # Loop.
-    for update, indices, part, batch in image_batches(images, config, schedule, accelerator, start=state.update):
-        # Drawn and applied on the device; the images leave with channels last, which tensor cores want.
-        generator = keyed_generator(accelerator.device, config.seed, "augment", update)
-        draws = torch.rand((len(indices), 3), generator=generator, device=accelerator.device)[part]
-        batch = random_crop_and_flip(batch, padding=config.crop_padding, flip=config.random_flip, draws=draws)
+    for _, indices, part, batch in image_batches(images, config, schedule, accelerator, start=state.update):
+        batch = batch.contiguous(memory_format=torch.channels_last)  # which tensor cores want
         with accelerator.accumulate(state.model):
             _, logits = state.model(to_unit_range(batch), return_dict=False)
             wanted = labels[indices[part].to(labels.device, non_blocking=True)]

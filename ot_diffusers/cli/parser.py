@@ -172,9 +172,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--num-samples", help="images of each arm and seed; default: as many as there are test images")
     compare.add_argument("--num-inference-steps", type=whole(1), help="denoising steps; default: each pipeline's own")
     _add_output(compare, check_folder, help="folder for everything, report.html among it (runs/comparison)")
-    compare.add_argument(
-        "--max-seconds", type=number(0, above=True), help="stop cleanly after this long; the same command goes on"
-    )
+    _add_max_seconds(compare)
     compare.set_defaults(command=run_compare, takes_overrides=True)
 
 
@@ -218,12 +216,13 @@ def _add_truncation(commands: Any) -> None:
     truncation = commands.add_parser(
         "truncation",
         help="train, sample and compare the priors of the truncated chain",
-        usage="ot-diffusers truncation [--config FILE] [key=value ...]",
+        usage="ot-diffusers truncation [--config FILE] [--max-seconds SECONDS] [key=value ...]",
         epilog=_presets("truncation"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     truncation.add_argument("--config", metavar="FILE", help="YAML file, or a preset such as digits/truncation.yaml")
+    _add_max_seconds(truncation)
     truncation.set_defaults(command=run_truncation, takes_overrides=True)
 
 
@@ -336,6 +335,13 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what this command wrote there before, and nothing else"
+    )
+
+
+def _add_max_seconds(parser: argparse.ArgumentParser) -> None:
+    """`--max-seconds` of a study, which is done in slices."""
+    parser.add_argument(
+        "--max-seconds", type=number(0, above=True), help="stop cleanly after this long; the same command goes on"
     )
 
 

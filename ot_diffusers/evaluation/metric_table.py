@@ -39,12 +39,22 @@ METRICS = {
         "Memorisation", "floor", "Distance to the nearest training image over that of fresh real ones; 0 for copies."
     ),
     "effective_rank": Metric("Effective rank", "floor", "How many feature directions the samples use."),
+    "principal_spread": Metric(
+        "Spread", "floor", "Area in the two leading principal directions of real images, over theirs."
+    ),
     "class_histogram_distance": Metric("Class histogram", "lower", "Total variation of the predicted class shares."),
     "patch_sliced_wasserstein": Metric("Patch SW", "lower", "Sliced Wasserstein distance of 7×7 pixel patches."),
     "spectrum_distance": Metric("Spectrum", "lower", "Mean difference of log₁₀ power over spatial frequencies."),
     "speckle_share": Metric("Speckle", "floor", "Share of grey pixels away from any stroke."),
     "laplacian_response": Metric("Laplacian", "floor", "Mean local contrast; above real images noise, below blur."),
 }  # fmt: skip
+
+SECOND = ("frechet_distance", "recall_distance", "precision_distance")
+"""The metrics of a second evaluator, named `second_…`."""
+METRICS |= {
+    f"second_{name}": Metric(f"{METRICS[name].label}, 2nd", METRICS[name].better, "By the second evaluator.")
+    for name in SECOND
+}
 
 HEADLINE = (
     "frechet_distance",

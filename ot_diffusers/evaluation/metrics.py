@@ -237,6 +237,27 @@ def effective_rank(features: Tensor) -> float:
     return math.exp(log_effective_rank(features).item())
 
 
+def principal_spread(features: Tensor, reference_features: Tensor) -> float:
+    """Area of the samples over that of real images in the plane of the two leading principal directions of the latter:
+    √(det Cov / det Cov_real), 1 for equal distributions, less where the samples cluster.
+
+    Args:
+        features: of generated images, [N, D], D ≥ 2.
+        reference_features: of real images, [M, D].
+
+    Example:
+        >>> real = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> round(principal_spread(real / 2, real), 6)
+        0.25
+    """
+    features, reference_features = _checked_pair(features, reference_features)
+    require(features.shape[1] >= 2, "features", "have at least 2 columns", tuple(features.shape))
+    (_, factor), (_, real) = _gaussian_fit(features), _gaussian_fit(reference_features)
+    _, deviations, directions = torch.linalg.svd(real, full_matrices=False)
+    require(bool(deviations[:2].all()), "reference_features", "vary in two directions or more", deviations[:2].tolist())
+    return (torch.linalg.svdvals(factor @ directions[:2].T).prod() / deviations[:2].prod()).item()
+
+
 def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
     """Total variation between predicted class histograms, ½ Σ_c |p_c − q_c|: 0 if equal, 1 if disjoint.
 

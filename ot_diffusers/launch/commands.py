@@ -60,7 +60,7 @@ def presets_of(command: str) -> list[str]:
     """The presets of a training script or study, such as `digits/ot.yaml`, in order."""
     words = {"features": ("features", "evaluator")}.get(command, (command,))
     folder = presets_folder()
-    files = [file for file in sorted(folder.glob("*/*.yaml")) if file.parent.name != "accelerate"]
+    files = [file for file in sorted(folder.rglob("*.yaml")) if file.parent.name != "accelerate"]
     studies = {file for file in files if "\narms:" in file.read_text(encoding="utf-8")}
     of_scripts = [file for file in files if file not in studies and file.stem.split("_")[0] in words]
     chosen = sorted(studies) if command == "compare" else of_scripts

@@ -123,16 +123,25 @@ def patch_transport(
     reference: Tensor,
     *,
     patch_sizes: Sequence[int],
+    patch_stride: int | None = None,
     num_projections: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Sliced Wasserstein between patches at each position, averaged over widths, in the unit of `pixel_transport`."""
+    """Sliced Wasserstein between patches at each position, averaged over widths, in the unit of `pixel_transport`.
+
+    With a `patch_stride` only the positions of a grid are compared, which begins at a random pixel: in expectation the
+    same as all of them, for a part of the sorts.
+    """
+    if patch_stride is not None:
+        across, down = torch.randint(patch_stride, (2,), generator=generator, device=generator.device).tolist()
+        images, reference = images[..., across:, down:], reference[..., across:, down:]
     sizes = tuple(size for size in patch_sizes if size <= min(images.shape[2:]))
     require(bool(sizes), "patch_sizes", f"hold a width up to {min(images.shape[2:])}", tuple(patch_sizes))
     return patch_sliced_wasserstein(
         images,
         reference,
         patch_sizes=sizes,
+        stride=patch_stride,
         per_position=True,
         num_projections=num_projections,
         generator=generator,

@@ -76,8 +76,13 @@ def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = N
 
 def captioned(table: str, results: Mapping[str, Any]) -> str:
     """A table in text or Markdown below what its results say of the evaluator, in as far as that was measured."""
-    facts = results.get("extractor", {})
-    return f"{evaluator_line(facts)}\n\n{table}" if "effective_rank" in facts else table
+    return f"{evaluators(results)}\n\n{table}" if "effective_rank" in results.get("extractor", {}) else table
+
+
+def evaluators(results: Mapping[str, Any]) -> str:
+    """The evaluator and, where there is one, the second, in a sentence each; "" for none."""
+    lines = [evaluator_line(results.get(key, {})) for key in ("extractor", "second_extractor")]
+    return " ".join(line for line in (lines[0], lines[1].replace("Evaluated by", "2nd evaluator:")) if line)
 
 
 def markdown_rows(rows: Rows) -> str:
@@ -245,7 +250,7 @@ def _metrics_table(results: Mapping[str, Any]) -> str:
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best value. NFE: network calls per image."
-    line = evaluator_line(results.get("extractor", {}))
+    line = evaluators(results)
     if results.get("floor", {}).get("metrics"):
         note += " “Real vs real” is what as many real images score: the floor that no model is expected to beat."
     seeds = len(results.get("seeds", [0]))

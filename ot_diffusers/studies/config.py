@@ -15,7 +15,7 @@ from ..config import Options, load_config, option
 from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation.extractors import load_evaluator
-from ..evaluation.metric_table import COSTS, HEADLINE, METRICS
+from ..evaluation.metric_table import COSTS, HEADLINE, METRICS, SECOND
 from ..features import load_feature_extractor
 from ..launch.commands import SCRIPTS, preset_path
 from ..outgoing import distinct_names
@@ -94,6 +94,9 @@ class StudyConfig(Options):
     evaluator: str = option(
         "digits/evaluator.yaml", "network no loss sees: of `ot-diffusers evaluate`, or a preset to train once"
     )
+    second_evaluator: str | None = option(
+        None, "another one, which is not trained here, such as efficientnet-lite0: adds its distances to the table"
+    )
     features: str | None = option(None, "network for losses and guidance: a run, a Hub id, or a preset to train once")
     arms: dict[str, Variant] = field(
         default_factory=dict, metadata={"help": "name to variant, in the order of the work"}
@@ -168,6 +171,11 @@ class StudyConfig(Options):
     def family(self) -> tuple[str, ...]:
         """The tested metrics, the primary one first."""
         return tuple(dict.fromkeys((self.primary_metric, *self.metrics)))
+
+    @property
+    def second_metrics(self) -> tuple[str, ...]:
+        """The metrics of the second evaluator, if there is one."""
+        return tuple(f"second_{name}" for name in SECOND) if self.second_evaluator else ()
 
     @property
     def lines(self) -> list[dict[str, str]]:

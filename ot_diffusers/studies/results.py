@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.evaluate import evaluate_images, real_floor
+from torch import Tensor
+
+from ..evaluation.evaluate import evaluate_images, random_rows, real_floor
 from ..evaluation.extractors import dataset_facts, evaluator_facts
 from ..evaluation.health import evaluator_doubt
-from ..evaluation.metric_table import COSTS, METRICS
+from ..evaluation.metric_table import COSTS, METRICS, SECOND
 from ..launch.commands import SCRIPTS
 from ..outgoing import without_local_paths
 from ..reporting import report
@@ -34,9 +36,21 @@ def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
         found = sampled(study, name, seed)
         wanted = config.family if variant.role == CURVE else measured
         metrics = evaluate_images(found.images, reference=reference, train=real, metrics=wanted, **settings)
-        arms[name] = {"metrics": metrics, "cost": found.cost}
+        second = second_scores(study, found.images, seed) if variant.role != CURVE else {}
+        arms[name] = {"metrics": metrics | second, "cost": found.cost}
     floor = real_floor(reference, real, study.num_samples, metrics=measured, **settings)
-    return {"arms": arms, "floor": floor}
+    drawn = random_rows(real, study.num_samples, seed).images
+    return {"arms": arms, "floor": floor | second_scores(study, drawn, seed)}
+
+
+def second_scores(study: Study, images: Tensor, seed: int) -> dict[str, float]:
+    """What the second evaluator says of images; nothing without one."""
+    if study.second_extractor is None:
+        return {}
+    reference = study.second_test_images
+    options: dict[str, Any] = {"extractor": study.second_extractor, "metrics": SECOND, "seed": seed}
+    values = evaluate_images(images, reference=reference, **options)
+    return {f"second_{name}": value for name, value in values.items()}
 
 
 # --- results.json -----------------------------------------------------------------------------------------------------
@@ -51,6 +65,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     floor = by_metric([run["floor"] for run in found])
     data = dataset_facts(study.splits["test"])
     evaluator = evaluator_facts(study.extractor, study.test_images)
+    second = config.second_evaluator is not None
     trusted = evaluator_doubt(evaluator) is None
     tested = [metric for metric in config.family if all(metric in by_name for by_name in values.values())]
     paired = {}
@@ -64,6 +79,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "seeds": list(seeds),
         "complete": len(seeds) == len(study.seeds),
         "extractor": evaluator,
+        **({"second_extractor": evaluator_facts(study.second_extractor, study.second_test_images)} if second else {}),
         "primary_metric": config.primary_metric,
         "headline": tested,
         "costs": list(config.costs),
@@ -99,8 +115,8 @@ def collect_curves(
             summarised = summarise(values)
             point = summarised["metrics"] | mean_costs(found, name)
             curves[method][value] = point | {"intervals": summarised["intervals"], "per_seed": values}
-    first = next(iter(curves), "")
-    for method in list(curves)[1:] if len(found) >= 2 else ():
+    first = config.compare_with if config.compare_with in curves else next(iter(curves), "")
+    for method in [name for name in curves if name != first] if len(found) >= 2 else ():
         for value, point in curves[method].items():
             if value in curves[first]:
                 pair = {name: curves[name][value]["per_seed"] for name in (first, method)}

@@ -120,6 +120,12 @@ class Study:
         return load_evaluator(self.network("evaluator")).to(best_device())
 
     @cached_property
+    def second_extractor(self) -> Any:
+        """The second evaluator, loaded once; None where the study has none."""
+        name = self.config.second_evaluator
+        return None if name is None else load_evaluator(name).to(best_device())
+
+    @cached_property
     def splits(self) -> dict[str, ResidentImages | StreamedImages]:
         """The real images of both splits, as the evaluator takes them."""
         dataset, options = self.config.dataset, self.config.data_options
@@ -134,6 +140,11 @@ class Study:
     def test_images(self) -> ImageSet:
         """The test images, described by the evaluator."""
         return self.described("test")
+
+    @cached_property
+    def second_test_images(self) -> ImageSet:
+        """The test images, described by the second evaluator."""
+        return describe_images(self.test_images.images, self.second_extractor, cache=True)
 
     def described(self, split: str) -> ImageSet:
         """A split with what the evaluator says of it."""

@@ -47,14 +47,21 @@ HEADLINE = (
     "nearest_distance_ratio",
     "patch_sliced_wasserstein",
 )
-METRICS = (*HEADLINE, "coverage")
+METRICS = (*HEADLINE, "coverage", "effective_rank", "principal_spread")
 COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
-LABELS = {"gaussian": "Gaussian", "gaussian_classes": "Gaussian, class-wise", "vae": "VAE", "gan": "GAN", "ot": "OT"}
-CLOSED_FORM, LEARNED = ("gaussian", "gaussian_classes"), ("gan", "ot", "vae")
+LABELS = {
+    "gaussian": "Gaussian",
+    "gaussian_classes": "Gaussian, class-wise",
+    "vae": "VAE",
+    "gan": "GAN",
+    "ot_original": "OT, original",
+    "ot": "OT",
+}
+CLOSED_FORM, LEARNED = ("gaussian", "gaussian_classes"), ("gan", "ot", "vae", "ot_original")
 """Learned priors are trained in pairs on a CPU, so that the seconds of the first two are comparable."""
 OPTIONS = {"ot": ("feature_extractor={features}",), "gaussian_classes": ("class_wise=true",)}
 """Of the script that trains the prior, beside those of its preset."""
-DENOISER, FULL = "baseline", "full"
+DENOISER, FULL_DENOISER, FULL = "baseline", "baseline_full", "full"
 VANILLA, ORACLE = "vanilla, truncated", "oracle"
 DESCRIPTIONS = {
     NOISE: "N(0, I) fed to the truncated chain.",
@@ -63,6 +70,7 @@ DESCRIPTIONS = {
     "gaussian_classes": "One such Gaussian for each class.",
     "vae": "Encoder and generator under the evidence bound; latents from a mixture fitted to the codes.",
     "gan": "The generator against a discriminator of its widths.",
+    "ot_original": "The generator by the original study's loss: sliced Wasserstein on whole pixels, x_T' made at once.",
     "ot": "The generator by optimal transport alone, no adversary.",
     REAL: "Real training images, diffused: what a perfect prior would reach.",
 }
@@ -82,14 +90,26 @@ class TruncationConfig(Options):
     dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
     presets: str = option("digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …")
     denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
+    full_denoiser: str | None = option(
+        None, "pipeline or preset of the full chains, where the denoiser knows little noise only; none is the denoiser"
+    )
     feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
     evaluator: str | None = option(None, "network no loss sees: of `ot-diffusers evaluate`; none trains the preset")
-    priors: tuple[str, ...] = option(tuple(LABELS), "rows of the table beside noise and the oracle")
+    second_evaluator: str | None = option(
+        None, "another one, which is not trained here, such as efficientnet-lite0: adds its distances to the table"
+    )
+    priors: tuple[str, ...] = option(
+        ("gaussian", "gaussian_classes", "vae", "gan", "ot"),
+        f"rows of the table beside noise and the oracle, some of {', '.join(LABELS)}",
+    )
     truncation_timestep: int = option(10, "T' of the table")
     timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
     learned_timesteps: tuple[int, ...] = option((), "those T' of the curves for which learned priors are trained anew")
     guided: tuple[str, ...] = option(
         (), "priors that are sampled with OT guidance as well; any adds the noise of a full chain"
+    )
+    guided_curves: tuple[str, ...] | None = option(
+        None, "those of them that are guided at other T', too; none is all of them"
     )
     goal_timestep: int | None = option(None, "T' of guided rows beside the table's own; none is no such rows")
     num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
@@ -99,7 +119,8 @@ class TruncationConfig(Options):
     guided_batch_size: int | None = option(None, "the same where guidance couples them")
     max_train_steps: int | None = option(None, "updates of each learned prior; none is the preset's")
     max_train_seconds: float | None = option(None, "time of each learned prior; none is what its updates take")
-    seed: int = option(0, "of the models and of the starting noise")
+    seed: int = option(0, "of the models and of the starting noise", minimum=0, must="be at least 0")
+    seeds: int | None = option(None, "how many random seeds, 0, 1, 2, …, in place of the one", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,11 +144,14 @@ class TruncationConfig(Options):
             require(value is None or value >= 1, name, "be at least 1 or none", value)
         seconds = self.max_train_seconds
         require(seconds is None or seconds > 0, "max_train_seconds", "be positive or none", seconds)
-        require(self.seed >= 0, "seed", "be at least 0", self.seed)
 
 
 def run_truncation_study(
-    config: TruncationConfig, announce: Announce = print, *, overrides: Sequence[str] = ()
+    config: TruncationConfig,
+    announce: Announce = print,
+    *,
+    overrides: Sequence[str] = (),
+    max_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Run the study and write `results.json`, `results.md`, `report.html` and pictures; returns the results.
 
@@ -135,6 +159,7 @@ def run_truncation_study(
         config: of the study.
         announce: takes the lines that tell how far it is.
         overrides: `key=value` for every training script, such as `max_train_steps=4`.
+        max_seconds: stop cleanly about then; the next call goes on.
 
     Raises:
         InputError: a folder that holds something else, a preset that does not exist.
@@ -143,12 +168,14 @@ def run_truncation_study(
 
     def extend(study: Study, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
         more: dict[str, Any] = {"truncation_timestep": config.truncation_timestep}
-        more |= {"summary": goal(config, results["arms"], results["extractor"])} if config.goal_timestep else {}
+        if config.goal_timestep:
+            said = [results.get("summary", ""), goal(config, results["arms"], results["extractor"])]
+            more["summary"] = " ".join(filter(None, said))
         picture = plots.image_panels(starts(study, config), study.output / "starts.png")
         return more, {"What the chain starts from": picture}
 
     check_study_folder(Path(config.output_dir) / RECORD_NAME, "output_dir")
-    return run_study(expand(config, overrides), announce=announce, extend=extend)
+    return run_study(expand(config, overrides), max_seconds=max_seconds, announce=announce, extend=extend)
 
 
 # --- The variants -----------------------------------------------------------------------------------------------------
@@ -176,9 +203,12 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
         title=f"Priors of the truncated chain, T' = {config.truncation_timestep}: {images.name}",
         dataset=config.dataset,
         evaluator=config.evaluator or f"{config.presets}/evaluator.yaml",
+        second_evaluator=config.second_evaluator,
         features=config.feature_extractor or f"{config.presets}/features.yaml",
         arms=arms,
-        seed=config.seed,
+        compare_with=LABELS["gan"] if config.seeds and "gan" in priors else None,
+        seeds=config.seeds or 1,
+        seed=None if config.seeds else config.seed,
         num_samples=config.num_samples,
         curves={TIMESTEPS: lines if config.timesteps else {}},
         metrics=HEADLINE,
@@ -195,6 +225,8 @@ def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, 
     runs = {}
     if config.denoiser is None:
         runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", role=TRAINING)
+    if config.full_denoiser is not None and preset_path(config.full_denoiser).is_file():
+        runs[FULL_DENOISER] = Variant(train="baseline", preset=config.full_denoiser, role=TRAINING)
     limits = [f"max_train_steps={config.max_train_steps}"] if config.max_train_steps else []
     for timestep in dict.fromkeys((config.truncation_timestep, *config.learned_timesteps)):
         for name in (*CLOSED_FORM, *LEARNED):
@@ -213,11 +245,17 @@ def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, 
 
 def groups(runs: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
     """The networks together, the closed forms together, the learned priors in pairs."""
-    networks = ("features", "evaluator", *(name for name in runs if name == DENOISER))
-    learned = [run for run in runs if any(run.startswith(f"prior_{name}_") for name in LEARNED)]
-    closed = tuple(run for run in runs if run != DENOISER and run not in learned)
+    denoisers = [name for name in runs if name in (DENOISER, FULL_DENOISER)]
+    learned = [run for run in runs if runs[run].train == "prior" and not is_closed_form(run)]
+    closed = tuple(run for run in runs if run not in denoisers and run not in learned)
+    networks = ("features", "evaluator", *denoisers)
     pairs = [tuple(learned[first : first + 2]) for first in range(0, len(learned), 2)]
     return tuple(group for group in (networks, closed, *pairs) if group)
+
+
+def is_closed_form(run: str) -> bool:
+    """Whether the run of a prior fits moments only."""
+    return run.removeprefix("prior_").rpartition("_")[0] in CLOSED_FORM
 
 
 Row = tuple[str, int | None, int, bool]
@@ -233,7 +271,7 @@ def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence
     rows |= {guided_label(name): (name, main, main, True) for name in guided}
     if goal_timestep is not None:
         steps = min(goal_timestep, config.curve_steps)
-        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in guided}
+        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in far(config, guided)}
     rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
     return rows | {ORACLE: (REAL, main, main, False)}
 
@@ -243,7 +281,7 @@ def curves(
 ) -> dict[str, dict[str, str]]:
     """Method → T' → variant, for every T' that a prior can start at; the variants are added to `arms`."""
     methods = [(VANILLA, NOISE, False), *((LABELS[name], name, False) for name in priors), (ORACLE, REAL, False)]
-    methods += [(guided_label(name), name, True) for name in guided]
+    methods += [(guided_label(name), name, True) for name in far(config, guided)]
     lines: dict[str, dict[str, str]] = {label: {} for label, _, _ in methods}
     for label, start, is_guided in methods:
         for timestep in config.timesteps:
@@ -264,7 +302,8 @@ def variant_at(
         source: dict[str, Any] = {"pipeline": f"{{{run}}}"}
     else:
         other = start if start in (NOISE, REAL) else f"{{{run_name(start, config.truncation_timestep)}}}"
-        source = {"pipeline": denoiser(config), "start": other, "truncation_timestep": timestep}
+        walker = denoiser(config) if timestep is not None else full_denoiser(config)
+        source = {"pipeline": walker, "start": other, "truncation_timestep": timestep}
     description = DESCRIPTIONS[FULL if timestep is None else start]
     return Variant(
         **source,
@@ -289,6 +328,18 @@ def prior_preset(config: TruncationConfig, name: str) -> str:
 def denoiser(config: TruncationConfig) -> str:
     """The configuration's denoiser, or the run that this study trains."""
     return config.denoiser or f"{{{DENOISER}}}"
+
+
+def full_denoiser(config: TruncationConfig) -> str:
+    """What walks the full chains: the configuration's pipeline, the run that this study trains, or the denoiser."""
+    if config.full_denoiser is None:
+        return denoiser(config)
+    return f"{{{FULL_DENOISER}}}" if preset_path(config.full_denoiser).is_file() else config.full_denoiser
+
+
+def far(config: TruncationConfig, guided: Sequence[str]) -> list[str]:
+    """The guided priors that are guided at other T' than the table's, too."""
+    return [name for name in guided if config.guided_curves is None or name in config.guided_curves]
 
 
 def run_name(name: str, timestep: int | None) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import DiffusionConfig, TrainingConfig
 from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
+from ..images import random_crop_and_flip
 from ..schedules import alpha_sigma, training_target
 from ..seeds import key, keyed_generator
 from .coupling import assigned_noise
@@ -97,11 +98,22 @@ def index_batches(
 def image_batches(
     images: Images, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, start: int
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
-    """As `index_batches`, with the images, [B, C, H, W] in [-1, 1] on the training device."""
+    """As `index_batches`, with the images, [B, C, H, W] in [-1, 1] on the training device, moved and flipped at random
+    where the configuration says so."""
     wanted = index_batches(images, config, schedule, accelerator, start)
     rows = (indices[part] for _, indices, part in index_batches(images, config, schedule, accelerator, start))
     for (update, indices, part), (_, clean) in zip(wanted, images.stream(rows, config.num_workers), strict=True):
-        yield update, indices, part, clean.to(accelerator.device, non_blocking=True)
+        clean = clean.to(accelerator.device, non_blocking=True)
+        yield update, indices, part, augmented(clean, config, update, len(indices), part)
+
+
+def augmented(images: Tensor, config: TrainingConfig, update: int, count: int, part: slice) -> Tensor:
+    """Images [B, C, H, W] moved and flipped at random: rows `part` of the draws for all `count` images of an update."""
+    if not config.random_flip and not config.crop_padding:
+        return images
+    generator = keyed_generator(images.device, config.seed, "augment", update)
+    draws = torch.rand((count, 3), generator=generator, device=images.device)[part]
+    return random_crop_and_flip(images, padding=config.crop_padding, flip=config.random_flip, draws=draws)
 
 
 def diffusion_batches(
@@ -141,10 +153,16 @@ def noised_batch(
 def draw_noise(
     num_samples: int, image_shape: torch.Size, config: DiffusionConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """ε [N, C, H, W] and timesteps [N], uniform or quadratic, on the generator's device."""
+    """ε [N, C, H, W] and timesteps [N] by the configuration's distribution, on the generator's device."""
     device = generator.device
     noise = torch.randn((num_samples, *image_shape), generator=generator, device=device)
     uniform = torch.rand(num_samples, generator=generator, device=device)
-    position = uniform**2 if config.timestep_sampler == "quadratic" else uniform
     length = config.max_timestep or config.num_train_timesteps
-    return noise, (position * length).long().clamp(max=length - 1)
+    match config.timestep_sampler:
+        case "quadratic":
+            position = length * uniform**2
+        case "log_uniform":
+            position = (length**uniform).ceil() - 1
+        case _:
+            position = length * uniform
+    return noise, position.long().clamp(max=length - 1)

@@ -279,7 +279,9 @@ def transport_terms(
     if "pixel" in wanted:
         terms["pixel"] = pixel_transport(images, real, **sliced)
     if "patch" in wanted:
-        terms["patch"] = patch_transport(images, real, patch_sizes=config.patch_sizes, **sliced)
+        terms["patch"] = patch_transport(
+            images, real, patch_sizes=config.patch_sizes, patch_stride=config.patch_stride, **sliced
+        )
     if features is None:
         return _weighted(terms, config)
 

@@ -201,8 +201,8 @@ def save_sample_grid(
     state: TrainingState, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
 ) -> None:
     """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time; none
-    where the run is asked to stop, which should not wait for them."""
-    if accelerator.is_main_process and wants_grid(state, config):
+    where the run is asked to stop, which should not wait for them, or learns the end of the chain only."""
+    if accelerator.is_main_process and config.max_timestep is None and wants_grid(state, config):
         check_claim(config)
         with averaged_weights(state):
             model = accelerator.unwrap_model(state.model, keep_torch_compile=False)

@@ -127,6 +127,27 @@ def test_a_second_call_keeps_what_is_there(study: tuple[Path, list[str]], capsys
     assert "`output_dir`" in capsys.readouterr().err
 
 
+def test_several_seeds_are_paired_with_the_gan_in_slices(study: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder = study[0].parent
+    arguments = [*study[1], f"output_dir={tmp_path / 'seeds'}", "priors=gan,ot_original,ot", "guided=gan,ot"]
+    arguments += ["guided_curves=ot", "seeds=2", f"full_denoiser={folder / 'denoiser'}"]
+    arguments += [f"second_evaluator={folder / 'features'}"]
+    assert main([*arguments, "--max-seconds", "0.1"]) == 3
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "seeds" / "results.json").read_text("utf-8"))
+    assert results["seeds"] == [0, 1] and next(iter(results["arms"])) == "GAN"
+    assert "frechet_distance" in results["differences"]["OT"]
+    # The second evaluator scores the rows of the table, and real images.
+    assert {"frechet_distance", "second_frechet_distance"} <= set(results["arms"]["OT"]["intervals"])
+    assert "second_recall_distance" in results["floor"]["metrics"]
+    assert results["second_extractor"]["feature_dim"] == 8
+    # Curves are paired with the GAN's as well. What makes x_T' itself has no curve; guided is what is asked for.
+    curves = results["curves"]
+    assert {"GAN, guided"} & set(curves) == set() and set(curves["OT, guided"]) == {"4", "20"}
+    assert set(curves["OT, original"]) == {"4"} and "differences" in curves["OT"]["20"]
+    assert "OT, guided, T' = 6" in results["arms"] and "GAN, guided, T' = 6" not in results["arms"]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
