@@ -49,11 +49,11 @@ METRICS = {
     "laplacian_response": Metric("Laplacian", "floor", "Mean local contrast; above real images noise, below blur."),
 }  # fmt: skip
 
-SECOND = ("frechet_distance", "recall_distance", "precision_distance")
-"""The metrics of a second evaluator, named `second_…`."""
+SECOND = {f"second_{name}": name for name in ("frechet_distance", "recall_distance", "precision_distance")}
+"""Those of a second evaluator, to what it measures."""
 METRICS |= {
-    f"second_{name}": Metric(f"{METRICS[name].label}, 2nd", METRICS[name].better, "By the second evaluator.")
-    for name in SECOND
+    second: Metric(f"{METRICS[name].label}, 2nd", METRICS[name].better, "The same by the second evaluator.")
+    for second, name in SECOND.items()
 }
 
 HEADLINE = (

@@ -15,7 +15,7 @@ from ..config import Options, load_config, option
 from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation.extractors import load_evaluator
-from ..evaluation.metric_table import COSTS, HEADLINE, METRICS, SECOND
+from ..evaluation.metric_table import COSTS, HEADLINE, METRICS
 from ..features import load_feature_extractor
 from ..launch.commands import SCRIPTS, preset_path
 from ..outgoing import distinct_names
@@ -42,6 +42,7 @@ class Variant(Options):
     train: str | None = option(None, f"script that trains it: {', '.join(SCRIPTS)}")
     preset: str | None = option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
     overrides: tuple[str, ...] = option((), "key=value for the script")
+    once: bool = option(False, "train it for the first seed, and use it with all")
     seconds_of: str | None = option(None, "train for as long as that variant: equal compute")
     max_train_seconds: float | None = option(None, "training time; none is what the updates take")
     start: str | None = option(
@@ -69,7 +70,7 @@ class Variant(Options):
         require(enough, "field_samples", f"be at least {SMALL_BATCH}", self.field_samples)
         guided = self.field_samples is None or self.features is not None
         require(guided, "field_samples", "come with the features that guide", self.field_samples)
-        of_training = ("preset", "overrides", "seconds_of", "max_train_seconds")
+        of_training = ("preset", "overrides", "once", "seconds_of", "max_train_seconds")
         trained_only = self.train is not None or not any(getattr(self, name) for name in of_training)
         require(trained_only, "arms", f"have {', '.join(of_training)} only with train", self.pipeline)
         started = self.start is None or self.pipeline is not None
@@ -162,6 +163,10 @@ class StudyConfig(Options):
         """The variants that a script trains."""
         return {name: variant for name, variant in self.arms.items() if variant.train is not None}
 
+    def is_shared(self, name: str) -> bool:
+        """Whether a network or variant is trained once for all seeds."""
+        return name in NETWORKS or self.arms[name].once
+
     @property
     def data_options(self) -> dict[str, Any]:
         """The overrides that say how the data set is read, which hold for the real images as well."""
@@ -171,11 +176,6 @@ class StudyConfig(Options):
     def family(self) -> tuple[str, ...]:
         """The tested metrics, the primary one first."""
         return tuple(dict.fromkeys((self.primary_metric, *self.metrics)))
-
-    @property
-    def second_metrics(self) -> tuple[str, ...]:
-        """The metrics of the second evaluator, if there is one."""
-        return tuple(f"second_{name}" for name in SECOND) if self.second_evaluator else ()
 
     @property
     def lines(self) -> list[dict[str, str]]:
@@ -247,7 +247,7 @@ def with_step_curves(config: StudyConfig) -> StudyConfig:
 def point_of(name: str, variant: Variant, **call: Any) -> Variant:
     """The variant with other arguments of its call, as a point of a curve; what it trains is not trained again."""
     source: dict[str, Any] = {"pipeline": f"{{{name}}}", "train": None, "preset": None, "overrides": ()}
-    source |= {"seconds_of": None, "max_train_seconds": None}
+    source |= {"once": False, "seconds_of": None, "max_train_seconds": None}
     changes = source if variant.train is not None else {}
     return dataclasses.replace(variant, **changes, call=variant.call | call, steps=(), role=CURVE)
 

@@ -34,7 +34,7 @@ def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
     arms = {}
     for name, variant in config.sampled.items():
         found = sampled(study, name, seed)
-        wanted = config.family if variant.role == CURVE else measured
+        wanted = [name for name in config.family if name not in SECOND] if variant.role == CURVE else measured
         metrics = evaluate_images(found.images, reference=reference, train=real, metrics=wanted, **settings)
         second = second_scores(study, found.images, seed) if variant.role != CURVE else {}
         arms[name] = {"metrics": metrics | second, "cost": found.cost}
@@ -48,9 +48,9 @@ def second_scores(study: Study, images: Tensor, seed: int) -> dict[str, float]:
     if study.second_extractor is None:
         return {}
     reference = study.second_test_images
-    options: dict[str, Any] = {"extractor": study.second_extractor, "metrics": SECOND, "seed": seed}
+    options: dict[str, Any] = {"extractor": study.second_extractor, "metrics": SECOND.values(), "seed": seed}
     values = evaluate_images(images, reference=reference, **options)
-    return {f"second_{name}": value for name, value in values.items()}
+    return {second: values[name] for second, name in SECOND.items()}
 
 
 # --- results.json -----------------------------------------------------------------------------------------------------
@@ -180,6 +180,9 @@ def notes(study: Study, seeds: Sequence[int]) -> list[str]:
         "difference where the interval leaves out 0 and Holm's correction over them agrees.",
         shared,
     ]
+    once = [name for name, variant in config.trained.items() if variant.once]
+    if once:
+        found.append(f"{', '.join(once)}: trained once for all seeds, so the intervals do not speak of its training.")
     if fixed:
         found.append(
             f"{', '.join(fixed)}: trained before, so the seeds vary the starting noise only. The intervals speak of "

@@ -50,7 +50,7 @@ def train_group(study: Study, names: Sequence[str], seed: int) -> None:
     if not names:
         return
     study.clock.check()
-    shared = all(name in NETWORKS for name in names)
+    shared = all(study.config.is_shared(name) for name in names)
     folder = study.output if shared else study.folder(seed)
     title = f"train {' and '.join(names)}"
     with stage(title if shared else study.headed(title, seed), study.announce):
@@ -69,7 +69,7 @@ def command(study: Study, name: str, seed: int) -> list[str]:
     left, last = study.clock.left, []
     if name in config.arms:
         variant = config.arms[name]
-        script, preset, own = str(variant.train), variant.preset, [f"seed={seed}"]
+        script, preset, own = str(variant.train), variant.preset, [f"seed={study.seeds[0] if variant.once else seed}"]
         last = [study.resolve(text, seed) for text in variant.overrides]
         last += [f"max_train_steps={equal_time_updates(study, name, seed)}"] if variant.seconds_of else []
         left = min(left, seconds_left(study, name, seed))

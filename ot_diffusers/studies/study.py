@@ -99,7 +99,7 @@ class Study:
 
     def run(self, name: str, seed: int) -> Path:
         """Folder of the training run of a variant or network."""
-        return (self.output if name in NETWORKS else self.folder(seed)) / name
+        return (self.output if self.config.is_shared(name) else self.folder(seed)) / name
 
     def source(self, name: str, seed: int) -> str:
         """Where the variant's pipeline is."""

@@ -27,12 +27,14 @@ from ..config import Options, PriorConfig, load_config, option
 from ..data import load_images
 from ..errors import require
 from ..evaluation.health import evaluator_doubt
+from ..evaluation.metric_table import METRICS
 from ..images import to_uint8
 from ..launch.commands import preset_path
 from ..reporting import plots, report
+from ..reporting.differences import verdict
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
-from .axes import TIMESTEPS
+from .axes import AXES, TIMESTEPS
 from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, data_options, place
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
@@ -47,7 +49,8 @@ HEADLINE = (
     "nearest_distance_ratio",
     "patch_sliced_wasserstein",
 )
-METRICS = (*HEADLINE, "coverage", "effective_rank", "principal_spread")
+SECOND_HEADLINE = ("second_frechet_distance", "second_recall_distance")
+MEASURED = (*HEADLINE, "coverage", "effective_rank", "principal_spread")
 COSTS = ("nfe", "seconds_per_1000", "parameters", "training_seconds")
 LABELS = {
     "gaussian": "Gaussian",
@@ -74,11 +77,8 @@ DESCRIPTIONS = {
     "ot": "The generator by optimal transport alone, no adversary.",
     REAL: "Real training images, diffused: what a perfect prior would reach.",
 }
-GOAL_METRICS = {
-    "frechet_distance": "Fréchet",
-    "recall_distance": "recall distance",
-    "patch_sliced_wasserstein": "patch SW",
-}
+GOAL_METRICS = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein", *SECOND_HEADLINE)
+DUEL_METRICS = ("frechet_distance", "recall_distance", "second_frechet_distance")
 NUM_STARTS = 36
 
 
@@ -169,8 +169,7 @@ def run_truncation_study(
     def extend(study: Study, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
         more: dict[str, Any] = {"truncation_timestep": config.truncation_timestep}
         if config.goal_timestep:
-            said = [results.get("summary", ""), goal(config, results["arms"], results["extractor"])]
-            more["summary"] = " ".join(filter(None, said))
+            more["summary"] = conclusions(config, results | more)
         picture = plots.image_panels(starts(study, config), study.output / "starts.png")
         return more, {"What the chain starts from": picture}
 
@@ -211,8 +210,8 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
         seed=None if config.seeds else config.seed,
         num_samples=config.num_samples,
         curves={TIMESTEPS: lines if config.timesteps else {}},
-        metrics=HEADLINE,
-        measured=METRICS,
+        metrics=(*HEADLINE, *(SECOND_HEADLINE if config.second_evaluator else ())),
+        measured=MEASURED,
         costs=COSTS,
         pictured=(VANILLA, *(LABELS[name] for name in priors), *compared, ORACLE),
         together=groups(runs),
@@ -224,9 +223,9 @@ def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, 
     """The denoiser, if there is none, and every prior for the T' of the table, learned ones for some of the curves'."""
     runs = {}
     if config.denoiser is None:
-        runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", role=TRAINING)
+        runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", once=True, role=TRAINING)
     if config.full_denoiser is not None and preset_path(config.full_denoiser).is_file():
-        runs[FULL_DENOISER] = Variant(train="baseline", preset=config.full_denoiser, role=TRAINING)
+        runs[FULL_DENOISER] = Variant(train="baseline", preset=config.full_denoiser, once=True, role=TRAINING)
     limits = [f"max_train_steps={config.max_train_steps}"] if config.max_train_steps else []
     for timestep in dict.fromkeys((config.truncation_timestep, *config.learned_timesteps)):
         for name in (*CLOSED_FORM, *LEARNED):
@@ -365,37 +364,73 @@ def goal_label(config: TruncationConfig, name: str) -> str:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def goal(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]], evaluator: Mapping[str, Any]) -> str:
-    """Whether the guided chains from the goal's T' are at least as good as the plain full one, a sentence for each; or
-    why there is no verdict.
+def conclusions(config: TruncationConfig, results: Mapping[str, Any]) -> str:
+    """What the study says of its questions, a sentence for each; or why there is no verdict.
+
+    Over several seeds: is the OT prior better than the GAN, at every T' and for both evaluators? Are the learned priors
+    better than the Gaussian? Are the guided chains from the goal's T' at least as good as the plain full one?
 
     Args:
         config: of the study.
-        arms: those of the results.
-        evaluator: what `evaluator_facts` says of it.
+        results: the contents of `results.json`.
     """
-    doubt = evaluator_doubt(evaluator)
+    doubt = evaluator_doubt(results["extractor"])
     if doubt is not None:
         return f"No verdict, the evaluator cannot be trusted: {doubt}."
-    steps = min(config.full_steps)
-    full = arms[full_label(steps)]
+    sentences = [duel(results, metric) for metric in DUEL_METRICS] if LABELS["ot"] in results["differences"] else []
+    return " ".join(
+        [*sentences, *beside_gaussian(config, results["arms"]), *beside_full_chain(config, results["arms"])]
+    )
+
+
+def duel(results: Mapping[str, Any], metric: str) -> str:
+    """OT against GAN at the T' of the table by one evaluator or the pixels, and along the curve where there is one."""
+    ot, gan = LABELS["ot"], LABELS["gan"]
+    curves = results.get(AXES[TIMESTEPS].key, {})
+    points = {value: (point, curves[gan][value]) for value, point in curves.get(ot, {}).items() if metric in point}
+    if not points:
+        points = {str(results["truncation_timestep"]): (results["differences"][ot], results["arms"][gan]["metrics"])}
+    said = []
+    for value, (point, of_gan) in points.items():
+        difference = point.get("differences", point)[metric]
+        share = f"{100 * difference['mean'] / of_gan[metric]:+.0f}%".replace("-", "−")
+        said.append(f"T' = {value} {verdict(metric, difference)} ({share})")
+    return f"{ot} against {gan}, {METRICS[metric].label}: {', '.join(said)}."
+
+
+def beside_gaussian(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which learned priors have a smaller Fréchet distance than the closed-form Gaussian, and which have not."""
+    learned = [LABELS[name] for name in config.priors if name in LEARNED]
+    if LABELS["gaussian"] not in arms or not learned:
+        return []
+    bound = arms[LABELS["gaussian"]]["metrics"]["frechet_distance"]
+    better = [label for label in learned if arms[label]["metrics"]["frechet_distance"] < bound]
+    worse = [label for label in learned if label not in better]
+    text = f"Nearer than the Gaussian in Fréchet distance at T' = {config.truncation_timestep}: "
+    return [f"{text}{', '.join(better) or 'none'}{'; not ' + ', '.join(worse) if worse else ''}."]
+
+
+def beside_full_chain(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Whether each guided chain from the goal's T' is at least as good as the shortest plain full one."""
+    full, steps = arms[full_label(min(config.full_steps))], min(config.full_steps)
     sentences = []
     for label in (goal_label(config, name) for name in config.guided):
         if label not in arms:
             continue
-        met = all(arms[label]["metrics"][metric] <= full["metrics"][metric] for metric in GOAL_METRICS)
+        metrics = [metric for metric in GOAL_METRICS if metric in full["metrics"]]
+        pairs = {metric: (arms[label]["metrics"][metric], full["metrics"][metric]) for metric in metrics}
+        met = all(short <= long for short, long in pairs.values())
         values = [
-            f"{title} {report.format_number(arms[label]['metrics'][metric])} "
-            f"against {report.format_number(full['metrics'][metric])}"
-            for metric, title in GOAL_METRICS.items()
+            f"{METRICS[metric].label} {report.format_number(short)} against {report.format_number(long)}"
+            for metric, (short, long) in pairs.items()
         ]
         short, long = (arm["seconds_per_1000"] for arm in (arms[label], full))
         values.append(f"{short:.1f} s against {long:.1f} s per 1,000 images")
-        verdict = "at least as good as" if met else "not as good in all as"
+        said = "at least as good as" if met else "not as good in all as"
         sentences.append(
-            f"{label}, {arms[label]['nfe']} network calls: {verdict} {steps} calls from noise ({', '.join(values)})."
+            f"{label}, {arms[label]['nfe']} network calls: {said} {steps} calls from noise ({', '.join(values)})."
         )
-    return " ".join(sentences)
+    return sentences
 
 
 def starts(study: Study, config: TruncationConfig) -> dict[str, Tensor]:

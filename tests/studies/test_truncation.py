@@ -16,7 +16,7 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.launch.commands import preset_path
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ot_diffusers.models.reference_bank import ReferenceBank
-from ot_diffusers.studies.truncation import TruncationConfig, goal
+from ot_diffusers.studies.truncation import TruncationConfig, conclusions
 
 pytestmark = pytest.mark.slow
 
@@ -100,9 +100,16 @@ def test_the_goal_is_stated_with_its_numbers(study: tuple[Path, list[str]]) -> N
     compared = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein")
     verdict = "at least as good as" if all(short[name] <= full[name] for name in compared) else "not as good in all as"
     config = load_config(TruncationConfig, ["--config", str(preset_path("digits/truncation.yaml")), *study[1][3:]])
-    trusted = results["extractor"] | {"effective_rank": 6.2, "test_accuracy": 0.97}
-    stated = goal(config, results["arms"], trusted)
-    assert stated.startswith(f"OT, guided, T' = 6, 7 network calls: {verdict} 3 calls from noise (Fréchet ")
+    trusted = {"extractor": results["extractor"] | {"effective_rank": 6.2, "test_accuracy": 0.97}}
+    stated = conclusions(config, results | trusted)
+    nearer = (
+        results["arms"]["OT"]["metrics"]["frechet_distance"]
+        < results["arms"]["Gaussian"]["metrics"]["frechet_distance"]
+    )
+    assert stated.startswith(
+        f"Nearer than the Gaussian in Fréchet distance at T' = 4: {'OT' if nearer else 'none; not OT'}."
+    )
+    assert f"OT, guided, T' = 6, 7 network calls: {verdict} 3 calls from noise (Fréchet " in stated
     assert f"against {full['frechet_distance']:#.3g}" in stated
     # The study's own evaluator is untrained.
     assert results["summary"].startswith("No verdict, the evaluator cannot be trusted: ")
@@ -145,6 +152,13 @@ def test_several_seeds_are_paired_with_the_gan_in_slices(study: tuple[Path, list
     curves = results["curves"]
     assert {"GAN, guided"} & set(curves) == set() and set(curves["OT, guided"]) == {"4", "20"}
     assert set(curves["OT, original"]) == {"4"} and "differences" in curves["OT"]["20"]
+    # One denoiser for both seeds, and both evaluators in the words about OT and GAN.
+    assert "trained once" not in " ".join(results["notes"])
+    trusted = {"extractor": results["extractor"] | {"effective_rank": 6.2, "test_accuracy": 0.97}}
+    config = load_config(TruncationConfig, ["--config", str(preset_path("digits/truncation.yaml")), *arguments[3:]])
+    stated = conclusions(config, results | trusted)
+    assert "OT against GAN, Fréchet: T' = 4 " in stated and ", T' = 20 " in stated
+    assert "OT against GAN, Fréchet, 2nd: T' = 4 " in stated
     assert "OT, guided, T' = 6" in results["arms"] and "GAN, guided, T' = 6" not in results["arms"]
 
 
