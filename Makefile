@@ -8,7 +8,7 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-oldest lint bench faults docs clean
+.PHONY: help demo test test-fast test-oldest lint bench faults docs gpu-cifar10 clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
+	@echo "make gpu-cifar10  the original study of priors on CIFAR-10 at its own sizes, for one GPU, in slices of nine minutes"
 	@echo "make docs   the documentation as a site, into build/site"
 	@echo "make clean  remove the environments and caches, keep runs/"
 
@@ -48,6 +49,12 @@ docs: $(INSTALLED)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[docs]"
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
 	@echo "Open build/site/index.html"
+
+# Exit status 3 says that a slice's time is over. Every network's configuration says what it gives.
+gpu-cifar10: $(INSTALLED)
+	@echo "In order: features, evaluator, baseline, baseline_full, prior_*, samples, results (configs/cifar10/*.yaml)"
+	@status=3; while [ $$status -eq 3 ]; do \
+		$(VENV)/bin/ot-diffusers truncation --config cifar10/truncation.yaml --max-seconds 540; status=$$?; done; exit $$status
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."

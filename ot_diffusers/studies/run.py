@@ -66,7 +66,7 @@ def run_study(
         results |= more
         write_json(output / "results.json", results)
         write_text(output / "results.md", markdown(results))
-        pictures = draw(study, results, done[0]) | more_pictures
+        pictures = draw(study, results, done[-1]) | more_pictures
         report.write_report(results, pictures, output / "report.html", tables=tables(results))
     announce(f"\n{table(results)}\nPictures and numbers: {output / 'report.html'}")
     return results

@@ -170,7 +170,8 @@ def run_truncation_study(
         more: dict[str, Any] = {"truncation_timestep": config.truncation_timestep}
         if config.goal_timestep:
             more["summary"] = conclusions(config, results | more)
-        picture = plots.image_panels(starts(study, config), study.output / "starts.png")
+        pictured = starts(study, config, results["seeds"][-1])
+        picture = plots.image_panels(pictured, study.output / "starts.png")
         return more, {"What the chain starts from": picture}
 
     check_study_folder(Path(config.output_dir) / RECORD_NAME, "output_dir")
@@ -433,17 +434,17 @@ def beside_full_chain(config: TruncationConfig, arms: Mapping[str, Mapping[str, 
     return sentences
 
 
-def starts(study: Study, config: TruncationConfig) -> dict[str, Tensor]:
+def starts(study: Study, config: TruncationConfig, seed: int) -> dict[str, Tensor]:
     """x_T' of real images and of every prior, uint8, by name."""
     labels = [label for label in (ORACLE, VANILLA, *LABELS.values()) if label in study.config.arms]
     shown = {}
     for label in labels:
-        pipeline = make_pipeline(study, label, config.seed)
+        pipeline = make_pipeline(study, label, seed)
         rows = real_rows(study)[:NUM_STARTS]
         if label == ORACLE:
-            images = real_latents(study, pipeline, rows, config.seed)
+            images = real_latents(study, pipeline, rows, seed)
         else:
-            generators = [keyed_generator("cpu", config.seed, "image", row) for row in range(NUM_STARTS)]
+            generators = [keyed_generator("cpu", seed, "image", row) for row in range(NUM_STARTS)]
             with torch.no_grad():
                 level = alpha_sigma(pipeline.scheduler, config.truncation_timestep - 1)
                 images = pipeline.prior.eval().sample(NUM_STARTS, *level, generator=generators)
