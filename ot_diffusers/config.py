@@ -312,6 +312,9 @@ class PriorConfig(TrainingConfig):
     r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy", minimum=1)
     ot_objective: str = option("sinkhorn", f"ot: {', '.join(TRANSPORT_TERMS)}, joined by +")
     ot_weights: tuple[float, ...] = option((), "ot: weights of these terms, in their order; none is 1 each")
+    ot_warmup_steps: int = option(
+        0, "ot: first updates, which learn the closed-form transport map to the Gaussian of the data", minimum=0
+    )
     feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
     num_reference_samples: int | None = option(
         None, "ot: images on both sides of sinkhorn's field; none is the batch", minimum=2
@@ -332,6 +335,8 @@ class PriorConfig(TrainingConfig):
         require(closed_form or not self.class_wise, "class_wise", "be false but for prior=gaussian", self.class_wise)
         fits = not closed_form or self.prediction_type == "sample"
         require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
+        warm, clean = self.ot_warmup_steps, self.prediction_type == "sample"
+        require(clean or not warm, "ot_warmup_steps", "be 0 for prediction_type=noisy_sample", warm)
         terms = self.ot_objective.split("+")
         known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
         require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)

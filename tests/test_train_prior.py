@@ -23,7 +23,7 @@ from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.prior import PriorGenerator
+from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorEncoder
 from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.studies.truncation import TruncationConfig
@@ -46,7 +46,13 @@ TINY: dict[str, Any] = {
     "learning_rate": 1e-3,
     "max_train_steps": 4,
 }
-EVERY_TERM = {"prior": "ot", "ot_objective": "pixel+patch+feature+sinkhorn", "num_reference_samples": 12}
+EVERY_TERM = {
+    "prior": "ot",
+    "ot_objective": "pixel+patch+feature+sinkhorn",
+    "num_reference_samples": 12,
+    "ot_warmup_steps": 1,
+    "patch_stride": 2,
+}
 LEARNED: dict[str, dict[str, Any]] = {"vae": {"prior": "vae"}, "gan": {"prior": "gan"}, "ot": EVERY_TERM}
 
 
@@ -133,6 +139,24 @@ def test_vae_draws_latents_like_the_codes_of_its_data() -> None:
     torch.testing.assert_close(prior.latent_mean[0], codes.mean.mean(0), rtol=0, atol=0.1)
     torch.testing.assert_close(prior.latent_factor[0].T @ prior.latent_factor[0], expected, rtol=0, atol=0.2)
     assert (expected - torch.eye(6)).abs().max() > 0.4
+
+
+def test_a_warm_start_learns_the_map_to_the_gaussian(denoiser: Path, tmp_path: Path) -> None:
+    """What the generator makes of latents follows μ + Fᵀz, the closed-form transport map, and nothing like it before."""
+    images = load_images("digits", "train")
+    warm = {"prior": "ot", "learning_rate": 1e-2, "train_batch_size": 64, "ema_decay": 0.5}
+
+    def explained(steps: int) -> float:
+        run = train(tmp_path / str(steps), denoiser, **warm, max_train_steps=steps, ot_warmup_steps=steps)
+        prior = TruncatedPriorPipeline.from_pretrained(run).prior
+        gaussian = GaussianPrior.from_images(images.fetch(torch.arange(len(images))), 10, rank=6)
+        latents = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+        target = (gaussian.mean[0] + latents @ gaussian.factor[0]).clamp(-1, 1)
+        with torch.no_grad():
+            left = (prior.eval()(latents).sample.flatten(1) - target).square().mean()
+        return 1 - (left / target.var(dim=0).mean()).item()
+
+    assert explained(1) < 0 and explained(150) > 0.5
 
 
 def test_weights_of_the_objective_follow_the_names_of_its_terms(denoiser: Path, tmp_path: Path) -> None:

@@ -53,10 +53,12 @@ from ot_diffusers.training.priors import (
     adversarial_loss,
     discriminator_update,
     frozen_features,
+    gaussian_map,
     needs_features,
     prior_batches,
     transport_terms,
     vae_terms,
+    warm_start_terms,
     with_fitted_latents,
 )
 
@@ -85,6 +87,7 @@ def main(config: PriorConfig) -> None:
     opponent = make_opponent(config, images, schedule, accelerator) if config.prior == "gan" else None
     state.opponent = opponent
     features = frozen_features(config, images, unet, scheduler) if needs_features(config) else None
+    gaussian = gaussian_map(config, images, accelerator.device) if config.ot_warmup_steps else None
 
     # Resume.
     open_run(config, accelerator, images, denoiser=unet, feature_extractor=features.network if features else None)
@@ -102,6 +105,8 @@ def main(config: PriorConfig) -> None:
             elif opponent is not None:
                 opposing["discriminator"] = discriminator_update(batch, state, opponent, config, accelerator)
                 losses = {"generator": adversarial_loss(batch, state, opponent, config, accelerator, record)}
+            elif gaussian is not None and batch.update < config.ot_warmup_steps:
+                losses = warm_start_terms(batch, state, gaussian, record)
             else:
                 losses = transport_terms(batch, state, features, config, accelerator, record)
             loss = sum(losses.values(), start=batch.real.new_zeros(()))

@@ -32,6 +32,7 @@ from ..images import to_uint8
 from ..launch.commands import preset_path
 from ..reporting import plots, report
 from ..reporting.differences import verdict
+from ..sampling import check_dtype
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
 from .axes import AXES, TIMESTEPS
@@ -115,6 +116,7 @@ class TruncationConfig(Options):
     num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
     full_steps: tuple[int, ...] = option((50, 1000), "reverse steps of the full chains")
     curve_steps: int = option(10, "reverse steps of each point of the curves, at most T'")
+    dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
     batch_size: int | None = option(None, "images sampled at once; none is up to 1,000")
     guided_batch_size: int | None = option(None, "the same where guidance couples them")
     max_train_steps: int | None = option(None, "updates of each learned prior; none is the preset's")
@@ -124,6 +126,7 @@ class TruncationConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_dtype(self.dtype)
         for name in ("truncation_timestep", "curve_steps"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("timesteps", "full_steps"):
@@ -210,6 +213,7 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
         seeds=config.seeds or 1,
         seed=None if config.seeds else config.seed,
         num_samples=config.num_samples,
+        dtype=config.dtype,
         curves={TIMESTEPS: lines if config.timesteps else {}},
         metrics=(*HEADLINE, *(SECOND_HEADLINE if config.second_evaluator else ())),
         measured=MEASURED,

@@ -31,7 +31,7 @@ from ..losses.priors import (
     pixel_transport,
     sinkhorn_transport,
 )
-from ..models.prior import PriorGenerator
+from ..models.prior import GaussianPrior, PriorGenerator
 from ..models.prior_networks import PriorEncoder
 from ..schedules import Scheduler, alpha_sigma, truncated_samples
 from ..seeds import folded, key, keyed_generator
@@ -257,6 +257,24 @@ def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: S
     rows = evenly_spaced(images, 1000)
     real = truncated_samples(images.fetch(rows), rows, scheduler, seed=config.seed)
     return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))), network)
+
+
+def gaussian_map(config: PriorConfig, images: Images, device: torch.device) -> GaussianPrior:
+    """The Gaussian with the moments of the data in as many directions as there are latents: μ + Fᵀz is the optimal
+    transport map from N(0, I) to it."""
+    rows = evenly_spaced(images, MAX_FITTED_IMAGES)
+    rank = min(config.latent_dim, len(rows) - 1, math.prod(images.image_shape))
+    return GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, rank=rank).to(device)
+
+
+def warm_start_terms(
+    batch: PriorBatch, state: TrainingState, gaussian: GaussianPrior, record: Record
+) -> dict[str, Tensor]:
+    """Squared distance to where the closed-form map sends the same latents."""
+    made = state.model(batch.latents).sample
+    record.compare_spread(made, batch.clean)
+    target = gaussian.mean[0] + batch.latents[:, : gaussian.config.rank] @ gaussian.factor[0]
+    return {"warm_start": torch.nn.functional.mse_loss(made.float(), target.clamp(-1, 1).view_as(made))}
 
 
 def transport_terms(
