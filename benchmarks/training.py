@@ -23,8 +23,8 @@ from ot_diffusers.training import (
     diffusion_batches,
     make_noise_scheduler,
     make_optimizer,
+    make_schedule,
     make_unet,
-    plan,
 )
 from ot_diffusers.transport import median_distance
 from train.train_ot import ot_term
@@ -70,7 +70,7 @@ class Step:
             everything = self.images.fetch(torch.arange(len(self.images)))
             self.features = image_features(self.network, everything, config.squash)
         self.feature_scale = median_distance(self.features)
-        self.schedule = plan(config, self.accelerator, self.images)
+        self.schedule = make_schedule(config, self.accelerator, self.images)
         self.batches = self.new_batches()
 
     def new_batches(self) -> Iterator[DiffusionBatch]:

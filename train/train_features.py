@@ -30,8 +30,8 @@ from ot_diffusers.training import (
     image_batches,
     load_splits,
     make_accelerator,
+    make_schedule,
     open_run,
-    plan,
     resume,
     save_checkpoint,
     save_results,
@@ -46,7 +46,7 @@ def main(config: FeaturesConfig) -> None:
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images, test_images = load_splits(config, accelerator, *SPLITS)
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
 
     # Model.
     network = make_feature_extractor(config, images).requires_grad_(True)

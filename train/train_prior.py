@@ -38,8 +38,8 @@ from ot_diffusers.training import (
     check_output_dir,
     load_splits,
     make_accelerator,
+    make_schedule,
     open_run,
-    plan,
     resume,
     save_checkpoint,
     save_results,
@@ -74,7 +74,7 @@ def main(config: PriorConfig) -> None:
     if config.prior == "gaussian":
         fit_gaussian(config, images, unet, scheduler, accelerator)
         return
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
 
     # Generator, with an encoder in a VAE; averaged weights. The discriminator of a GAN has an optimizer of its own.
     generator = make_generator(config, images)

@@ -44,7 +44,7 @@ class Schedule:
         return update < self.num_updates and update % (config.checkpointing_steps or self.updates_per_epoch) == 0
 
 
-def plan(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Schedule:
+def make_schedule(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Schedule:
     """The length of the run.
 
     Raises:
