@@ -144,7 +144,7 @@ def extra(group: str) -> Iterator[None]:
         raise missing((error.name or "a library").partition(".")[0], group) from error
 
 
-# What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.
+# What the environment can do to a run. Libraries raise many types for it, so their words are compared.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 """What is wrong with a path rather than with the disk."""
@@ -158,13 +158,13 @@ _PEER = (
 )
 
 
-def surroundings(error: BaseException) -> str | None:
+def environment_error(error: BaseException) -> str | None:
     """One line for a failure that is not the program's: disk, memory, another process. None for anything else.
 
     Example:
-        >>> surroundings(OSError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints"))
+        >>> environment_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints"))
         "cannot write 'runs/a/checkpoints': No space left on device"
-        >>> surroundings(KeyError("a")) is None
+        >>> environment_error(KeyError("a")) is None
         True
     """
     text = " ".join(str(error).split())
