@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
-from .call import Generators, check_call, check_networks, finish_images, unet_image_shape
+from .call import Generators, check_call, check_networks, postprocess, unet_image_shape
 from .guided import Callback, GuidedPipeline
 from .portable import register
 
@@ -173,6 +173,6 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             latents = self._denoise(latents, chain, finite, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 3. Return images.
-        images = finish_images(latents, output_type)
+        images = postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

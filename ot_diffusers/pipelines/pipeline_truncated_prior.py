@@ -19,7 +19,7 @@ from ..models.guidance_field import GuidanceField
 from ..models.prior import PriorMixin
 from ..models.reference_bank import ReferenceBank
 from ..schedules import Scheduler, alpha_sigma
-from .call import FiniteValues, Generators, check_call, check_networks, finish_images
+from .call import FiniteValues, Generators, check_call, check_networks, postprocess
 from .guided import Callback, Chain, GuidedPipeline
 from .portable import register
 
@@ -168,7 +168,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
             latents = self._denoise(latents, chain, finite, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 3. Return images.
-        images = finish_images(latents, output_type)
+        images = postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
