@@ -53,7 +53,7 @@ def train_group(study: Study, names: Sequence[str], seed: int) -> None:
     shared = all(name in NETWORKS for name in names)
     folder = study.output if shared else study.folder(seed)
     title = f"train {' and '.join(names)}"
-    with stage(title if shared else study.headed(title, seed), study.announce):
+    with stage(title if shared else study.headed(title, seed), study.log):
         run_side_by_side({name: command(study, name, seed) for name in names}, folder / "logs")
     unfinished = [name for name in names if not is_trained(study, name, seed)]
     if unfinished and study.clock.max_seconds is not None:

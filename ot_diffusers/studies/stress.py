@@ -34,7 +34,7 @@ from ..files import user_path, write_json
 from ..reporting import plots, report
 from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from ..seeds import seeded_generator
-from .study import Announce, check_study_folder
+from .study import Log, check_study_folder
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),
@@ -87,7 +87,7 @@ def run_stress_study(
     seed: int = 0,
     device: Any = "cpu",
     data_options: Mapping[str, Any] | None = None,
-    announce: Announce = print,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Run all tests; write `stress.json`, `stress.md`, `report.html` and pictures; returns what `stress.json` holds.
 
@@ -100,7 +100,7 @@ def run_stress_study(
         seed: decides which images and all draws.
         device: of the evaluator.
         data_options: of `load_images`, such as `label_column`.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
 
     Raises:
         InputError: images without labels, or an `output` made with other settings.
@@ -139,10 +139,10 @@ def run_stress_study(
                 found = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
                 results[kind] = {name: found[name] for name in curves_of if name in found}  # in one order
                 write_json(file, results)
-                announce(f"{kind}, {name}: done")
+                log(f"{kind}, {name}: done")
     (output / "stress.md").write_text(markdown(results), encoding="utf-8")
     write_report(results, draw(results, output), output / "report.html")
-    announce(f"\n{markdown(results)}\nPictures and numbers: {output / 'report.html'}")
+    log(f"\n{markdown(results)}\nPictures and numbers: {output / 'report.html'}")
     return results
 
 

@@ -28,7 +28,7 @@ from .config import NETWORKS, StudyConfig
 
 RECORD_NAME = "study.json"
 
-Announce = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class OutOfTime(Exception):
@@ -70,13 +70,13 @@ class Study:
         config: of the study, with a variant for every point of its curves.
         output: its folder.
         clock: when to stop.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
     """
 
     config: StudyConfig
     output: Path
     clock: Clock
-    announce: Announce
+    log: Log
 
     @property
     def seeds(self) -> list[int]:
@@ -158,7 +158,7 @@ class Study:
 
 
 @contextmanager
-def stage(title: str, announce: Announce) -> Iterator[None]:
+def stage(title: str, log: Log) -> Iterator[None]:
     """One line for a stage with its seconds; on a terminal, its title from the start."""
     started = time.monotonic()
     rewrites = sys.stdout.isatty()
@@ -166,7 +166,7 @@ def stage(title: str, announce: Announce) -> Iterator[None]:
         sys.stdout.write(f"{title} …\r")
         sys.stdout.flush()
     yield
-    announce(f"{title}: {time.monotonic() - started:.0f} s")
+    log(f"{title}: {time.monotonic() - started:.0f} s")
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------

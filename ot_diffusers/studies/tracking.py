@@ -40,7 +40,7 @@ from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_l
 from ..reporting.report import format_number
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet
-from .study import Announce, check_study_folder
+from .study import Log, check_study_folder
 
 RECORD_NAME = "tracking.json"
 FEW_CHECKPOINTS = 3
@@ -123,7 +123,7 @@ def track_runs(
     seed: int = 0,
     device: Any = "cpu",
     data_options: Mapping[str, Any] | None = None,
-    announce: Announce = print,
+    log: Log = print,
 ) -> dict[str, Track]:
     """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` and a report.
 
@@ -141,7 +141,7 @@ def track_runs(
         batch_size, seed: see `sample_images`.
         device: where the images are made.
         data_options: of `load_images`, such as `image_size`.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
 
     Raises:
         InputError: a folder that is no such run, or an `output` measured with other settings.
@@ -165,7 +165,7 @@ def track_runs(
     base_line = measure(real.train, real.test)
     for name, folders in checkpoints.items():
         if len(folders) < FEW_CHECKPOINTS:
-            announce(f"{name}: {len(folders)} checkpoints; a run with checkpoints_total_limit=1000 keeps them all")
+            log(f"{name}: {len(folders)} checkpoints; a run with checkpoints_total_limit=1000 keeps them all")
         points = {point.update: point for point in tracks[name].points} if name in tracks else {}
         for folder in folders:
             update, weights = int(folder.name.removeprefix("update-")), sha256(folder / "ema.safetensors")
@@ -174,7 +174,7 @@ def track_runs(
                 images = sample_images(pipeline, len(real.test), batch_size=batch_size, seed=seed, **(call or {}))
                 found = describe_images(images, extractor)
                 points[update] = Point(update, measure(found, real.train), measure(found, real.test), weights)
-                announce(f"{name}, update {update}: {summary(points[update])}")
+                log(f"{name}, update {update}: {summary(points[update])}")
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
             write_tracks(file, settings, tracks)
     tracks = {name: tracks[name] for name in runs}

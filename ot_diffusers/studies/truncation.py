@@ -36,7 +36,7 @@ from .axes import TIMESTEPS
 from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, data_options, place
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
-from .study import RECORD_NAME, Announce, Study, check_study_folder
+from .study import RECORD_NAME, Log, Study, check_study_folder
 
 HEADLINE = (
     "frechet_distance",
@@ -148,7 +148,7 @@ class TruncationConfig(Options):
 
 def run_truncation_study(
     config: TruncationConfig,
-    announce: Announce = print,
+    log: Log = print,
     *,
     overrides: Sequence[str] = (),
     max_seconds: float | None = None,
@@ -157,7 +157,7 @@ def run_truncation_study(
 
     Args:
         config: of the study.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
         overrides: `key=value` for every training script, such as `max_train_steps=4`.
         max_seconds: stop cleanly about then; the next call goes on.
 
@@ -175,7 +175,7 @@ def run_truncation_study(
         return more, {"What the chain starts from": picture}
 
     check_study_folder(Path(config.output_dir) / RECORD_NAME, "output_dir")
-    return run_study(expand(config, overrides), max_seconds=max_seconds, announce=announce, extend=extend)
+    return run_study(expand(config, overrides), max_seconds=max_seconds, log=log, extend=extend)
 
 
 # --- The variants -----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def track(run: Path, output: Path, evaluator: str, lines: list[str] | None = None, **options: Any) -> Track:
     said = lines if lines is not None else []
-    options = {"dataset": "digits", "num_samples": 60, "call": CALL, "announce": said.append} | options
+    options = {"dataset": "digits", "num_samples": 60, "call": CALL, "log": said.append} | options
     return track_runs({"run": run}, output, evaluator=evaluator, **options)["run"]
 
 
