@@ -1,7 +1,7 @@
 """Networks that evaluate: this package's own, EfficientNet-Lite0, vision backbones of transformers, torch-fidelity's.
 
-Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `describe_images` asks for. Loading runs
-no code from a file: weights that torch-fidelity would unpickle are checked first.
+Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `extract_image_set` asks for. Loading
+runs no code from a file: weights that torch-fidelity would unpickle are checked first.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from ..data import pixels_of
 from ..errors import require, require_same
-from ..evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from ..evaluation.evaluate import ImageSet, evaluate_images, extract_image_set
 from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
@@ -155,7 +155,7 @@ def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed:
     wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
     labels = labels_of(images)[rows]
-    return Split(describe_images(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
+    return Split(extract_image_set(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
 
 
 def metric_tests(

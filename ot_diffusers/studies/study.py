@@ -18,7 +18,7 @@ from typing import Any
 
 from ..data import ResidentImages, StreamedImages, pixels_of
 from ..errors import InputError, require, require_same
-from ..evaluation.evaluate import ImageSet, describe_images, sample_count
+from ..evaluation.evaluate import ImageSet, extract_image_set, sample_count
 from ..evaluation.extractors import load_evaluator, load_real_images
 from ..features import weights_fingerprint
 from ..files import check_folder, is_name_aside, write_json
@@ -134,22 +134,22 @@ class Study:
     @cached_property
     def train_images(self) -> ImageSet:
         """The training images, described by the evaluator."""
-        return self.described("train")
+        return self.image_set("train")
 
     @cached_property
     def test_images(self) -> ImageSet:
         """The test images, described by the evaluator."""
-        return self.described("test")
+        return self.image_set("test")
 
     @cached_property
     def second_test_images(self) -> ImageSet:
         """The test images, described by the second evaluator."""
-        return describe_images(self.test_images.images, self.second_extractor, cache=True)
+        return extract_image_set(self.test_images.images, self.second_extractor, cache=True)
 
-    def described(self, split: str) -> ImageSet:
+    def image_set(self, split: str) -> ImageSet:
         """A split with what the evaluator says of it."""
         images = self.splits[split]
-        return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
+        return extract_image_set(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
     @cached_property
     def num_samples(self) -> int:

@@ -28,7 +28,7 @@ from ..config import BaselineConfig, make_config
 from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
 from ..evaluation import metrics
-from ..evaluation.evaluate import ImageSet, describe_images
+from ..evaluation.evaluate import ImageSet, extract_image_set
 from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
@@ -102,12 +102,12 @@ class RealImages:
         most = min(map(len, splits.values()))
         count = num_samples or most
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
-        described = {}
+        image_sets = {}
         for split, images in splits.items():
             rows = evenly_spaced(images, count)
             labels = None if images.labels is None else images.labels[rows]
-            described[split] = describe_images(pixels_of(images, rows), extractor, labels=labels)
-        return cls(**described, name=splits["test"].name)
+            image_sets[split] = extract_image_set(pixels_of(images, rows), extractor, labels=labels)
+        return cls(**image_sets, name=splits["test"].name)
 
 
 def track_runs(
@@ -172,7 +172,7 @@ def track_runs(
             if update not in points or points[update].weights != weights:
                 pipeline = load_checkpoint(runs[name], folder, real.test, features).to(device)
                 images = sample_images(pipeline, len(real.test), batch_size=batch_size, seed=seed, **(call or {}))
-                found = describe_images(images, extractor)
+                found = extract_image_set(images, extractor)
                 points[update] = Point(update, measure(found, real.train), measure(found, real.test), weights)
                 log(f"{name}, update {update}: {summary(points[update])}")
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
