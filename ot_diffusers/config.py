@@ -158,7 +158,9 @@ class FeaturesConfig(TrainingConfig):
     """train/train_features.py"""
 
     output_dir: str = option("runs/features", "folder of the run: the network and its reference bank")
-    architecture: str = option("conv", "conv as in the source, residual to evaluate with", choices=("conv", "residual"))
+    architecture: str = option(
+        "conv", "conv as in the original study, residual to evaluate with", choices=("conv", "residual")
+    )
     block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
     layers_per_block: int = option(1, "residual: blocks of each stage", minimum=1)
     norm_type: str = option(
@@ -255,16 +257,18 @@ class OTConfig(BaselineConfig):
     )
     blur: float = option(0.3, "of the Sinkhorn divergence, in feature space", above=0, must="be a positive length")
     scaling: float = option(0.7, "ratio of successive blurs in the solver", above=0, below=1)
-    normalize_features: bool = option(True, "divide features by their median distance; the source takes them raw")
+    normalize_features: bool = option(
+        True, "divide features by their median distance; the original study takes them raw"
+    )
     squash: str = option(
         "clamp",
-        "how x̂0 is brought into [-1, 1]; tanh as in the source, then also for the references",
+        "how x̂0 is brought into [-1, 1]; tanh as in the original study, then also for the references",
         choices=("clamp", "tanh"),
     )
     snr_weighting: bool = option(True, "weight images by min(SNR, 5)/5: x̂0 of a noisy image is no sample of the data")
     ot_backend: str = option(
         "native",
-        "geomloss as in the source; flash-sinkhorn for CUDA, installed apart",
+        "geomloss as in the original study; flash-sinkhorn for CUDA, installed apart",
         choices=OT_BACKENDS,
         must=f"be one of {', '.join(OT_BACKENDS)}",
     )

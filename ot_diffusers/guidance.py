@@ -10,8 +10,8 @@ references:
 plan sends it, so that what is already right stays where it is, the background of a wrong image, too.
 Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
 
-`step_rule="adam"` is the source study's form: Adam divides the gradient by its own size, so that every pixel moves by
-about `guidance_scale` · 0.02 in each step. At 0.5 that is the source's learning rate of 0.01.
+`step_rule="adam"` is the original study's form: Adam divides the gradient by its own size, so that every pixel moves by
+about `guidance_scale` · 0.02 in each step. At 0.5 that is the original study's learning rate of 0.01.
 
 The gradient comes from the batch itself, solved anew at every step, or from a `GuidanceField`, recorded once on a large
 batch, which moves every image on its own.
@@ -69,8 +69,8 @@ class OTGuidance:
         guidance_scale: strength, ≥ 0; 0 returns the images as they are.
         num_correction_steps: steps in one correction.
         blur: length in normalised feature units (in raw ones with `normalize_features=False`).
-        normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the source's
-            form.
+        normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the
+            original study's form.
         pixel_weight: of the thumbnails beside the features, ≥ 0; the default is 1 for a bank that holds thumbnails and
             features that are normalised, else 0.
         step_rule: `"displacement"` or `"adam"`; the default is the first where pixels take part, else the second.

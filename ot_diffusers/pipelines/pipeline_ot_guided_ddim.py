@@ -16,8 +16,8 @@ from .call import Generators, check_call, check_networks, postprocess, unet_imag
 from .guided import Callback, GuidedPipeline
 from .portable import register
 
-# The source study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
-SEED_GUIDANCE: dict[str, Any] = {
+# The original study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
+ORIGINAL_GUIDANCE: dict[str, Any] = {
     "num_inference_steps": 50,
     "guidance_scale": 0.5,
     "num_guidance_steps": 10,
@@ -122,7 +122,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             guidance_start_step: first guided step, counted from the start of the chain.
             num_correction_steps: correction steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
-            normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
+            normalize_features: `False` takes raw features, as the original study does (`ORIGINAL_GUIDANCE`).
             pixel_weight: of thumbnails beside the features in the distance that is transported by; 0 for features
                 alone. The default is 1 where the reference bank holds thumbnails and features are normalised.
             step_rule: `"displacement"` moves an image by `guidance_scale` / 2 of what the transport plan asks for in

@@ -3,7 +3,7 @@
     ot-diffusers stress --dataset digits --evaluator runs/digits/evaluator
 
 The damaged images are one half of the test split, the reference is the other, so that undamaged ones score what real
-images score. Two further figures are those of the source study: its transport distance and its Fréchet distance, both
+images score. Two further figures are those of the original study: its transport distance and its Fréchet distance, both
 in L2-normalised features, between test images whose features get noise and training images, and between test images and
 a training pool without some classes.
 """
@@ -48,13 +48,13 @@ AXES = {
     "mode collapse": "share of repeated images",
     "memorisation": "share of training images",
 }
-SOURCE_AMOUNTS: dict[str, tuple[float, ...]] = {
+ORIGINAL_AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1),
     "missing classes": tuple(range(10)),
 }
-SOURCE_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
-SOURCE_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
-SOURCE_HEADING = "The source study's figures: L2-normalised features, test against training images"
+ORIGINAL_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
+ORIGINAL_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
+ORIGINAL_HEADING = "The source study's figures: L2-normalised features, test against training images"
 READING = (
     "A metric rises or falls where its mean never turns back, and is flat where no amount differs from undamaged "
     "images; the numbers are the means for undamaged images and for the largest amount."
@@ -130,7 +130,7 @@ def run_stress_study(
     results = open_results(file, settings, evaluator_facts(extractor, reference.images))
 
     tests = {
-        "source figures": source_tests(damaged, pool, repeats, seed),
+        "source figures": original_tests(damaged, pool, repeats, seed),
         "curves": metric_tests(damaged, reference, train, extractor, repeats, seed),
     }
     for kind, curves_of in tests.items():
@@ -194,18 +194,17 @@ def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]]
     return amounts[name]
 
 
-def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
-    """The source study's figures: noise on the test features, classes removed from the training pool."""
+def original_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
+    """The original study's figures: noise on the test features, classes removed from the training pool."""
     first, second = test.images.features, train.images.features
 
     def noise() -> Curves:
-        return stress_test(
-            first, feature_noise, SOURCE_AMOUNTS["noise"], partial(source_distances, second), repeats=repeats, seed=seed
-        )
+        distances = partial(original_distances, second)
+        return stress_test(first, feature_noise, ORIGINAL_AMOUNTS["noise"], distances, repeats=repeats, seed=seed)
 
     def missing_classes() -> Curves:
-        damage, amounts = drop_classes(class_numbers(train)), amounts_of("missing classes", train, SOURCE_AMOUNTS)
-        return stress_test(second, damage, amounts, partial(source_distances, first), repeats=repeats, seed=seed)
+        damage, amounts = drop_classes(class_numbers(train)), amounts_of("missing classes", train, ORIGINAL_AMOUNTS)
+        return stress_test(second, damage, amounts, partial(original_distances, first), repeats=repeats, seed=seed)
 
     return {"noise": noise, "missing classes": missing_classes}
 
@@ -215,7 +214,7 @@ def feature_noise(features: Tensor, sigma: float, generator: torch.Generator) ->
     return features + sigma * features.std() * torch.randn(features.shape, generator=generator)
 
 
-def source_distances(reference_features: Tensor, features: Tensor) -> dict[str, float]:
+def original_distances(reference_features: Tensor, features: Tensor) -> dict[str, float]:
     """Sinkhorn (blur .05, scaling .9) and Fréchet distance of L2-normalised features."""
     pair = normalize(features), normalize(reference_features)
     return {"sinkhorn_distance": sinkhorn_distance(*pair), "frechet_distance": frechet_distance(*pair)}
@@ -257,10 +256,10 @@ def verdict_rows(results: Mapping[str, Any]) -> Rows:
     return [["", *curves], *rows]
 
 
-def source_rows(results: Mapping[str, Any]) -> Rows:
-    """The source study's two distances down, its damages across."""
+def original_rows(results: Mapping[str, Any]) -> Rows:
+    """The original study's two distances down, its damages across."""
     figures = results["source figures"]
-    rows = [[title, *(cell(found[metric]) for found in figures.values())] for metric, title in SOURCE_TITLES.items()]
+    rows = [[title, *(cell(found[metric]) for found in figures.values())] for metric, title in ORIGINAL_TITLES.items()]
     return [["", *figures], *rows]
 
 
@@ -271,17 +270,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others; "
         f"{settings['repeats']} draws. {evaluator_line(results['extractor'])} {READING}"
     )
-    verdicts, source = (report.markdown_rows(rows) for rows in (verdict_rows(results), source_rows(results)))
-    return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {SOURCE_HEADING}", source]) + "\n"
+    verdicts, original = (report.markdown_rows(rows) for rows in (verdict_rows(results), original_rows(results)))
+    return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {ORIGINAL_HEADING}", original]) + "\n"
 
 
 def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file: Path) -> Path:
     """One self-contained page: the verdicts, steady ones marked, then the curves behind them."""
     settings, extractor = results["settings"], results["extractor"]
-    tables = verdict_rows(results), source_rows(results)
-    verdicts, source = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
+    tables = verdict_rows(results), original_rows(results)
+    verdicts, original = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
     notes = [evaluator_line(extractor), READING, *blind_spots(results)]
-    sections = {"Verdicts": verdicts + paragraphs(notes), SOURCE_HEADING: source}
+    sections = {"Verdicts": verdicts + paragraphs(notes), ORIGINAL_HEADING: original}
     sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
     sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
     facts = [
@@ -346,7 +345,7 @@ def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:
     titles = {name: metric.label for name, metric in METRICS.items()}
     pictures = {}
     for kind, labels, axes, prefix in (
-        ("source figures", SOURCE_TITLES, SOURCE_AXES, "source_"),
+        ("source figures", ORIGINAL_TITLES, ORIGINAL_AXES, "source_"),
         ("curves", titles, AXES, ""),
     ):
         for name, found in results[kind].items():
