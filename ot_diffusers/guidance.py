@@ -237,8 +237,9 @@ class OTGuidance:
 
     def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
-        known = self._potentials
-        return known if known is not None and known.own.shape == (batch_size,) and known.own.device == device else None
+        last = self._potentials
+        fits = last is not None and last.self_potential.shape == (batch_size,) and last.self_potential.device == device
+        return last if fits else None
 
     def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
         """Steps of the solver; None, to convergence, where that costs no wait, or where no number is known to do."""
