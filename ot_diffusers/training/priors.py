@@ -191,32 +191,32 @@ def generated(batch: PriorBatch, state: TrainingState, config: PriorConfig, reco
 
 
 def discriminator_update(
-    batch: PriorBatch, state: TrainingState, opponent: TrainingState, config: PriorConfig, accelerator: Accelerator
+    batch: PriorBatch, state: TrainingState, discriminator: TrainingState, config: PriorConfig, accelerator: Accelerator
 ) -> Tensor:
     """One update of the discriminator, with R1 in every `r1_interval`-th; returns its loss without the penalty."""
     with torch.no_grad():
         fake = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
     penalised = config.r1_weight > 0 and batch.update % config.r1_interval == 0
     real = batch.real.clone().requires_grad_(penalised)
-    opponent.model.requires_grad_(True)
-    real_logits, fake_logits = opponent.model(torch.cat([real, fake])).chunk(2)
+    discriminator.model.requires_grad_(True)
+    real_logits, fake_logits = discriminator.model(torch.cat([real, fake])).chunk(2)
     loss = discriminator_loss(real_logits, fake_logits)
     penalty = config.r1_weight * config.r1_interval * gradient_penalty(real_logits, real) if penalised else 0.0
-    opponent.backward(accelerator, loss + penalty, config.max_grad_norm)
+    discriminator.backward(accelerator, loss + penalty, config.max_grad_norm)
     return loss
 
 
 def adversarial_loss(
     batch: PriorBatch,
     state: TrainingState,
-    opponent: TrainingState,
+    discriminator: TrainingState,
     config: PriorConfig,
     accelerator: Accelerator,
     record: Record,
 ) -> Tensor:
     """What the generator learns from the discriminator, which keeps no gradient of it."""
-    discriminator = accelerator.unwrap_model(opponent.model, keep_torch_compile=False).requires_grad_(False)
-    return generator_loss(discriminator(generated(batch, state, config, record)))
+    network = accelerator.unwrap_model(discriminator.model, keep_torch_compile=False).requires_grad_(False)
+    return generator_loss(network(generated(batch, state, config, record)))
 
 
 @dataclass(frozen=True)
