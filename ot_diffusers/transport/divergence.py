@@ -365,17 +365,17 @@ def _half_self_term(solver: Solver, x: Tensor, a: Tensor, x_pair: Tensor | None)
     return 2 * half - half.detach()  # the value of one half, the gradient of the whole
 
 
-def _reference_term(solver: Solver, y: Tensor, b: Tensor, known: Tensor | float | None, like: Tensor) -> Tensor | float:
+def _reference_term(solver: Solver, y: Tensor, b: Tensor, cost: Tensor | float | None, like: Tensor) -> Tensor | float:
     """½ OT(y, y), of which a known value replaces the value and not the gradient."""
-    if known is None:
+    if cost is None:
         return solver.self_transport_cost(y, b) / 2
-    known = torch.as_tensor(known, dtype=like.dtype, device=like.device).detach()
-    require(known.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(known.shape))
-    require(not is_readable(known) or is_finite(known), "y_self_cost", "be finite", "NaN or Inf")
+    cost = torch.as_tensor(cost, dtype=like.dtype, device=like.device).detach()
+    require(cost.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(cost.shape))
+    require(not is_readable(cost) or is_finite(cost), "y_self_cost", "be finite", "NaN or Inf")
     if not (y.requires_grad and torch.is_grad_enabled()):
-        return known / 2
+        return cost / 2
     term = solver.self_transport_cost(y, b)
-    return (term - term.detach() + known) / 2
+    return (term - term.detach() + cost) / 2
 
 
 class _TransportCost(torch.autograd.Function):
@@ -450,8 +450,8 @@ def check_backend(backend: str, device: torch.device, name: str = "backend") -> 
             importlib.import_module("geomloss")
     if backend == "flash-sinkhorn":
         require(device.type == "cuda", name, f"be native or geomloss for points that are on {device.type}", backend)
-        found = importlib.util.find_spec("flash_sinkhorn") is not None
-        require(found, name, "be installed (pip install flash-sinkhorn)", backend)
+        is_installed = importlib.util.find_spec("flash_sinkhorn") is not None
+        require(is_installed, name, "be installed (pip install flash-sinkhorn)", backend)
 
 
 def _geomloss(
