@@ -96,10 +96,10 @@ def extract_image_set(
     _check_images(images, name)
     fingerprint = weights_fingerprint(extractor)
     if cache:
-        found = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
+        outputs = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
     else:
-        found = _run(extractor, images, batch_size)
-    return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint, labels)
+        outputs = _run(extractor, images, batch_size)
+    return ImageSet(images.cpu(), outputs["features"], outputs.get("logits"), fingerprint, labels)
 
 
 def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
@@ -158,8 +158,8 @@ class Comparison:
     @property
     def logits(self) -> tuple[Tensor, Tensor] | None:
         """As `features`; None without a classifier."""
-        found = self.images.logits, self.reference.logits
-        return None if found[0] is None or found[1] is None else (found[0], found[1])
+        images, reference = self.images.logits, self.reference.logits
+        return None if images is None or reference is None else (images, reference)
 
     @cached_property
     def pixels(self) -> tuple[Tensor, Tensor]:
@@ -325,11 +325,11 @@ def _chosen(metrics: Collection[str] | None) -> list[str]:
     if metrics is None:
         return list(_MEASURES)
     # A lone string is a collection of letters.
-    wanted = [metrics] if isinstance(metrics, str) else list(metrics)
-    require(bool(wanted), "metrics", "name at least one metric", wanted)
-    for name in wanted:
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    require(bool(names), "metrics", "name at least one metric", names)
+    for name in names:
         require(name in _MEASURES, "metrics", f"be among {', '.join(_MEASURES)}", name)
-    return [name for name in _MEASURES if name in wanted]
+    return [name for name in _MEASURES if name in names]
 
 
 def _image_set(images: Tensor | ImageSet, extractor: Any, batch_size: int, name: str) -> ImageSet:

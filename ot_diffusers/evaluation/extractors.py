@@ -227,8 +227,8 @@ def _check_weights(kind: Any, name: str, weights: str) -> None:
     """Refuse a file that may do more than hold tensors: a published TorchScript archive is known by its sha256."""
     expected = _published_hash(kind, name)
     if expected:
-        found = sha256(weights)
-        require(found == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {found}")
+        given = sha256(weights)
+        require(given == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {given}")
         return
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
