@@ -71,8 +71,8 @@ def main(config: FeaturesConfig) -> None:
         batch = batch.contiguous(memory_format=torch.channels_last)  # which tensor cores want
         with accelerator.accumulate(state.model):
             _, logits = state.model(to_unit_range(batch), return_dict=False)
-            wanted = labels[indices[part].to(labels.device, non_blocking=True)]
-            loss = F.cross_entropy(logits.float(), wanted, label_smoothing=config.label_smoothing)
+            targets = labels[indices[part].to(labels.device, non_blocking=True)]
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
             state.backward(accelerator, loss, config.max_grad_norm)
         record.add(loss=loss)
 

@@ -157,8 +157,8 @@ def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, 
     """
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    found = (unet.config.in_channels, height, width)
-    require(found == image_shape, "denoiser", f"be trained on images of shape {image_shape}", found)
+    unet_shape = (unet.config.in_channels, height, width)
+    require(unet_shape == image_shape, "denoiser", f"be trained on images of shape {image_shape}", unet_shape)
     record = Path(config.denoiser) / "run.json"
     trained = json.loads(record.read_text(encoding="utf-8"))["config"] if record.is_file() else {}
     limit, length = trained.get("max_timestep"), config.truncation_timestep

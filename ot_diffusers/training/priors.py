@@ -268,7 +268,7 @@ def transport_terms(
     record: Record,
 ) -> dict[str, Tensor]:
     """The weighted terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
-    wanted = config.ot_objective.split("+")
+    names = config.ot_objective.split("+")
     fake = generated(batch, state, config, record)
     images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
     sliced: dict[str, Any] = {
@@ -276,28 +276,28 @@ def transport_terms(
         "generator": keyed_generator(accelerator.device, config.seed, "directions", batch.update),
     }
     terms = {}
-    if "pixel" in wanted:
+    if "pixel" in names:
         terms["pixel"] = pixel_transport(images, real, **sliced)
-    if "patch" in wanted:
+    if "patch" in names:
         terms["patch"] = patch_transport(
             images, real, patch_sizes=config.patch_sizes, patch_stride=config.patch_stride, **sliced
         )
     if features is None:
         return _weighted(terms, config)
 
-    found = [gather_rows(level, accelerator) for level in features(fake)]
-    if "feature" in wanted:
+    fake_features = [gather_rows(level, accelerator) for level in features(fake)]
+    if "feature" in names:
         with torch.no_grad():
             expected = [gather_rows(level, accelerator) for level in features(batch.real)]
-        terms["feature"] = feature_transport(found, expected, **sliced)
-    if "sinkhorn" in wanted:
+        terms["feature"] = feature_transport(fake_features, expected, **sliced)
+    if "sinkhorn" in names:
         with torch.no_grad():
             other = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
             pair, reference = (
                 [gather_rows(level, accelerator)[: batch.num_references] for level in features(images)]
                 for images in (other, batch.reference)
             )
-        terms["sinkhorn"] = sinkhorn_transport(found, reference, pair, blur=config.blur, scaling=config.scaling)
+        terms["sinkhorn"] = sinkhorn_transport(fake_features, reference, pair, blur=config.blur, scaling=config.scaling)
     return _weighted(terms, config)
 
 
