@@ -94,8 +94,8 @@ def seconds_left(study: Study, name: str, seed: int) -> float:
 def equal_time_updates(study: Study, name: str, seed: int) -> int:
     """Updates that take the variant as long as `seconds_of` trained, at the pace of its twin."""
     same, other = twin(study.config, name), study.config.arms[name].seconds_of
-    pace, wanted = (read_json(study.run(str(run), seed) / "results.json") for run in (same, other))
-    return max(1, round(pace["updates"] * wanted["training_seconds"] / pace["training_seconds"]))
+    pace, budget = (read_json(study.run(str(run), seed) / "results.json") for run in (same, other))
+    return max(1, round(pace["updates"] * budget["training_seconds"] / pace["training_seconds"]))
 
 
 def is_trained(study: Study, name: str, seed: int) -> bool:

@@ -136,8 +136,8 @@ def run_stress_study(
     for kind, curves_of in tests.items():
         for name, curves in curves_of.items():
             if name not in results[kind]:
-                found = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
-                results[kind] = {name: found[name] for name in curves_of if name in found}  # in one order
+                merged = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
+                results[kind] = {name: merged[name] for name in curves_of if name in merged}  # in one order
                 write_json(file, results)
                 log(f"{kind}, {name}: done")
     (output / "stress.md").write_text(markdown(results), encoding="utf-8")
@@ -152,8 +152,8 @@ def run_stress_study(
 def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any) -> Split:
     """As many images of a split as the tests need, drawn by `seed`."""
     images = load_real_images(dataset, split, extractor, **options)
-    wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
-    rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
+    count = num_samples * (2 if split == "test" else TRAIN_SHARE)
+    rows = torch.randperm(len(images), generator=seeded_generator(seed))[:count]
     labels = labels_of(images)[rows]
     return Split(extract_image_set(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
 
@@ -245,21 +245,21 @@ def as_json(curve: StressCurve) -> dict[str, Any]:
 
 def as_curve(values: Mapping[str, Any]) -> StressCurve:
     """A curve from what `as_json` gave."""
-    return StressCurve(tuple(values["amounts"]), tuple(tuple(found) for found in values["values"]))
+    return StressCurve(tuple(values["amounts"]), tuple(tuple(draws) for draws in values["values"]))
 
 
 def verdict_rows(results: Mapping[str, Any]) -> Rows:
     """Metrics down, damages across."""
     curves = results["curves"]
-    metrics = [name for name in METRICS if any(name in found for found in curves.values())]
-    rows = [[METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
+    metrics = [name for name in METRICS if any(name in by_metric for by_metric in curves.values())]
+    rows = [[METRICS[m].label, *(cell(by_metric.get(m)) for by_metric in curves.values())] for m in metrics]
     return [["", *curves], *rows]
 
 
 def original_rows(results: Mapping[str, Any]) -> Rows:
     """The original study's two distances down, its damages across."""
     figures = results["source figures"]
-    rows = [[title, *(cell(found[metric]) for found in figures.values())] for metric, title in ORIGINAL_TITLES.items()]
+    rows = [[title, *(cell(test[metric]) for test in figures.values())] for metric, title in ORIGINAL_TITLES.items()]
     return [["", *figures], *rows]
 
 
@@ -320,8 +320,8 @@ def steady(rows: Rows) -> set[tuple[int, int]]:
 def blind_spots(results: Mapping[str, Any]) -> list[str]:
     """For each damage, the metrics that do not move at all."""
     flat = {
-        name: [METRICS[metric].label for metric in METRICS if is_flat(found.get(metric))]
-        for name, found in results["curves"].items()
+        name: [METRICS[metric].label for metric in METRICS if is_flat(by_metric.get(metric))]
+        for name, by_metric in results["curves"].items()
     }
     return [f"Blind to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics]
 
@@ -348,8 +348,8 @@ def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:
         ("source figures", ORIGINAL_TITLES, ORIGINAL_AXES, "source_"),
         ("curves", titles, AXES, ""),
     ):
-        for name, found in results[kind].items():
-            curves = {metric: as_curve(values) for metric, values in found.items()}
+        for name, by_metric in results[kind].items():
+            curves = {metric: as_curve(values) for metric, values in by_metric.items()}
             file = output / f"{prefix}{name.replace(' ', '_')}.png"
             caption = f"The source study's figure: {name}" if prefix else f"Every metric under {name}"
             pictures[caption] = plots.stress_curves(curves, file, xlabel=axes[name], titles=labels)

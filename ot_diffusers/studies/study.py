@@ -95,7 +95,7 @@ class Study:
     def resolve(self, text: str, seed: int) -> str:
         """`text` with what `{variant}`, `{features}` and `{seed}` stand for."""
         fixed = {"seed": str(seed), "features": self.network("features") if self.config.features else ""}
-        return re.sub(r"{([^}]*)}", lambda found: fixed.get(found[1]) or str(self.run(found[1], seed)), text)
+        return re.sub(r"{([^}]*)}", lambda match: fixed.get(match[1]) or str(self.run(match[1], seed)), text)
 
     def run(self, name: str, seed: int) -> Path:
         """Folder of the training run of a variant or network."""

@@ -172,8 +172,8 @@ def track_runs(
             if update not in points or points[update].weights != weights:
                 pipeline = load_checkpoint(runs[name], folder, real.test, features).to(device)
                 images = sample_images(pipeline, len(real.test), batch_size=batch_size, seed=seed, **(call or {}))
-                found = extract_image_set(images, extractor)
-                points[update] = Point(update, measure(found, real.train), measure(found, real.test), weights)
+                image_set = extract_image_set(images, extractor)
+                points[update] = Point(update, measure(image_set, real.train), measure(image_set, real.test), weights)
                 log(f"{name}, update {update}: {summary(points[update])}")
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
             write_tracks(file, settings, tracks)
@@ -200,8 +200,8 @@ def find_checkpoints(run: Path) -> list[Path]:
 def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str | None) -> Any:
     """The averaged weights of a checkpoint as a pipeline for images of the shape of `images`, guided if asked for."""
     options = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
-    known = {field.name for field in dataclasses.fields(BaselineConfig)}
-    config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in known})
+    names = {field.name for field in dataclasses.fields(BaselineConfig)}
+    config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in names})
     channels, height, width = images.images.shape[1:]
     unet = make_unet(config, (channels, height, width)).eval()
     averaged = load_file(checkpoint / "ema.safetensors")

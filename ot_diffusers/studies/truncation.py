@@ -129,15 +129,15 @@ class TruncationConfig(Options):
         for name in ("timesteps", "full_steps"):
             values = getattr(self, name)
             require(all(value >= 1 for value in values), name, "hold numbers from 1", values)
-        known = set(self.priors) <= set(LABELS)
-        require(known, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
-        known = set(self.guided) <= set(self.priors)
-        require(known, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
+        valid = set(self.priors) <= set(LABELS)
+        require(valid, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
+        valid = set(self.guided) <= set(self.priors)
+        require(valid, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
         goal = self.goal_timestep
         require(goal is None or goal >= 1, "goal_timestep", "be at least 1 or none", goal)
         require(goal is None or bool(self.guided), "goal_timestep", "be none without guided priors", goal)
-        known = set(self.learned_timesteps) <= set(self.timesteps)
-        require(known, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
+        valid = set(self.learned_timesteps) <= set(self.timesteps)
+        require(valid, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
         for name in ("batch_size", "guided_batch_size", "max_train_steps"):
             value = getattr(self, name)
