@@ -337,8 +337,8 @@ class PriorConfig(TrainingConfig):
         fits = not closed_form or self.prediction_type == "sample"
         require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
         terms = self.ot_objective.split("+")
-        known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
-        require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
+        valid = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
+        require(valid, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
         matched = len(self.ot_weights) in (0, len(terms)) and all(weight > 0 for weight in self.ot_weights)
         require(matched, "ot_weights", f"be none or a positive number for each of {', '.join(terms)}", self.ot_weights)
 
@@ -393,11 +393,11 @@ def _not_an_override(config_class: Any, key: str, argument: str, following: Sequ
 def make_config(config_class: type[C], values: dict[str, Any]) -> C:
     """A configuration from plain values, each coerced to the type of its field."""
     field_types = typing.get_type_hints(config_class)
-    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(names)}"
             raise InputError(f"unknown configuration key {key!r}; {hint}")
     return config_class(**{key: _coerce(key, value, field_types[key]) for key, value in values.items()})
 

@@ -106,8 +106,8 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
     """
     now, before = _flat(settings), _flat(earlier)
     differing = [name for name in now | before if name.split(".")[0] in settings and now.get(name) != before.get(name)]
-    wanted, found = ({name: values.get(name) for name in differing} for values in (now, before))
-    require(not differing, argument, f"be a new folder, or one made with {wanted}", found)
+    requested, recorded = ({name: values.get(name) for name in differing} for values in (now, before))
+    require(not differing, argument, f"be a new folder, or one made with {requested}", recorded)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -186,5 +186,5 @@ def environment_error(error: BaseException) -> str | None:
 
 def _number_in(text: str) -> int:
     """The number that safetensors gives for an error of the operating system, 0 where there is none."""
-    found = re.search(r"os error (\d+)", text)
-    return int(found[1]) if found else 0
+    match = re.search(r"os error (\d+)", text)
+    return int(match[1]) if match else 0

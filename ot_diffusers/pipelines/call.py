@@ -78,8 +78,8 @@ def learns_variance(scheduler: Scheduler) -> bool:
 
 def extra_step_arguments(scheduler: Scheduler, **arguments: Any) -> dict[str, Any]:
     """Those of `arguments` that `scheduler.step` knows."""
-    known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in arguments.items() if name in known}
+    parameters = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _needed(function: Any) -> list[str]:

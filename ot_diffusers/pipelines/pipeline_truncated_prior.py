@@ -138,8 +138,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         generator = check_call(batch_size, generator, eta, output_type, callback_on_step_end_tensor_inputs)
         self._check_components()
         shape = self.prior.image_shape
-        wanted, given = (batch_size, *shape), None if latents is None else tuple(latents.shape)
-        require(given in (None, wanted), "latents", f"have shape {wanted}", given)
+        expected, given = (batch_size, *shape), None if latents is None else tuple(latents.shape)
+        require(given in (None, expected), "latents", f"have shape {expected}", given)
         chain = self._prepare_chain(
             copy.deepcopy(self.scheduler),  # sampling leaves marks on a scheduler
             shape,
@@ -212,8 +212,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         else:
             count = PRIOR_GUIDANCE_STEPS
         require_integer("num_prior_guidance_steps", count, at_least=0)
-        wanted = "be 0 where the prior makes no clean images"
-        require(clean or count == 0, "num_prior_guidance_steps", wanted, count)
+        requirement = "be 0 where the prior makes no clean images"
+        require(clean or count == 0, "num_prior_guidance_steps", requirement, count)
         return list(reversed(range(first, first + count)))
 
     def _check_components(self) -> None:
