@@ -238,11 +238,11 @@ def environment(process: psutil.Process) -> dict[str, str]:
 def copy_checkpoints(job: Job, folder: Path, chance: random.Random) -> Path:
     """What a run that was killed after one of its checkpoints leaves; returns that checkpoint."""
     shutil.copytree(job.reference, folder, ignore=shutil.ignore_patterns("results.json", "model_index.json"))
-    found = sorted((folder / "checkpoints").glob("update-*"))
-    last = chance.randrange(1, len(found) - 1)
-    for checkpoint in found[last + 1 :]:
+    checkpoints = sorted((folder / "checkpoints").glob("update-*"))
+    last = chance.randrange(1, len(checkpoints) - 1)
+    for checkpoint in checkpoints[last + 1 :]:
         shutil.rmtree(checkpoint)
-    return found[last]
+    return checkpoints[last]
 
 
 def files_of_last(job: Job, folder: Path, chance: random.Random) -> list[Path]:
@@ -320,15 +320,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (%(default)s)")
     parser.add_argument("--output", default="docs/faults.json", help="file (%(default)s)")
     arguments = parser.parse_args()
-    wanted = [NAMES[name] for name in arguments.only or NAMES]
-    counts = {title: [0, 0] for title in wanted}
+    titles = [NAMES[name] for name in arguments.only or NAMES]
+    counts = {title: [0, 0] for title in titles}
     with tempfile.TemporaryDirectory(prefix="ot_diffusers_faults_") as name, ThreadPoolExecutor(2) as pool:
         os.environ["OT_DIFFUSERS_CACHE"] = f"{name}/cache"
         jobs, two = make_jobs(Path(name))
         waiting = [
             (title, pool.submit(trial))
             for title, trial in trials(jobs, two, Path(name), 4 if arguments.quick else 1, arguments.seed)
-            if title in wanted
+            if title in titles
         ]
         for title, outcome in waiting:
             counts[title][0 if outcome.result() else 1] += 1
@@ -337,9 +337,9 @@ def main() -> int:
             sys.stdout.flush()
     file = Path(arguments.output)
     earlier = json.loads(file.read_text(encoding="utf-8"))["table"]["rows"] if arguments.only and file.is_file() else []
-    found = {row[0]: row for row in earlier}
-    found |= {title: [title, str(sum(both)), *map(str, both)] for title, both in counts.items()}
-    rows = [found[title] for title in FAULTS if title in found]
+    by_title = {row[0]: row for row in earlier}
+    by_title |= {title: [title, str(sum(both)), *map(str, both)] for title, both in counts.items()}
+    rows = [by_title[title] for title in FAULTS if title in by_title]
     table = {"header": ["fault", "trials", "survived", "lost"], "rows": rows}
     write_json(file, {"table": table, "seed": arguments.seed, "provenance": provenance()})
     return int(any(lost for _, lost in counts.values()))

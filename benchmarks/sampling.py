@@ -106,7 +106,7 @@ def quality_rows(quick: bool, device: torch.device) -> list[Row]:
     count = 50 if quick else 200
     draw = partial(sample_images, pipe, count, num_inference_steps=20, guidance_scale=0)
     exact, other = draw(), draw(seed=1)
-    found = []
+    differences = []
     for dtype in ("bfloat16",) if device.type == "cpu" else ("bfloat16", "float16"):
         images = draw(dtype=dtype)
         difference = (images.int() - exact.int()).abs().float()
@@ -117,8 +117,8 @@ def quality_rows(quick: bool, device: torch.device) -> list[Row]:
             "Fréchet distance of pixels between two draws in float32": pixel_distance(other, exact),
         }
         name = f"{dtype} against float32, {count} digits in 20 steps: mean difference of a pixel"
-        found.append(Row(name, figure, (figure, figure), unit=" of 255", details=details))
-    return found
+        differences.append(Row(name, figure, (figure, figure), unit=" of 255", details=details))
+    return differences
 
 
 def pixel_distance(images: Tensor, reference: Tensor) -> float:

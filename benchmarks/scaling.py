@@ -55,15 +55,15 @@ def rows(quick: bool, device: torch.device) -> list[Row]:
 
 def batch_rows(quick: bool, device: torch.device) -> list[Row]:
     """The training step with and without its term, by batch, with a small UNet: the harder case."""
-    found = []
+    ratios = []
     for batch in (16, 32) if quick else (32, 64, 128):
         config = dataclasses.replace(configuration(quick=True), train_batch_size=batch)
         step = Step(dataclasses.replace(config, num_reference_samples=500 if quick else 2000), device)
         candidates = {"plain": step.run, "with our term": lambda step=step: step.run(step.ours)}
         seconds = interleave(candidates, 3)
         name = f"OT training step / plain step, small UNet, batch {batch}"
-        found.append(ratio_row(name, seconds, "with our term", "plain"))
-    return found
+        ratios.append(ratio_row(name, seconds, "with our term", "plain"))
+    return ratios
 
 
 def process_rows(quick: bool) -> list[Row]:
@@ -193,8 +193,8 @@ def main() -> int:
         time_term(*arguments.term)
         return 0
     gpu, cpu = (json.loads((HERE / name).read_text("utf-8")) for name in ("results_h100.json", "results.json"))
-    found = estimate(gpu, cpu)
-    Path(arguments.output).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = estimate(gpu, cpu)
+    Path(arguments.output).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 

@@ -23,8 +23,8 @@ from ot_diffusers.training import (
     diffusion_batches,
     make_noise_scheduler,
     make_optimizer,
+    make_schedule,
     make_unet,
-    plan,
 )
 from ot_diffusers.transport import median_distance
 from train.train_ot import ot_term
@@ -70,7 +70,7 @@ class Step:
             everything = self.images.fetch(torch.arange(len(self.images)))
             self.features = image_features(self.network, everything, config.squash)
         self.feature_scale = median_distance(self.features)
-        self.schedule = plan(config, self.accelerator, self.images)
+        self.schedule = make_schedule(config, self.accelerator, self.images)
         self.batches = self.new_batches()
 
     def new_batches(self) -> Iterator[DiffusionBatch]:
@@ -94,8 +94,8 @@ class Step:
         common = (self.scheduler, self.network, self.features, self.feature_scale, config, self.accelerator)
         return ot_term(output, batch, *common)
 
-    def source(self, output: Tensor, batch: DiffusionBatch) -> Tensor:
-        """The source study's term: references drawn through a Python set, seen by the network at every step, geomloss
+    def original(self, output: Tensor, batch: DiffusionBatch) -> Tensor:
+        """The original study's term: references drawn through a Python set, seen by the network at every step, geomloss
         on raw features at its default scaling."""
         import random
 
@@ -111,13 +111,13 @@ class Step:
 
 
 def step_rows(quick: bool, device: torch.device) -> list[Row]:
-    """One update each of: noise prediction alone, with our term, with the source study's."""
+    """One update each of: noise prediction alone, with our term, with the original study's."""
     step = Step(configuration(quick), device)
     candidates = {
         "plain": step.run,
         "with our term": lambda: step.run(step.ours),
         "with 20 steps": lambda: step.run(partial(step.ours, num_iterations=20)),
-        "with the source's term": lambda: step.run(step.source),
+        "with the source's term": lambda: step.run(step.original),
     }
     seconds = interleave(candidates, 3 if quick or device.type == "cpu" else 20)
     target = 1.05 if device.type == "cuda" else 1.15

@@ -45,17 +45,17 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
     except RuntimeError as error:  # no home
         _warn_once(f"nothing is kept in a cache ({error}); OT_DIFFUSERS_CACHE names a folder")
         return _on_cpu(compute())
-    found = read_verified(file)
-    if found is None:
-        found = _on_cpu(compute())
+    tensors = read_verified(file)
+    if tensors is None:
+        tensors = _on_cpu(compute())
         try:
-            save_aside(found, file)
+            save_aside(tensors, file)
         except OSError as error:
             reason = error.strerror or str(error)
             _warn_once(
                 f"nothing is kept in the cache {cache_folder()} ({reason}); OT_DIFFUSERS_CACHE names another folder"
             )
-    return found
+    return tensors
 
 
 def read_verified(file: Path) -> dict[str, Tensor] | None:
@@ -96,10 +96,10 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, 
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
+        match = re.search(r"os error (\d+)", str(error))
+        if match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(file)) from error
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -158,7 +158,9 @@ class FeaturesConfig(TrainingConfig):
     """train/train_features.py"""
 
     output_dir: str = option("runs/features", "folder of the run: the network and its reference bank")
-    architecture: str = option("conv", "conv as in the source, residual to evaluate with", choices=("conv", "residual"))
+    architecture: str = option(
+        "conv", "conv as in the original study, residual to evaluate with", choices=("conv", "residual")
+    )
     block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
     layers_per_block: int = option(1, "residual: blocks of each stage", minimum=1)
     norm_type: str = option(
@@ -255,16 +257,18 @@ class OTConfig(BaselineConfig):
     )
     blur: float = option(0.3, "of the Sinkhorn divergence, in feature space", above=0, must="be a positive length")
     scaling: float = option(0.7, "ratio of successive blurs in the solver", above=0, below=1)
-    normalize_features: bool = option(True, "divide features by their median distance; the source takes them raw")
+    normalize_features: bool = option(
+        True, "divide features by their median distance; the original study takes them raw"
+    )
     squash: str = option(
         "clamp",
-        "how x̂0 is brought into [-1, 1]; tanh as in the source, then also for the references",
+        "how x̂0 is brought into [-1, 1]; tanh as in the original study, then also for the references",
         choices=("clamp", "tanh"),
     )
     snr_weighting: bool = option(True, "weight images by min(SNR, 5)/5: x̂0 of a noisy image is no sample of the data")
     ot_backend: str = option(
         "native",
-        "geomloss as in the source; flash-sinkhorn for CUDA, installed apart",
+        "geomloss as in the original study; flash-sinkhorn for CUDA, installed apart",
         choices=OT_BACKENDS,
         must=f"be one of {', '.join(OT_BACKENDS)}",
     )
@@ -338,8 +342,8 @@ class PriorConfig(TrainingConfig):
         warm, clean = self.ot_warmup_steps, self.prediction_type == "sample"
         require(clean or not warm, "ot_warmup_steps", "be 0 for prediction_type=noisy_sample", warm)
         terms = self.ot_objective.split("+")
-        known = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
-        require(known, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
+        valid = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
+        require(valid, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)
         matched = len(self.ot_weights) in (0, len(terms)) and all(weight > 0 for weight in self.ot_weights)
         require(matched, "ot_weights", f"be none or a positive number for each of {', '.join(terms)}", self.ot_weights)
 
@@ -394,11 +398,11 @@ def _not_an_override(config_class: Any, key: str, argument: str, following: Sequ
 def make_config(config_class: type[C], values: dict[str, Any]) -> C:
     """A configuration from plain values, each coerced to the type of its field."""
     field_types = typing.get_type_hints(config_class)
-    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(names)}"
             raise InputError(f"unknown configuration key {key!r}; {hint}")
     return config_class(**{key: _coerce(key, value, field_types[key]) for key, value in values.items()})
 

@@ -106,8 +106,8 @@ def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], 
     """
     now, before = _flat(settings), _flat(earlier)
     differing = [name for name in now | before if name.split(".")[0] in settings and now.get(name) != before.get(name)]
-    wanted, found = ({name: values.get(name) for name in differing} for values in (now, before))
-    require(not differing, argument, f"be a new folder, or one made with {wanted}", found)
+    requested, recorded = ({name: values.get(name) for name in differing} for values in (now, before))
+    require(not differing, argument, f"be a new folder, or one made with {requested}", recorded)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -144,7 +144,7 @@ def extra(group: str) -> Iterator[None]:
         raise missing((error.name or "a library").partition(".")[0], group) from error
 
 
-# What the surroundings can do to a run. Libraries raise many types for it, so their words are compared.
+# What the environment can do to a run. Libraries raise many types for it, so their words are compared.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 """What is wrong with a path rather than with the disk."""
@@ -158,13 +158,13 @@ _PEER = (
 )
 
 
-def surroundings(error: BaseException) -> str | None:
+def environment_error(error: BaseException) -> str | None:
     """One line for a failure that is not the program's: disk, memory, another process. None for anything else.
 
     Example:
-        >>> surroundings(OSError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints"))
+        >>> environment_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints"))
         "cannot write 'runs/a/checkpoints': No space left on device"
-        >>> surroundings(KeyError("a")) is None
+        >>> environment_error(KeyError("a")) is None
         True
     """
     text = " ".join(str(error).split())
@@ -186,5 +186,5 @@ def surroundings(error: BaseException) -> str | None:
 
 def _number_in(text: str) -> int:
     """The number that safetensors gives for an error of the operating system, 0 where there is none."""
-    found = re.search(r"os error (\d+)", text)
-    return int(found[1]) if found else 0
+    match = re.search(r"os error (\d+)", text)
+    return int(match[1]) if match else 0

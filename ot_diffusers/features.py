@@ -44,8 +44,8 @@ def load_feature_extractor(path: str | Path) -> FeatureExtractor:
     for network in (BackboneFeatureExtractor, ConvFeatureExtractor, ResidualFeatureExtractor):
         if network.__name__ == config.get("_class_name"):
             return _load_network(network, folder)
-    found = f"{config.get('_class_name')!r} in {str(path)!r}"
-    raise InputError(f"`feature_extractor` must be a feature network of this package or a vision backbone, got {found}")
+    given = f"{config.get('_class_name')!r} in {str(path)!r}"
+    raise InputError(f"`feature_extractor` must be a feature network of this package or a vision backbone, got {given}")
 
 
 def _load_network(kind: Any, folder: str) -> FeatureExtractor:
@@ -153,8 +153,8 @@ def cached_features(
     The key is a hash of the network's weights, the data's fingerprint and `squash`.
     """
     key = hashlib.sha256(f"{weights_fingerprint(network)} {images.fingerprint} {squash}".encode()).hexdigest()
-    found = remembered("features", key, lambda: {"features": extract_features(network, images, squash=squash)})
-    return found["features"].to(network.device)
+    tensors = remembered("features", key, lambda: {"features": extract_features(network, images, squash=squash)})
+    return tensors["features"].to(network.device)
 
 
 def make_reference_bank(
@@ -194,9 +194,9 @@ def check_trained_on(
     config = network.config
     size = (config.in_channels, config.sample_size, config.sample_size)
     require(size == images.image_shape, argument, f"take images of shape {images.image_shape}", size)
-    known = config.data_fingerprint is not None
+    comparable = config.data_fingerprint is not None
     require(
-        not known or config.data_fingerprint == images.fingerprint,
+        not comparable or config.data_fingerprint == images.fingerprint,
         argument,
         f"be trained on the training split of {images.name!r}",
         f"a network of {config.dataset!r}",

@@ -41,8 +41,8 @@ def expand_home(text: str) -> str:
         >>> expand_home("user/name~1"), expand_home("~ 3 hours")
         ('user/name~1', '~ 3 hours')
     """
-    found = re.fullmatch(r"([^/~]*=)?(~[^/\s]*(?:/.*)?)", text, re.DOTALL)
-    return text if found is None else (found[1] or "") + os.path.expanduser(found[2])
+    match = re.fullmatch(r"([^/~]*=)?(~[^/\s]*(?:/.*)?)", text, re.DOTALL)
+    return text if match is None else (match[1] or "") + os.path.expanduser(match[2])
 
 
 def user_path(path: str | Path) -> Path:

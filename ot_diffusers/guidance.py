@@ -10,8 +10,8 @@ references:
 plan sends it, so that what is already right stays where it is, the background of a wrong image, too.
 Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
 
-`step_rule="adam"` is the source study's form: Adam divides the gradient by its own size, so that every pixel moves by
-about `guidance_scale` · 0.02 in each step. At 0.5 that is the source's learning rate of 0.01.
+`step_rule="adam"` is the original study's form: Adam divides the gradient by its own size, so that every pixel moves by
+about `guidance_scale` · 0.02 in each step. At 0.5 that is the original study's learning rate of 0.01.
 
 The gradient comes from the batch itself, solved anew at every step, or from a `GuidanceField`, recorded once on a large
 batch, which moves every image on its own.
@@ -69,8 +69,8 @@ class OTGuidance:
         guidance_scale: strength, ≥ 0; 0 returns the images as they are.
         num_correction_steps: steps in one correction.
         blur: length in normalised feature units (in raw ones with `normalize_features=False`).
-        normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the source's
-            form.
+        normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the
+            original study's form.
         pixel_weight: of the thumbnails beside the features, ≥ 0; the default is 1 for a bank that holds thumbnails and
             features that are normalised, else 0.
         step_rule: `"displacement"` or `"adam"`; the default is the first where pixels take part, else the second.
@@ -214,8 +214,8 @@ class OTGuidance:
         """The gradient Jᵀd of each image, which moves its point by −η s'² JJᵀd: not much further than d itself."""
         if self.step_rule == "adam":
             return gradient
-        squared, wanted = (part.flatten(1).square().sum(1) for part in (gradient, displacement))
-        progress = self._step_size * squared / wanted.clamp(min=torch.finfo(wanted.dtype).tiny)
+        pull, distance = (part.flatten(1).square().sum(1) for part in (gradient, displacement))  # squared lengths
+        progress = self._step_size * pull / distance.clamp(min=torch.finfo(distance.dtype).tiny)
         return gradient / (progress / LONGEST_STEP).clamp(min=1)[:, None, None, None]
 
     def _displacement(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
@@ -237,8 +237,9 @@ class OTGuidance:
 
     def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
-        known = self._potentials
-        return known if known is not None and known.own.shape == (batch_size,) and known.own.device == device else None
+        last = self._potentials
+        fits = last is not None and last.self_potential.shape == (batch_size,) and last.self_potential.device == device
+        return last if fits else None
 
     def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
         """Steps of the solver; None, to convergence, where that costs no wait, or where no number is known to do."""
@@ -293,9 +294,9 @@ def check_takes(feature_extractor: FeatureExtractor, image_shape: Sequence[int],
     """Refuse a network of other images than those of `image_shape`, [C, H, W]; a backbone takes any size."""
     config = feature_extractor.config
     if "sample_size" in config:
-        found = (config.in_channels, config.sample_size, config.sample_size)
-        wanted = f"take images of shape {tuple(image_shape)}, as the UNet makes them"
-        require(found == tuple(image_shape), argument, wanted, found)
+        network_shape = (config.in_channels, config.sample_size, config.sample_size)
+        requirement = f"take images of shape {tuple(image_shape)}, as the UNet makes them"
+        require(network_shape == tuple(image_shape), argument, requirement, network_shape)
     else:
         require(image_shape[0] in (1, 3), argument, "be left out for images of other than 1 or 3 channels", image_shape)
 
@@ -309,9 +310,9 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
         f"hold features of width {network.feature_dim}",
         bank.feature_dim,
     )
-    known = bank.data_fingerprint is not None and network.data_fingerprint is not None
+    comparable = bank.data_fingerprint is not None and network.data_fingerprint is not None
     require(
-        not known or bank.data_fingerprint == network.data_fingerprint,
+        not comparable or bank.data_fingerprint == network.data_fingerprint,
         "reference_bank",
         f"come from the data of the feature network ({network.dataset})",
         bank.dataset,
@@ -338,8 +339,8 @@ def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceB
     """Refuse a field of other references, or of another guidance than `arguments` say."""
     config, bank = guidance_field.config, reference_bank.config
     pixels = math.prod(bank.thumbnail_shape) if config.pixel_weight > 0 and bank.thumbnail_shape else 0
-    found = (config.num_references, config.feature_dim)
-    wanted = (bank.num_samples, bank.feature_dim + pixels)
-    require(found == wanted, "guidance_field", f"be recorded with references of shape {wanted}", found)
+    recorded = (config.num_references, config.feature_dim)
+    expected = (bank.num_samples, bank.feature_dim + pixels)
+    require(recorded == expected, "guidance_field", f"be recorded with references of shape {expected}", recorded)
     for name, value in arguments.items():
         require(value == config[name], name, f"be {config[name]}, as the guidance field was recorded", value)

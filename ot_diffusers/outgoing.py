@@ -115,7 +115,7 @@ def distinct_names(paths: Iterable[str | Path]) -> list[str]:
     """
     parts = [[part for part in Path(path).parts if part not in ("/", ".", "..", "~")] for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["-".join(found[-count:]) for found in parts]
+        names = ["-".join(path_parts[-count:]) for path_parts in parts]
         if len(set(names)) == len(names):
             break
     return names if parts else []
@@ -167,7 +167,7 @@ class LocalPaths:
 
     def replace(self, text: str, *, prose: bool = False) -> str:
         """A text with the last name in place of every path. What could as well be a Hub id stays in `prose`."""
-        return (self._in_prose if prose else self._in_records).sub(lambda found: last_name(found[0]), text)
+        return (self._in_prose if prose else self._in_records).sub(lambda match: last_name(match[0]), text)
 
     def find(self, content: Any) -> str | None:
         """A path in what is no text: bytes, or a map of a file."""
@@ -243,8 +243,8 @@ def _is_local(text: str, hub_ids: set[str]) -> bool:
         return False
     if not _like_id(text):
         return preset_path(text) == Path(text)
-    known = text in hub_ids or text in HUB_IDS.values()
-    return not known and (Path(text).exists() or not (_is_cached(text) or preset_path(text).is_file()))
+    is_hub_id = text in hub_ids or text in HUB_IDS.values()
+    return not is_hub_id and (Path(text).exists() or not (_is_cached(text) or preset_path(text).is_file()))
 
 
 def _is_cached(repo_id: str) -> bool:
@@ -343,16 +343,16 @@ def _parsed(text: str, name: str) -> list[Any] | None:
 def _checked(file: Path, name: str, paths: LocalPaths) -> Path | bytes | None:
     """What may go of a file: itself, what it becomes, or nothing."""
     if name.endswith(".safetensors"):
-        found = _in_header(file, paths)
+        path = _in_header(file, paths)
         cure = "hold weights without local paths in their header; load them and save them anew"
-        require(found is None, "folder", cure, f"{name} with {found}")
+        require(path is None, "folder", cure, f"{name} with {path}")
         return file
     text = _text(file)
     if text is None:
-        found = _in_layers(file, paths)
-        if found is not None:
-            logger.warning("%s is left out: %s", name, found)
-        return file if found is None else None
+        reason = _in_layers(file, paths)
+        if reason is not None:
+            logger.warning("%s is left out: %s", name, reason)
+        return file if reason is None else None
     cleaned = _rewritten(text, name, paths)
     if cleaned == text:
         return file
@@ -407,10 +407,10 @@ def _strings(value: Any) -> Iterator[str]:
 def _in_layers(file: Path, paths: LocalPaths) -> str | None:
     """Why a file cannot go: a local path in its bytes, in what it compresses, or no way to look into it."""
     try:
-        found = next((found for layer in _layers(file) if (found := paths.find(layer)) is not None), None)
+        path = next((path for layer in _layers(file) if (path := paths.find(layer)) is not None), None)
     except UNREADABLE as error:
         return f"it cannot be looked into ({type(error).__name__})"
-    return None if found is None else f"it holds the local path {found}"
+    return None if path is None else f"it holds the local path {path}"
 
 
 def _layers(file: Path) -> Iterator[Any]:

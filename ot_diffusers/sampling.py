@@ -128,8 +128,8 @@ def pipeline_class_name(path: str) -> str:
         InputError: no `model_index.json` there.
     """
     place = local_or_hub(path, "pipeline", INDEXED)
-    found = not os.path.exists(place) or os.path.isfile(f"{place}/model_index.json")
-    require(found, "pipeline", INDEXED, path)
+    loadable = not os.path.exists(place) or os.path.isfile(f"{place}/model_index.json")
+    require(loadable, "pipeline", INDEXED, path)
     try:
         return str(DiffusionPipeline.load_config(place)["_class_name"])
     except (OSError, ValueError, KeyError) as error:
@@ -238,11 +238,11 @@ def check_call_arguments(pipeline: Pipeline, call_arguments: dict[str, Any]) -> 
     Raises:
         InputError: naming the argument.
     """
-    known = inspect.signature(pipeline.__call__).parameters
+    parameters = inspect.signature(pipeline.__call__).parameters
     guided = inspect.signature(OTGuidedDDIMPipeline.__call__).parameters
     for name, value in call_arguments.items():
         hint = ", or come with the features that guide (--features RUN)" if name in guided else ""
-        require(name in known, name, f"be left out for a {type(pipeline).__name__}{hint}", value)
+        require(name in parameters, name, f"be left out for a {type(pipeline).__name__}{hint}", value)
     steps, length = call_arguments.get("num_inference_steps"), pipeline.scheduler.config.num_train_timesteps
     if steps is not None:
         require_integer("num_inference_steps", steps, at_least=1)

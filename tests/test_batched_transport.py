@@ -117,7 +117,7 @@ def test_the_gradient_for_loops_and_its_warm_start():
     assert warm.iterations < potentials.iterations
     torch.testing.assert_close(again, divergence_gradient(x + 0.01, y, **options)[0], rtol=1e-3, atol=1e-4)
     _, shared = divergence_gradient(x[0], y, blur=0.4)
-    assert shared.cross.f.shape == (COUNT, ROWS) and shared.own.shape == (ROWS,)
+    assert shared.cross.f.shape == (COUNT, ROWS) and shared.self_potential.shape == (ROWS,)
 
 
 def test_the_geomloss_backend_takes_batches():

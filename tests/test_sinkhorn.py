@@ -285,7 +285,7 @@ def test_divergence_gradient_is_the_gradient_of_the_divergence():
 def test_the_gradient_extends_to_points_that_were_not_there():
     x, y = _cloud(400, 2), _cloud(300, 2, seed=1, shift=1.0)
     field, potentials = divergence_gradient(x, y, blur=0.4)
-    arguments = (potentials.cross.g, potentials.own)
+    arguments = (potentials.cross.g, potentials.self_potential)
     found = divergence_gradient_at(x, x, y, *arguments, blur=0.4)
     # Each joins 400 points beside its own copy, which matters most where it has few other neighbours.
     assert (found - 400 * field).abs().mean() < 0.01
@@ -303,9 +303,9 @@ def test_the_gradient_extends_with_the_weights_of_the_cloud():
     weights = torch.cat([torch.full((100,), 1 / 300), torch.full((100,), 2 / 300)]).to(x)
     field, potentials = divergence_gradient(x, y, blur=0.4, x_weights=weights)
     twice = torch.cat([x, x[100:]])
-    own = torch.cat([potentials.own, potentials.own[100:]])
-    found = divergence_gradient_at(x, x, y, potentials.cross.g, potentials.own, blur=0.4, x_weights=weights)
-    expected = divergence_gradient_at(x, twice, y, potentials.cross.g, own, blur=0.4)
+    self_potential = torch.cat([potentials.self_potential, potentials.self_potential[100:]])
+    found = divergence_gradient_at(x, x, y, potentials.cross.g, potentials.self_potential, blur=0.4, x_weights=weights)
+    expected = divergence_gradient_at(x, twice, y, potentials.cross.g, self_potential, blur=0.4)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert (found[:100] - 300 * field[:100]).abs().mean() < 0.02  # each beside its own copy
 
@@ -314,7 +314,7 @@ def test_a_point_far_from_its_cloud_keeps_its_own_mass():
     x, y = _cloud(50, 2), _cloud(60, 2, seed=1)
     _, potentials = divergence_gradient(x, y, blur=0.1)
     far = torch.full((1, 2), 40.0, dtype=torch.float64)
-    found = divergence_gradient_at(far, x, y, potentials.cross.g, potentials.own, blur=0.1)
+    found = divergence_gradient_at(far, x, y, potentials.cross.g, potentials.self_potential, blur=0.1)
     nearest = y[(y - far).square().sum(1).argmin()]
     assert (found - (far - nearest)).abs().max() < 1.5  # T_xx is the point itself, T_xy lies in y
 

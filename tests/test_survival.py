@@ -33,7 +33,7 @@ from test_training import ROOT, TINY, assert_same_end, last_checkpoint, metrics,
 from ot_diffusers import cli
 from ot_diffusers.config import BaselineConfig, OTConfig, PriorConfig
 from ot_diffusers.data import load_images
-from ot_diffusers.errors import InputError, TrainingError, surroundings
+from ot_diffusers.errors import InputError, TrainingError, environment_error
 from ot_diffusers.launch import run_script
 from ot_diffusers.launch.signals import StopRequest
 from ot_diffusers.training import Record, Schedule, TrainingState, open_run, save_checkpoint, save_results, saved_model
@@ -615,7 +615,7 @@ def test_bad_input_to_several_processes_is_one_line_and_status_2(
     assert errors.count("\n") == 1
 
 
-# --- Surroundings -----------------------------------------------------------------------------------------------------
+# --- Environment ------------------------------------------------------------------------------------------------------
 
 
 HOLD = """
@@ -667,6 +667,6 @@ def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_errors_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for error in (KeyError("weights"), FileNotFoundError(2, "No such file"), RuntimeError("shapes do not match")):
-        assert surroundings(error) is None
+        assert environment_error(error) is None
     with pytest.raises(ZeroDivisionError):
         leave(lambda _: 1 / 0, monkeypatch, capsys)

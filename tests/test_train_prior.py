@@ -142,7 +142,7 @@ def test_vae_draws_latents_like_the_codes_of_its_data() -> None:
 
 
 def test_a_warm_start_learns_the_map_to_the_gaussian(denoiser: Path, tmp_path: Path) -> None:
-    """What the generator makes of latents follows μ + Fᵀz, the closed-form transport map, and nothing like it before."""
+    """What the generator makes of latents follows μ + Fᵀz, the closed-form transport map, as it did not before."""
     images = load_images("digits", "train")
     warm = {"prior": "ot", "learning_rate": 1e-2, "train_batch_size": 64, "ema_decay": 0.5}
 

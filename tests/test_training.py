@@ -42,8 +42,8 @@ from ot_diffusers.training import (
     load_split,
     make_accelerator,
     make_noise_scheduler,
+    make_schedule,
     make_unet,
-    plan,
 )
 from ot_diffusers.training.coupling import assigned_noise
 from ot_diffusers.transport import median_distance
@@ -267,7 +267,7 @@ def test_accumulation_averages_several_transport_problems(features: Path, tmp_pa
     network, scheduler = load_feature_extractor(str(features)), make_noise_scheduler(config)
     unet = make_unet(config, images.image_shape)
     known = cached_features(network, images)
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
     batches = list(itertools.islice(diffusion_batches(images, scheduler, config, schedule, accelerator), 3))
     ot_term = script_of("ot").ot_term
     with torch.no_grad():
@@ -432,7 +432,7 @@ def test_denoisers_see_flipped_images_as_well() -> None:
     images = load_images("digits", "train")
     config = BaselineConfig(train_batch_size=64, random_flip=True)
     accelerator = make_accelerator(config)
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
     ((_, indices, part, batch), *_) = itertools.islice(image_batches(images, config, schedule, accelerator, 0), 1)
     plain = images.fetch(indices[part])
     same, mirrored = ((batch == other).flatten(1).all(1) for other in (plain, plain.flip(3)))

@@ -22,9 +22,9 @@ from ot_diffusers.training import (
     load_splits,
     make_accelerator,
     make_noise_scheduler,
+    make_schedule,
     make_unet,
     open_run,
-    plan,
     resume,
     save_checkpoint,
     save_results,
@@ -41,7 +41,7 @@ def main(config: BaselineConfig) -> None:
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images = load_splits(config, accelerator, "train", "validation")
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
 
     # Model, averaged weights, noising chain.
     unet = make_unet(config, images.image_shape)

@@ -30,8 +30,8 @@ from ot_diffusers.training import (
     image_batches,
     load_splits,
     make_accelerator,
+    make_schedule,
     open_run,
-    plan,
     resume,
     save_checkpoint,
     save_results,
@@ -46,7 +46,7 @@ def main(config: FeaturesConfig) -> None:
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images, test_images = load_splits(config, accelerator, *SPLITS)
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
 
     # Model.
     network = make_feature_extractor(config, images).requires_grad_(True)
@@ -71,8 +71,8 @@ def main(config: FeaturesConfig) -> None:
         batch = batch.contiguous(memory_format=torch.channels_last)  # which tensor cores want
         with accelerator.accumulate(state.model):
             _, logits = state.model(to_unit_range(batch), return_dict=False)
-            wanted = labels[indices[part].to(labels.device, non_blocking=True)]
-            loss = F.cross_entropy(logits.float(), wanted, label_smoothing=config.label_smoothing)
+            targets = labels[indices[part].to(labels.device, non_blocking=True)]
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
             state.backward(accelerator, loss, config.max_grad_norm)
         record.add(loss=loss)
 

@@ -33,9 +33,9 @@ from ot_diffusers.training import (
     load_splits,
     make_accelerator,
     make_noise_scheduler,
+    make_schedule,
     make_unet,
     open_run,
-    plan,
     resume,
     save_checkpoint,
     save_results,
@@ -54,7 +54,7 @@ def main(config: OTConfig) -> None:
     accelerator = make_accelerator(config)
     check_backend(config.ot_backend, accelerator.device, "ot_backend")
     images, validation_images = load_splits(config, accelerator, "train", "validation")
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
 
     # Model, averaged weights, noising chain.
     unet = make_unet(config, images.image_shape)

@@ -38,8 +38,8 @@ from ot_diffusers.training import (
     check_output_dir,
     load_splits,
     make_accelerator,
+    make_schedule,
     open_run,
-    plan,
     resume,
     save_checkpoint,
     save_results,
@@ -76,7 +76,7 @@ def main(config: PriorConfig) -> None:
     if config.prior == "gaussian":
         fit_gaussian(config, images, unet, scheduler, accelerator)
         return
-    schedule = plan(config, accelerator, images)
+    schedule = make_schedule(config, accelerator, images)
 
     # Generator, with an encoder in a VAE; averaged weights. The discriminator of a GAN has an optimizer of its own.
     generator = make_generator(config, images)
@@ -84,8 +84,8 @@ def main(config: PriorConfig) -> None:
     model = VariationalPrior(generator, make_encoder(config, images)) if config.prior == "vae" else generator
     ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
     state = TrainingState.prepare(accelerator, model, config, schedule, ema)
-    opponent = make_opponent(config, images, schedule, accelerator) if config.prior == "gan" else None
-    state.opponent = opponent
+    discriminator = make_discriminator(config, images, schedule, accelerator) if config.prior == "gan" else None
+    state.discriminator = discriminator
     features = frozen_features(config, images, unet, scheduler) if needs_features(config) else None
     gaussian = gaussian_map(config, images, accelerator.device) if config.ot_warmup_steps else None
 
@@ -96,22 +96,22 @@ def main(config: PriorConfig) -> None:
     accelerator.print(f"generator: {parameters:,} parameters, T' = {config.truncation_timestep}")
 
     # Loop.
-    trained = [state.model] if opponent is None else [state.model, opponent.model]
+    trained = [state.model] if discriminator is None else [state.model, discriminator.model]
     for batch in prior_batches(images, scheduler, config, schedule, accelerator, start=state.update):
         with accelerator.accumulate(*trained):
-            opposing = {}
+            recorded = {}
             if config.prior == "vae":
                 losses = vae_terms(batch, state, config, accelerator, record)
-            elif opponent is not None:
-                opposing["discriminator"] = discriminator_update(batch, state, opponent, config, accelerator)
-                losses = {"generator": adversarial_loss(batch, state, opponent, config, accelerator, record)}
+            elif discriminator is not None:
+                recorded["discriminator"] = discriminator_update(batch, state, discriminator, config, accelerator)
+                losses = {"generator": adversarial_loss(batch, state, discriminator, config, accelerator, record)}
             elif gaussian is not None and batch.update < config.ot_warmup_steps:
                 losses = warm_start_terms(batch, state, gaussian, record)
             else:
                 losses = transport_terms(batch, state, features, config, accelerator, record)
             loss = sum(losses.values(), start=batch.real.new_zeros(()))
             state.backward(accelerator, loss, config.max_grad_norm)
-        record.add(loss=loss, **losses, **opposing)
+        record.add(loss=loss, **losses, **recorded)
 
         if accelerator.sync_gradients and schedule.ends_epoch(state.update):
             record.end_epoch()
@@ -162,8 +162,8 @@ def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, 
     """
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    found = (unet.config.in_channels, height, width)
-    require(found == image_shape, "denoiser", f"be trained on images of shape {image_shape}", found)
+    unet_shape = (unet.config.in_channels, height, width)
+    require(unet_shape == image_shape, "denoiser", f"be trained on images of shape {image_shape}", unet_shape)
     record = Path(config.denoiser) / "run.json"
     trained = json.loads(record.read_text(encoding="utf-8"))["config"] if record.is_file() else {}
     limit, length = trained.get("max_timestep"), config.truncation_timestep
@@ -197,10 +197,12 @@ def make_encoder(config: PriorConfig, images: Images) -> PriorEncoder:
     )
 
 
-def make_opponent(config: PriorConfig, images: Images, schedule: Schedule, accelerator: Accelerator) -> TrainingState:
+def make_discriminator(
+    config: PriorConfig, images: Images, schedule: Schedule, accelerator: Accelerator
+) -> TrainingState:
     """The discriminator with its own optimizer."""
     channels, height, width = images.image_shape
-    discriminator = PriorDiscriminator(
+    model = PriorDiscriminator(
         sample_size=(height, width),
         in_channels=channels,
         block_out_channels=config.block_out_channels,
@@ -208,7 +210,7 @@ def make_opponent(config: PriorConfig, images: Images, schedule: Schedule, accel
     )
     own_rate = config.discriminator_learning_rate or config.learning_rate
     own_config = dataclasses.replace(config, learning_rate=own_rate)
-    return TrainingState.prepare(accelerator, discriminator, own_config, schedule, ema=None)
+    return TrainingState.prepare(accelerator, model, own_config, schedule, ema=None)
 
 
 def trained_prior(state: TrainingState, accelerator: Accelerator) -> PriorGenerator:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..errors import PLACE, SHOWN, InputError, TrainingError, require, surroundings
+from ..errors import PLACE, SHOWN, InputError, TrainingError, environment_error, require
 from ..files import is_first_process, local_or_hub
 from ..launch.script import SILENCE_SECONDS
 from .parser import make_parser
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
-        line = surroundings(error) or " ".join(str(error).split())[:SHOWN]
+        line = environment_error(error) or " ".join(str(error).split())[:SHOWN]
         return _fail(line, BAD_INPUT if error.errno in PLACE else BROKEN)
     except RuntimeError as error:
         if type(error) not in (RuntimeError, TrainingError):

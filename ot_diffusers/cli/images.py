@@ -126,9 +126,9 @@ def _check_complete(folder: Path) -> None:
 def _describe(images: Any, evaluator: Any) -> Any:
     """All images of a split and their features."""
     from ..data import pixels_of
-    from ..evaluation.evaluate import describe_images
+    from ..evaluation.evaluate import extract_image_set
 
-    return describe_images(pixels_of(images), evaluator, labels=images.labels, cache=True)
+    return extract_image_set(pixels_of(images), evaluator, labels=images.labels, cache=True)
 
 
 def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:

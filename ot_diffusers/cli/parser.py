@@ -307,7 +307,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--guidance-scale", type=number(0), help="strength of the guidance, 0 for none")
     options.add_argument("--num-guidance-steps", type=whole(0), help="how many steps are guided")
     options.add_argument("--guidance-start-step", type=whole(0), help="first guided step, from 0")
-    options.add_argument("--seed-recipe", action="store_true", help="the source study's guidance; other options win")
+    options.add_argument("--seed-recipe", action="store_true", help="the original study's guidance; other options win")
     options.add_argument("--seed", type=whole(0, None), default=0, help="of the starting noise (%(default)s)")
     options.add_argument(
         "--batch-size", type=whole(1), help="images at once; default: what the memory holds, up to 1,000"

@@ -26,9 +26,9 @@ def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in SAMPLING_ARGUMENTS if getattr(arguments, name) is not None}
     if not arguments.seed_recipe:
         return given
-    from ..pipelines.pipeline_ot_guided_ddim import SEED_GUIDANCE
+    from ..pipelines.pipeline_ot_guided_ddim import ORIGINAL_GUIDANCE
 
-    return SEED_GUIDANCE | given
+    return ORIGINAL_GUIDANCE | given
 
 
 def chosen_dtype(name: str | None) -> str:

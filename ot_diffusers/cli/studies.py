@@ -84,7 +84,7 @@ def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
 
     pairs = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
     by_folder = distinct_names([folder for *_, folder in pairs])
-    names = [name or found for (name, _, _), found in zip(pairs, by_folder, strict=True)]
+    names = [name or distinct for (name, _, _), distinct in zip(pairs, by_folder, strict=True)]
     require(len(set(names)) == len(names), "runs", "be different", list(runs))
     return {name: Path(folder) for name, (_, _, folder) in zip(names, pairs, strict=True)}
 

@@ -88,8 +88,8 @@ class Decoder(torch.utils.data.Dataset):
         except Exception as error:  # Pillow's readers raise what they like on damaged files
             unknown = isinstance(error, UnknownRangeError)
             requirement = "hold 8-bit or 16-bit images, saved as PNG for example" if unknown else "hold readable images"
-            found = f"{self._place(value, index)} ({error if unknown else first_line(error)})"
-            raise InputError(f"`{self.argument}` must {requirement}, got {found}") from error
+            culprit = f"{self._place(value, index)} ({error if unknown else first_line(error)})"
+            raise InputError(f"`{self.argument}` must {requirement}, got {culprit}") from error
 
     def _place(self, value: dict[str, Any], index: int) -> str:
         """The row and, where it is known, the file of a picture."""

@@ -38,8 +38,8 @@ class LabelReader:
         self.problem: str | None = None
         self.codes: dict[Any, int] = {}
         columns = list(dict.fromkeys(name for table in tables.values() for name in table.column_names))
-        known = label_column is None or label_column in columns
-        require(known, "label_column", f"be one of the columns {', '.join(columns)}", label_column)
+        exists = label_column is None or label_column in columns
+        require(exists, "label_column", f"be one of the columns {', '.join(columns)}", label_column)
         self.column = label_column or next((name for name in LABEL_COLUMNS if name in columns), "")
         if not self.column:
             self.problem = f"`label_column` must name a column with class labels, got none among {', '.join(columns)}"

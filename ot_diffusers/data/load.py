@@ -141,8 +141,8 @@ def _open(dataset: str) -> datasets.DatasetDict:
     """The splits of `dataset` under the names they come with."""
     import datasets
 
-    known = ", ".join(HUB_IDS)
-    require(dataset != "", "dataset", f"be {known}, a folder or a Hub id", dataset)
+    names = ", ".join(HUB_IDS)
+    require(dataset != "", "dataset", f"be {names}, a folder or a Hub id", dataset)
     if dataset == "digits":
         return _load_digits()
     mirror = Path(os.environ.get(DATASETS_VARIABLE, os.devnull)) / dataset
@@ -150,12 +150,12 @@ def _open(dataset: str) -> datasets.DatasetDict:
     if folder is not None:
         return _open_folder(folder)
     looks_like_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
-    require(not looks_like_path, "dataset", f"be {known}, an existing folder or a Hub id", dataset)
+    require(not looks_like_path, "dataset", f"be {names}, an existing folder or a Hub id", dataset)
     hub_id = HUB_IDS.get(dataset, dataset)
     try:
         return datasets.load_dataset(hub_id)
     except (OSError, ValueError, RuntimeError) as error:
-        requirement = f"be {known}, an existing folder or a Hub id that can be loaded"
+        requirement = f"be {names}, an existing folder or a Hub id that can be loaded"
         reason = f"no such folder here, and loading {hub_id!r} from the Hub failed: {first_line(error)}"
         raise InputError(f"`dataset` must {requirement}, got {dataset!r} ({reason})") from error
 
@@ -266,15 +266,15 @@ def _find_image_column(table: datasets.Dataset, image_column: str | None) -> str
     if image_column is not None:
         require(image_column in table.column_names, "image_column", f"be one of the columns {columns}", image_column)
         return image_column
-    known = [
+    candidates = [
         name
         for name, feature in table.features.items()
         if isinstance(feature, datasets.Image) or name in ("image", "img")
     ]
-    require(len(known) > 0, "image_column", f"be named: none is known to hold images among {columns}", None)
-    clear = len(known) == 1 or "image" in known
-    require(clear, "image_column", f"be named: it may be any of {', '.join(known)}", None)
-    return "image" if "image" in known else known[0]
+    require(len(candidates) > 0, "image_column", f"be named: none is known to hold images among {columns}", None)
+    clear = len(candidates) == 1 or "image" in candidates
+    require(clear, "image_column", f"be named: it may be any of {', '.join(candidates)}", None)
+    return "image" if "image" in candidates else candidates[0]
 
 
 def _undecoded(table: datasets.Dataset, column: str) -> datasets.Dataset:

@@ -1,7 +1,7 @@
 """From images to the table of metrics: features once, then every metric.
 
-reference = describe_images(test_images, evaluator)
-train = describe_images(train_images, evaluator)
+reference = extract_image_set(test_images, evaluator)
+train = extract_image_set(train_images, evaluator)
 metrics = evaluate_images(samples, reference=reference, extractor=evaluator, train=train)
 floor = real_floor(reference, train, len(samples), extractor=evaluator)
 """
@@ -72,7 +72,7 @@ class ImageSet:
         return facts
 
 
-def describe_images(
+def extract_image_set(
     images: Tensor,
     extractor: Any,
     *,
@@ -96,10 +96,10 @@ def describe_images(
     _check_images(images, name)
     fingerprint = weights_fingerprint(extractor)
     if cache:
-        found = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
+        outputs = remembered("descriptions", _key(images, fingerprint), lambda: _run(extractor, images, batch_size))
     else:
-        found = _run(extractor, images, batch_size)
-    return ImageSet(images.cpu(), found["features"], found.get("logits"), fingerprint, labels)
+        outputs = _run(extractor, images, batch_size)
+    return ImageSet(images.cpu(), outputs["features"], outputs.get("logits"), fingerprint, labels)
 
 
 def _run(extractor: Any, images: Tensor, batch_size: int) -> dict[str, Tensor]:
@@ -158,8 +158,8 @@ class Comparison:
     @property
     def logits(self) -> tuple[Tensor, Tensor] | None:
         """As `features`; None without a classifier."""
-        found = self.images.logits, self.reference.logits
-        return None if found[0] is None or found[1] is None else (found[0], found[1])
+        images, reference = self.images.logits, self.reference.logits
+        return None if images is None or reference is None else (images, reference)
 
     @cached_property
     def pixels(self) -> tuple[Tensor, Tensor]:
@@ -233,9 +233,9 @@ def evaluate_images(
 
     Args:
         images: generated, uint8 [N, C, H, W], N ≥ 2.
-        reference: real and held out, uint8 [M, C, H, W], M ≥ 2. Hand in `describe_images(…)` to score several sets
+        reference: real and held out, uint8 [M, C, H, W], M ≥ 2. Hand in `extract_image_set(…)` to score several sets
             against it; with labels, it tells whether the network can be trusted.
-        extractor: the evaluation network, see `describe_images`; one that no loss has seen.
+        extractor: the evaluation network, see `extract_image_set`; one that no loss has seen.
         train: what the model was trained on; adds the memorisation check `nearest_distance_ratio`.
         metrics: names of the metrics to compute, keys of `METRICS`; all that can be measured by default, which
             for fewer than 6 images are not all.
@@ -251,12 +251,12 @@ def evaluate_images(
             were described by different networks; a metric that is not known, or was named and cannot be measured.
     """
     names = _chosen(metrics)
-    images = _described(images, extractor, batch_size, "images")
-    reference = _described(reference, extractor, batch_size, "reference")
+    images = _image_set(images, extractor, batch_size, "images")
+    reference = _image_set(reference, extractor, batch_size, "reference")
     shape = tuple(reference.images.shape[1:])
     require(tuple(images.images.shape[1:]) == shape, "images", f"have the reference's shape {shape}", _shape(images))
     if train is not None and "nearest_distance_ratio" in names:
-        train = _described(train, extractor, batch_size, "train")
+        train = _image_set(train, extractor, batch_size, "train")
     else:
         train = None
     _check_extractors(images=images, reference=reference, train=train)
@@ -290,7 +290,7 @@ def real_floor(
         num_samples: as many as the arms generate, because every metric depends on it.
         extractor, metrics, batch_size, seed: as in `evaluate_images`; `seed` also decides the draw.
     """
-    train = _described(train, extractor, batch_size, "train")
+    train = _image_set(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
     drawn, rest = (train.rows(rows) for rows in _random_order(len(train), seed).tensor_split([num_samples]))
@@ -325,17 +325,17 @@ def _chosen(metrics: Collection[str] | None) -> list[str]:
     if metrics is None:
         return list(_MEASURES)
     # A lone string is a collection of letters.
-    wanted = [metrics] if isinstance(metrics, str) else list(metrics)
-    require(bool(wanted), "metrics", "name at least one metric", wanted)
-    for name in wanted:
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    require(bool(names), "metrics", "name at least one metric", names)
+    for name in names:
         require(name in _MEASURES, "metrics", f"be among {', '.join(_MEASURES)}", name)
-    return [name for name in _MEASURES if name in wanted]
+    return [name for name in _MEASURES if name in names]
 
 
-def _described(images: Tensor | ImageSet, extractor: Any, batch_size: int, name: str) -> ImageSet:
+def _image_set(images: Tensor | ImageSet, extractor: Any, batch_size: int, name: str) -> ImageSet:
     if isinstance(images, ImageSet):
         return images
-    return describe_images(images, extractor, batch_size=batch_size, name=name)
+    return extract_image_set(images, extractor, batch_size=batch_size, name=name)
 
 
 def _shape(images: ImageSet) -> tuple[int, ...]:
@@ -343,10 +343,11 @@ def _shape(images: ImageSet) -> tuple[int, ...]:
 
 
 def _check_extractors(**sets: ImageSet | None) -> None:
-    described = {name: images.extractor for name, images in sets.items() if images is not None and images.extractor}
-    expected = described.get("reference")
-    for name, found in described.items():
-        require(expected in (None, found), name, "be described by the network that described `reference`", found[:12])
+    fingerprints = {name: images.extractor for name, images in sets.items() if images is not None and images.extractor}
+    expected = fingerprints.get("reference")
+    for name, fingerprint in fingerprints.items():
+        agrees = expected in (None, fingerprint)
+        require(agrees, name, "be described by the network that described `reference`", fingerprint[:12])
 
 
 def _check_images(images: Tensor, name: str) -> None:

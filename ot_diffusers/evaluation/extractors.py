@@ -1,7 +1,7 @@
 """Networks that evaluate: this package's own, EfficientNet-Lite0, vision backbones of transformers, torch-fidelity's.
 
-Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `describe_images` asks for. Loading runs
-no code from a file: weights that torch-fidelity would unpickle are checked first.
+Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `extract_image_set` asks for. Loading
+runs no code from a file: weights that torch-fidelity would unpickle are checked first.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def _check_weights(kind: Any, name: str, weights: str) -> None:
     """Refuse a file that may do more than hold tensors: a published TorchScript archive is known by its sha256."""
     expected = _published_hash(kind, name)
     if expected:
-        found = sha256(weights)
-        require(found == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {found}")
+        given = sha256(weights)
+        require(given == expected, "evaluator", f"name a file with the sha256 {expected}", f"{weights!r} with {given}")
         return
     try:
         torch.load(weights, map_location="cpu", weights_only=True)

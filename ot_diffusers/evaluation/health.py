@@ -33,14 +33,14 @@ def evaluator_doubt(facts: Mapping[str, Any]) -> str | None:
     """
     rank, accuracy = facts.get("effective_rank"), facts.get("test_accuracy")
     if rank is not None and rank < MIN_EFFECTIVE_RANK:
-        found = f"its features of real images have an effective rank of {rank:.1f}, below {MIN_EFFECTIVE_RANK:.0f}"
+        problem = f"its features of real images have an effective rank of {rank:.1f}, below {MIN_EFFECTIVE_RANK:.0f}"
     elif accuracy is not None and accuracy - facts.get("chance", 0) < MIN_SKILL * (1 - facts.get("chance", 0)):
-        found = f"its test accuracy is {accuracy:.1%}, and {facts.get('chance', 0):.1%} is chance"
+        problem = f"its test accuracy is {accuracy:.1%}, and {facts.get('chance', 0):.1%} is chance"
     elif accuracy is None and facts.get("has_classifier"):
         return "its test accuracy is unknown, because the test images have no labels that it knows"
     else:
         return None
-    return f"{found}; train it longer, or use a general backbone"
+    return f"{problem}; train it longer, or use a general backbone"
 
 
 def warn_of_doubt(facts: Mapping[str, Any]) -> None:
@@ -59,9 +59,9 @@ def evaluator_line(facts: Mapping[str, Any]) -> str:
     """
     if "name" not in facts:
         return ""
-    known = ", ".join(evaluator_properties(facts))
+    properties = ", ".join(evaluator_properties(facts))
     doubt = evaluator_doubt(facts)
-    line = f"Evaluated by {facts['name']}{': ' if known else ''}{known}."
+    line = f"Evaluated by {facts['name']}{': ' if properties else ''}{properties}."
     return line if doubt is None else f"{line} No verdict should rest on it: {doubt}."
 
 

@@ -30,8 +30,8 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> MeanInterv
 
     Reference: [Student1908].
     """
-    found = paired_difference([0.0] * len(values), values, level=level)
-    return MeanInterval(found.mean, found.low, found.high)
+    difference = paired_difference([0.0] * len(values), values, level=level)
+    return MeanInterval(difference.mean, difference.low, difference.high)
 
 
 @dataclass(frozen=True)

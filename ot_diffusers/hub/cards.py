@@ -295,8 +295,8 @@ def _evaluation(facts: CardFacts) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
-    known = DATA.get(facts.dataset or "")
-    lines = [known.limits] if known else []
+    data_set = DATA.get(facts.dataset or "")
+    lines = [data_set.limits] if data_set else []
     if facts.class_name == "OTGuidedDDIMPipeline":
         lines.append(
             "Guidance pulls a batch towards the stored references, and so towards their imbalances; images depend on "

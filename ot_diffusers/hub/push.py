@@ -259,9 +259,9 @@ def _hub_data_set(runs: Records, results: Mapping[str, Any] | None, bank: Any) -
     Records without the entry know data sets of the Hub by the names that this package gives them.
     """
     data = [run.get("data", {}) for run, _ in runs.values()]
-    found = [(entry.get("name"), entry, "hub_id") for entry in data]
-    found.append(((results or {}).get("dataset"), results or {}, "dataset_hub_id"))
-    for name, record, key in found:
+    candidates = [(entry.get("name"), entry, "hub_id") for entry in data]
+    candidates.append(((results or {}).get("dataset"), results or {}, "dataset_hub_id"))
+    for name, record, key in candidates:
         if name:
             return record.get(key, HUB_IDS.get(name))
     fingerprint = bank.config.data_fingerprint if bank is not None else None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..config import describe, load_config
-from ..errors import InputError, TrainingError, surroundings
+from ..errors import InputError, TrainingError, environment_error
 from .signals import end_with_launcher, stop_on_signals
 
 C = TypeVar("C")
@@ -22,7 +22,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], launch_line: st
     """Run `main` with the configuration from the command line, so that it ends well, or with one line on stderr.
 
     The exit status is 0 also after SIGTERM or SIGINT, which end the run with a checkpoint; 2 for bad input; 1 where the
-    run broke, or its surroundings did: disk, memory, another process.
+    run broke, or its environment did: disk, memory, another process.
     """
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
@@ -40,7 +40,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], launch_line: st
     except KeyboardInterrupt:
         line, status = "interrupted", 130
     except Exception as error:
-        reason = surroundings(error)
+        reason = environment_error(error)
         if reason is None:
             raise
         line, status = f"{reason}; the same command goes on from the last checkpoint", 1

@@ -20,7 +20,7 @@ def denoising_loss(model_output: Tensor, target: Tensor) -> Tensor:
 
 
 def squash_to_image(pred_original_sample: Tensor, squash: str) -> Tensor:
-    """x̂0, any range, brought into [-1, 1] by `"clamp"` or by the source's `"tanh"`."""
+    """x̂0, any range, brought into [-1, 1] by `"clamp"` or by the original study's `"tanh"`."""
     match squash:
         case "clamp":
             return pred_original_sample.clamp(-1, 1)

@@ -3,7 +3,7 @@
 All are functions of tensors and know nothing of networks in training. Transport compares what a generator made with
 real images, both diffused to step T', by one or several of
 
-    pixel      sliced Wasserstein on whole images, the source study's loss
+    pixel      sliced Wasserstein on whole images, the original study's loss
     patch      sliced Wasserstein on patches of several widths: fine structure
     feature    sliced Wasserstein between features of a frozen network
     sinkhorn   Sinkhorn divergence between such features, its self-term between two independent generated batches

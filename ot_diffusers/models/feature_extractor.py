@@ -68,7 +68,7 @@ class FeatureExtractor(PortableModel, ConfigMixin):
 
 
 class ConvFeatureExtractor(FeatureExtractor):
-    """The source study's network: (Conv → ReLU → Pool) × 2 and a 128-d penultimate layer. The losses and the guidance
+    """The original study's network: (Conv → ReLU → Pool) × 2 and a 128-d penultimate layer. The losses and the guidance
     see it.
 
     Args:

@@ -130,11 +130,11 @@ class GuidanceField(PortableModel, ConfigMixin):
             normalize_features,
             pixel_weight,
             step_rule,
-            len(first.potentials.own) > num_samples,
+            len(first.potentials.self_potential) > num_samples,
         )
         for stored, values in (
             (field.features, [correction.features for correction in corrections]),
-            (field.own_potentials, [correction.potentials.own for correction in corrections]),
+            (field.own_potentials, [correction.potentials.self_potential for correction in corrections]),
             (field.reference_potentials, [correction.potentials.cross.g for correction in corrections]),
         ):
             stored.data.copy_(torch.stack(values).view_as(stored))

@@ -38,7 +38,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
         num_samples: N, rows of the bank.
         feature_dim: D.
         feature_scale: features are divided by it before any transport problem: their median distance for the `scaled`
-            form, 1 for the source's raw features.
+            form, 1 for the original study's raw features.
         dataset: name of the data the references come from.
         data_fingerprint: content hash of that data, the same as the feature network's.
         thumbnail_shape: (C, H, W) of the thumbnails; None for a bank of features alone.

@@ -78,8 +78,8 @@ def learns_variance(scheduler: Scheduler) -> bool:
 
 def extra_step_arguments(scheduler: Scheduler, **arguments: Any) -> dict[str, Any]:
     """Those of `arguments` that `scheduler.step` knows."""
-    known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in arguments.items() if name in known}
+    parameters = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _needed(function: Any) -> list[str]:
@@ -138,7 +138,7 @@ def evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
             module.training = True
 
 
-def finish_images(latents: Tensor, output_type: str) -> Any:
+def postprocess(latents: Tensor, output_type: str) -> Any:
     """Latents in [-1, 1] as `"pt"` [B, C, H, W] or `"np"` [B, H, W, C] in [0, 1], or as a list of `"pil"` images.
 
     `"latent"` gives them back as they are.

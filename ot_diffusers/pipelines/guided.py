@@ -331,10 +331,10 @@ def _replaced(latents: Tensor, changed: dict[str, Any] | None) -> Tensor:
     """
     name = "callback_on_step_end"
     require(changed is None or isinstance(changed, dict), name, "return a dict or None", type(changed).__name__)
-    found = (changed or {}).get("latents", latents)
-    shape = tuple(getattr(found, "shape", ()))
+    returned = (changed or {}).get("latents", latents)
+    shape = tuple(getattr(returned, "shape", ()))
     require(shape == tuple(latents.shape), name, f"return `latents` of shape {tuple(latents.shape)}", shape)
-    return found
+    return returned
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
-from .call import Generators, check_call, check_networks, finish_images, unet_image_shape
+from .call import Generators, check_call, check_networks, postprocess, unet_image_shape
 from .guided import Callback, GuidedPipeline
 from .portable import register
 
-# The source study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
-SEED_GUIDANCE: dict[str, Any] = {
+# The original study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
+ORIGINAL_GUIDANCE: dict[str, Any] = {
     "num_inference_steps": 50,
     "guidance_scale": 0.5,
     "num_guidance_steps": 10,
@@ -122,7 +122,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             guidance_start_step: first guided step, counted from the start of the chain.
             num_correction_steps: correction steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
-            normalize_features: `False` takes raw features, as the source study does (`SEED_GUIDANCE`).
+            normalize_features: `False` takes raw features, as the original study does (`ORIGINAL_GUIDANCE`).
             pixel_weight: of thumbnails beside the features in the distance that is transported by; 0 for features
                 alone. The default is 1 where the reference bank holds thumbnails and features are normalised.
             step_rule: `"displacement"` moves an image by `guidance_scale` / 2 of what the transport plan asks for in
@@ -173,6 +173,6 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             latents = self._denoise(latents, chain, finite, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 3. Return images.
-        images = finish_images(latents, output_type)
+        images = postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -19,7 +19,7 @@ from ..models.guidance_field import GuidanceField
 from ..models.prior import PriorMixin
 from ..models.reference_bank import ReferenceBank
 from ..schedules import Scheduler, alpha_sigma
-from .call import FiniteValues, Generators, check_call, check_networks, finish_images
+from .call import FiniteValues, Generators, check_call, check_networks, postprocess
 from .guided import Callback, Chain, GuidedPipeline
 from .portable import register
 
@@ -138,8 +138,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         generator = check_call(batch_size, generator, eta, output_type, callback_on_step_end_tensor_inputs)
         self._check_components()
         shape = self.prior.image_shape
-        wanted, given = (batch_size, *shape), None if latents is None else tuple(latents.shape)
-        require(given in (None, wanted), "latents", f"have shape {wanted}", given)
+        expected, given = (batch_size, *shape), None if latents is None else tuple(latents.shape)
+        require(given in (None, expected), "latents", f"have shape {expected}", given)
         chain = self._prepare_chain(
             copy.deepcopy(self.scheduler),  # sampling leaves marks on a scheduler
             shape,
@@ -168,7 +168,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
             latents = self._denoise(latents, chain, finite, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 3. Return images.
-        images = finish_images(latents, output_type)
+        images = postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -212,8 +212,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         else:
             count = PRIOR_GUIDANCE_STEPS
         require_integer("num_prior_guidance_steps", count, at_least=0)
-        wanted = "be 0 where the prior makes no clean images"
-        require(clean or count == 0, "num_prior_guidance_steps", wanted, count)
+        requirement = "be 0 where the prior makes no clean images"
+        require(clean or count == 0, "num_prior_guidance_steps", requirement, count)
         return list(reversed(range(first, first + count)))
 
     def _check_components(self) -> None:

@@ -195,8 +195,8 @@ def check_holds_no_code(path: str | os.PathLike[str]) -> None:
         index = DiffusionPipeline.load_config(path)
         named = {part: entry[0] for part, entry in index.items() if isinstance(entry, (list, tuple)) and entry}
         code = [f"{library}.py" if part == "_class_name" else f"{part}/{library}.py" for part, library in named.items()]
-        found = [file for file in code if os.path.isfile(os.path.join(path, file))]
-        require(not found, "pipeline", "be a folder whose index names no code in it", ", ".join(found))
+        present = [file for file in code if os.path.isfile(os.path.join(path, file))]
+        require(not present, "pipeline", "be a folder whose index names no code in it", ", ".join(present))
 
 
 def register(kind: type[Pipeline]) -> type[Pipeline]:

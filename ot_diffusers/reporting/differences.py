@@ -30,12 +30,12 @@ Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 def summarise(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Metric → one value per seed as `{"metrics": means, "intervals": 95% intervals}`; one seed has no interval."""
-    means = {metric: statistics.fmean(found) for metric, found in values.items()}
+    means = {metric: statistics.fmean(per_seed) for metric, per_seed in values.items()}
     intervals = {
         metric: {"low": interval.low, "high": interval.high}
-        for metric, found in values.items()
-        if len(found) >= 2
-        for interval in [mean_interval(found)]
+        for metric, per_seed in values.items()
+        if len(per_seed) >= 2
+        for interval in [mean_interval(per_seed)]
     }
     return {"metrics": means, "intervals": intervals}
 
@@ -57,17 +57,17 @@ def differences(
     """
     require(len(values) >= 2, "values", "hold at least two arms", list(values))
     first, *others = values
-    measured = all(primary in found for found in values.values())
+    measured = all(primary in by_metric for by_metric in values.values())
     require(measured, "primary_metric", "be one that the images and the evaluator allow", primary)
     tested = list(dict.fromkeys((primary, *family)))
-    found = {}
+    by_arm = {}
     for arm in others:
         pairs = {metric: paired_difference(values[first][metric], values[arm][metric]) for metric in tested}
         p_values = {metric: pair.p_value for metric, pair in pairs.items()}
         adjusted = holm({metric: p for metric, p in p_values.items() if metric != primary})
         adjusted[primary] = p_values[primary]
-        found[arm] = {metric: _entry(pair, adjusted[metric], trusted) for metric, pair in pairs.items()}
-    return found
+        by_arm[arm] = {metric: _entry(pair, adjusted[metric], trusted) for metric, pair in pairs.items()}
+    return by_arm
 
 
 def verdict(metric: str, difference: Mapping[str, Any]) -> str:
@@ -91,8 +91,8 @@ def summary(results: Mapping[str, Any]) -> str:
             f"{label}, paired with {first} over {seeds} seeds — no verdict, the evaluator cannot be trusted: {doubt}."
         )
     said = [
-        f"{arm}: {verdict(metric, found[metric])} ({_percent(found[metric]['mean'], results, metric)})"
-        for arm, found in results["differences"].items()
+        f"{arm}: {verdict(metric, by_metric[metric])} ({_percent(by_metric[metric]['mean'], results, metric)})"
+        for arm, by_metric in results["differences"].items()
     ]
     return f"{label}, paired with {first} over {seeds} seeds — {'; '.join(said)}."
 
@@ -102,16 +102,16 @@ def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
     header = ["", "verdict", "difference", "95% interval", "in %", "p (Holm)"]
     trusted = evaluator_doubt(results.get("extractor", {})) is None
     rows = []
-    for metric, found in results["differences"][arm].items():
+    for metric, difference in results["differences"][arm].items():
         name = METRICS[metric].label if metric in METRICS else metric
         rows.append(
             [
                 f"{name} (primary)" if metric == results["primary_metric"] else name,
-                verdict(metric, found) if trusted else WITHHELD,
-                _signed(found["mean"]),
-                f"{_signed(found['low'])} … {_signed(found['high'])}",
-                _percent(found["mean"], results, metric),
-                "< 0.0001" if found["p_holm"] < 1e-4 else f"{found['p_holm']:.2g}",
+                verdict(metric, difference) if trusted else WITHHELD,
+                _signed(difference["mean"]),
+                f"{_signed(difference['low'])} … {_signed(difference['high'])}",
+                _percent(difference["mean"], results, metric),
+                "< 0.0001" if difference["p_holm"] < 1e-4 else f"{difference['p_holm']:.2g}",
             ]
         )
     return [header, *rows]

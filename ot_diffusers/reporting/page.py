@@ -66,13 +66,13 @@ def rows_table(rows: Rows, *, best: Collection[tuple[int, int]] = (), kind: str 
     `kind="wide-names"` lets the names break, `kind="sentences"` the cells.
     """
     header, *lines = rows
-    found = []
+    body = []
     for r, (name, *row) in enumerate(lines):
         cells = "".join(
             f"<td{' class=best' if (r, c) in best else ''}>{escape(cell)}</td>" for c, cell in enumerate(row)
         )
-        found.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
-    return table(header, found, kind)
+        body.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
+    return table(header, body, kind)
 
 
 def table(header: Sequence[str], lines: Sequence[str], kind: str = "") -> str:
@@ -103,11 +103,11 @@ def definitions(entries: Mapping[str, Any]) -> str:
 
 def provenance_list(provenance: Mapping[str, Any]) -> str:
     """Where the numbers come from; what is a mapping folds."""
-    found = dict(provenance)
-    packages = found.pop("packages", None)
-    config = {name: value for name, value in found.items() if isinstance(value, Mapping)}
+    entries = dict(provenance)
+    packages = entries.pop("packages", None)
+    config = {name: value for name, value in entries.items() if isinstance(value, Mapping)}
     plain = {
-        name: "not in a checkout" if value is None else value for name, value in found.items() if name not in config
+        name: "not in a checkout" if value is None else value for name, value in entries.items() if name not in config
     }
     if packages:
         plain["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())

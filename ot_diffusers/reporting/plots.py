@@ -186,22 +186,22 @@ def differences(results: Mapping[str, Any], metrics: Mapping[str, str], path: Pa
         metrics: metric to title. Values are shares of the first arm's mean.
         path: PNG file to write.
     """
-    found, arms = results["differences"], results["arms"]
-    require(bool(found), "results", "hold differences", sorted(results))
+    by_arm, arms = results["differences"], results["arms"]
+    require(bool(by_arm), "results", "hold differences", sorted(results))
     colours = arm_colours(list(arms))
     scale = {metric: abs(next(iter(arms.values()))["metrics"][metric]) or 1.0 for metric in metrics}
     columns = min(len(metrics), 3)
     rows = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(9.2, rows * (0.34 * len(found) + 0.95)), layout="constrained")
+    figure = Figure(figsize=(9.2, rows * (0.34 * len(by_arm) + 0.95)), layout="constrained")
     for index, (metric, title) in enumerate(metrics.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.axvline(0, color=INK, linewidth=1)
-        for arm, by_metric in found.items():
+        for arm, by_metric in by_arm.items():
             mean, low, high = (100 * by_metric[metric][end] / scale[metric] for end in ("mean", "low", "high"))
             fill = colours[arm] if by_metric[metric]["shown"] else "white"
             style: dict[str, Any] = {"color": colours[arm], "fmt": "o", "capsize": 3, "markerfacecolor": fill}
             axes.errorbar(mean, arm, xerr=[[mean - low], [high - mean]], **style)
-        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_ylim(len(by_arm) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}%" if value else "0"))
         _finish(axes, title=title, xlabel="")
@@ -366,12 +366,12 @@ def _draw_intervals(
     axes: Axes, results: Mapping[str, Any], metric: str, values: Mapping[str, float]
 ) -> dict[str, float]:
     """A whisker on each bar whose arm has an interval; returns the upper ends."""
-    found = {arm: results["arms"][arm].get("intervals", {}).get(metric) for arm in values}
-    found = {arm: interval for arm, interval in found.items() if interval}
-    for arm, interval in found.items():
+    intervals = {arm: results["arms"][arm].get("intervals", {}).get(metric) for arm in values}
+    intervals = {arm: interval for arm, interval in intervals.items() if interval}
+    for arm, interval in intervals.items():
         below, above = values[arm] - interval["low"], interval["high"] - values[arm]
         axes.errorbar(values[arm], arm, xerr=[[below], [above]], color=INK, capsize=3, linewidth=1.2)
-    return {arm: interval["high"] for arm, interval in found.items()}
+    return {arm: interval["high"] for arm, interval in intervals.items()}
 
 
 def _by_epoch(records: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
@@ -381,7 +381,7 @@ def _by_epoch(records: Sequence[Mapping[str, float]], key: str) -> list[tuple[fl
         position = record.get("epoch", record.get("step"))
         if position is not None and record.get(key) is not None:
             values.setdefault(position, []).append(float(record[key]))
-    return [(position, sum(found) / len(found)) for position, found in sorted(values.items())]
+    return [(position, sum(entries) / len(entries)) for position, entries in sorted(values.items())]
 
 
 def _mosaic(images: Tensor, rows: int, columns: int) -> Tensor:

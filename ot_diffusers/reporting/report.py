@@ -146,8 +146,8 @@ def _cells(
     """Header, rows of text, and the (row, column) of the best values; metrics that no arm has are left out."""
     _check(results)
     arms, floor = results["arms"], results.get("floor", {}).get("metrics", {})
-    wanted = metrics or results.get("headline", HEADLINE)
-    metrics = [name for name in wanted if any(name in entry["metrics"] for entry in arms.values())]
+    names = metrics or results.get("headline", HEADLINE)
+    metrics = [name for name in names if any(name in entry["metrics"] for entry in arms.values())]
     costs = results.get("costs", ("nfe", "seconds"))
     labels = [f"{_label(name)}\N{NO-BREAK SPACE}{_arrow(name)}" for name in metrics]
     header = ["", *labels, *(COSTS[name] for name in costs)]
@@ -207,12 +207,12 @@ def _summary(results: Mapping[str, Any]) -> str:
     if len(arms) < 2 or None in values or values[0] <= 0:
         return ""
     best = min(range(len(arms)), key=values.__getitem__)
-    first, found = format_number(values[0]), format_number(values[best])
+    first, lowest = format_number(values[0]), format_number(values[best])
     if best == 0:
         return f"<p class='lead'>No arm scores a lower Fréchet distance than <b>{escape(arms[0])}</b> ({first}).</p>"
     change = 100 * (values[best] / values[0] - 1)
     return (
-        f"<p class='lead'><b>{escape(arms[best])}</b> has a Fréchet distance of {found}, against {first} for "
+        f"<p class='lead'><b>{escape(arms[best])}</b> has a Fréchet distance of {lowest}, against {first} for "
         f"<b>{escape(arms[0])}</b> ({change:+.0f}%).</p>".replace("(-", "(−")
     )
 

@@ -63,8 +63,8 @@ class Variant(Options):
         super().__post_init__()
         one = (self.pipeline is None) != (self.train is None)
         require(one, "arms", "have either a pipeline or a script to train", (self.pipeline, self.train))
-        known = self.train is None or self.train in SCRIPTS
-        require(known, "train", f"be one of {', '.join(SCRIPTS)}", self.train)
+        exists = self.train is None or self.train in SCRIPTS
+        require(exists, "train", f"be one of {', '.join(SCRIPTS)}", self.train)
         require(self.role in (TABLE, CURVE, TRAINING), "role", "be table, curve or training", self.role)
         enough = self.field_samples is None or self.field_samples >= SMALL_BATCH
         require(enough, "field_samples", f"be at least {SMALL_BATCH}", self.field_samples)
@@ -137,8 +137,8 @@ class StudyConfig(Options):
             plain = re.fullmatch(r"[\w][\w .+,='-]*", name) is not None and name not in RESERVED
             require(plain, "arms", "have names of letters, digits, spaces and -_.+,='", name)
             check_references(self, name, variant)
-        known = self.compare_with is None or self.compare_with in self.reported
-        require(known, "compare_with", f"be one of {', '.join(self.reported)}", self.compare_with)
+        reported = self.compare_with is None or self.compare_with in self.reported
+        require(reported, "compare_with", f"be one of {', '.join(self.reported)}", self.compare_with)
         for option_name, names, known_names in (
             ("pictured", self.pictured, (*self.arms,)),
             ("together", [name for group in self.together for name in group], (*NETWORKS, *self.arms)),
@@ -202,11 +202,11 @@ def check_references(config: StudyConfig, name: str, variant: Variant) -> None:
     """
     names = list(config.arms)
     earlier = [other for other in names[: names.index(name)] if config.arms[other].train is not None]
-    known = [*earlier, "seed", *(["features"] if config.features else [])]
+    usable = [*earlier, "seed", *(["features"] if config.features else [])]
     together = {other for group in config.together if name in group for other in group}
     for text in (variant.pipeline, variant.start, variant.features, *variant.overrides):
         for reference in re.findall(r"{([^}]*)}", text or ""):
-            require(reference in known, "arms", f"refer to trained arms before {name!r}, features or seed", reference)
+            require(reference in usable, "arms", f"refer to trained arms before {name!r}, features or seed", reference)
             apart = variant.train is None or reference not in together
             require(apart, "together", f"not hold {name!r} with a run that it builds on", reference)
     if variant.seconds_of is not None:
@@ -220,8 +220,8 @@ def twin(config: StudyConfig, name: str) -> str | None:
     variant = config.arms[name]
     names = list(config.arms)
     for other in names[: names.index(name)]:
-        found = config.arms[other]
-        if (found.train, found.preset, found.overrides) == (variant.train, variant.preset, variant.overrides):
+        earlier = config.arms[other]
+        if (earlier.train, earlier.preset, earlier.overrides) == (variant.train, variant.preset, variant.overrides):
             return other
     return None
 
@@ -295,8 +295,8 @@ def read_config(preset: str | None, overrides: Sequence[str], num_inference_step
 def choose_variants(config: StudyConfig, names: Sequence[str]) -> StudyConfig:
     """The named variants only, in that order; what is no name of one is the folder or Hub id of a pipeline."""
     others = pipeline_variants([name for name in names if name not in config.arms])
-    known = {name: config.arms[name] for name in names if name in config.arms}
-    chosen = known | others
+    named = {name: config.arms[name] for name in names if name in config.arms}
+    chosen = named | others
     reference = config.compare_with if config.compare_with in chosen else None
     pictured = tuple(name for name in config.pictured if name in chosen)
     together = tuple(tuple(name for name in group if name in (*NETWORKS, *chosen)) for group in config.together)

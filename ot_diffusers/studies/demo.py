@@ -16,7 +16,7 @@ from typing import Any
 from ..reporting.report import text_table
 from .config import StudyConfig, read_config
 from .run import run_study
-from .study import Announce
+from .study import Log
 from .truncation import TruncationConfig, run_truncation_study
 
 
@@ -26,7 +26,7 @@ def run_demo(
     seed: int = 0,
     overrides: Sequence[str] = (),
     num_samples: int | None = None,
-    announce: Announce = print,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Run the chain and write `results.json`, pictures and `report.html` into `output`, and the same of the priors into
     `output/truncation`; returns the results of the first.
@@ -36,7 +36,7 @@ def run_demo(
         seed: of the models and of the starting noise; the evaluator's is different.
         overrides: `key=value` for all training scripts, such as `max_train_steps=4`.
         num_samples: images of each variant; as many as there are test images by default.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
 
     Raises:
         InputError: a folder that holds something else.
@@ -50,11 +50,9 @@ def run_demo(
         overrides=tuple(overrides),
         num_samples=num_samples,
     )
-    results = run_study(config, announce=announce, table=text_table)
-    run_truncation_study(priors_of(config), announce, overrides=overrides)
-    announce(
-        f"{time.monotonic() - started:.0f} s in all. Pictures and numbers: {Path(config.output_dir) / 'report.html'}"
-    )
+    results = run_study(config, log=log, table=text_table)
+    run_truncation_study(priors_of(config), log, overrides=overrides)
+    log(f"{time.monotonic() - started:.0f} s in all. Pictures and numbers: {Path(config.output_dir) / 'report.html'}")
     return results
 
 

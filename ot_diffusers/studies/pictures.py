@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import describe_images
+from ..evaluation.evaluate import extract_image_set
 from ..evaluation.failures import worst_samples
 from ..evaluation.metric_table import COSTS, METRICS
 from ..reporting import plots
@@ -22,10 +22,10 @@ def draw(study: Study, results: Mapping[str, Any], seed: int) -> dict[str, Path]
     folder, reference, config = study.output, study.test_images, study.config
     shown = config.pictured or tuple(config.reported)
     images = {name: sampled(study, name, seed).images for name in shown}
-    described = {name: describe_images(found, study.extractor) for name, found in images.items()}
-    clouds = {"real": reference.features} | {name: found.features for name, found in described.items()}
+    image_sets = {name: extract_image_set(pixels, study.extractor) for name, pixels in images.items()}
+    clouds = {"real": reference.features} | {name: image_set.features for name, image_set in image_sets.items()}
     count = min(NUM_FAILURES, study.num_samples)
-    failures = {name: worst_samples(found, reference, count) for name, found in described.items()}
+    failures = {name: worst_samples(image_set, reference, count) for name, image_set in image_sets.items()}
     primary = config.primary_metric
     several = ": mean and 95% interval" if len(results["seeds"]) > 1 else ""
     pictures = {

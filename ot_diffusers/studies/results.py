@@ -33,11 +33,11 @@ def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
     measured = config.measured or None
     arms = {}
     for name, variant in config.sampled.items():
-        found = sampled(study, name, seed)
-        wanted = [name for name in config.family if name not in SECOND] if variant.role == CURVE else measured
-        metrics = evaluate_images(found.images, reference=reference, train=real, metrics=wanted, **settings)
-        second = second_scores(study, found.images, seed) if variant.role != CURVE else {}
-        arms[name] = {"metrics": metrics | second, "cost": found.cost}
+        samples = sampled(study, name, seed)
+        names = [metric for metric in config.family if metric not in SECOND] if variant.role == CURVE else measured
+        metrics = evaluate_images(samples.images, reference=reference, train=real, metrics=names, **settings)
+        second = second_scores(study, samples.images, seed) if variant.role != CURVE else {}
+        arms[name] = {"metrics": metrics | second, "cost": samples.cost}
     floor = real_floor(reference, real, study.num_samples, metrics=measured, **settings)
     drawn = random_rows(real, study.num_samples, seed).images
     return {"arms": arms, "floor": floor | second_scores(study, drawn, seed)}
@@ -60,9 +60,9 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     """The contents of `results.json`: those of `reporting.report`, with differences, curves, costs and the values of
     every seed."""
     config = study.config
-    found = [read_json(study.folder(seed) / "metrics.json") for seed in seeds]
-    values: Values = {name: values_of(found, name) for name in config.reported}
-    floor = by_metric([run["floor"] for run in found])
+    per_seed = [read_json(study.folder(seed) / "metrics.json") for seed in seeds]
+    values: Values = {name: values_of(per_seed, name) for name in config.reported}
+    floor = by_metric([run["floor"] for run in per_seed])
     data = dataset_facts(study.splits["test"])
     evaluator = evaluator_facts(study.extractor, study.test_images)
     second = config.second_evaluator is not None
@@ -83,10 +83,10 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "primary_metric": config.primary_metric,
         "headline": tested,
         "costs": list(config.costs),
-        "arms": {name: entry_of(study, name, found) for name in config.reported},
+        "arms": {name: entry_of(study, name, per_seed) for name in config.reported},
         "floor": summarise(floor),
         "differences": paired,
-        **{AXES[axis].key: collect_curves(config, lines, found, trusted) for axis, lines in config.curves.items()},
+        **{AXES[axis].key: collect_curves(config, lines, per_seed, trusted) for axis, lines in config.curves.items()},
         "notes": notes(study, seeds),
         "per_seed": {name: dict(by_name) for name, by_name in values.items()} | {"real vs real": floor},
         "provenance": provenance() | {"study": settings_of(config)} | training_records(study, seeds[0]),
@@ -95,15 +95,15 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     return results | ({"summary": summary(results)} if results["differences"] else {})
 
 
-def entry_of(study: Study, name: str, found: Seeds) -> dict[str, Any]:
+def entry_of(study: Study, name: str, per_seed: Seeds) -> dict[str, Any]:
     """A row of the table: means with intervals, costs, and what the variant is."""
     variant = study.config.arms[name]
     about = {"description": describe_variant(variant), "bound": variant.start == REAL}
-    return summarise(values_of(found, name)) | mean_costs(found, name) | about
+    return summarise(values_of(per_seed, name)) | mean_costs(per_seed, name) | about
 
 
 def collect_curves(
-    config: StudyConfig, lines: Mapping[str, Mapping[str, str]], found: Seeds, trusted: bool
+    config: StudyConfig, lines: Mapping[str, Mapping[str, str]], per_seed: Seeds, trusted: bool
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Method → value on the axis → means of the metrics, costs, intervals, and values of every seed; for several seeds
     the paired differences to the first method at the same value."""
@@ -111,12 +111,12 @@ def collect_curves(
     for method, line in lines.items():
         curves[method] = {}
         for value, name in line.items():
-            values = {metric: of for metric, of in values_of(found, name).items() if metric in config.family}
+            values = {metric: of for metric, of in values_of(per_seed, name).items() if metric in config.family}
             summarised = summarise(values)
-            point = summarised["metrics"] | mean_costs(found, name)
+            point = summarised["metrics"] | mean_costs(per_seed, name)
             curves[method][value] = point | {"intervals": summarised["intervals"], "per_seed": values}
     first = config.compare_with if config.compare_with in curves else next(iter(curves), "")
-    for method in [name for name in curves if name != first] if len(found) >= 2 else ():
+    for method in [name for name in curves if name != first] if len(per_seed) >= 2 else ():
         for value, point in curves[method].items():
             if value in curves[first]:
                 pair = {name: curves[name][value]["per_seed"] for name in (first, method)}
@@ -126,9 +126,9 @@ def collect_curves(
     return curves
 
 
-def values_of(found: Seeds, name: str) -> dict[str, list[float]]:
+def values_of(per_seed: Seeds, name: str) -> dict[str, list[float]]:
     """Metric → one value per seed of a variant."""
-    return by_metric([run["arms"][name]["metrics"] for run in found])
+    return by_metric([run["arms"][name]["metrics"] for run in per_seed])
 
 
 def by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -136,9 +136,9 @@ def by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: [run[name] for run in runs] for name in runs[0] if all(name in run for run in runs)}
 
 
-def mean_costs(found: Seeds, name: str) -> dict[str, float]:
+def mean_costs(per_seed: Seeds, name: str) -> dict[str, float]:
     """Means over the seeds; counts that are alike stay counts."""
-    costs = by_metric([run["arms"][name]["cost"] for run in found])
+    costs = by_metric([run["arms"][name]["cost"] for run in per_seed])
     return {
         key: values[0] if len(set(values)) == 1 else round(statistics.fmean(values), 3) for key, values in costs.items()
     }
@@ -175,33 +175,35 @@ def notes(study: Study, seeds: Sequence[int]) -> list[str]:
     )
     if config.seed is not None:
         return [shared, *unfinished(study, config.seed)]
-    found = [
+    sentences = [
         f"{primary} is the primary metric, fixed beforehand: it decides by its own 95% interval. The others show a "
         "difference where the interval leaves out 0 and Holm's correction over them agrees.",
         shared,
     ]
     once = [name for name, variant in config.trained.items() if variant.once]
     if once:
-        found.append(f"{', '.join(once)}: trained once for all seeds, so the intervals do not speak of its training.")
+        sentences.append(
+            f"{', '.join(once)}: trained once for all seeds, so the intervals do not speak of its training."
+        )
     if fixed:
-        found.append(
+        sentences.append(
             f"{', '.join(fixed)}: trained before, so the seeds vary the starting noise only. The intervals speak of "
             "these networks, not of how they were trained."
         )
     if len(seeds) < MIN_SEEDS:
-        found.append(f"Fewer than {MIN_SEEDS} seeds show no difference, whatever it is.")
-    return [*found, *(note for seed in seeds for note in unfinished(study, seed))]
+        sentences.append(f"Fewer than {MIN_SEEDS} seeds show no difference, whatever it is.")
+    return [*sentences, *(note for seed in seeds for note in unfinished(study, seed))]
 
 
 def unfinished(study: Study, seed: int) -> list[str]:
     """A sentence for each run that its own time limit stopped."""
-    found = []
+    sentences = []
     for name in study.config.trained:
         run = read_json(study.run(name, seed) / "results.json")
         if not run["complete"]:
             spent = f"{run['training_seconds']:.0f} s and {run['updates']} updates"
-            found.append(f"{name} was stopped after {spent}; its preset has more.")
-    return found
+            sentences.append(f"{name} was stopped after {spent}; its preset has more.")
+    return sentences
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -211,14 +213,14 @@ def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
     """Caption to table, for the report and the Markdown file; those of one seed are the curves alone."""
     tested, compared = results.get("headline", report.HEADLINE), results.get("differences", {})
     first, seeds = next(iter(results["arms"])), len(results.get("seeds", ()))
-    found = {f"{arm} against {first}": difference_rows(results, arm) for arm in compared}
+    by_caption = {f"{arm} against {first}": difference_rows(results, arm) for arm in compared}
     if seeds > 1:
-        found[f"Mean ± 95% interval over {seeds} seeds"] = interval_rows(results, tested)
-        found["Cost"] = cost_rows(results)
+        by_caption[f"Mean ± 95% interval over {seeds} seeds"] = interval_rows(results, tested)
+        by_caption["Cost"] = cost_rows(results)
     for axis in AXES.values():
         for metric in axis.tabled or tested if results.get(axis.key) else ():
-            found[f"{METRICS[metric].label} by {axis.title}"] = curve_rows(results, axis, metric)
-    return found
+            by_caption[f"{METRICS[metric].label} by {axis.title}"] = curve_rows(results, axis, metric)
+    return by_caption
 
 
 def cost_rows(results: Mapping[str, Any]) -> Rows:

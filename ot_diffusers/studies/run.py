@@ -19,7 +19,7 @@ from .pictures import draw
 from .results import collect, evaluate_seed, markdown, tables
 from .runs import train_runs
 from .sampling import sampled, samples_file
-from .study import RECORD_NAME, Announce, Clock, OutOfTime, Study, check_study_folder, claim_folder, settings_of, stage
+from .study import RECORD_NAME, Clock, Log, OutOfTime, Study, check_study_folder, claim_folder, settings_of, stage
 
 Extend = Callable[[Study, dict[str, Any]], tuple[dict[str, Any], dict[str, Path]]]
 
@@ -28,7 +28,7 @@ def run_study(
     config: StudyConfig,
     *,
     max_seconds: float | None = None,
-    announce: Announce = print,
+    log: Log = print,
     table: Callable[[Mapping[str, Any]], str] = markdown,
     extend: Extend | None = None,
 ) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def run_study(
     Args:
         config: the study; at least two variants.
         max_seconds: stop cleanly about then; the next call goes on.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
         table: what is said of the results at the end.
         extend: makes results and pictures of its own from the study and the results, beside those of every study.
 
@@ -50,17 +50,17 @@ def run_study(
     """
     require(len(config.reported) >= 2, "arms", "be at least two", list(config.reported))
     require(max_seconds is None or max_seconds > 0, "max_seconds", "be positive", max_seconds)
-    study = open_study(config, Clock(max_seconds), announce)
+    study = open_study(config, Clock(max_seconds), log)
     try:
         for seed in study.seeds:
             run_seed(study, seed)
     except OutOfTime:
-        announce(f"stopped after {study.clock.seconds:.0f} s (--max-seconds); the same command goes on")
+        log(f"stopped after {study.clock.seconds:.0f} s (--max-seconds); the same command goes on")
     done = [seed for seed in study.seeds if (study.folder(seed) / "metrics.json").is_file()]
     if not done:
         return {"complete": False, "seeds": []}
     output = study.output
-    with stage("write the report", announce):
+    with stage("write the report", log):
         results = collect(study, done)
         more, more_pictures = extend(study, results) if extend is not None else ({}, {})
         results |= more
@@ -68,11 +68,11 @@ def run_study(
         write_text(output / "results.md", markdown(results))
         pictures = draw(study, results, done[-1]) | more_pictures
         report.write_report(results, pictures, output / "report.html", tables=tables(results))
-    announce(f"\n{table(results)}\nPictures and numbers: {output / 'report.html'}")
+    log(f"\n{table(results)}\nPictures and numbers: {output / 'report.html'}")
     return results
 
 
-def open_study(config: StudyConfig, clock: Clock, announce: Announce) -> Study:
+def open_study(config: StudyConfig, clock: Clock, log: Log) -> Study:
     """Check all that can be checked, then claim the folder.
 
     Raises:
@@ -80,7 +80,7 @@ def open_study(config: StudyConfig, clock: Clock, announce: Announce) -> Study:
     """
     output = Path(config.output_dir)
     check_study_folder(output / RECORD_NAME, "output_dir")
-    study = Study(with_step_curves(config), output, clock, announce)
+    study = Study(with_step_curves(config), output, clock, log)
     check_variants(config)
     check_images(study)
     claim_folder(output / RECORD_NAME, settings_of(config), "output_dir")
@@ -131,9 +131,9 @@ def run_seed(study: Study, seed: int) -> None:
     stages |= {"sample the points of the curves": points} if points else {}
     for title, names in stages.items():
         if not all(samples_file(study, name, seed).is_file() for name in names):
-            with stage(study.headed(title, seed), study.announce):
+            with stage(study.headed(title, seed), study.log):
                 for name in names:
                     sampled(study, name, seed)
     study.clock.check()
-    with stage(study.headed("evaluate", seed), study.announce):
+    with stage(study.headed("evaluate", seed), study.log):
         write_json(record, evaluate_seed(study, seed))

@@ -53,7 +53,7 @@ def train_group(study: Study, names: Sequence[str], seed: int) -> None:
     shared = all(study.config.is_shared(name) for name in names)
     folder = study.output if shared else study.folder(seed)
     title = f"train {' and '.join(names)}"
-    with stage(title if shared else study.headed(title, seed), study.announce):
+    with stage(title if shared else study.headed(title, seed), study.log):
         run_side_by_side({name: command(study, name, seed) for name in names}, folder / "logs")
     unfinished = [name for name in names if not is_trained(study, name, seed)]
     if unfinished and study.clock.max_seconds is not None:
@@ -94,8 +94,8 @@ def seconds_left(study: Study, name: str, seed: int) -> float:
 def equal_time_updates(study: Study, name: str, seed: int) -> int:
     """Updates that take the variant as long as `seconds_of` trained, at the pace of its twin."""
     same, other = twin(study.config, name), study.config.arms[name].seconds_of
-    pace, wanted = (read_json(study.run(str(run), seed) / "results.json") for run in (same, other))
-    return max(1, round(pace["updates"] * wanted["training_seconds"] / pace["training_seconds"]))
+    pace, budget = (read_json(study.run(str(run), seed) / "results.json") for run in (same, other))
+    return max(1, round(pace["updates"] * budget["training_seconds"] / pace["training_seconds"]))
 
 
 def is_trained(study: Study, name: str, seed: int) -> bool:

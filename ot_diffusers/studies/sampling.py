@@ -75,10 +75,10 @@ def sampled_once(file: Path, sample: Callable[[], Sampled]) -> Sampled:
     """What an earlier call left in a file, if that is whole, or what `sample` makes, kept there."""
     kept = read_verified(file)
     if kept is None:
-        found = sample()
-        cost = json.dumps({"seconds": found.seconds, "nfe": found.nfe, **found.others}).encode()
-        save_aside({"images": found.images, "cost": torch.tensor(list(cost), dtype=torch.uint8)}, file)
-        return found
+        drawn = sample()
+        cost = json.dumps({"seconds": drawn.seconds, "nfe": drawn.nfe, **drawn.others}).encode()
+        save_aside({"images": drawn.images, "cost": torch.tensor(list(cost), dtype=torch.uint8)}, file)
+        return drawn
     cost = json.loads(bytes(kept["cost"].tolist()))
     return Sampled(kept["images"], cost.pop("seconds"), cost.pop("nfe"), cost)
 

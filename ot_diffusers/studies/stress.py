@@ -3,7 +3,7 @@
     ot-diffusers stress --dataset digits --evaluator runs/digits/evaluator
 
 The damaged images are one half of the test split, the reference is the other, so that undamaged ones score what real
-images score. Two further figures are those of the source study: its transport distance and its Fréchet distance, both
+images score. Two further figures are those of the original study: its transport distance and its Fréchet distance, both
 in L2-normalised features, between test images whose features get noise and training images, and between test images and
 a training pool without some classes.
 """
@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from ..data import pixels_of
 from ..errors import require, require_same
-from ..evaluation.evaluate import ImageSet, describe_images, evaluate_images
+from ..evaluation.evaluate import ImageSet, evaluate_images, extract_image_set
 from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
@@ -34,7 +34,7 @@ from ..files import user_path, write_json
 from ..reporting import plots, report
 from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
 from ..seeds import seeded_generator
-from .study import Announce, check_study_folder
+from .study import Log, check_study_folder
 
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.05, 0.1, 0.2, 0.3, 0.5),
@@ -48,13 +48,13 @@ AXES = {
     "mode collapse": "share of repeated images",
     "memorisation": "share of training images",
 }
-SOURCE_AMOUNTS: dict[str, tuple[float, ...]] = {
+ORIGINAL_AMOUNTS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1),
     "missing classes": tuple(range(10)),
 }
-SOURCE_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
-SOURCE_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
-SOURCE_HEADING = "The source study's figures: L2-normalised features, test against training images"
+ORIGINAL_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
+ORIGINAL_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
+ORIGINAL_HEADING = "The source study's figures: L2-normalised features, test against training images"
 READING = (
     "A metric rises or falls where its mean never turns back, and is flat where no amount differs from undamaged "
     "images; the numbers are the means for undamaged images and for the largest amount."
@@ -87,7 +87,7 @@ def run_stress_study(
     seed: int = 0,
     device: Any = "cpu",
     data_options: Mapping[str, Any] | None = None,
-    announce: Announce = print,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Run all tests; write `stress.json`, `stress.md`, `report.html` and pictures; returns what `stress.json` holds.
 
@@ -100,7 +100,7 @@ def run_stress_study(
         seed: decides which images and all draws.
         device: of the evaluator.
         data_options: of `load_images`, such as `label_column`.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
 
     Raises:
         InputError: images without labels, or an `output` made with other settings.
@@ -130,19 +130,19 @@ def run_stress_study(
     results = open_results(file, settings, evaluator_facts(extractor, reference.images))
 
     tests = {
-        "source figures": source_tests(damaged, pool, repeats, seed),
+        "source figures": original_tests(damaged, pool, repeats, seed),
         "curves": metric_tests(damaged, reference, train, extractor, repeats, seed),
     }
     for kind, curves_of in tests.items():
         for name, curves in curves_of.items():
             if name not in results[kind]:
-                found = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
-                results[kind] = {name: found[name] for name in curves_of if name in found}  # in one order
+                merged = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
+                results[kind] = {name: merged[name] for name in curves_of if name in merged}  # in one order
                 write_json(file, results)
-                announce(f"{kind}, {name}: done")
+                log(f"{kind}, {name}: done")
     (output / "stress.md").write_text(markdown(results), encoding="utf-8")
     write_report(results, draw(results, output), output / "report.html")
-    announce(f"\n{markdown(results)}\nPictures and numbers: {output / 'report.html'}")
+    log(f"\n{markdown(results)}\nPictures and numbers: {output / 'report.html'}")
     return results
 
 
@@ -152,10 +152,10 @@ def run_stress_study(
 def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any) -> Split:
     """As many images of a split as the tests need, drawn by `seed`."""
     images = load_real_images(dataset, split, extractor, **options)
-    wanted = num_samples * (2 if split == "test" else TRAIN_SHARE)
-    rows = torch.randperm(len(images), generator=seeded_generator(seed))[:wanted]
+    count = num_samples * (2 if split == "test" else TRAIN_SHARE)
+    rows = torch.randperm(len(images), generator=seeded_generator(seed))[:count]
     labels = labels_of(images)[rows]
-    return Split(describe_images(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
+    return Split(extract_image_set(pixels_of(images, rows), extractor, labels=labels), labels, images.name)
 
 
 def metric_tests(
@@ -194,18 +194,17 @@ def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]]
     return amounts[name]
 
 
-def source_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
-    """The source study's figures: noise on the test features, classes removed from the training pool."""
+def original_tests(test: Split, train: Split, repeats: int, seed: int) -> dict[str, Callable[[], Curves]]:
+    """The original study's figures: noise on the test features, classes removed from the training pool."""
     first, second = test.images.features, train.images.features
 
     def noise() -> Curves:
-        return stress_test(
-            first, feature_noise, SOURCE_AMOUNTS["noise"], partial(source_distances, second), repeats=repeats, seed=seed
-        )
+        distances = partial(original_distances, second)
+        return stress_test(first, feature_noise, ORIGINAL_AMOUNTS["noise"], distances, repeats=repeats, seed=seed)
 
     def missing_classes() -> Curves:
-        damage, amounts = drop_classes(class_numbers(train)), amounts_of("missing classes", train, SOURCE_AMOUNTS)
-        return stress_test(second, damage, amounts, partial(source_distances, first), repeats=repeats, seed=seed)
+        damage, amounts = drop_classes(class_numbers(train)), amounts_of("missing classes", train, ORIGINAL_AMOUNTS)
+        return stress_test(second, damage, amounts, partial(original_distances, first), repeats=repeats, seed=seed)
 
     return {"noise": noise, "missing classes": missing_classes}
 
@@ -215,7 +214,7 @@ def feature_noise(features: Tensor, sigma: float, generator: torch.Generator) ->
     return features + sigma * features.std() * torch.randn(features.shape, generator=generator)
 
 
-def source_distances(reference_features: Tensor, features: Tensor) -> dict[str, float]:
+def original_distances(reference_features: Tensor, features: Tensor) -> dict[str, float]:
     """Sinkhorn (blur .05, scaling .9) and Fréchet distance of L2-normalised features."""
     pair = normalize(features), normalize(reference_features)
     return {"sinkhorn_distance": sinkhorn_distance(*pair), "frechet_distance": frechet_distance(*pair)}
@@ -246,21 +245,21 @@ def as_json(curve: StressCurve) -> dict[str, Any]:
 
 def as_curve(values: Mapping[str, Any]) -> StressCurve:
     """A curve from what `as_json` gave."""
-    return StressCurve(tuple(values["amounts"]), tuple(tuple(found) for found in values["values"]))
+    return StressCurve(tuple(values["amounts"]), tuple(tuple(draws) for draws in values["values"]))
 
 
 def verdict_rows(results: Mapping[str, Any]) -> Rows:
     """Metrics down, damages across."""
     curves = results["curves"]
-    metrics = [name for name in METRICS if any(name in found for found in curves.values())]
-    rows = [[METRICS[m].label, *(cell(found.get(m)) for found in curves.values())] for m in metrics]
+    metrics = [name for name in METRICS if any(name in by_metric for by_metric in curves.values())]
+    rows = [[METRICS[m].label, *(cell(by_metric.get(m)) for by_metric in curves.values())] for m in metrics]
     return [["", *curves], *rows]
 
 
-def source_rows(results: Mapping[str, Any]) -> Rows:
-    """The source study's two distances down, its damages across."""
+def original_rows(results: Mapping[str, Any]) -> Rows:
+    """The original study's two distances down, its damages across."""
     figures = results["source figures"]
-    rows = [[title, *(cell(found[metric]) for found in figures.values())] for metric, title in SOURCE_TITLES.items()]
+    rows = [[title, *(cell(test[metric]) for test in figures.values())] for metric, title in ORIGINAL_TITLES.items()]
     return [["", *figures], *rows]
 
 
@@ -271,17 +270,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others; "
         f"{settings['repeats']} draws. {evaluator_line(results['extractor'])} {READING}"
     )
-    verdicts, source = (report.markdown_rows(rows) for rows in (verdict_rows(results), source_rows(results)))
-    return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {SOURCE_HEADING}", source]) + "\n"
+    verdicts, original = (report.markdown_rows(rows) for rows in (verdict_rows(results), original_rows(results)))
+    return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {ORIGINAL_HEADING}", original]) + "\n"
 
 
 def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file: Path) -> Path:
     """One self-contained page: the verdicts, steady ones marked, then the curves behind them."""
     settings, extractor = results["settings"], results["extractor"]
-    tables = verdict_rows(results), source_rows(results)
-    verdicts, source = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
+    tables = verdict_rows(results), original_rows(results)
+    verdicts, original = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
     notes = [evaluator_line(extractor), READING, *blind_spots(results)]
-    sections = {"Verdicts": verdicts + paragraphs(notes), SOURCE_HEADING: source}
+    sections = {"Verdicts": verdicts + paragraphs(notes), ORIGINAL_HEADING: original}
     sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
     sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
     facts = [
@@ -321,8 +320,8 @@ def steady(rows: Rows) -> set[tuple[int, int]]:
 def blind_spots(results: Mapping[str, Any]) -> list[str]:
     """For each damage, the metrics that do not move at all."""
     flat = {
-        name: [METRICS[metric].label for metric in METRICS if is_flat(found.get(metric))]
-        for name, found in results["curves"].items()
+        name: [METRICS[metric].label for metric in METRICS if is_flat(by_metric.get(metric))]
+        for name, by_metric in results["curves"].items()
     }
     return [f"Blind to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics]
 
@@ -346,11 +345,11 @@ def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:
     titles = {name: metric.label for name, metric in METRICS.items()}
     pictures = {}
     for kind, labels, axes, prefix in (
-        ("source figures", SOURCE_TITLES, SOURCE_AXES, "source_"),
+        ("source figures", ORIGINAL_TITLES, ORIGINAL_AXES, "source_"),
         ("curves", titles, AXES, ""),
     ):
-        for name, found in results[kind].items():
-            curves = {metric: as_curve(values) for metric, values in found.items()}
+        for name, by_metric in results[kind].items():
+            curves = {metric: as_curve(values) for metric, values in by_metric.items()}
             file = output / f"{prefix}{name.replace(' ', '_')}.png"
             caption = f"The source study's figure: {name}" if prefix else f"Every metric under {name}"
             pictures[caption] = plots.stress_curves(curves, file, xlabel=axes[name], titles=labels)

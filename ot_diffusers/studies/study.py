@@ -18,7 +18,7 @@ from typing import Any
 
 from ..data import ResidentImages, StreamedImages, pixels_of
 from ..errors import InputError, require, require_same
-from ..evaluation.evaluate import ImageSet, describe_images, sample_count
+from ..evaluation.evaluate import ImageSet, extract_image_set, sample_count
 from ..evaluation.extractors import load_evaluator, load_real_images
 from ..features import weights_fingerprint
 from ..files import check_folder, is_name_aside, write_json
@@ -28,7 +28,7 @@ from .config import NETWORKS, StudyConfig
 
 RECORD_NAME = "study.json"
 
-Announce = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class OutOfTime(Exception):
@@ -70,13 +70,13 @@ class Study:
         config: of the study, with a variant for every point of its curves.
         output: its folder.
         clock: when to stop.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
     """
 
     config: StudyConfig
     output: Path
     clock: Clock
-    announce: Announce
+    log: Log
 
     @property
     def seeds(self) -> list[int]:
@@ -95,7 +95,7 @@ class Study:
     def resolve(self, text: str, seed: int) -> str:
         """`text` with what `{variant}`, `{features}` and `{seed}` stand for."""
         fixed = {"seed": str(seed), "features": self.network("features") if self.config.features else ""}
-        return re.sub(r"{([^}]*)}", lambda found: fixed.get(found[1]) or str(self.run(found[1], seed)), text)
+        return re.sub(r"{([^}]*)}", lambda match: fixed.get(match[1]) or str(self.run(match[1], seed)), text)
 
     def run(self, name: str, seed: int) -> Path:
         """Folder of the training run of a variant or network."""
@@ -134,22 +134,22 @@ class Study:
     @cached_property
     def train_images(self) -> ImageSet:
         """The training images, described by the evaluator."""
-        return self.described("train")
+        return self.image_set("train")
 
     @cached_property
     def test_images(self) -> ImageSet:
         """The test images, described by the evaluator."""
-        return self.described("test")
+        return self.image_set("test")
 
     @cached_property
     def second_test_images(self) -> ImageSet:
         """The test images, described by the second evaluator."""
-        return describe_images(self.test_images.images, self.second_extractor, cache=True)
+        return extract_image_set(self.test_images.images, self.second_extractor, cache=True)
 
-    def described(self, split: str) -> ImageSet:
+    def image_set(self, split: str) -> ImageSet:
         """A split with what the evaluator says of it."""
         images = self.splits[split]
-        return describe_images(pixels_of(images), self.extractor, labels=images.labels, cache=True)
+        return extract_image_set(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
     @cached_property
     def num_samples(self) -> int:
@@ -158,7 +158,7 @@ class Study:
 
 
 @contextmanager
-def stage(title: str, announce: Announce) -> Iterator[None]:
+def stage(title: str, log: Log) -> Iterator[None]:
     """One line for a stage with its seconds; on a terminal, its title from the start."""
     started = time.monotonic()
     rewrites = sys.stdout.isatty()
@@ -166,7 +166,7 @@ def stage(title: str, announce: Announce) -> Iterator[None]:
         sys.stdout.write(f"{title} …\r")
         sys.stdout.flush()
     yield
-    announce(f"{title}: {time.monotonic() - started:.0f} s")
+    log(f"{title}: {time.monotonic() - started:.0f} s")
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from ..config import BaselineConfig, make_config
 from ..data import evenly_spaced, pixels_of
 from ..errors import require, require_same
 from ..evaluation import metrics
-from ..evaluation.evaluate import ImageSet, describe_images
+from ..evaluation.evaluate import ImageSet, extract_image_set
 from ..evaluation.extractors import evaluator_facts, load_evaluator, load_real_images
 from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
@@ -40,7 +40,7 @@ from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_l
 from ..reporting.report import format_number
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet
-from .study import Announce, check_study_folder
+from .study import Log, check_study_folder
 
 RECORD_NAME = "tracking.json"
 FEW_CHECKPOINTS = 3
@@ -102,12 +102,12 @@ class RealImages:
         most = min(map(len, splits.values()))
         count = num_samples or most
         require(2 <= count <= most, "num_samples", f"lie in 2 … {most}", count)
-        described = {}
+        image_sets = {}
         for split, images in splits.items():
             rows = evenly_spaced(images, count)
             labels = None if images.labels is None else images.labels[rows]
-            described[split] = describe_images(pixels_of(images, rows), extractor, labels=labels)
-        return cls(**described, name=splits["test"].name)
+            image_sets[split] = extract_image_set(pixels_of(images, rows), extractor, labels=labels)
+        return cls(**image_sets, name=splits["test"].name)
 
 
 def track_runs(
@@ -123,7 +123,7 @@ def track_runs(
     seed: int = 0,
     device: Any = "cpu",
     data_options: Mapping[str, Any] | None = None,
-    announce: Announce = print,
+    log: Log = print,
 ) -> dict[str, Track]:
     """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` and a report.
 
@@ -141,7 +141,7 @@ def track_runs(
         batch_size, seed: see `sample_images`.
         device: where the images are made.
         data_options: of `load_images`, such as `image_size`.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
 
     Raises:
         InputError: a folder that is no such run, or an `output` measured with other settings.
@@ -165,16 +165,16 @@ def track_runs(
     base_line = measure(real.train, real.test)
     for name, folders in checkpoints.items():
         if len(folders) < FEW_CHECKPOINTS:
-            announce(f"{name}: {len(folders)} checkpoints; a run with checkpoints_total_limit=1000 keeps them all")
+            log(f"{name}: {len(folders)} checkpoints; a run with checkpoints_total_limit=1000 keeps them all")
         points = {point.update: point for point in tracks[name].points} if name in tracks else {}
         for folder in folders:
             update, weights = int(folder.name.removeprefix("update-")), sha256(folder / "ema.safetensors")
             if update not in points or points[update].weights != weights:
                 pipeline = load_checkpoint(runs[name], folder, real.test, features).to(device)
                 images = sample_images(pipeline, len(real.test), batch_size=batch_size, seed=seed, **(call or {}))
-                found = describe_images(images, extractor)
-                points[update] = Point(update, measure(found, real.train), measure(found, real.test), weights)
-                announce(f"{name}, update {update}: {summary(points[update])}")
+                image_set = extract_image_set(images, extractor)
+                points[update] = Point(update, measure(image_set, real.train), measure(image_set, real.test), weights)
+                log(f"{name}, update {update}: {summary(points[update])}")
             tracks[name] = Track(base_line, tuple(points[update] for update in sorted(points)))
             write_tracks(file, settings, tracks)
     tracks = {name: tracks[name] for name in runs}
@@ -200,8 +200,8 @@ def find_checkpoints(run: Path) -> list[Path]:
 def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str | None) -> Any:
     """The averaged weights of a checkpoint as a pipeline for images of the shape of `images`, guided if asked for."""
     options = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
-    known = {field.name for field in dataclasses.fields(BaselineConfig)}
-    config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in known})
+    names = {field.name for field in dataclasses.fields(BaselineConfig)}
+    config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in names})
     channels, height, width = images.images.shape[1:]
     unet = make_unet(config, (channels, height, width)).eval()
     averaged = load_file(checkpoint / "ema.safetensors")

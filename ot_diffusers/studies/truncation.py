@@ -39,7 +39,7 @@ from .axes import AXES, TIMESTEPS
 from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, data_options, place
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
-from .study import RECORD_NAME, Announce, Study, check_study_folder
+from .study import RECORD_NAME, Log, Study, check_study_folder
 
 HEADLINE = (
     "frechet_distance",
@@ -132,15 +132,15 @@ class TruncationConfig(Options):
         for name in ("timesteps", "full_steps"):
             values = getattr(self, name)
             require(all(value >= 1 for value in values), name, "hold numbers from 1", values)
-        known = set(self.priors) <= set(LABELS)
-        require(known, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
-        known = set(self.guided) <= set(self.priors)
-        require(known, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
+        valid = set(self.priors) <= set(LABELS)
+        require(valid, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
+        valid = set(self.guided) <= set(self.priors)
+        require(valid, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
         goal = self.goal_timestep
         require(goal is None or goal >= 1, "goal_timestep", "be at least 1 or none", goal)
         require(goal is None or bool(self.guided), "goal_timestep", "be none without guided priors", goal)
-        known = set(self.learned_timesteps) <= set(self.timesteps)
-        require(known, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
+        valid = set(self.learned_timesteps) <= set(self.timesteps)
+        require(valid, "learned_timesteps", f"be among timesteps {self.timesteps}", self.learned_timesteps)
         require(self.num_samples is None or self.num_samples >= 2, "num_samples", "be at least 2", self.num_samples)
         for name in ("batch_size", "guided_batch_size", "max_train_steps"):
             value = getattr(self, name)
@@ -151,7 +151,7 @@ class TruncationConfig(Options):
 
 def run_truncation_study(
     config: TruncationConfig,
-    announce: Announce = print,
+    log: Log = print,
     *,
     overrides: Sequence[str] = (),
     max_seconds: float | None = None,
@@ -160,7 +160,7 @@ def run_truncation_study(
 
     Args:
         config: of the study.
-        announce: takes the lines that tell how far it is.
+        log: takes the lines that tell how far it is.
         overrides: `key=value` for every training script, such as `max_train_steps=4`.
         max_seconds: stop cleanly about then; the next call goes on.
 
@@ -178,7 +178,7 @@ def run_truncation_study(
         return more, {"What the chain starts from": picture}
 
     check_study_folder(Path(config.output_dir) / RECORD_NAME, "output_dir")
-    return run_study(expand(config, overrides), max_seconds=max_seconds, announce=announce, extend=extend)
+    return run_study(expand(config, overrides), max_seconds=max_seconds, log=log, extend=extend)
 
 
 # --- The variants -----------------------------------------------------------------------------------------------------

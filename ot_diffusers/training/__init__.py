@@ -15,8 +15,8 @@ from .batches import (
     draw_noise,
     image_batches,
     index_batches,
+    make_schedule,
     noised_batch,
-    plan,
 )
 from .checkpoints import TrainingState, checkpoints, resume, save_checkpoint
 from .folder import check_output_dir, load_split, load_splits, make_accelerator, open_run, saved_model, write_json
@@ -43,10 +43,10 @@ __all__ = [
     "make_accelerator",
     "make_noise_scheduler",
     "make_optimizer",
+    "make_schedule",
     "make_unet",
     "noised_batch",
     "open_run",
-    "plan",
     "resume",
     "save_checkpoint",
     "save_results",

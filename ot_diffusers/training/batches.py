@@ -44,7 +44,7 @@ class Schedule:
         return update < self.num_updates and update % (config.checkpointing_steps or self.updates_per_epoch) == 0
 
 
-def plan(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Schedule:
+def make_schedule(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Schedule:
     """The length of the run.
 
     Raises:
@@ -100,9 +100,9 @@ def image_batches(
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
     """As `index_batches`, with the images, [B, C, H, W] in [-1, 1] on the training device, moved and flipped at random
     where the configuration says so."""
-    wanted = index_batches(images, config, schedule, accelerator, start)
+    passes = index_batches(images, config, schedule, accelerator, start)
     rows = (indices[part] for _, indices, part in index_batches(images, config, schedule, accelerator, start))
-    for (update, indices, part), (_, clean) in zip(wanted, images.stream(rows, config.num_workers), strict=True):
+    for (update, indices, part), (_, clean) in zip(passes, images.stream(rows, config.num_workers), strict=True):
         clean = clean.to(accelerator.device, non_blocking=True)
         yield update, indices, part, augmented(clean, config, update, len(indices), part)
 

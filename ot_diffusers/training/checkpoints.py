@@ -40,7 +40,7 @@ class TrainingState:
         optimizer: the prepared optimizer.
         lr_scheduler: stepped once per update.
         ema: average of the model's parameters, None where a script keeps none.
-        opponent: what is trained beside it, such as a discriminator; saved with it.
+        discriminator: of a GAN, trained beside the model; saved in the folder `opponent` of a checkpoint.
         max_skipped_updates: how many updates may be left out because their gradient is not finite.
         update: updates done, with those that were left out.
         skipped_updates: updates left out.
@@ -56,7 +56,7 @@ class TrainingState:
     optimizer: Any
     lr_scheduler: Any
     ema: EMAModel | None = None
-    opponent: TrainingState | None = None
+    discriminator: TrainingState | None = None
     max_skipped_updates: int = 0
     update: int = 0
     skipped_updates: int = 0
@@ -148,9 +148,9 @@ class TrainingState:
             return
         with written_aside(folder) as partial:
             self._write(partial, accelerator, epoch)
-            if self.opponent is not None:
+            if self.discriminator is not None:
                 (partial / "opponent").mkdir()
-                self.opponent._write(partial / "opponent", accelerator, {})
+                self.discriminator._write(partial / "opponent", accelerator, {})
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
         """Take up the state saved in `folder`."""
@@ -172,8 +172,8 @@ class TrainingState:
         self.update, self.earlier_seconds = record["update"], record["seconds"]
         self.skipped_updates = record["skipped_updates"]
         self.averages = Averages(epoch={name: (total, count) for name, (total, count) in record["epoch"].items()})
-        if self.opponent is not None:
-            self.opponent.load(folder / "opponent", accelerator)
+        if self.discriminator is not None:
+            self.discriminator.load(folder / "opponent", accelerator)
 
     def _write(self, folder: Path, accelerator: Accelerator, epoch: dict[str, tuple[float, int]]) -> None:
         model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -199,7 +199,7 @@ class TrainingState:
         write_json(folder / "state.json", record)
 
     def _check_weights(self, accelerator: Accelerator) -> None:
-        models = [self.model] if self.opponent is None else [self.model, self.opponent.model]
+        models = [self.model] if self.discriminator is None else [self.model, self.discriminator.model]
         finite = [parameter.detach().isfinite().all() for model in models for parameter in model.parameters()]
         if not bool(torch.stack(finite).all()):
             raise TrainingError(f"the weights are not finite after update {self.update}; the last checkpoint is good")

@@ -88,10 +88,10 @@ def damage(folder: Path) -> str | None:
     try:
         *lines, rest = (folder / CHECKSUMS).read_text(encoding="utf-8").split("\n")
         listed = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
-        found = {str(file.relative_to(folder)): file for file in _files(folder)}
-        for name in sorted(listed.keys() ^ found.keys()):
+        present = {str(file.relative_to(folder)): file for file in _files(folder)}
+        for name in sorted(listed.keys() ^ present.keys()):
             return f"{name} is {'missing' if name in listed else 'not listed'}"
-        for name, file in found.items():
+        for name, file in present.items():
             if sha256(file) != listed[name]:
                 return f"{name} has changed since it was written"
     except (OSError, UnicodeDecodeError) as error:

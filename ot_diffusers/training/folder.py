@@ -142,8 +142,8 @@ def _chosen_tracker(report_to: str) -> str | None:
         return None
     if report_to == TENSORBOARD and report_to not in installed:
         raise missing(TENSORBOARD, "tracking")
-    known = report_to in installed
-    require(known, "report_to", f"be auto, none or an installed tracker ({', '.join(installed)})", report_to)
+    is_installed = report_to in installed
+    require(is_installed, "report_to", f"be auto, none or an installed tracker ({', '.join(installed)})", report_to)
     return report_to
 
 
@@ -205,9 +205,9 @@ def check_record(config: TrainingConfig, record: dict[str, Any]) -> None:
     before = earlier.get("data", {}).get("fingerprint", data)
     require(before == data, "dataset", "hold the images that the run began with", config.dataset)
     check_batch(config, record["batch"], earlier.get("batch", record["batch"]), record["num_processes"])
-    known = earlier.get("frozen", {})
+    frozen = earlier.get("frozen", {})
     for name, fingerprint in record["frozen"].items():
-        same = known.get(name, fingerprint) == fingerprint
+        same = frozen.get(name, fingerprint) == fingerprint
         require(same, name, "hold the weights that the run began with", getattr(config, name))
 
 
@@ -230,14 +230,14 @@ def check_batch(config: TrainingConfig, batch: dict[str, int], earlier: dict[str
     if config.compares_distributions:
         part, name, kind = "forward", "train_batch_size", "a forward pass"
     began = f"as the run began with {earlier[part]} images in {kind}"
-    wanted, remainder = divmod(earlier[part], num_processes)
+    per_process, remainder = divmod(earlier[part], num_processes)
     require(remainder == 0, "num_processes", f"be a divisor of {earlier[part]}, {began}", num_processes)
     given = batch[part] // num_processes
-    require(given == wanted, name, f"be {wanted} on {num_processes} processes, {began}", given)
+    require(given == per_process, name, f"be {per_process} on {num_processes} processes, {began}", given)
     steps = config.gradient_accumulation_steps or 1
-    wanted = earlier["update"] // earlier["forward"]
+    accumulated = earlier["update"] // earlier["forward"]
     same = batch["update"] == earlier["update"]
-    require(same, "gradient_accumulation_steps", f"be {wanted}, as when the run began", steps)
+    require(same, "gradient_accumulation_steps", f"be {accumulated}, as when the run began", steps)
 
 
 def claim(folder: Path) -> None:
@@ -322,8 +322,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"`output_dir` must hold a readable run.json, got {str(file)!r}") from error
-    known = isinstance(record, dict) and isinstance(record.get("config"), dict)
-    require(known, "output_dir", "hold a run of this script", str(folder))
+    is_run = isinstance(record, dict) and isinstance(record.get("config"), dict)
+    require(is_run, "output_dir", "hold a run of this script", str(folder))
     return record
 
 

@@ -18,8 +18,8 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet
     require(
         height % divisor == 0, "image_size", f"be a multiple of {divisor} for a UNet of {levels} resolutions", height
     )
-    known = all(0 <= level < levels for level in config.attention_levels)
-    require(known, "attention_levels", f"lie in 0 … {levels - 1} for {levels} resolutions", config.attention_levels)
+    in_range = all(0 <= level < levels for level in config.attention_levels)
+    require(in_range, "attention_levels", f"lie in 0 … {levels - 1} for {levels} resolutions", config.attention_levels)
     attention = [level in config.attention_levels for level in range(levels)]
     return UNet2DModel(
         sample_size=height,

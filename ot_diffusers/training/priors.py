@@ -191,32 +191,32 @@ def generated(batch: PriorBatch, state: TrainingState, config: PriorConfig, reco
 
 
 def discriminator_update(
-    batch: PriorBatch, state: TrainingState, opponent: TrainingState, config: PriorConfig, accelerator: Accelerator
+    batch: PriorBatch, state: TrainingState, discriminator: TrainingState, config: PriorConfig, accelerator: Accelerator
 ) -> Tensor:
     """One update of the discriminator, with R1 in every `r1_interval`-th; returns its loss without the penalty."""
     with torch.no_grad():
         fake = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
     penalised = config.r1_weight > 0 and batch.update % config.r1_interval == 0
     real = batch.real.clone().requires_grad_(penalised)
-    opponent.model.requires_grad_(True)
-    real_logits, fake_logits = opponent.model(torch.cat([real, fake])).chunk(2)
+    discriminator.model.requires_grad_(True)
+    real_logits, fake_logits = discriminator.model(torch.cat([real, fake])).chunk(2)
     loss = discriminator_loss(real_logits, fake_logits)
     penalty = config.r1_weight * config.r1_interval * gradient_penalty(real_logits, real) if penalised else 0.0
-    opponent.backward(accelerator, loss + penalty, config.max_grad_norm)
+    discriminator.backward(accelerator, loss + penalty, config.max_grad_norm)
     return loss
 
 
 def adversarial_loss(
     batch: PriorBatch,
     state: TrainingState,
-    opponent: TrainingState,
+    discriminator: TrainingState,
     config: PriorConfig,
     accelerator: Accelerator,
     record: Record,
 ) -> Tensor:
     """What the generator learns from the discriminator, which keeps no gradient of it."""
-    discriminator = accelerator.unwrap_model(opponent.model, keep_torch_compile=False).requires_grad_(False)
-    return generator_loss(discriminator(generated(batch, state, config, record)))
+    network = accelerator.unwrap_model(discriminator.model, keep_torch_compile=False).requires_grad_(False)
+    return generator_loss(network(generated(batch, state, config, record)))
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def transport_terms(
     record: Record,
 ) -> dict[str, Tensor]:
     """The weighted terms of `ot_objective` between generated and real x_T', each one problem over all processes."""
-    wanted = config.ot_objective.split("+")
+    names = config.ot_objective.split("+")
     fake = generated(batch, state, config, record)
     images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
     sliced: dict[str, Any] = {
@@ -294,28 +294,28 @@ def transport_terms(
         "generator": keyed_generator(accelerator.device, config.seed, "directions", batch.update),
     }
     terms = {}
-    if "pixel" in wanted:
+    if "pixel" in names:
         terms["pixel"] = pixel_transport(images, real, **sliced)
-    if "patch" in wanted:
+    if "patch" in names:
         terms["patch"] = patch_transport(
             images, real, patch_sizes=config.patch_sizes, patch_stride=config.patch_stride, **sliced
         )
     if features is None:
         return _weighted(terms, config)
 
-    found = [gather_rows(level, accelerator) for level in features(fake)]
-    if "feature" in wanted:
+    fake_features = [gather_rows(level, accelerator) for level in features(fake)]
+    if "feature" in names:
         with torch.no_grad():
             expected = [gather_rows(level, accelerator) for level in features(batch.real)]
-        terms["feature"] = feature_transport(found, expected, **sliced)
-    if "sinkhorn" in wanted:
+        terms["feature"] = feature_transport(fake_features, expected, **sliced)
+    if "sinkhorn" in names:
         with torch.no_grad():
             other = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
             pair, reference = (
                 [gather_rows(level, accelerator)[: batch.num_references] for level in features(images)]
                 for images in (other, batch.reference)
             )
-        terms["sinkhorn"] = sinkhorn_transport(found, reference, pair, blur=config.blur, scaling=config.scaling)
+        terms["sinkhorn"] = sinkhorn_transport(fake_features, reference, pair, blur=config.blur, scaling=config.scaling)
     return _weighted(terms, config)
 
 

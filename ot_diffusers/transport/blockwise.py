@@ -51,13 +51,13 @@ def _sweep(problem: Problem, f: Tensor, eps: Tensor | float) -> tuple[Tensor, Te
     # (f_i − C_ij)/eps = (f_i − ½‖x_i‖²)/eps + ⟨y_j, x_i/eps⟩ − ½‖y_j‖²/eps
     offset = problem.a.log() + (f - x.square().sum(-1) / 2) / eps
     scaled = (x / eps if not isinstance(eps, Tensor) else x / eps[..., None]).mT
-    sums, found, count = torch.zeros_like(f), [], block_rows(x)
+    sums, g_parts, count = torch.zeros_like(f), [], block_rows(x)
     for part, log_weights in zip(y.split(count, dim=-2), log_b.split(count, dim=-1), strict=True):
         scores = matmul(part, scaled).add_(offset[..., None, :])
         peak = scores.amax(-1)
         shares = scores.sub_(peak[..., None]).exp_()
         peak, log_mass = peak - part.square().sum(-1) / 2 / eps, shares.sum(-1).log()
-        found.append(-eps * (peak + log_mass) / (1 + relaxation))
+        g_parts.append(-eps * (peak + log_mass) / (1 + relaxation))
         log_factors = (relaxation * peak - log_mass) / (1 + relaxation)  # g/eps + peak, without what cancels
         sums = sums + weighted_rows(torch.exp(log_weights + log_factors), shares)
-    return torch.cat(found, dim=-1), sums
+    return torch.cat(g_parts, dim=-1), sums

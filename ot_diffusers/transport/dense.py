@@ -34,20 +34,20 @@ def dense_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: floa
     """From f, [P, N], down the ladder of temperatures until each problem is solved or has spent its passes."""
     steps = min(max_iterations - FINISHING_PASSES, MAX_PLAIN_PASSES.get(f.device.type, MAX_PLAIN_PASSES["cpu"]))
     steep = [*ladder[:-1:2], ladder[-1]]
-    found, worst_row = _plain_loop(problem, f, steep, tolerance, max(1, steps))
-    near = [one for one in _unsolved(found, tolerance) if worst_row[one] < NEAR]
-    found = _finished(found, near, problem, found.f, ladder[-1:], tolerance, FINISHING_PASSES)
-    left = max_iterations - found.iterations
+    potentials, worst_row = _plain_loop(problem, f, steep, tolerance, max(1, steps))
+    near = [one for one in _unsolved(potentials, tolerance) if worst_row[one] < NEAR]
+    potentials = _finished(potentials, near, problem, potentials.f, ladder[-1:], tolerance, FINISHING_PASSES)
+    left = max_iterations - potentials.iterations
     if left > 0 and len(ladder) > 1:
-        found = _finished(found, _unsolved(found, tolerance), problem, f, ladder, tolerance, left)
-        stuck, left = _unsolved(found, max(tolerance, STUCK)), max_iterations - found.iterations
+        potentials = _finished(potentials, _unsolved(potentials, tolerance), problem, f, ladder, tolerance, left)
+        stuck, left = _unsolved(potentials, max(tolerance, STUCK)), max_iterations - potentials.iterations
         if stuck and left > 2 * len(ladder):
             between = [math.sqrt(hot * cold) for hot, cold in pairwise(ladder)]
             finer = sorted([*ladder, *between], reverse=True)
             again = newton_loop(problem.take(stuck), f[stuck], finer, tolerance, left)
-            better = (again.marginal_error < found.marginal_error[stuck]).nonzero()[:, 0].tolist()
-            found = found.put([stuck[position] for position in better], again[better])
-    return found
+            better = (again.marginal_error < potentials.marginal_error[stuck]).nonzero()[:, 0].tolist()
+            potentials = potentials.put([stuck[position] for position in better], again[better])
+    return potentials
 
 
 def anneal(problem: Problem, f: Tensor, ladder: Sequence[Tensor | float]) -> Tensor:
@@ -84,31 +84,31 @@ def _plain_loop(
     eps, count = ladder[-1], min(PASSES_PER_PLAN, max_iterations)
     dual, active = problem.semidual(eps), list(range(len(f)))
     u = previous = anneal(problem, f, ladder)
-    found = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(ladder) - 1)
+    potentials = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(ladder) - 1)
     worst_row, taken = [math.inf] * len(f), 0
-    while active and (taken == 0 or found.iterations < max_iterations):
+    while active and (taken == 0 or potentials.iterations < max_iterations):
         plan = dual.at(u)
         factors, before = accelerate(plan, previous, taken, count)
         column_factors = plan.best_columns(factors)
         errors, worst = torch.stack(plan.errors_after(factors, column_factors)).tolist()
         taken += count
         u, previous, v = plan.u + factors.log(), plan.u + before.log(), plan.v + column_factors.log()
-        part = Potentials(eps * u, eps * v, found.marginal_error.new_tensor(errors), count + 1)
-        found = found.put(active, part)
+        part = Potentials(eps * u, eps * v, potentials.marginal_error.new_tensor(errors), count + 1)
+        potentials = potentials.put(active, part)
         for one, share in zip(active, worst, strict=True):
             worst_row[one] = share
         left = [position for position, error in enumerate(errors) if error >= tolerance]
         if len(left) < len(active):
             u, previous, dual, active = u[left], previous[left], dual.take(left), [active[one] for one in left]
-    return found, worst_row
+    return potentials, worst_row
 
 
-def _unsolved(found: Potentials, tolerance: float) -> list[int]:
-    return [one for one, error in enumerate(found.marginal_error.tolist()) if not error < tolerance]
+def _unsolved(potentials: Potentials, tolerance: float) -> list[int]:
+    return [one for one, error in enumerate(potentials.marginal_error.tolist()) if not error < tolerance]
 
 
-def _finished(found: Potentials, which: list[int], problem: Problem, f: Tensor, *options: Any) -> Potentials:
+def _finished(potentials: Potentials, which: list[int], problem: Problem, f: Tensor, *options: Any) -> Potentials:
     """What Newton's loop makes of some of the problems, from f, after the passes of an earlier attempt."""
     if not which:
-        return found
-    return found.put(which, newton_loop(problem.take(which), f[which], *options))
+        return potentials
+    return potentials.put(which, newton_loop(problem.take(which), f[which], *options))

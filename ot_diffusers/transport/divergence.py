@@ -215,11 +215,11 @@ class DivergencePotentials:
 
     Attributes:
         cross: the potentials of OT(x, y).
-        own: [N] or [P, N], the potential of OT(x, x).
+        self_potential: [N] or [P, N], the potential of OT(x, x).
     """
 
     cross: Potentials
-    own: Tensor
+    self_potential: Tensor
 
     @property
     def iterations(self) -> int:
@@ -267,8 +267,8 @@ def divergence_gradient(
     check_iterations(num_iterations)
     is_single = x.ndim == y.ndim == 2
     before = initial.cross if initial is not None else None
-    own_before = torch.atleast_2d(initial.own) if initial is not None else None
-    cross, own, fields, own_fields = [], [], [], []
+    self_before = torch.atleast_2d(initial.self_potential) if initial is not None else None
+    cross, self_potentials, fields, self_fields = [], [], [], []
     with full_precision(x):
         solver, dtype = Solver.of((x, y), blur, scaling, reach, num_iterations)
         x, y = x.to(solver.dtype), y.to(solver.dtype)
@@ -276,15 +276,15 @@ def divergence_gradient(
         for problem, potentials in solver.solutions(x, y, a, b, before[None] if before and is_single else before):
             cross.append(potentials)
             fields.append(problem.displacement(potentials))
-        for problem, potentials in solver.self_solutions(x, a, own_before):
-            own.append(potentials.f)
-            own_fields.append(problem.displacement(potentials))
+        for problem, potentials in solver.self_solutions(x, a, self_before):
+            self_potentials.append(potentials.f)
+            self_fields.append(problem.displacement(potentials))
     solver.warn()
-    gradient, joined = (torch.cat(fields) - torch.cat(own_fields)).to(dtype), Potentials.join(cross).to(dtype)
-    own_potential = torch.cat(own).view(a.shape).to(dtype)
+    gradient, joined = (torch.cat(fields) - torch.cat(self_fields)).to(dtype), Potentials.join(cross).to(dtype)
+    self_potential = torch.cat(self_potentials).view(a.shape).to(dtype)
     if is_single:
-        return gradient[0], DivergencePotentials(joined[0], own_potential)
-    return gradient, DivergencePotentials(joined, own_potential)
+        return gradient[0], DivergencePotentials(joined[0], self_potential)
+    return gradient, DivergencePotentials(joined, self_potential)
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ def divergence_gradient_at(
     x: Tensor,
     y: Tensor,
     reference_potential: Tensor,
-    own_potential: Tensor,
+    self_potential: Tensor,
     *,
     blur: float,
     x_weights: Tensor | None = None,
@@ -309,7 +309,7 @@ def divergence_gradient_at(
         x: [N, D], the cloud the points join.
         y: [M, D], the cloud they move to.
         reference_potential: [M], `potentials.cross.g` of `divergence_gradient(x, y)`.
-        own_potential: [N], `potentials.own`.
+        self_potential: [N], `potentials.self_potential`.
         blur: that of the solved problem.
         x_weights: [N], its weights a, positive, sum 1 (uniform by default).
 
@@ -319,7 +319,7 @@ def divergence_gradient_at(
     Example:
         >>> x, y = torch.randn(200, 3), torch.randn(300, 3) + 1
         >>> field, potentials = divergence_gradient(x, y, blur=0.5)
-        >>> again = divergence_gradient_at(x[:5], x, y, potentials.cross.g, potentials.own, blur=0.5)
+        >>> again = divergence_gradient_at(x[:5], x, y, potentials.cross.g, potentials.self_potential, blur=0.5)
         >>> bool((again - 200 * field[:5]).abs().max() < 0.1)
         True
     """
@@ -335,7 +335,7 @@ def divergence_gradient_at(
         mean = y.mean(0)
         points, x, y = points - mean, x - mean, y - mean
         towards = torch.softmax((reference_potential - half_squared_distances(points, y)) / eps, dim=1) @ y
-        scores = (own_potential - half_squared_distances(points, x)) / eps + log_ratios
+        scores = (self_potential - half_squared_distances(points, x)) / eps + log_ratios
         log_others = torch.logsumexp(scores, dim=1) - log_size
         root = torch.logaddexp(2 * log_others, log_others.new_zeros(()) + (math.log(4) - log_size)) / 2
         kept = torch.exp(2 * (math.log(2) - torch.logaddexp(log_others, root)) - log_size)[:, None]
@@ -365,17 +365,17 @@ def _half_self_term(solver: Solver, x: Tensor, a: Tensor, x_pair: Tensor | None)
     return 2 * half - half.detach()  # the value of one half, the gradient of the whole
 
 
-def _reference_term(solver: Solver, y: Tensor, b: Tensor, known: Tensor | float | None, like: Tensor) -> Tensor | float:
+def _reference_term(solver: Solver, y: Tensor, b: Tensor, cost: Tensor | float | None, like: Tensor) -> Tensor | float:
     """½ OT(y, y), of which a known value replaces the value and not the gradient."""
-    if known is None:
+    if cost is None:
         return solver.self_transport_cost(y, b) / 2
-    known = torch.as_tensor(known, dtype=like.dtype, device=like.device).detach()
-    require(known.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(known.shape))
-    require(not is_readable(known) or is_finite(known), "y_self_cost", "be finite", "NaN or Inf")
+    cost = torch.as_tensor(cost, dtype=like.dtype, device=like.device).detach()
+    require(cost.shape in ((), like.shape), "y_self_cost", f"have shape {tuple(like.shape)}", tuple(cost.shape))
+    require(not is_readable(cost) or is_finite(cost), "y_self_cost", "be finite", "NaN or Inf")
     if not (y.requires_grad and torch.is_grad_enabled()):
-        return known / 2
+        return cost / 2
     term = solver.self_transport_cost(y, b)
-    return (term - term.detach() + known) / 2
+    return (term - term.detach() + cost) / 2
 
 
 class _TransportCost(torch.autograd.Function):
@@ -450,8 +450,8 @@ def check_backend(backend: str, device: torch.device, name: str = "backend") -> 
             importlib.import_module("geomloss")
     if backend == "flash-sinkhorn":
         require(device.type == "cuda", name, f"be native or geomloss for points that are on {device.type}", backend)
-        found = importlib.util.find_spec("flash_sinkhorn") is not None
-        require(found, name, "be installed (pip install flash-sinkhorn)", backend)
+        is_installed = importlib.util.find_spec("flash_sinkhorn") is not None
+        require(is_installed, name, "be installed (pip install flash-sinkhorn)", backend)
 
 
 def _geomloss(

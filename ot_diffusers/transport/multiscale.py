@@ -104,8 +104,8 @@ def multiscale_potentials(
     Reference: [Schmitzer2019] for the absorbed kernel and the coarse start.
     """
     if len(x) > len(y):  # Newton's unknowns live on the smaller side
-        found = multiscale_potentials(y, x, blur=blur, tolerance=tolerance, storage=storage)
-        return Potentials(found.g, found.f, found.marginal_error, found.iterations)
+        swapped = multiscale_potentials(y, x, blur=blur, tolerance=tolerance, storage=storage)
+        return Potentials(swapped.g, swapped.f, swapped.marginal_error, swapped.iterations)
     if len(x) * len(y) <= MAX_COARSE_ENTRIES:
         return _solve_densely(x, y, blur, tolerance)
     storage = x.new_empty(len(x) * len(y)) if storage is None else storage

@@ -90,7 +90,7 @@ def sinkhorn_potentials(
     is_single = x.ndim == y.ndim == 2
     if initial is not None and is_single:
         initial = initial[None]
-    found, errors = [], []
+    solutions, errors = [], []
     with torch.no_grad(), full_precision(x):
         dtype = result_dtype(x, y)
         solved_in, blur, reach = resolve((x, y), blur, reach, looks=True)
@@ -98,9 +98,9 @@ def sinkhorn_potentials(
         a, b = normalised_weights(x_weights, x, "x_weights"), normalised_weights(y_weights, y, "y_weights")
         for part, problem in problems(x, y, a, b, blur, reach):
             start = initial[part] if initial is not None else None
-            found.append(solve(problem, scaling, tolerance, max_iterations, start))
-            errors.append(problem.misplaced(found[-1]))
-    joined = Potentials.join(found).to(dtype)
+            solutions.append(solve(problem, scaling, tolerance, max_iterations, start))
+            errors.append(problem.misplaced(solutions[-1]))
+    joined = Potentials.join(solutions).to(dtype)
     warn_of_errors(errors, tolerance, "raise blur or max_iterations")
     return joined[0] if is_single else joined
 

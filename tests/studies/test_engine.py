@@ -118,7 +118,7 @@ def config(unet: UNet2DModel, evaluator: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def results(config: StudyConfig) -> dict[str, Any]:
-    return run_study(config, announce=lambda line: None)
+    return run_study(config, log=lambda line: None)
 
 
 def test_planted_difference_is_found_and_no_difference_is_not(results: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def test_an_untrained_evaluator_gives_no_verdict(config: StudyConfig, tmp_path: 
     arms = {name: config.arms[name] for name in ("first", "worse")}
     options = {"evaluator": str(tmp_path / "net"), "arms": arms, "seeds": 3, "num_samples": 24}
     study = dataclasses.replace(config, output_dir=str(tmp_path / "study"), **options)
-    found = run_study(study, announce=lambda line: None)
+    found = run_study(study, log=lambda line: None)
     assert "no verdict, the evaluator cannot be trusted" in found["summary"] and "worse: " not in found["summary"]
     assert not any(entry["shown"] for entry in found["differences"]["worse"].values())
     table, page = ((tmp_path / "study" / name).read_text("utf-8") for name in ("results.md", "report.html"))
@@ -181,7 +181,7 @@ def test_quality_by_steps(results: dict[str, Any], config: StudyConfig, tmp_path
     arms = {"first": config.arms["first"], "worse": dataclasses.replace(config.arms["worse"], steps=(1, 2))}
     short = dataclasses.replace(config, arms=arms, seeds=2, num_samples=24, metrics=("recall",))
     study = dataclasses.replace(short, steps=(2, 6), output_dir=str(tmp_path / "curves"))
-    found = run_study(study, announce=lambda line: None)
+    found = run_study(study, log=lambda line: None)
     curves = found["quality_by_steps"]
     assert {name: list(line) for name, line in curves.items()} == {"first": ["2", "6"], "worse": ["1", "2"]}
     assert [point["nfe"] for line in curves.values() for point in line.values()] == [2, 6, 1, 2]
@@ -193,7 +193,7 @@ def test_quality_by_steps(results: dict[str, Any], config: StudyConfig, tmp_path
         assert curves["first"]["6"]["intervals"][metric] == row["intervals"][metric]
 
     short = dataclasses.replace(short, call={"num_inference_steps": 2}, output_dir=str(tmp_path / "two steps"))
-    two = run_study(short, announce=lambda line: None)
+    two = run_study(short, log=lambda line: None)
     for name, line in curves.items():
         assert line["2"]["per_seed"]["frechet_distance"] == two["per_seed"][name]["frechet_distance"]
     assert curves["worse"]["2"]["differences"] == two["differences"]["worse"]
@@ -259,12 +259,12 @@ def test_stopped_and_resumed_is_the_uninterrupted_comparison(
     results: dict[str, Any], config: StudyConfig, tmp_path: Path
 ) -> None:
     short = dataclasses.replace(config, seeds=2, output_dir=str(tmp_path / "study"))
-    assert run_study(short, max_seconds=1e-9, announce=lambda line: None) == {"complete": False, "seeds": []}
+    assert run_study(short, max_seconds=1e-9, log=lambda line: None) == {"complete": False, "seeds": []}
     assert not (tmp_path / "study" / "results.json").exists()
-    one = run_study(dataclasses.replace(short, seeds=1), announce=lambda line: None)
+    one = run_study(dataclasses.replace(short, seeds=1), log=lambda line: None)
     assert one["differences"] == {} and one["arms"]["first"]["intervals"] == {}
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "seed-0").iterdir()}
-    two = run_study(short, announce=lambda line: None)
+    two = run_study(short, log=lambda line: None)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     for name, values in two["per_seed"].items():
         assert values == {metric: found[:2] for metric, found in results["per_seed"][name].items()}
@@ -295,7 +295,7 @@ def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
         '  one step: {pipeline: "{all steps}", call: {num_inference_steps: 1}}\n'
     )
     lines: list[str] = []
-    found = run_study(read_config(str(file), ["seeds=1"]), announce=lines.append)
+    found = run_study(read_config(str(file), ["seeds=1"]), log=lines.append)
     assert lines[0].startswith("seed 0: train all steps")
     assert [(entry["updates"], entry["nfe"]) for entry in found["arms"].values()] == [(2, 2), (2, 1)]
     assert "Losses" in (tmp_path / "study" / "report.html").read_text("utf-8")
@@ -315,7 +315,7 @@ def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, t
     }
     call = {"num_inference_steps": 3}
     values = {"evaluator": str(evaluator), "seeds": 1, "num_samples": 24, "call": call}
-    run_study(StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), announce=lambda line: None)
+    run_study(StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), log=lambda line: None)
     images = {
         name: load_file(tmp_path / "study" / "seed-0" / "samples" / f"{name}.safetensors")["images"].int()
         for name in arms

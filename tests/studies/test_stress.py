@@ -27,7 +27,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(evaluator: str, output: Path) -> dict[str, Any]:
-    return run_stress_study("digits", evaluator, output, num_samples=50, announce=lambda line: None)
+    return run_stress_study("digits", evaluator, output, num_samples=50, log=lambda line: None)
 
 
 def test_what_the_metrics_must_see(results: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def test_second_call_keeps_what_is_there(results: dict[str, Any], evaluator: str
     del record["source figures"]["noise"]
     (output / "stress.json").write_text(json.dumps(record))
     lines: list[str] = []
-    again = run_stress_study("digits", evaluator, output, num_samples=50, announce=lines.append)
+    again = run_stress_study("digits", evaluator, output, num_samples=50, log=lines.append)
     assert lines[0] == "source figures, noise: done" and len(lines) == 2
     assert again["curves"] == results["curves"] and again["source figures"] == results["source figures"]
     with pytest.raises(InputError, match=r"`output` must be a new folder, or one made with {'repeats': 4}"):

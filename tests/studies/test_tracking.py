@@ -16,7 +16,7 @@ from PIL import Image
 from ot_diffusers import cli
 from ot_diffusers.config import BaselineConfig, make_config
 from ot_diffusers.errors import InputError
-from ot_diffusers.evaluation.evaluate import describe_images
+from ot_diffusers.evaluation.evaluate import extract_image_set
 from ot_diffusers.evaluation.metrics import frechet_distance
 from ot_diffusers.features import load_feature_extractor
 from ot_diffusers.reporting import plots
@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def track(run: Path, output: Path, evaluator: str, lines: list[str] | None = None, **options: Any) -> Track:
     said = lines if lines is not None else []
-    options = {"dataset": "digits", "num_samples": 60, "call": CALL, "announce": said.append} | options
+    options = {"dataset": "digits", "num_samples": 60, "call": CALL, "log": said.append} | options
     return track_runs({"run": run}, output, evaluator=evaluator, **options)["run"]
 
 
@@ -72,7 +72,7 @@ def test_last_checkpoint_is_the_saved_pipeline(run: Path, evaluator: str, tmp_pa
     saved, loaded = load_pipeline(run), load_checkpoint(run, run / "checkpoints" / "update-00000060", real.test, None)
     for name, tensor in saved.unet.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[name], tensor), name
-    images = describe_images(sample_images(loaded, 60, **CALL), extractor)
+    images = extract_image_set(sample_images(loaded, 60, **CALL), extractor)
     last = found.points[-1]
     assert last.fidelity["frechet_distance"] == frechet_distance(images.features, real.test.features)
     assert last.coverage["frechet_distance"] == frechet_distance(images.features, real.train.features)
