@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
+from makers import ROOT
 
-PACKAGE = Path(__file__).parent.parent / "ot_diffusers"
+PACKAGE = ROOT / "ot_diffusers"
 
 # A file or folder may import those of its own line and of the lines above. README and CONTRIBUTING show the same order.
 LAYERS = (

@@ -14,9 +14,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
     UniPCMultistepScheduler,
 )
+from makers.draws import seeded as _seeded
+from makers.models import make_unet
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
@@ -38,11 +39,7 @@ SCHEDULERS = {
 }
 
 
-def _unet(**options) -> UNet2DModel:
-    torch.manual_seed(0)
-    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    return UNet2DModel(**{**shape, **blocks, "norm_num_groups": 4, "layers_per_block": 1, **options}).eval()
+_unet = functools.partial(make_unet, seed=0, block_out_channels=(8, 16))
 
 
 def _references(count: int = 100) -> torch.Tensor:
@@ -66,10 +63,6 @@ def _pipeline(scheduler=None, unet=None, parts: bool = True) -> OTGuidedDDIMPipe
     pipe = OTGuidedDDIMPipeline(unet or _unet(), scheduler or DDIMScheduler(), **(_parts() if parts else {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _images(pipe: OTGuidedDDIMPipeline, **options) -> np.ndarray:
