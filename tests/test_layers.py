@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 
 import pytest
 from makers import ROOT
@@ -36,6 +37,7 @@ MODULES = {
 }
 
 
+@functools.cache
 def imports_of(module: str) -> set[str]:
     """The modules of this package that a module imports, anywhere in it, but for names that only type checkers read."""
     path = MODULES[module]

@@ -19,7 +19,7 @@ from ot_diffusers import (
 from ot_diffusers.data import load_images
 
 
-def make_unet(kind: type[UNet2DModel] = UNet2DModel, *, seed: int | None = None, **options: Any) -> UNet2DModel:
+def make_unet(kind: type = UNet2DModel, *, seed: int | None = None, **options: Any) -> Any:
     """A UNet of one block, or of one for each of `block_out_channels`."""
     if seed is not None:
         torch.manual_seed(seed)

@@ -305,9 +305,9 @@ def test_a_denoiser_without_a_size_takes_the_priors():
 
 def test_a_text_conditioned_denoiser_is_refused():
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    shape = {"in_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4, "cross_attention_dim": 8}
+    unet = make_unet(UNet2DConditionModel, **blocks, cross_attention_dim=8)
     with pytest.raises(InputError, match="`unet` must be unconditional, got 'UNet2DConditionModel'"):
-        _latents(_pipe(GUIDED, unet=UNet2DConditionModel(**shape, **blocks)))
+        _latents(_pipe(GUIDED, unet=unet))
 
 
 @both

@@ -29,7 +29,6 @@ from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 
 pytestmark = pytest.mark.slow
 
-
 EVERY_TERM = {"prior": "ot", "ot_objective": "pixel+patch+feature+sinkhorn", "num_reference_samples": 12}
 LEARNED: dict[str, dict[str, Any]] = {"vae": {"prior": "vae"}, "gan": {"prior": "gan"}, "ot": EVERY_TERM}
 
