@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -48,10 +49,16 @@ def accelerate_state() -> Iterator[None]:
     """accelerate keeps its settings for the life of a process; the next module of tests begins without them."""
     yield
     if "accelerate.state" in sys.modules:
-        from accelerate.state import AcceleratorState, GradientState
+        from makers.runs import reset_accelerate
 
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what the package keeps."""
+    monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +86,25 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("evaluator")
     network.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hub that this process' client talks to, as someone who may write."""
+    from huggingface_hub import constants, file_download, utils
+    from makers.loopback_hub import WRITER, LoopbackHub
+
+    hub = LoopbackHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Before version 1 the client's sessions remember that they were offline.
+    getattr(utils, "reset_sessions", lambda: None)()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    yield hub
+    hub.close()

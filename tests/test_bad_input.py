@@ -13,17 +13,14 @@ import datasets
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from test_survival import flip
-from test_train_prior import TINY as TINY_PRIOR
-from test_training import TINY, main_of
+from diffusers import DDIMScheduler
+from makers import flip
+from makers.models import save_features, save_pipeline
+from makers.runs import exit_status
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidance, ReferenceBank, cli
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.launch import run_script
-from ot_diffusers.launch.commands import SCRIPTS
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
 from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.training.files import write_checksums
@@ -35,15 +32,8 @@ from ot_diffusers.transport.sliced import patch_sliced_wasserstein, sliced_wasse
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders and files by the names that the table uses, most of them not as they should be."""
     root = tmp_path_factory.mktemp("places")
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(root / "pipeline")
-    origin = {"dataset": "digits", "data_fingerprint": load_images("digits", "train").fingerprint}
-    network = ConvFeatureExtractor(sample_size=8, feature_dim=16, block_out_channels=(4, 8), **origin)
-    network.save_pretrained(root / "features")
-    bank = ReferenceBank.from_features(network.extract(torch.rand(40, 1, 8, 8) * 2 - 1), **origin)
-    bank.save_pretrained(root / "features" / "reference_bank")
+    save_pipeline(root / "pipeline")
+    save_features(root / "features")
     for make in (broken_pipelines, broken_features, broken_data, broken_runs):
         make(root)
     return {path.stem: path for path in root.iterdir()}
@@ -231,26 +221,13 @@ def test_a_command_refuses_in_one_line(
     before = snapshot(places)
     monkeypatch.chdir(tmp_path)
     words = [word.format(**places, new=tmp_path / "new") for word in line.split()]
-    status = train(words[1], words[2:], tmp_path / "new", monkeypatch) if words[0] == "train" else cli.main(words)
+    status = exit_status(words[1], words[2:], tmp_path / "new", monkeypatch) if words[0] == "train" else cli.main(words)
     errors = capfd.readouterr().err
     assert status == 2, errors
     said = [text for text in errors.splitlines() if not text.startswith(BARS)]
     said = [text for text in said if text.strip()]
     assert len(said) == 1 and said[0].startswith("error: ") and expected in said[0], errors
     assert not list(tmp_path.iterdir()) and snapshot(places) == before
-
-
-def train(script: str, words: list[str], output: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Exit status of the script, run here: what `ot-diffusers train` starts as a process of its own."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    tiny: dict[str, Any] = TINY_PRIOR | {"prior": "vae"} if script == "prior" else TINY[script] | {"max_train_steps": 1}
-    given = {word.split("=")[0] for word in words}
-    values = {"output_dir": output} | {name: value for name, value in tiny.items() if name not in given}
-    monkeypatch.setattr("sys.argv", [script, *(f"{name}={value}" for name, value in values.items()), *words])
-    with pytest.raises(SystemExit) as leaving:
-        run_script(main_of(script), SCRIPTS[script][1], "")
-    return int(leaving.value.code or 0)
 
 
 def snapshot(places: dict[str, Path]) -> dict[str, int]:

@@ -35,12 +35,6 @@ def same(found: dict[str, Tensor] | None) -> bool:
     )
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_every_type_and_shape_comes_back(tmp_path: Path) -> None:
     save_aside(TENSORS | {"turned": torch.arange(6).view(2, 3).T}, tmp_path / "a.safetensors")
     found = read_verified(tmp_path / "a.safetensors")

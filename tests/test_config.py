@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from makers import ROOT
 
 from ot_diffusers.config import (
     BaselineConfig,
@@ -26,7 +27,7 @@ from ot_diffusers.config import (
 from ot_diffusers.errors import InputError
 from ot_diffusers.launch import run_script
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 CLASSES = {"features": FeaturesConfig, "evaluator": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
 CONFIG_CLASSES = [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig, PriorConfig]
 PRESETS = sorted(

@@ -11,22 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from diffusers import DDIMPipeline, DDIMScheduler
-from loopback_hub import LoopbackHub
-from test_hub import hub  # noqa: F401  # the fixture
-from test_loading import make_truncated, make_unet
+from makers import ROOT
+from makers.loopback_hub import LoopbackHub
+from makers.models import digits, make_guided, make_truncated, save_pipeline
 
-from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
-from ot_diffusers.data import load_images
 from ot_diffusers.launch.commands import SCRIPTS, preset_path, training_command
 from ot_diffusers.reporting.quoting import main as quote
 from ot_diffusers.sampling import save_images
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}
 PAGES["../model_cards/README.md"] = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
@@ -42,16 +38,12 @@ def snippets(page: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small untrained models and pictures where the pages find trained ones, and those of the Hub."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("docs")
-    origin = {"dataset": "digits", "data_fingerprint": load_images("digits", "train").fingerprint}
-    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(4, 8), feature_dim=16, **origin)
-    bank = ReferenceBank.from_features(network.extract(torch.rand(50, 1, 8, 8) * 2 - 1), feature_scale=0.1, **origin)
-    guided = OTGuidedDDIMPipeline(make_unet(), DDIMScheduler(), network, bank)
+    guided = make_guided(**digits())
     for place in ("runs/demo/ot", "ot-diffusers/digits-ot-guided", "model_cards/digits-ot-guided"):
         guided.save_pretrained(folder / place)
-    DDIMPipeline(guided.unet, guided.scheduler).save_pretrained(folder / "runs/demo/baseline")
-    network.save_pretrained(folder / "runs/demo/evaluator")
+    save_pipeline(folder / "runs/demo/baseline", guided.unet)
+    guided.feature_extractor.save_pretrained(folder / "runs/demo/evaluator")
     make_truncated().save_pretrained(folder / "ot-diffusers/digits-truncated-prior")
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
@@ -78,7 +70,7 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if snippets(text)])
-def test_the_snippets_of_a_page_run(page: str, hub: LoopbackHub) -> None:  # noqa: F811
+def test_the_snippets_of_a_page_run(page: str, hub: LoopbackHub) -> None:
     exec(compile(snippets(PAGES[page]), page, "exec"), {"__name__": "__main__"})
     if "publish" in page:
         assert hub.repositories["user/name"].messages == ["First version"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from makers import ROOT
+from makers.runs import main_of, reset_accelerate
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,8 +40,6 @@ from ot_diffusers.transport import median_distance
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def images() -> ResidentImages:
@@ -54,12 +52,6 @@ def images() -> ResidentImages:
 def network(images: ResidentImages) -> FeatureExtractor:
     torch.manual_seed(0)
     return make_feature_extractor(FeaturesConfig(block_out_channels=(4, 8), feature_dim=16), images)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "features"
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +153,14 @@ def test_sgd_is_nesterovs_and_decays_no_bias(network: FeatureExtractor) -> None:
 
 def test_its_recipe_learns_and_goes_on_where_it_was_interrupted(cache: Path, tmp_path: Path) -> None:
     """Momentum, the place in the cycle and the running statistics are part of a checkpoint."""
-    main = runpy.run_path(str(ROOT / "train" / "train_features.py"))["main"]
 
     def train(name: str, updates: int) -> dict[str, Tensor]:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         overrides = [f"output_dir={tmp_path / name}", f"max_train_steps={updates}", "dataset=digits", "report_to=none"]
         overrides += ["block_out_channels=8,16", "layers_per_block=1", "train_batch_size=64", "crop_padding=1"]
         overrides += ["random_flip=false", "lr_scheduler=constant_with_warmup", "lr_warmup_steps=4", "seed=0"]
         preset = ["--config", str(ROOT / "configs" / "cifar10" / "evaluator.yaml")]
-        main(load_config(FeaturesConfig, preset + overrides))
+        main_of("features")(load_config(FeaturesConfig, preset + overrides))
         return load_file(tmp_path / name / "checkpoints" / f"update-{updates:08d}" / "model.safetensors")
 
     whole = train("whole", 40)
@@ -218,7 +208,7 @@ def test_median_distance_is_a_length() -> None:
 
 def marked(cache: Path) -> Tensor:
     """Replace the content of the only file in the cache by something no network says; returns it."""
-    (file,) = cache.iterdir()
+    (file,) = (cache / "features").iterdir()
     mark = load_file(file)["features"] + 1000
     save_aside({"features": mark}, file)
     return mark
@@ -247,7 +237,7 @@ def test_cache_is_keyed_by_content(change: str, network: FeatureExtractor, image
         squash = "tanh"
     other = ResidentImages(images.name, images.split, images.labels, pixels)
     assert torch.equal(cached_features(network, other, squash=squash), extract_features(network, other, squash=squash))
-    assert len(list(cache.iterdir())) == 2
+    assert len(list((cache / "features").iterdir())) == 2
 
 
 def test_fingerprint_is_of_the_function(network: FeatureExtractor, tmp_path: Path) -> None:

@@ -20,9 +20,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
+from makers import ROOT, snapshot
+from makers import command as run
+from makers.models import save_features, save_pipeline
 
-from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli, config, files
+from ot_diffusers import ConvFeatureExtractor, cli, config, files
 from ot_diffusers.data import load_images
 from ot_diffusers.data.truncated_set import export_truncated_set
 from ot_diffusers.errors import InputError, require
@@ -42,38 +45,21 @@ from ot_diffusers.studies.tracking import track_runs
 from ot_diffusers.training import check_output_dir
 from ot_diffusers.training.files import delete_partial
 
-ROOT = Path(__file__).parent.parent
 LIST = ".ot-diffusers-sample.sha256"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with an untrained pipeline, a feature network with its bank, and results."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("home")
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder / "pipeline")
-    origin = {"dataset": "digits", "data_fingerprint": load_images("digits", "train").fingerprint}
-    network = ConvFeatureExtractor(sample_size=8, feature_dim=4, block_out_channels=(4, 8), **origin)
-    network.save_pretrained(folder / "features")
-    ReferenceBank.from_features(torch.rand(9, 4), **origin).save_pretrained(folder / "features" / "reference_bank")
+    save_pipeline(folder / "pipeline")
+    save_features(folder / "features", feature_dim=4)
     metrics = {"frechet_distance": 1.0}
     results = {"title": "", "dataset": "digits", "num_samples": 4, "extractor": {"name": "x", "feature_dim": 4}}
     results |= {"arms": {"pipeline": {"metrics": metrics}}, "floor": {"metrics": metrics}, "provenance": {}}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "own.yaml").write_text("seed: 3\n")
     return folder
-
-
-def run(*arguments: object) -> int:
-    """Exit status of the command line."""
-    return cli.main([str(argument) for argument in arguments])
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, hidden files too, with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def one_line(errors: str) -> str:

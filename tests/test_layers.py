@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import functools
 
 import pytest
+from makers import ROOT
 
-PACKAGE = Path(__file__).parent.parent / "ot_diffusers"
+PACKAGE = ROOT / "ot_diffusers"
 
 # A file or folder may import those of its own line and of the lines above. README and CONTRIBUTING show the same order.
 LAYERS = (
@@ -36,6 +37,7 @@ MODULES = {
 }
 
 
+@functools.cache
 def imports_of(module: str) -> set[str]:
     """The modules of this package that a module imports, anywhere in it, but for names that only type checkers read."""
     path = MODULES[module]

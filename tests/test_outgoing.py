@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import runpy
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +17,13 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import ModelCard
+from makers import command
+from makers.models import make_guided
+from makers.runs import train
 from safetensors.torch import save_file
-from test_hub import command
-from test_loading import make_guided
-from test_training import TINY
 
 from ot_diffusers import BackboneFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
-from ot_diffusers.config import FeaturesConfig, OTConfig, make_config
 from ot_diffusers.data import HUB_IDS, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.hub.cards import DATA
@@ -34,8 +31,6 @@ from ot_diffusers.hub.push import export_run, repository_files
 from ot_diffusers.outgoing import LocalPaths, outgoing_files, without_local_paths
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -61,13 +56,7 @@ def held(contents: dict[str, Path | bytes], *secrets: object) -> list[str]:
 # --- A whole run ------------------------------------------------------------------------------------------------------
 
 
-def train(script: str, **values: Any) -> None:
-    """A run in this process, with the logs of tensorboard."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    kind = {"features": FeaturesConfig, "ot": OTConfig}[script]
-    config = make_config(kind, TINY[script] | {"max_train_steps": 2, "report_to": "tensorboard"} | values)
-    runpy.run_path(str(ROOT / "train" / f"train_{script}.py"))["main"](config)
+SHORT = {"max_train_steps": 2, "report_to": "tensorboard"}
 
 
 def write_pictures(folder: Path, count: int = 20) -> None:
@@ -86,8 +75,8 @@ def test_a_whole_run_tells_no_place(
     base = Path("clients") if relative else home / "clients"
     data, features, run = (str(base / name) for name in ("acme/mnist", "secret/f", "secret/ot"))
     write_pictures(Path(data))
-    train("features", dataset=data, output_dir=features)
-    train("ot", dataset=data, output_dir=run, feature_extractor=features, checkpointing_steps=1)
+    train("features", features, dataset=data, **SHORT)
+    train("ot", run, dataset=data, feature_extractor=features, checkpointing_steps=1, **SHORT)
     (Path(run) / "samples" / ".env").write_text("KEY=1")
     (Path(run) / "samples" / "holiday.png").write_bytes(b"mine")
     (Path(run) / "logs" / "notes.txt").write_text("mine")
@@ -376,7 +365,7 @@ def test_fingerprints_are_those_of_the_data_sets(real_datasets: Path) -> None:
 def test_a_hyperparameter_of_a_tracker_is_no_place(home: Path, tmp_path: Path) -> None:
     """The events of tensorboard hold the configuration as well."""
     write_pictures(home / "scans")
-    train("features", dataset=str(home / "scans"), output_dir=str(home / "f"), resume_from_checkpoint="latest")
+    train("features", home / "f", dataset=str(home / "scans"), resume_from_checkpoint="latest", **SHORT)
     logs = {str(file): file for file in (home / "f" / "logs").rglob("*") if file.is_file()}
     assert len(logs) >= 3 and held({name.replace(str(home), ""): file for name, file in logs.items()}, home) == []
     events = [file.read_bytes() for name, file in logs.items() if "tfevents" in name]

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from accelerate import tracking
+from makers import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -22,7 +22,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 HEAVY = ("accelerate", "datasets", "diffusers", "matplotlib", "sklearn", "torch", "torch_fidelity", "transformers")
 
 APART = ("dev", "docs", "space")

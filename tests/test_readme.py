@@ -6,17 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from makers import ROOT
+from makers.models import make_guided, save_pipeline
 
-from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
 from ot_diffusers.launch.commands import SCRIPTS, preset_path
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -26,14 +24,10 @@ COMMANDS = [re.sub(r"^([A-Z_]+=\S+ )+", "", line) for block in BLOCKS for line i
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small untrained models where the README finds those of `make demo`."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("readme")
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(4, 8), feature_dim=16)
-    bank = ReferenceBank.from_features(network.extract(torch.rand(50, 1, 8, 8) * 2 - 1))
-    OTGuidedDDIMPipeline(unet, DDIMScheduler(), network, bank).save_pretrained(folder / "runs/demo/ot")
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder / "runs/demo/baseline")
+    guided = make_guided()
+    guided.save_pretrained(folder / "runs/demo/ot")
+    save_pipeline(folder / "runs/demo/baseline", guided.unet)
     return folder
 
 

@@ -25,6 +25,7 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+from makers.draws import cloud as _images
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.schedules import (
@@ -43,10 +44,6 @@ from ot_diffusers.schedules import (
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
 SOLVERS = [DPMSolverMultistepScheduler, UniPCMultistepScheduler]
-
-
-def _images(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

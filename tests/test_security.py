@@ -9,16 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from test_loading import make_guided
+from makers import ROOT
+from makers.models import make_guided, save_pipeline
 
 from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.errors import InputError
 from ot_diffusers.sampling import load_pipeline
 from ot_diffusers.training.files import CHECKSUMS, damage, write_checksums
 
-ROOT = Path(__file__).parent.parent
 SOURCES = [file for folder in ("ot_diffusers", "train", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -48,11 +46,7 @@ def test_no_call_unpickles_or_executes(file: Path) -> None:
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+    return save_pipeline(tmp_path / "pipeline")
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from makers import ROOT
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 
-SPACE = Path(__file__).parent.parent / "space"
+SPACE = ROOT / "space"
 WAIT = 120_000  # milliseconds; a busy machine is not an error
 
 

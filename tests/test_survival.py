@@ -8,7 +8,6 @@ import logging
 import math
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -22,13 +21,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline
 from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
+from makers import ROOT, flip
+from makers.runs import TINY, assert_same_end, last_checkpoint, metrics, reset_accelerate, results, train
 from safetensors.torch import load_file, save_file
-from test_training import ROOT, TINY, assert_same_end, last_checkpoint, metrics, results, train
 
 from ot_diffusers import cli
 from ot_diffusers.config import BaselineConfig, OTConfig, PriorConfig
@@ -68,14 +67,6 @@ def copy_until(whole: Path, update: int, folder: Path) -> Path:
 
 
 # --- Damage -----------------------------------------------------------------------------------------------------------
-
-
-def flip(file: Path, seed: int) -> None:
-    """One bit of the file."""
-    content = bytearray(file.read_bytes())
-    position = random.Random(seed).randrange(len(content))
-    content[position] ^= 1 << seed % 8
-    file.write_bytes(bytes(content))
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -451,8 +442,7 @@ def test_a_run_that_breaks_names_update_and_part_and_keeps_what_was_good(tmp_pat
 
 
 def tiny_state(**values: Any) -> tuple[TrainingState, Accelerator]:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     config = BaselineConfig(**values)

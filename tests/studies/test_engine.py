@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from makers.models import make_unet
 from safetensors.torch import load_file
 
 from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
@@ -56,18 +57,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unet() -> UNet2DModel:
     """A denoiser of the digits after a few seconds of training."""
-    torch.manual_seed(0)
-    images = load_images("digits", "train")
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-    )
+    images, unet = load_images("digits", "train"), make_unet(seed=0, block_out_channels=(16, 16))
     optimizer, scheduler = torch.optim.Adam(unet.parameters(), 3e-3), DDPMScheduler()
     for _ in range(150):
         clean = images.fetch(torch.randint(len(images), (64,)))
@@ -76,7 +66,7 @@ def unet() -> UNet2DModel:
         torch.nn.functional.mse_loss(predicted, noise).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return unet.eval()
+    return unet
 
 
 def save_pipeline(unet: UNet2DModel, folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from makers.runs import train
 from PIL import Image
 
 from ot_diffusers import cli
-from ot_diffusers.config import BaselineConfig, make_config
 from ot_diffusers.errors import InputError
 from ot_diffusers.evaluation.evaluate import extract_image_set
 from ot_diffusers.evaluation.metrics import frechet_distance
@@ -26,35 +25,15 @@ from ot_diffusers.studies.tracking import RealImages, Track, load_checkpoint, tr
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent.parent
-TINY: dict[str, Any] = {
-    "dataset": "digits",
-    "train_batch_size": 16,
-    "report_to": "none",
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-    "attention_levels": [],
-    "layers_per_block": 1,
-    "num_inference_steps": 2,
-    "num_validation_samples": 16,
-    "learning_rate": 3e-3,
-    "max_train_steps": 60,
-    "checkpointing_steps": 20,
-    "checkpoints_total_limit": 10,
-}
 CALL = {"num_inference_steps": 4}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A baseline of the digits with checkpoints after 20, 40 and 60 updates."""
-    spec = importlib.util.spec_from_file_location("train_baseline", ROOT / "train" / "train_baseline.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("run") / "baseline"
-    module.main(make_config(BaselineConfig, TINY | {"output_dir": str(folder)}))
-    return folder
+    values = {"train_batch_size": 16, "learning_rate": 3e-3, "max_train_steps": 60}
+    values |= {"checkpointing_steps": 20, "checkpoints_total_limit": 10}
+    return train("baseline", tmp_path_factory.mktemp("run") / "baseline", **values)
 
 
 def track(run: Path, output: Path, evaluator: str, lines: list[str] | None = None, **options: Any) -> Track:

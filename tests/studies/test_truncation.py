@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from makers.models import make_features, save_pipeline
 from safetensors.torch import load_file
 
 from ot_diffusers.cli import main
 from ot_diffusers.config import load_config
 from ot_diffusers.errors import InputError
 from ot_diffusers.launch.commands import preset_path
-from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
-from ot_diffusers.models.reference_bank import ReferenceBank
+from ot_diffusers.models.feature_extractor import ResidualFeatureExtractor
 from ot_diffusers.studies.truncation import TruncationConfig, conclusions
 
 pytestmark = pytest.mark.slow
@@ -27,22 +25,10 @@ SAMPLES = 16
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a finished study, and the arguments that made it."""
     folder = tmp_path_factory.mktemp("truncation")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-    )
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder / "denoiser")
-    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=8)
+    save_pipeline(folder / "denoiser")
+    network, bank = make_features(feature_dim=8)
     network.save_pretrained(folder / "features" / "feature_extractor")
-    features = network.extract(torch.rand(40, 1, 8, 8) * 2 - 1)
-    ReferenceBank.from_features(features).save_pretrained(folder / "features" / "reference_bank")
+    bank.save_pretrained(folder / "features" / "reference_bank")
     ResidualFeatureExtractor(sample_size=8, block_out_channels=(8,), feature_dim=8).save_pretrained(folder / "judge")
     arguments = ["truncation", "--config", "digits/truncation.yaml", f"output_dir={folder / 'study'}"]
     arguments += [f"denoiser={folder / 'denoiser'}", f"feature_extractor={folder / 'features'}"]

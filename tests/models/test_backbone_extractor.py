@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from diffusers import DDIMScheduler
-from test_loading import make_unet
+from makers.models import make_unet
 
 from ot_diffusers import BackboneFeatureExtractor, OTGuidedDDIMPipeline
 from ot_diffusers.data import load_images

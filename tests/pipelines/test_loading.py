@@ -17,17 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from loopback_hub import LoopbackHub
+from diffusers import DDIMPipeline, DDIMScheduler
+from makers.loopback_hub import LoopbackHub
+from makers.models import make_guided, make_truncated, make_unet
 
 from ot_diffusers import (
-    ConvFeatureExtractor,
     GaussianPrior,
     OTGuidedDDIMPipeline,
-    PriorGenerator,
     ReferenceBank,
     TruncatedPriorPipeline,
-    truncated_scheduler,
 )
 
 pytestmark = pytest.mark.slow
@@ -63,25 +61,6 @@ TRUNCATED = {
     "reference_bank": "NoneType",
     "guidance_field": "NoneType",
 }
-
-
-def make_unet() -> UNet2DModel:
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    return UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-
-
-def make_guided(seed: int = 0) -> OTGuidedDDIMPipeline:
-    torch.manual_seed(seed)
-    network = ConvFeatureExtractor(sample_size=8, block_out_channels=(4, 8), feature_dim=16)
-    bank = ReferenceBank.from_features(network.extract(torch.rand(50, 1, 8, 8) * 2 - 1), feature_scale=0.1)
-    return OTGuidedDDIMPipeline(make_unet(), DDIMScheduler(), network, bank)
-
-
-def make_truncated() -> TruncatedPriorPipeline:
-    torch.manual_seed(1)
-    options: dict[str, Any] = {"out_channels": 1, "latent_dim": 4, "block_out_channels": (8, 4)}
-    prior = PriorGenerator(truncation_timestep=10, sample_size=8, **options)
-    return TruncatedPriorPipeline(prior, make_unet(), truncated_scheduler(DDIMScheduler(), 10))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,10 @@ forward passes change what is learnt."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +16,25 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDPMScheduler
+from makers import snapshot
+from makers.runs import (
+    TINY,
+    assert_same_end,
+    last_checkpoint,
+    launch,
+    main_of,
+    metrics,
+    reset_accelerate,
+    results,
+    script_of,
+    train,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ot_diffusers import OTGuidedDDIMPipeline
-from ot_diffusers.config import BaselineConfig, FeaturesConfig, OTConfig, make_config
+from ot_diffusers.config import BaselineConfig, OTConfig, make_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.features import cached_features, load_feature_extractor
@@ -50,65 +58,12 @@ from ot_diffusers.transport import median_distance
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
-CLASSES = {"features": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
-
-# A UNet of 30,000 parameters on the real digits: an update takes a few hundredths of a second.
-COMMON: dict[str, Any] = {"dataset": "digits", "train_batch_size": 8, "report_to": "none"}
-TINY_UNET: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-    "attention_levels": [],
-    "layers_per_block": 1,
-    "num_inference_steps": 2,
-    "num_validation_samples": 16,
-    "learning_rate": 1e-3,
-}
-TINY: dict[str, dict[str, Any]] = {
-    "features": COMMON | {"block_out_channels": [4, 8], "feature_dim": 16, "num_reference_samples": 50},
-    "baseline": COMMON | TINY_UNET,
-    "ot": COMMON | TINY_UNET | {"num_reference_samples": 50, "ot_weight": 0.1},
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def main_of(script: str) -> Callable[[Any], None]:
-    return script_of(script).main
-
-
-@functools.cache
-def script_of(script: str) -> Any:
-    """train/train_SCRIPT.py, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / "train" / f"train_{script}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def train(script: str, folder: Path, **values: Any) -> Path:
-    """A run in this process, tiny but for `values`."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    main_of(script)(make_config(CLASSES[script], TINY[script] | {"output_dir": str(folder)} | values))
-    return folder
-
-
-def launch(script: str, folder: Path, processes: str, **values: Any) -> Path:
-    """The same by `accelerate launch`, as a user would."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{processes}.yaml")]
-    command += [str(ROOT / "train" / f"train_{script}.py")]
-    command += [f"{key}={value}" for key, value in (TINY[script] | {"output_dir": folder} | values).items()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -120,39 +75,6 @@ def features(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Path:
 def needed(features: Path) -> dict[str, dict[str, Any]]:
     """The runs that each script builds on."""
     return {"baseline": {}, "ot": {"feature_extractor": str(features)}}
-
-
-def last_checkpoint(run: Path) -> Path:
-    return max((run / "checkpoints").iterdir())
-
-
-def assert_same_end(run: Path, other: Path) -> None:
-    """Weights, their average, the optimizer's moments and the saved pipeline are equal bit for bit."""
-    here, there = last_checkpoint(run), last_checkpoint(other)
-    assert here.name == there.name
-    assert_same_tensors(run / "unet" / "diffusion_pytorch_model.safetensors", other)
-    for file in here.glob("*.safetensors"):
-        assert_same_tensors(file, there)
-
-
-def assert_same_tensors(file: Path, other: Path) -> None:
-    candidates = (other / file.name, other / file.parent.name / file.name)
-    first, second = load_file(file), load_file(next(path for path in candidates if path.is_file()))
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), (file.name, name)
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def results(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- The scripts through accelerate launch, and one problem over all processes ---------------------------------------
@@ -327,7 +249,7 @@ def test_run_that_is_out_of_time_stops_cleanly_and_goes_on(tmp_path: Path, monke
         # As the command: exit status 0 is that no SystemExit comes.
         arguments = TINY["baseline"] | values | {"output_dir": str(parts), "max_train_seconds": 1e-9}
         monkeypatch.setattr("sys.argv", ["train_baseline.py", *(f"{key}={value}" for key, value in arguments.items())])
-        AcceleratorState._reset_state(True)
+        reset_accelerate()
         run_script(main_of("baseline"), BaselineConfig, "")
         assert (results(parts)["updates"], results(parts)["complete"]) == (updates, False)
         assert last_checkpoint(parts).name == f"update-{updates:08d}"

@@ -8,8 +8,7 @@ from typing import Any
 import datasets
 import PIL.Image
 import pytest
-from test_bad_input import train
-from test_training import TINY, main_of
+from makers.runs import TINY, exit_status, main_of
 
 from ot_diffusers.cli import main
 from ot_diffusers.config import FeaturesConfig, load_config
@@ -149,7 +148,7 @@ def test_training_says_so_before_it_begins(
 ) -> None:
     labels, test_labels, said = RUNS[case]
     folder = table(tmp_path / "data", train=labels, test=test_labels)
-    assert train("features", [f"dataset={folder}", "train_batch_size=2"], tmp_path / "run", monkeypatch) == 2
+    assert exit_status("features", [f"dataset={folder}", "train_batch_size=2"], tmp_path / "run", monkeypatch) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: `label_column` must") and said in line and not (tmp_path / "run").exists()
 

@@ -8,25 +8,24 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
-from huggingface_hub import ModelCard, constants, file_download, utils
-from loopback_hub import READER, WRITER, LoopbackHub, Repository
-from test_loading import make_guided, make_truncated, make_unet
+from huggingface_hub import ModelCard, constants
+from makers import ROOT, command
+from makers.loopback_hub import READER, WRITER, LoopbackHub, Repository
+from makers.models import make_guided, make_truncated, make_unet
 
-from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline, cli
+from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline
 from ot_diffusers.errors import InputError
 from ot_diffusers.hub.cards import CardFacts, render_card
 from ot_diffusers.hub.push import push_folder, repository_files
 from ot_diffusers.reporting.quoting import quote
 from ot_diffusers.studies.config import read_config
 
-ROOT = Path(__file__).parent.parent
 RESULTS: dict[str, Any] = {
     "title": "t",
     "dataset": "digits",
@@ -62,29 +61,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / file).write_bytes(file.encode())
     (folder.parent / "results.json").write_text(json.dumps(RESULTS))
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    """A Hub that this process' client talks to, as someone who may write."""
-    hub = LoopbackHub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
-    for module in (constants, file_download):
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # Before version 1 the client's sessions remember that they were offline.
-    getattr(utils, "reset_sessions", lambda: None)()
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    yield hub
-    hub.close()
-
-
-def command(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def push(run: Path, *options: object) -> int:

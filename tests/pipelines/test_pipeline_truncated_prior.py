@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -19,6 +20,8 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from makers.draws import seeded as _seeded
+from makers.models import make_unet
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
@@ -27,12 +30,7 @@ from ot_diffusers.pipelines.pipeline_truncated_prior import TruncatedPriorPipeli
 from ot_diffusers.schedules import alpha_sigma, set_timesteps, truncated_samples, truncated_scheduler
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
-
-def _unet(**options) -> UNet2DModel:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
-    return UNet2DModel(**{**shape, **blocks, "norm_num_groups": 4, "layers_per_block": 1, **options}).eval()
+_unet = functools.partial(make_unet, seed=0, block_out_channels=(8, 16))
 
 
 def _prior(truncation_timestep: int = 10, **options) -> PriorGenerator:
@@ -46,10 +44,6 @@ def _pipeline(prior=None, unet=None, scheduler=None, truncation_timestep: int = 
     pipe = TruncatedPriorPipeline(prior or _prior(truncation_timestep), unet or _unet(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])

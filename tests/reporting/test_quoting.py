@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from makers import ROOT
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.reporting.differences import differences, summarise, summary
 from ot_diffusers.reporting.quoting import main, quote, render_quotes
 from ot_diffusers.reporting.report import markdown_table
 
-ROOT = Path(__file__).parent.parent
 RESULTS = {
     "title": "t",
     "dataset": "digits",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from makers.draws import cloud as _cloud
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -28,11 +29,6 @@ from ot_diffusers.transport import (
 )
 
 transport_cost = functools.partial(sinkhorn_divergence, debias=False)
-
-
-def _cloud(*shape: int, seed: int = 0, shift: float = 0.0) -> Tensor:
-    """Standard normal points in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
 
 
 def _costs(x: Tensor, y: Tensor) -> Tensor:

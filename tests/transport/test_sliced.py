@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from makers.draws import cloud as _cloud
 from scipy.stats import wasserstein_distance  # W1, for the masses of the plan
 
 from ot_diffusers.errors import InputError
@@ -14,10 +15,6 @@ from ot_diffusers.transport.sliced import (
     random_directions,
     sliced_wasserstein,
 )
-
-
-def _cloud(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_identical_clouds_are_at_distance_zero():

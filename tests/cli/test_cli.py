@@ -12,7 +12,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from makers import ROOT
+from makers import command as run
+from makers.models import save_features, save_pipeline
 
 from ot_diffusers import (
     ConvFeatureExtractor,
@@ -29,52 +31,21 @@ from ot_diffusers.launch.commands import SCRIPTS, training_command
 from ot_diffusers.sampling import accelerate_networks, load_pipeline, read_images, sample_images, save_images
 from ot_diffusers.studies.demo import run_demo
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained UNet of one block for the digits, saved as diffusers does."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("pipeline")
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
-    return folder
-
-
-def make_features(folder: Path, fingerprint: str, seed: int) -> Path:
-    """What train_features.py leaves in its folder, untrained."""
-    torch.manual_seed(seed)
-    origin = {"dataset": "digits", "data_fingerprint": fingerprint}
-    network = ConvFeatureExtractor(sample_size=8, feature_dim=16, block_out_channels=(4, 8), **origin)
-    network.save_pretrained(folder)
-    features = network.extract(torch.rand(40, 1, 8, 8) * 2 - 1)
-    ReferenceBank.from_features(features, feature_scale=0.1, **origin).save_pretrained(folder / "reference_bank")
-    return folder
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_features(tmp_path_factory.mktemp("features"), load_images("digits", "train").fingerprint, seed=0)
+    return save_features(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture(scope="module")
 def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_features(tmp_path_factory.mktemp("evaluator"), load_images("digits", "train").fingerprint, seed=1)
-
-
-def run(*arguments: object) -> int:
-    """Exit status of the command line."""
-    return cli.main([str(argument) for argument in arguments])
+    return save_features(tmp_path_factory.mktemp("evaluator"), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +134,7 @@ def test_bad_input_is_one_line_and_status_2_and_writes_nothing(
     (used / "file.txt").write_text("mine")
     folders = {"pipeline": pipeline, "features": features, "used": used, "new": new}
     if "{other}" in line:
-        folders["other"] = make_features(tmp_path / "other", "another fingerprint", seed=2)
+        folders["other"] = save_features(tmp_path / "other", data_fingerprint="another fingerprint")
     if "{wide}" in line:
         ConvFeatureExtractor(sample_size=16, feature_dim=16).save_pretrained(tmp_path / "wide")
         bank = ReferenceBank.from_features(torch.rand(4, 16))

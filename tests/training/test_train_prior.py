@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from makers import ROOT, snapshot
+from makers.models import make_unet, save_pipeline
+from makers.runs import assert_same_end, launch, results
+from makers.runs import train as train_script
 from safetensors.torch import load_file, save_file
 
 from ot_diffusers import TruncatedPriorPipeline
@@ -31,21 +29,6 @@ from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
-
-# A generator of 4,000 parameters on the real digits: an update takes a few hundredths of a second.
-TINY: dict[str, Any] = {
-    "dataset": "digits",
-    "train_batch_size": 8,
-    "report_to": "none",
-    "truncation_timestep": 10,
-    "latent_dim": 6,
-    "block_out_channels": [16, 8],
-    "num_inference_steps": 2,
-    "num_projections": 8,
-    "learning_rate": 1e-3,
-    "max_train_steps": 4,
-}
 EVERY_TERM = {
     "prior": "ot",
     "ot_objective": "pixel+patch+feature+sinkhorn",
@@ -56,23 +39,9 @@ EVERY_TERM = {
 LEARNED: dict[str, dict[str, Any]] = {"vae": {"prior": "vae"}, "gan": {"prior": "gan"}, "ot": EVERY_TERM}
 
 
-@functools.cache
-def script_main() -> Callable[[PriorConfig], None]:
-    """`main` of train/train_prior.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("train_prior", ROOT / "train" / "train_prior.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def save_denoiser(folder: Path, channels: int = 1) -> Path:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    shape = {"sample_size": 8, "in_channels": channels, "out_channels": channels, "block_out_channels": (8, 16)}
-    unet = UNet2DModel(**shape, **blocks, norm_num_groups=4, layers_per_block=1, add_attention=False)
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
-    return folder
+    shape = {"in_channels": channels, "out_channels": channels, "block_out_channels": (8, 16)}
+    return save_pipeline(folder, make_unet(seed=0, add_attention=False, **shape))
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +50,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, denoiser: Path, **values: Any) -> Path:
-    """A run in this process, tiny but for `values`."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    script_main()(make_config(PriorConfig, TINY | {"denoiser": str(denoiser), "output_dir": str(folder)} | values))
-    return folder
-
-
-def results(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
+    return train_script("prior", folder, denoiser=str(denoiser), **values)
 
 
 def sample(run: Path, count: int = 3) -> torch.Tensor:
@@ -97,23 +58,6 @@ def sample(run: Path, count: int = 3) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(seed) for seed in range(count)]
     return pipe(batch_size=count, generator=generator, num_inference_steps=2, output_type="pt").images
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint and of the saved pipeline."""
-    last = max(path.name for path in (run / "checkpoints").glob("update-*"))
-    folders = [run / "checkpoints" / last, run / "checkpoints" / last / "opponent", run / "prior"]
-    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-    return {
-        f"{file.relative_to(run)}:{name}": value for file in files for name, value in sorted(load_file(file).items())
-    }
-
-
-def assert_same_end(run: Path, other: Path) -> None:
-    first, second = tensors(run), tensors(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +152,8 @@ def test_two_processes_compute_what_one_computes(name: str, denoiser: Path, tmp_
     """Gradients after the first update, by Adam's first moments, on the same global batch and references."""
     own = LEARNED[name] | ({"num_reference_samples": 11} if name == "ot" else {})  # no multiple of two
     train(tmp_path / "one", denoiser, **own, max_train_steps=1)
-    values = TINY | own | {"max_train_steps": 1, "denoiser": denoiser, "output_dir": tmp_path / "two"}
-    values |= {"train_batch_size": 4, "block_out_channels": "16,8"}
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml")]
-    command += [str(ROOT / "train" / "train_prior.py"), *(f"{key}={value}" for key, value in values.items())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    values = own | {"max_train_steps": 1, "denoiser": denoiser, "train_batch_size": 4}
+    launch("prior", tmp_path / "two", "two_cpu_processes", **values)
     for part in (".", *(["opponent"] if name == "gan" else [])):
         file = f"checkpoints/update-00000001/{part}/optimizer.safetensors"
         first, second = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
@@ -315,10 +254,6 @@ def test_a_denoiser_that_was_replaced_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"`denoiser` must hold the weights that the run began with, got '.*"):
             train(run, denoiser, prior=prior, max_train_steps=2)
         assert snapshot(run) == before
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_prior_that_is_asked_to_stop_draws_nothing(denoiser: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
+from makers.models import make_unet
 from torch.distributions import Normal, kl_divergence
 
 from ot_diffusers.errors import InputError
@@ -147,17 +148,9 @@ def test_the_independent_pair_takes_the_bias_out_of_the_sinkhorn_gradient():
 
 
 def _unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=16,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-    ).eval()
+    shape = {"sample_size": 16, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16)}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return make_unet(seed=0, **shape, **blocks)
 
 
 def test_denoiser_features_are_what_the_denoiser_itself_computes():

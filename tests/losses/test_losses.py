@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from makers.draws import cloud as _cloud
 
 from ot_diffusers.errors import InputError
 from ot_diffusers.losses.denoising import (
@@ -15,10 +16,6 @@ from ot_diffusers.losses.denoising import (
 )
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.transport import self_transport_cost, sinkhorn_divergence
-
-
-def _cloud(*shape: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
 
 
 def _network() -> ConvFeatureExtractor:
