@@ -29,6 +29,8 @@ from . import pixels
 from .health import warn_of_doubt
 
 BATCH_SIZE = 512
+ONE_DIRECTION = 1.001
+"""Effective rank below which features lie on a line."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,12 @@ class Comparison:
         """Both from one search for neighbours."""
         return feature_metrics.density_coverage(*self.features)
 
+    def principal_spread(self) -> float | None:
+        """None where the real images have no two principal directions."""
+        if self.images.features.shape[1] < 2 or self.reference.health["effective_rank"] < ONE_DIRECTION:
+            return None
+        return feature_metrics.principal_spread(*self.features)
+
     def class_histogram_distance(self) -> float | None:
         """None without a classifier."""
         return None if self.logits is None else feature_metrics.class_histogram_distance(*self.logits)
@@ -203,7 +211,7 @@ _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "precision_distance": lambda pair: feature_metrics.precision_distance(*pair.features),
     "recall_distance": lambda pair: feature_metrics.recall_distance(*pair.features),
     "effective_rank": lambda pair: feature_metrics.effective_rank(pair.images.features),
-    "principal_spread": lambda pair: feature_metrics.principal_spread(*pair.features),
+    "principal_spread": Comparison.principal_spread,
     "class_histogram_distance": Comparison.class_histogram_distance,
     "nearest_distance_ratio": Comparison.nearest_distance_ratio,
     "patch_sliced_wasserstein": lambda pair: pixels.patch_sliced_wasserstein(*pair.pixels, seed=pair.seed),
@@ -213,10 +221,18 @@ _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
 }
 _NEEDS = {
     "class_histogram_distance": "an extractor with `logits`",
+    "principal_spread": "features of several directions",
     "nearest_distance_ratio": "`train`",
 }
 # Images that a metric needs in either set, where that is more than 2.
-_FEWEST = {"frechet_distance_infinity": 4, "precision": 4, "recall": 4, "density": 6, "coverage": 6}
+_FEWEST = {
+    "frechet_distance_infinity": 4,
+    "precision": 4,
+    "recall": 4,
+    "density": 6,
+    "coverage": 6,
+    "principal_spread": 3,
+}
 
 
 def evaluate_images(
