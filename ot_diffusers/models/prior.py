@@ -367,11 +367,15 @@ def _pick_component(weight: Tensor, choice: Tensor) -> Tensor:
 
 
 def _times_factor(codes: Tensor, component: Tensor, factor: Tensor) -> Tensor:
-    """Fᵀ_k z for the component k of each row of `codes`, [B, rank] to [B, D]; `factor` is [K, rank, D]."""
+    """Fᵀ_k z for the component k of each row of `codes`, [B, rank] to [B, D]; `factor` is [K, rank, D].
+
+    Moments are no network, so autocast does not narrow their products.
+    """
     product = codes.new_empty(len(codes), factor.shape[2])
-    for index in range(len(factor)):  # one factor at a time: B of them would not fit
-        rows = component == index
-        product[rows] = codes[rows] @ factor[index]
+    with torch.autocast(codes.device.type, enabled=False):
+        for index in range(len(factor)):  # one factor at a time: B of them would not fit
+            rows = component == index
+            product[rows] = codes[rows] @ factor[index]
     return product
 
 

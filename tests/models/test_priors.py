@@ -107,6 +107,17 @@ def test_mixture_has_the_mean_and_the_share_of_each_class():
     torch.testing.assert_close(shares, torch.tensor([1 / 2, 1 / 3, 1 / 6]), rtol=0, atol=0.026)
 
 
+def test_autocast_leaves_closed_forms_as_they_are():
+    """Neither a mixture of Gaussians nor fitted latents are networks: their draws are the same to the bit."""
+    labels = torch.arange(len(_data())) % 2
+    mixture = GaussianPrior.from_images(_data(), 10, labels=labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = mixture.draw(8, generator=_seeded())
+        latents = _small().with_latents(*_latents())._draw_latents(8, _seeded(), torch.device("cpu"))
+    assert torch.equal(images, mixture.draw(8, generator=_seeded()))
+    assert torch.equal(latents, _small().with_latents(*_latents())._draw_latents(8, _seeded(), torch.device("cpu")))
+
+
 def test_diffused_gaussian_has_the_moments_of_the_truncated_set():
     """x_T' = α x0 + σ ε: mean α μ, covariance α² Σ + σ² I."""
     alpha, sigma = LEVEL
