@@ -110,7 +110,7 @@ class TruncationConfig(Options):
         (), "priors that are sampled with OT guidance as well; any adds the noise of a full chain"
     )
     guided_curves: tuple[str, ...] | None = option(
-        None, "those of them that are guided at other T', too; none is all of them"
+        None, "those of them that are on the curves, too; none is all of them"
     )
     goal_timestep: int | None = option(None, "T' of guided rows beside the table's own; none is no such rows")
     num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
@@ -275,7 +275,7 @@ def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence
     rows |= {guided_label(name): (name, main, main, True) for name in guided}
     if goal_timestep is not None:
         steps = min(goal_timestep, config.curve_steps)
-        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in far(config, guided)}
+        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in guided}
     rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
     return rows | {ORACLE: (REAL, main, main, False)}
 
@@ -285,7 +285,8 @@ def curves(
 ) -> dict[str, dict[str, str]]:
     """Method → T' → variant, for every T' that a prior can start at; the variants are added to `arms`."""
     methods = [(VANILLA, NOISE, False), *((LABELS[name], name, False) for name in priors), (ORACLE, REAL, False)]
-    methods += [(guided_label(name), name, True) for name in far(config, guided)]
+    drawn = guided if config.guided_curves is None else config.guided_curves
+    methods += [(guided_label(name), name, True) for name in guided if name in drawn]
     lines: dict[str, dict[str, str]] = {label: {} for label, _, _ in methods}
     for label, start, is_guided in methods:
         for timestep in config.timesteps:
@@ -339,11 +340,6 @@ def full_denoiser(config: TruncationConfig) -> str:
     if config.full_denoiser is None:
         return denoiser(config)
     return f"{{{FULL_DENOISER}}}" if preset_path(config.full_denoiser).is_file() else config.full_denoiser
-
-
-def far(config: TruncationConfig, guided: Sequence[str]) -> list[str]:
-    """The guided priors that are guided at other T' than the table's, too."""
-    return [name for name in guided if config.guided_curves is None or name in config.guided_curves]
 
 
 def run_name(name: str, timestep: int | None) -> str:
