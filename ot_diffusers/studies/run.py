@@ -19,7 +19,18 @@ from .pictures import draw
 from .results import collect, evaluate_seed, markdown, tables
 from .runs import train_runs
 from .sampling import sampled, samples_file
-from .study import RECORD_NAME, Clock, Log, OutOfTime, Study, check_study_folder, claim_folder, settings_of, stage
+from .study import (
+    RECORD_NAME,
+    Clock,
+    Log,
+    OutOfTime,
+    Study,
+    check_study_folder,
+    claim_folder,
+    read_json,
+    settings_of,
+    stage,
+)
 
 Extend = Callable[[Study, dict[str, Any]], tuple[dict[str, Any], dict[str, Path]]]
 
@@ -51,25 +62,33 @@ def run_study(
     require(len(config.reported) >= 2, "arms", "be at least two", list(config.reported))
     require(max_seconds is None or max_seconds > 0, "max_seconds", "be positive", max_seconds)
     study = open_study(config, Clock(max_seconds), log)
+    before, record = done_seeds(study), study.output / "results.json"
     try:
         for seed in study.seeds:
             run_seed(study, seed)
     except OutOfTime:
         log(f"stopped after {study.clock.seconds:.0f} s (--max-seconds); the same command goes on")
-    done = [seed for seed in study.seeds if (study.folder(seed) / "metrics.json").is_file()]
+    done = done_seeds(study)
     if not done:
         return {"complete": False, "seeds": []}
+    if done == before != study.seeds and record.is_file():  # nothing new to report
+        return read_json(record)
     output = study.output
     with stage("write the report", log):
         results = collect(study, done)
         more, more_pictures = extend(study, results) if extend is not None else ({}, {})
         results |= more
-        write_json(output / "results.json", results)
+        write_json(record, results)
         write_text(output / "results.md", markdown(results))
         pictures = draw(study, results, done[-1]) | more_pictures
         report.write_report(results, pictures, output / "report.html", tables=tables(results))
     log(f"\n{table(results)}\nPictures and numbers: {output / 'report.html'}")
     return results
+
+
+def done_seeds(study: Study) -> list[int]:
+    """The random seeds whose variants are scored."""
+    return [seed for seed in study.seeds if (study.folder(seed) / "metrics.json").is_file()]
 
 
 def open_study(config: StudyConfig, clock: Clock, log: Log) -> Study:
