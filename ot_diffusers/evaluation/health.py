@@ -50,7 +50,7 @@ def warn_of_doubt(facts: Mapping[str, Any]) -> None:
         warnings.warn(f"The evaluator cannot be trusted: {doubt}.", stacklevel=1)
 
 
-def evaluator_line(facts: Mapping[str, Any]) -> str:
+def evaluator_line(facts: Mapping[str, Any], opening: str = "Evaluated by") -> str:
     """The evaluator as the caption of a table, with what is known of it and the doubt, if any; "" for no evaluator.
 
     Example:
@@ -61,7 +61,7 @@ def evaluator_line(facts: Mapping[str, Any]) -> str:
         return ""
     properties = ", ".join(evaluator_properties(facts))
     doubt = evaluator_doubt(facts)
-    line = f"Evaluated by {facts['name']}{': ' if properties else ''}{properties}."
+    line = f"{opening} {facts['name']}{': ' if properties else ''}{properties}."
     return line if doubt is None else f"{line} No verdict should rest on it: {doubt}."
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import HUB_IDS
 from ..errors import require
-from ..evaluation.metric_table import HEADLINE, METRICS
+from ..evaluation.metric_table import HEADLINE, METRICS, SECOND
 from ..reporting.quoting import quote
 from ..reporting.report import format_number
 
@@ -223,7 +223,7 @@ def _metric_arguments(results: Mapping[str, Any], entry: Mapping[str, Any], metr
     interval = entry.get("intervals", {}).get(metric)
     arguments = {
         "num_samples": results["num_samples"],
-        "extractor": results["extractor"]["name"],
+        "extractor": results["second_extractor" if metric in SECOND else "extractor"]["name"],
         "seeds": len(results.get("seeds", [0])),
         "interval_95": [interval["low"], interval["high"]] if interval else None,
         "real_images": results.get("floor", {}).get("metrics", {}).get(metric),

@@ -129,14 +129,16 @@ def patch_transport(
 ) -> Tensor:
     """Sliced Wasserstein between patches at each position, averaged over widths, in the unit of `pixel_transport`.
 
-    With a `patch_stride` only the positions of a grid are compared, which begins at a random pixel: in expectation the
-    same as all of them, for a part of the sorts.
+    With a `patch_stride` only the positions of a grid are compared, which begins at a random pixel: over many calls all
+    of them, for a part of the sorts.
     """
+    side = min(images.shape[2:])
+    sizes = tuple(size for size in patch_sizes if size <= side)
+    require(bool(sizes), "patch_sizes", f"hold a width up to {side}", tuple(patch_sizes))
     if patch_stride is not None:
-        across, down = torch.randint(patch_stride, (2,), generator=generator, device=generator.device).tolist()
-        images, reference = images[..., across:, down:], reference[..., across:, down:]
-    sizes = tuple(size for size in patch_sizes if size <= min(images.shape[2:]))
-    require(bool(sizes), "patch_sizes", f"hold a width up to {min(images.shape[2:])}", tuple(patch_sizes))
+        starts = min(patch_stride, side - max(sizes) + 1)  # the widest patch always fits
+        top, left = torch.randint(starts, (2,), generator=generator, device=generator.device).tolist()
+        images, reference = images[..., top:, left:], reference[..., top:, left:]
     return patch_sliced_wasserstein(
         images,
         reference,

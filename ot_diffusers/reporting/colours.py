@@ -14,6 +14,7 @@ COLOURS = {
     "Gaussian, class-wise": "#3b6fb6",
     "VAE": "#8b5cf6",
     "GAN": "#c2415d",
+    "OT, original": "#9d4f9a",
     "OT": "#0f9d76",
     "oracle": "#1f2937",
 }

@@ -81,8 +81,8 @@ def captioned(table: str, results: Mapping[str, Any]) -> str:
 
 def evaluators(results: Mapping[str, Any]) -> str:
     """The evaluator and, where there is one, the second, in a sentence each; "" for none."""
-    lines = [evaluator_line(results.get(key, {})) for key in ("extractor", "second_extractor")]
-    return " ".join(line for line in (lines[0], lines[1].replace("Evaluated by", "2nd evaluator:")) if line)
+    lines = evaluator_line(results.get("extractor", {})), evaluator_line(results.get("second_extractor", {}), "2nd by")
+    return " ".join(filter(None, lines))
 
 
 def markdown_rows(rows: Rows) -> str:

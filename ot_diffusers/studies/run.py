@@ -71,8 +71,8 @@ def run_study(
     done = done_seeds(study)
     if not done:
         return {"complete": False, "seeds": []}
-    if done == before != study.seeds and record.is_file():  # nothing new to report
-        return read_json(record)
+    if done == before and len(done) < len(study.seeds) and record.is_file():  # nothing new to report
+        return read_json(record) | {"complete": False}
     output = study.output
     with stage("write the report", log):
         results = collect(study, done)

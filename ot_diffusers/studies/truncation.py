@@ -79,7 +79,7 @@ DESCRIPTIONS = {
     REAL: "Real training images, diffused: what a perfect prior would reach.",
 }
 GOAL_METRICS = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein", *SECOND_HEADLINE)
-DUEL_METRICS = ("frechet_distance", "recall_distance", "second_frechet_distance")
+DUEL_METRICS = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein", "second_frechet_distance")
 NUM_STARTS = 36
 
 
@@ -400,15 +400,19 @@ def duel(results: Mapping[str, Any], metric: str) -> str:
 
 
 def beside_gaussian(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Which learned priors have a smaller Fréchet distance than the closed-form Gaussian, and which have not."""
+    """Which learned priors have a smaller Fréchet distance than the Gaussian, a sentence for each evaluator."""
     learned = [LABELS[name] for name in config.priors if name in LEARNED]
     if LABELS["gaussian"] not in arms or not learned:
         return []
-    bound = arms[LABELS["gaussian"]]["metrics"]["frechet_distance"]
-    better = [label for label in learned if arms[label]["metrics"]["frechet_distance"] < bound]
-    worse = [label for label in learned if label not in better]
-    text = f"Nearer than the Gaussian in Fréchet distance at T' = {config.truncation_timestep}: "
-    return [f"{text}{', '.join(better) or 'none'}{'; not ' + ', '.join(worse) if worse else ''}."]
+    bounds = arms[LABELS["gaussian"]]["metrics"]
+    sentences = []
+    for metric in (metric for metric in ("frechet_distance", "second_frechet_distance") if metric in bounds):
+        nearer = [label for label in learned if arms[label]["metrics"][metric] < bounds[metric]]
+        said = "; ".join(nearer) if nearer else "no learned prior"
+        sentences.append(
+            f"Nearer than the Gaussian at T' = {config.truncation_timestep}, {METRICS[metric].label}: {said}."
+        )
+    return sentences
 
 
 def beside_full_chain(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:

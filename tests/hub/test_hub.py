@@ -21,7 +21,7 @@ from makers.models import make_guided, make_truncated, make_unet
 
 from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline
 from ot_diffusers.errors import InputError
-from ot_diffusers.hub.cards import CardFacts, render_card
+from ot_diffusers.hub.cards import CardFacts, _metric_arguments, render_card
 from ot_diffusers.hub.push import push_folder, repository_files
 from ot_diffusers.reporting.quoting import quote
 from ot_diffusers.studies.config import read_config
@@ -262,6 +262,12 @@ def test_a_token_that_no_request_can_carry_is_one_line(
 # --- Cards ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_metric_of_the_second_evaluator_names_it() -> None:
+    results = RESULTS | {"second_extractor": {"name": "another"}}
+    arguments = _metric_arguments(results, results["arms"]["baseline"], "second_frechet_distance")
+    assert arguments["extractor"] == "another"
+
+
 def test_a_card_holds_the_numbers_of_its_files(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "card"
     assert command("card", run, "--output", output, *evaluated(run), "--num-images", 0, "--dtype", "float16") == 0
@@ -270,6 +276,7 @@ def test_a_card_holds_the_numbers_of_its_files(run: Path, tmp_path: Path) -> Non
     assert {name: result.metric_value for name, result in found.items()} == {"frechet_distance": 0.5, "recall": 0.875}
     assert found["frechet_distance"].metric_args["interval_95"] == [0.4, 0.6]
     assert found["recall"].metric_args["real_images"] == 0.8125
+    assert found["recall"].metric_args["extractor"] == "an evaluator"
     assert found["recall"].dataset_type == "sklearn-docs/digits" and card.data.datasets == ["sklearn-docs/digits"]
     assert card.data.metrics == list(found) and card.data.license == "apache-2.0"
     assert quote(RESULTS) in card.text

@@ -129,6 +129,17 @@ def test_patches_wider_than_the_image_are_left_out():
         patch_transport(x, y, patch_sizes=(9,), num_projections=8, generator=_seeded())
 
 
+def test_a_stride_leaves_room_for_the_widest_patch():
+    """Where one position is left the grid cannot move, and the distance is that of the whole images."""
+    x, y = _images(4, 0, size=4), _images(4, 1, size=4)
+    options: dict = {"patch_sizes": (4,), "num_projections": 8}
+    moved = [patch_transport(x, y, patch_stride=4, **options, generator=_seeded(seed)) for seed in range(20)]
+    assert min(moved) > 0
+    # The same shift everywhere: every grid of it sees c² / 2, but for the drawn directions (5% as above).
+    shifted = patch_transport(x, x + 0.6, patch_sizes=(2,), patch_stride=3, num_projections=20_000, generator=_seeded())
+    assert shifted.item() == pytest.approx(0.18, rel=0.05)
+
+
 def test_the_independent_pair_takes_the_bias_out_of_the_sinkhorn_gradient():
     """Two samples of one law, blur below the spacing of the points: with an independent second batch the pull of the
     reference and the push of the self-term are alike in size, so that their sum is far smaller than either."""

@@ -233,6 +233,14 @@ def test_a_run_has_its_own_time(tmp_path: Path) -> None:
     assert "seed=3" in command(study, "limited", 3) and "seed=1003" in command(study, "evaluator", 3)
 
 
+def test_a_variant_that_is_trained_once_serves_every_seed(tmp_path: Path) -> None:
+    arms = {"shared": Variant(train="baseline", once=True), "own": Variant(train="baseline")}
+    study = Study(StudyConfig(arms=arms, seeds=3), tmp_path, Clock(), lambda line: None)
+    assert study.run("shared", 2) == study.run("shared", 0) == tmp_path / "shared"
+    assert study.run("own", 2) == tmp_path / "seed-2" / "own"
+    assert "seed=0" in command(study, "shared", 2) and "seed=2" in command(study, "own", 2)
+
+
 def test_a_run_that_a_signal_stopped_is_no_end_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study(StudyConfig(arms={"a": Variant(train="baseline")}, seed=0), tmp_path, Clock(), lambda line: None)
     (tmp_path / "a").mkdir()
@@ -253,7 +261,11 @@ def test_stopped_and_resumed_is_the_uninterrupted_comparison(
     assert not (tmp_path / "study" / "results.json").exists()
     one = run_study(dataclasses.replace(short, seeds=1), log=lambda line: None)
     assert one["differences"] == {} and one["arms"]["first"]["intervals"] == {}
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "seed-0").iterdir()}
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study").rglob("*") if file.is_file()}
+    # A slice that scores no new seed keeps the report, and says that seeds are missing.
+    assert run_study(short, max_seconds=1e-9, log=lambda line: None) == one | {"complete": False}
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    kept = {file: written for file, written in kept.items() if file.is_relative_to(tmp_path / "study" / "seed-0")}
     two = run_study(short, log=lambda line: None)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     for name, values in two["per_seed"].items():
