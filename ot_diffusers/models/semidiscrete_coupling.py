@@ -1,0 +1,255 @@
+"""The optimal-transport coupling of Gaussian noise with a whole data set, solved once and used for every batch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from ..errors import require, require_number, require_sizes
+from ..images import require_model_range, to_model_range, to_uint8
+from ..seeds import key
+from ..transport.semidiscrete import assign, semidiscrete_potentials
+from .portable import PortableModel
+
+if TYPE_CHECKING:
+    from typing import Self
+
+WHOLE, MOST_COMPONENTS = 256, 256
+"""Images of at most so many values are compared as they are, larger ones in at most so many principal components."""
+PCA_IMAGES, PCA_CHUNK = 10_000, 4096
+"""Images that the principal components are taken from, and images that are projected at a time."""
+
+Progress = Callable[[int, float | None], None]
+
+
+@dataclass
+class SemidiscreteCouplingOutput(BaseOutput):
+    """Output of a coupling.
+
+    Args:
+        indices: int64 [B], which image each noise is paired with.
+    """
+
+    indices: Tensor
+
+
+class SemidiscreteCoupling(PortableModel, ConfigMixin):
+    """Pairs noise with the images of a data set by semi-discrete optimal transport for ‖x0 − ε‖².
+
+    Noise ε goes to the image argmax_j ⟨ε, x_j⟩ + h_j. The noise is drawn freely and stays exactly Gaussian, and every
+    image is chosen equally often, up to `chi_squared`. A pair depends on its noise alone: not on the batch, its order
+    or the number of processes.
+
+    Saved are the potentials h and the principal components, not the images: `with_images` brings them back.
+
+    Args:
+        num_points: N images; twice as many where each has a mirrored copy.
+        image_shape: (C, H, W).
+        num_components: principal components in which noise and images are compared; None compares all values.
+        kept_share: share of the images' variance in these components, in (0, 1].
+        flips: whether the second half of the points are the images mirrored left to right.
+        chi_squared: mean over the points of (N · P(point) − 1)², measured on fresh noise.
+        num_draws: noise vectors that the solver used.
+        seconds: time that the solver took.
+        seed: random seed of the solver.
+        dataset: name of the data.
+        data_fingerprint: SHA-256 of the images.
+
+    Example:
+        >>> images = torch.rand(100, 1, 8, 8) * 2 - 1
+        >>> coupling = SemidiscreteCoupling.from_images(images)
+        >>> noise = torch.randn(16, 1, 8, 8)
+        >>> clean = coupling.pick(images, coupling.assign(noise))
+        >>> clean.shape
+        torch.Size([16, 1, 8, 8])
+
+    Reference: [Tong2024] for couplings in flow matching; [Mousavi2025] for semi-discrete ones.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_points: int = 1000,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        num_components: int | None = None,
+        kept_share: float = 1.0,
+        flips: bool = False,
+        chi_squared: float = 0.0,
+        num_draws: int = 0,
+        seconds: float = 0.0,
+        seed: int = 0,
+        dataset: str | None = None,
+        data_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        require_sizes(num_points=num_points, **{f"image_shape[{axis}]": size for axis, size in enumerate(image_shape)})
+        self.potentials = nn.Parameter(torch.zeros(num_points), requires_grad=False)
+        self.components: nn.Parameter | None = None
+        if num_components is not None:
+            require_sizes(num_components=num_components)
+            shape = (num_components, math.prod(image_shape))
+            self.components = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.register_buffer("points", None, persistent=False)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Tensor,
+        *,
+        flips: bool = False,
+        kept_share: float = 0.95,
+        tolerance: float = 0.02,
+        max_seconds: float | None = None,
+        seed: int = 0,
+        dataset: str | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Solve for the potentials of these images; see `semidiscrete_potentials`.
+
+        Args:
+            images: uint8 or floats in [-1, 1], [N, C, H, W], N ≥ 2; the solver runs on their device.
+            flips: pair noise with mirrored images, too.
+            kept_share: the principal components have this share of the variance at least, unless more than 256 would
+                be needed. Images of at most 256 values are not projected.
+            tolerance: χ² at which the solver stops.
+            max_seconds: stop about then in any case; `config.chi_squared` tells what was reached.
+            seed: random seed of the solver.
+            dataset: name of the data, for the record.
+            progress: called with the number of draws so far, and χ² when it has been measured.
+
+        Raises:
+            InputError: images of another range or shape.
+        """
+        _check_images(images)
+        require(len(images) >= 2, "images", "be at least 2", len(images))
+        require_number("kept_share", kept_share, at_least=0)
+        require(0 < kept_share <= 1, "kept_share", "lie in (0, 1]", kept_share)
+        components, share = _principal_components(images, flips, kept_share)
+        points = _points(images, components, flips)
+        solved = semidiscrete_potentials(
+            points, tolerance=tolerance, max_seconds=max_seconds, seed=seed, progress=progress
+        )
+        coupling = cls(
+            len(points),
+            tuple(images.shape[1:]),
+            None if components is None else len(components),
+            share,
+            flips,
+            solved.chi_squared,
+            solved.num_draws,
+            round(solved.seconds, 2),
+            seed,
+            dataset,
+            content_hash(images),
+        )
+        coupling.potentials.data = solved.values
+        if coupling.components is not None and components is not None:
+            coupling.components.data = components
+        coupling.points = points
+        return coupling
+
+    def with_images(self, images: Tensor) -> Self:
+        """Bring back the images of a loaded coupling, [N, C, H, W] in their order; returns self.
+
+        Raises:
+            InputError: other images than those it was made for.
+        """
+        _check_images(images)
+        fits = (len(images) * (1 + self.config.flips), *images.shape[1:])
+        expected = (self.config.num_points, *self.config.image_shape)
+        require(fits == expected, "images", f"be the {expected[0]} points of shape {expected[1:]} it was made for", fits)
+        known = self.config.data_fingerprint
+        same = known is None or known == content_hash(images)
+        require(same, "images", f"be those of {self.config.dataset or 'the data set'} it was made for", "other images")
+        self.points = _points(images, self.components, self.config.flips).to(self.potentials.device)
+        return self
+
+    def assign(self, noise: Tensor) -> Tensor:
+        """The image that each noise is paired with, int64 [B]; from N on, mirrored images of a coupling with flips.
+
+        Args:
+            noise: standard normal, [B, C, H, W], on the coupling's device.
+
+        Raises:
+            InputError: noise of another shape, or a loaded coupling without its images.
+        """
+        shape = tuple(self.config.image_shape)
+        require(tuple(noise.shape[1:]) == shape, "noise", f"have shape [B, {str(shape)[1:]}", tuple(noise.shape))
+        require(self.points is not None, "images", "be given by `with_images` to a coupling that was loaded", None)
+        return assign(_projected(noise.float(), self.components), self.points, self.potentials.float())
+
+    def pick(self, images: Tensor, indices: Tensor) -> Tensor:
+        """The images of `assign`'s indices, mirrored where they say so.
+
+        Args:
+            images: all images of the coupling, [N, C, H, W], any range.
+            indices: int64 [B].
+        """
+        chosen = images[indices % len(images)]
+        return mirrored(chosen, indices >= len(images)) if self.config.flips else chosen
+
+    def forward(self, noise: Tensor, return_dict: bool = True) -> SemidiscreteCouplingOutput | tuple[Tensor]:
+        """As `assign`."""
+        indices = self.assign(noise)
+        return SemidiscreteCouplingOutput(indices) if return_dict else (indices,)
+
+
+def mirrored(images: Tensor, which: Tensor) -> Tensor:
+    """Images [B, C, H, W], those of the mask `which` [B] mirrored left to right."""
+    return torch.where(which.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def content_hash(images: Tensor) -> str:
+    """SHA-256 over shape and bytes of images as uint8."""
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    digest.update(pixels.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _check_images(images: Tensor) -> None:
+    require(images.ndim == 4, "images", "have shape [N, C, H, W]", tuple(images.shape))
+    if images.dtype != torch.uint8:
+        require_model_range(images)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return to_model_range(images) if images.dtype == torch.uint8 else images.float()
+
+
+def _projected(images: Tensor, components: Tensor | None) -> Tensor:
+    """Images or noise [B, C, H, W] as points [B, K]; the components are orthonormal, so noise stays standard normal."""
+    rows = images.flatten(1)
+    return rows if components is None else rows @ components.float().T
+
+
+def _points(images: Tensor, components: Tensor | None, flips: bool) -> Tensor:
+    """The points of images, then those of mirrored images: float32 [N or 2N, K]."""
+    chunks = images.split(PCA_CHUNK)
+    parts = [_projected(_floats(chunk), components) for chunk in chunks]
+    parts += [_projected(_floats(chunk).flip(3), components) for chunk in chunks] if flips else []
+    return torch.cat(parts)
+
+
+def _principal_components(images: Tensor, flips: bool, kept_share: float) -> tuple[Tensor | None, float]:
+    """The leading principal directions [K, D] that hold this share of the variance, and the share they hold."""
+    dimension = math.prod(images.shape[1:])
+    if dimension <= WHOLE or kept_share == 1:
+        return None, 1.0
+    rows = torch.linspace(0, len(images) - 1, min(len(images), PCA_IMAGES)).round().long().to(images.device)
+    sample = _points(images[rows], None, flips)
+    sample = sample - sample.mean(dim=0)
+    with torch.random.fork_rng(devices=[sample.device] if sample.is_cuda else []):
+        torch.manual_seed(key("principal components"))
+        _, lengths, directions = torch.svd_lowrank(sample, q=min(MOST_COMPONENTS, *sample.shape), niter=4)
+    shares = lengths.square().cumsum(0) / sample.square().sum()
+    count = min(int((shares < kept_share).sum()) + 1, len(shares))
+    return directions[:, :count].T.contiguous(), shares[count - 1].item()
