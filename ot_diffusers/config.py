@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import math
 import os
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -39,12 +40,27 @@ OT_BACKENDS = ("native", "geomloss", "flash-sinkhorn")
 TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")
 
 LARGEST = 10**9
-"""Of a whole number: more images, updates or channels no machine holds. A random seed may be any."""
+"""Upper bound of every whole number but the random seed: no machine holds more images, training steps or channels."""
+
+GROUPS = (
+    "data set",
+    "training run",
+    "optimiser",
+    "network",
+    "diffusion",
+    "prior",
+    "prior=vae",
+    "prior=gan",
+    "transport",
+    "records and checkpoints",
+)
+"""Groups of options in the order of `--help`. The metadata of a field hold the name of its group."""
+OTHER = "other options"
 
 
 class Range(NamedTuple):
-    """What an option may be, besides none where its type allows that; of a list, every item. `must` says it in the
-    words of `require` where the bounds say too little."""
+    """The values that an option may have, besides none where its type allows that; in a list, the values of every item.
+    `must` replaces the requirement in error messages where the bounds alone would not explain it."""
 
     minimum: float | None = None
     above: float | None = None
@@ -53,7 +69,7 @@ class Range(NamedTuple):
     must: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Whether a value, or every item of it, is one of the choices, or within the bounds, in which no NaN is."""
+        """Whether a value, or every item of a list, is one of the choices or within the bounds. A NaN never is."""
         if isinstance(value, tuple):
             return all(map(self.holds, value))
         if self.choices:
@@ -62,7 +78,7 @@ class Range(NamedTuple):
         return enough and (self.above is None or value > self.above) and (self.below is None or value < self.below)
 
     def requirement(self, optional: bool) -> str:
-        """In the words of `require`."""
+        """The requirement for `require`."""
         if self.must:
             return self.must
         if self.choices:
@@ -76,15 +92,35 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         """As `--help` shows it."""
         if self.choices:
-            return f"({', '.join(map(str, self.choices))})"
+            return f"{{{', '.join(map(str, self.choices))}}}"
         if self.below is not None:
             return f"({self.above}, {self.below})" if self.minimum is None else f"[{self.minimum}, {self.below})"
         return f"(> {self.above})" if self.minimum is None else f"(≥ {self.minimum})"
 
 
-def option(default: Any, help: str, **bounds: Any) -> Any:
-    """A dataclass field with its line of `--help`, and the bounds of its `Range`, which are checked and shown."""
-    return field(default=default, metadata={"help": help, "range": Range(**bounds) if bounds else None})
+def option(default: Any, help: str, group: str = OTHER, **bounds: Any) -> Any:
+    """A dataclass field with its text and its group in `--help`, and the bounds of its `Range`, which are checked."""
+    allowed = Range(**bounds) if bounds else None
+    return field(default=default, metadata={"help": help, "group": group, "range": allowed})
+
+
+def option_of(group: str) -> Callable[..., Any]:
+    """`option` for the fields of one group."""
+    return functools.partial(option, group=group)
+
+
+(
+    data_option,
+    run_option,
+    optimizer_option,
+    network_option,
+    diffusion_option,
+    prior_option,
+    vae_option,
+    gan_option,
+    transport_option,
+    record_option,
+) = map(option_of, GROUPS)
 
 
 @dataclass
@@ -109,42 +145,72 @@ class Options:
 
 @dataclass
 class TrainingConfig(Options):
-    """What every training script takes."""
+    """Options of every training script."""
 
-    output_dir: str = option("runs/run", "folder of model, checkpoints, samples, metrics.jsonl and TensorBoard logs")
-    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    image_column: str | None = option(None, "column of the images; None is image, or the only one there is")
-    label_column: str | None = option(None, "column of the class labels; None is label, or the class folders")
-    image_size: int | None = option(None, "resize and crop to this many pixels; None keeps the data's size", minimum=1)
-    channels: int | None = option(None, "grey or RGB; None keeps the data's own", choices=(1, 3))
-    random_flip: bool = option(False, "flip half of the training images left to right")
-    crop_padding: int = option(0, "move training images by up to this many pixels, borders mirrored", minimum=0)
-    num_workers: int = option(0, "decoding processes for data too large to be held decoded", minimum=0)
-    seed: int = option(0, "of the initial weights, the data order and the noise", minimum=0, must="not be negative")
-    train_batch_size: int = option(128, "images per process and forward pass", minimum=1)
-    gradient_accumulation_steps: int | None = option(
-        None, "forward passes per update; none is the launcher's, or 1", minimum=1
+    output_dir: str = run_option(
+        "runs/run", "folder of the run: model, checkpoints, samples, metrics.jsonl and TensorBoard logs"
     )
-    num_train_epochs: int = option(35, "passes over the training data", minimum=1)
-    max_train_steps: int | None = option(None, "updates; overrides num_train_epochs", minimum=1)
-    max_train_seconds: float | None = option(None, "stop cleanly, with a checkpoint, after this long", above=0)
-    learning_rate: float = option(2e-4, "peak learning rate", above=0)
-    lr_scheduler: str = option("constant", "course of the learning rate, by diffusers' name", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = option(0, "updates until the peak learning rate", minimum=0)
-    adam_beta1: float = option(0.9, "Adam's β1", minimum=0, below=1)
-    adam_beta2: float = option(0.999, "Adam's β2", minimum=0, below=1)
-    adam_weight_decay: float = option(0.0, "decoupled weight decay; 0 is plain Adam", minimum=0)
-    max_grad_norm: float = option(1.0, "clip the gradient's norm to this", above=0)
-    max_skipped_updates: int = option(0, "updates left out at most, whose gradient is not finite; 0 stops", minimum=0)
-    mixed_precision: str | None = option(None, "none is the launcher's", choices=PRECISIONS, must="be no, fp16 or bf16")
-    report_to: str = option(
-        "auto", "tracker by accelerate's name: tensorboard, wandb, …; auto: tensorboard where it is installed; or none"
+    dataset: str = data_option(
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or a folder of images"
     )
-    logging_steps: int = option(20, "updates between records", minimum=1)
-    checkpointing_steps: int | None = option(None, "updates between checkpoints; None is once an epoch", minimum=1)
-    checkpoints_total_limit: int = option(2, "keep this many checkpoints", minimum=1)
-    resume_from_checkpoint: str | None = option(
-        "latest", "latest, the folder of a checkpoint, or none to refuse a used folder"
+    image_column: str | None = data_option(
+        None, "column that holds the images; none: image, or the only column of images"
+    )
+    label_column: str | None = data_option(
+        None, "column that holds the class labels; none: label, or the class folders"
+    )
+    image_size: int | None = data_option(None, "resize and crop images to this many pixels; none: as stored", minimum=1)
+    channels: int | None = data_option(None, "convert images to grey (1) or RGB (3); none: as stored", choices=(1, 3))
+    random_flip: bool = data_option(False, "mirror half of the training images left to right, chosen at random")
+    crop_padding: int = data_option(
+        0, "shift training images at random by up to this many pixels, with mirrored borders", minimum=0
+    )
+    num_workers: int = data_option(
+        0, "processes that decode images of a data set that does not fit in memory", minimum=0
+    )
+    seed: int = run_option(
+        0, "random seed for initial weights, data order and noise", minimum=0, must="not be negative"
+    )
+    train_batch_size: int = run_option(128, "images per process and forward pass", minimum=1)
+    gradient_accumulation_steps: int | None = run_option(
+        None, "forward passes per training step; none: the launcher's value, or 1", minimum=1
+    )
+    num_train_epochs: int = run_option(35, "passes over the training data", minimum=1)
+    max_train_steps: int | None = run_option(None, "training steps; none: as many as num_train_epochs takes", minimum=1)
+    max_train_seconds: float | None = run_option(
+        None, "seconds after which training stops with a checkpoint; none: no limit", above=0
+    )
+    learning_rate: float = optimizer_option(2e-4, "peak learning rate", above=0)
+    lr_scheduler: str = optimizer_option(
+        "constant", "learning-rate schedule, by its name in diffusers", choices=LR_SCHEDULERS
+    )
+    lr_warmup_steps: int = optimizer_option(0, "training steps until the peak learning rate", minimum=0)
+    adam_beta1: float = optimizer_option(0.9, "β1 of Adam: decay of the mean of gradients", minimum=0, below=1)
+    adam_beta2: float = optimizer_option(
+        0.999, "β2 of Adam: decay of the mean of squared gradients", minimum=0, below=1
+    )
+    adam_weight_decay: float = optimizer_option(0.0, "decoupled weight decay; 0: plain Adam", minimum=0)
+    max_grad_norm: float = optimizer_option(1.0, "clip the gradient to this norm", above=0)
+    max_skipped_updates: int = optimizer_option(
+        0, "skip at most this many training steps with non-finite gradients; 0: stop at the first", minimum=0
+    )
+    mixed_precision: str | None = run_option(
+        None,
+        "precision of forward and backward passes; none: the launcher's, or no",
+        choices=PRECISIONS,
+        must="be no, fp16 or bf16",
+    )
+    report_to: str = record_option(
+        "auto",
+        "experiment tracker, by its name in accelerate; auto: tensorboard if it is installed; none: no tracker",
+    )
+    logging_steps: int = record_option(20, "training steps between two records of the losses", minimum=1)
+    checkpointing_steps: int | None = record_option(
+        None, "training steps between two checkpoints; none: one epoch", minimum=1
+    )
+    checkpoints_total_limit: int = record_option(2, "number of checkpoints that are kept", minimum=1)
+    resume_from_checkpoint: str | None = run_option(
+        "latest", "latest, the folder of a checkpoint, or none: refuse a folder that is in use"
     )
 
     @property
@@ -157,26 +223,34 @@ class TrainingConfig(Options):
 class FeaturesConfig(TrainingConfig):
     """train/train_features.py"""
 
-    output_dir: str = option("runs/features", "folder of the run: the network and its reference bank")
-    architecture: str = option(
-        "conv", "conv as in the original study, residual to evaluate with", choices=("conv", "residual")
+    output_dir: str = run_option("runs/features", "folder of the run: the network and its reference set")
+    architecture: str = network_option(
+        "conv",
+        "conv: two convolutions, as in the original study; residual: stronger, for evaluation",
+        choices=("conv", "residual"),
     )
-    block_out_channels: tuple[int, ...] = option((32, 64), "channels of each stage")
-    layers_per_block: int = option(1, "residual: blocks of each stage", minimum=1)
-    norm_type: str = option(
-        "group_norm", "residual: batch_norm is over a process' batch", choices=("group_norm", "batch_norm")
+    block_out_channels: tuple[int, ...] = network_option((32, 64), "channels of each stage; conv has two stages")
+    layers_per_block: int = network_option(1, "residual: blocks in each stage", minimum=1)
+    norm_type: str = network_option(
+        "group_norm",
+        "residual: normalisation; batch_norm takes its statistics from the batch of one process",
+        choices=("group_norm", "batch_norm"),
     )
-    feature_dim: int = option(128, "width of the penultimate layer", minimum=1)
-    optimizer: str = option(
-        "adamw", "sgd with Nesterov momentum; neither decays biases and norms", choices=("adamw", "sgd")
+    feature_dim: int = network_option(128, "number of features: width of the penultimate layer", minimum=1)
+    optimizer: str = optimizer_option(
+        "adamw", "AdamW, or SGD with Nesterov momentum; both leave biases and norms undecayed", choices=("adamw", "sgd")
     )
-    sgd_momentum: float = option(0.9, "sgd: Nesterov's momentum", above=0, below=1)
-    sgd_weight_decay: float = option(5e-4, "sgd: weight decay, as a gradient", minimum=0)
-    label_smoothing: float = option(0.0, "share of each label spread over all classes", minimum=0, below=1)
-    num_train_epochs: int = option(10, "passes over the training data", minimum=1)
-    learning_rate: float = option(1e-3, "peak learning rate", above=0)
-    lr_scheduler: str = option("cosine", "with lr_warmup_steps, cosine and linear are one cycle", choices=LR_SCHEDULERS)
-    num_reference_samples: int = option(2000, "rows of the reference bank, from the training split", minimum=2)
+    sgd_momentum: float = optimizer_option(0.9, "sgd: Nesterov momentum", above=0, below=1)
+    sgd_weight_decay: float = optimizer_option(5e-4, "sgd: weight decay, added to the gradient", minimum=0)
+    label_smoothing: float = optimizer_option(
+        0.0, "fraction of each label that is spread over all classes", minimum=0, below=1
+    )
+    num_train_epochs: int = run_option(10, "passes over the training data", minimum=1)
+    learning_rate: float = optimizer_option(1e-3, "peak learning rate", above=0)
+    lr_scheduler: str = optimizer_option(
+        "cosine", "learning-rate schedule, by its name in diffusers", choices=LR_SCHEDULERS
+    )
+    num_reference_samples: int = network_option(2000, "number of training images in the reference set", minimum=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,25 +263,29 @@ class FeaturesConfig(TrainingConfig):
 
 @dataclass
 class DiffusionConfig(TrainingConfig):
-    """What every script takes that trains a denoiser."""
+    """Options of the scripts that train a denoiser."""
 
-    num_train_timesteps: int = option(1000, "T, length of the noising chain", minimum=1)
-    timestep_sampler: str = option(
+    num_train_timesteps: int = diffusion_option(1000, "T: number of timesteps of the noising chain", minimum=1)
+    timestep_sampler: str = diffusion_option(
         "uniform",
-        "distribution of the timesteps; quadratic: t = T·u², log_uniform: t = T^u, both favour little noise",
+        "distribution of timesteps in training; quadratic (t = T·u²) and log_uniform (t = T^u) favour low noise",
         choices=("uniform", "quadratic", "log_uniform"),
     )
-    max_timestep: int | None = option(None, "train on t < max_timestep only, for truncated chains", minimum=1)
-    noise_coupling: str = option(
+    max_timestep: int | None = diffusion_option(
+        None, "train on t < max_timestep only, for truncated chains; none: on all", minimum=1
+    )
+    noise_coupling: str = diffusion_option(
         "none",
-        "assignment: assign a batch's noise to its images by optimal transport",
+        "assignment: assign noise to the images of a batch by optimal transport; none: pair them at random",
         choices=("none", "assignment"),
         must="be one of none, assignment",
     )
-    ema_decay: float = option(0.999, "upper bound of the weights' averaging; lower on short runs", minimum=0, below=1)
-    num_validation_samples: int = option(1000, "validation images per epoch", minimum=1)
-    num_inference_steps: int = option(50, "DDIM steps of the sample grids", minimum=1)
-    sample_epochs: int = option(5, "epochs between sample grids", minimum=1)
+    ema_decay: float = optimizer_option(
+        0.999, "decay of the averaged weights; it begins lower and rises to this", minimum=0, below=1
+    )
+    num_validation_samples: int = record_option(1000, "number of validation images per epoch", minimum=1)
+    num_inference_steps: int = record_option(50, "denoising steps of the sample grids", minimum=1)
+    sample_epochs: int = record_option(5, "epochs between two sample grids", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,14 +304,20 @@ class DiffusionConfig(TrainingConfig):
 class BaselineConfig(DiffusionConfig):
     """train/train_baseline.py"""
 
-    output_dir: str = option("runs/baseline", "folder of the run: a diffusers pipeline and all that belongs to it")
-    block_out_channels: tuple[int, ...] = option((64, 128, 256), "UNet channels of each resolution")
-    layers_per_block: int = option(2, "UNet residual blocks per resolution", minimum=1)
-    attention_levels: tuple[int, ...] = option((2,), "resolutions with self-attention, counted from 0, the finest")
-    norm_num_groups: int = option(32, "groups of the UNet's group normalisation", minimum=1)
-    dropout: float = option(0.0, "UNet dropout", minimum=0, below=1)
-    beta_schedule: str = option("linear", "course of the noise, by diffusers' name", choices=BETA_SCHEDULES)
-    prediction_type: str = option("epsilon", "what the UNet predicts", choices=PREDICTION_TYPES)
+    output_dir: str = run_option(
+        "runs/baseline", "folder of the run: a diffusers pipeline, checkpoints, samples and records"
+    )
+    block_out_channels: tuple[int, ...] = network_option(
+        (64, 128, 256), "channels of the UNet at each resolution, the finest first"
+    )
+    layers_per_block: int = network_option(2, "residual blocks of the UNet at each resolution", minimum=1)
+    attention_levels: tuple[int, ...] = network_option((2,), "resolutions with self-attention; 0 is the finest")
+    norm_num_groups: int = network_option(32, "groups of the UNet's group normalisation", minimum=1)
+    dropout: float = network_option(0.0, "dropout of the UNet", minimum=0, below=1)
+    beta_schedule: str = diffusion_option("linear", "noise schedule, by its name in diffusers", choices=BETA_SCHEDULES)
+    prediction_type: str = diffusion_option(
+        "epsilon", "what the UNet predicts: the noise, the velocity or the clean image", choices=PREDICTION_TYPES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,34 +330,42 @@ class BaselineConfig(DiffusionConfig):
 class OTConfig(BaselineConfig):
     """train/train_ot.py"""
 
-    output_dir: str = option("runs/ot", "folder of the run: an OT-guided pipeline and all that belongs to it")
-    feature_extractor: str = option("runs/features", "folder or Hub id of a feature network trained on the same data")
-    ot_weight: float = option(0.03, "λ, weight of the transport term; 0 trains the baseline", minimum=0)
-    num_reference_samples: int = option(
+    output_dir: str = run_option(
+        "runs/ot", "folder of the run: an OT-guided pipeline, checkpoints, samples and records"
+    )
+    feature_extractor: str = transport_option(
+        "runs/features", "folder or Hub id of a feature network that was trained on the same data"
+    )
+    ot_weight: float = transport_option(0.03, "λ: weight of the transport term; 0: the baseline", minimum=0)
+    num_reference_samples: int = transport_option(
         2000,
-        "real images the batch is compared with, none of them in the batch",
+        "number of real images that a batch is compared with; none of them is in the batch",
         minimum=2,
         must="be at least 2 (a distribution, not a point)",
     )
-    blur: float = option(0.3, "of the Sinkhorn divergence, in feature space", above=0, must="be a positive length")
-    scaling: float = option(0.7, "ratio of successive blurs in the solver", above=0, below=1)
-    normalize_features: bool = option(
-        True, "divide features by their median distance; the original study takes them raw"
+    blur: float = transport_option(
+        0.3, "blur of the Sinkhorn divergence: a distance between features", above=0, must="be a positive length"
     )
-    squash: str = option(
+    scaling: float = transport_option(0.7, "ratio of successive blurs in the solver", above=0, below=1)
+    normalize_features: bool = transport_option(
+        True, "divide features by their median distance; false: raw, as in the original study"
+    )
+    squash: str = transport_option(
         "clamp",
-        "how x̂0 is brought into [-1, 1]; tanh as in the original study, then also for the references",
+        "how x̂0 is brought into [-1, 1]; tanh: as in the original study, also for the references",
         choices=("clamp", "tanh"),
     )
-    snr_weighting: bool = option(True, "weight images by min(SNR, 5)/5: x̂0 of a noisy image is no sample of the data")
-    ot_backend: str = option(
+    snr_weighting: bool = transport_option(True, "weight images by their clipped signal-to-noise ratio, min(SNR, 5)/5")
+    ot_backend: str = transport_option(
         "native",
-        "geomloss as in the original study; flash-sinkhorn for CUDA, installed apart",
+        "Sinkhorn solver; geomloss: as in the original study; flash-sinkhorn: for CUDA, installed separately",
         choices=OT_BACKENDS,
         must=f"be one of {', '.join(OT_BACKENDS)}",
     )
-    ot_iterations: int | None = option(
-        None, "native: steps set in advance, so that a GPU never waits: 20 do at this blur; none converges", minimum=1
+    ot_iterations: int | None = transport_option(
+        None,
+        "native: fixed number of Sinkhorn iterations; 20 suffice at the default blur; none: run to convergence",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:
@@ -291,47 +383,67 @@ class OTConfig(BaselineConfig):
 class PriorConfig(TrainingConfig):
     """train/train_prior.py"""
 
-    output_dir: str = option("runs/prior", "folder of the run: a truncated pipeline and all that belongs to it")
-    denoiser: str = option("runs/baseline", "folder or Hub id of a trained pipeline; its UNet walks the last steps")
-    prior: str = option(
-        "ot", "gaussian in closed form, the others are trained", choices=("gaussian", "vae", "gan", "ot")
+    output_dir: str = run_option(
+        "runs/prior", "folder of the run: a truncated pipeline, checkpoints, samples and records"
     )
-    prediction_type: str = option(
-        "sample", "sample: clean, then diffused; noisy_sample: noisy at once", choices=("sample", "noisy_sample")
+    denoiser: str = prior_option(
+        "runs/baseline", "folder or Hub id of a trained pipeline, whose UNet runs the last steps"
     )
-    truncation_timestep: int = option(10, "T', length of the truncated chain", minimum=1)
-    latent_dim: int = option(1024, "width of the generator's latents", minimum=1)
-    block_out_channels: tuple[int, ...] = option((512, 256, 128, 64), "channels of the maps, smallest first")
-    num_train_epochs: int = option(32, "passes over the training data", minimum=1)
-    adam_beta1: float = option(0.5, "Adam's β1", minimum=0, below=1)
-    ema_decay: float = option(0.999, "upper bound of the weights' averaging; lower on short runs", minimum=0, below=1)
-    num_inference_steps: int | None = option(None, "reverse steps of the sample grids; none is T'")
-    sample_epochs: int = option(5, "epochs between sample grids", minimum=1)
-    class_wise: bool = option(False, "gaussian: one for each class label")
-    beta: float = option(1.0, "vae: weight of the divergence", minimum=0)
-    latent_components: int = option(10, "vae: Gaussians fitted to the codes of the data; 0 keeps N(0, I)", minimum=0)
-    discriminator_learning_rate: float | None = option(None, "gan: its own; none is learning_rate", above=0)
-    spectral_norm: bool = option(True, "gan: bound each layer of the discriminator")
-    r1_weight: float = option(1.0, "gan: weight of the R1 penalty; 0 for none", minimum=0)
-    r1_interval: int = option(4, "gan: updates between penalties, each that many times as heavy", minimum=1)
-    ot_objective: str = option("sinkhorn", f"ot: {', '.join(TRANSPORT_TERMS)}, joined by +")
-    ot_weights: tuple[float, ...] = option((), "ot: weights of these terms, in their order; none is 1 each")
-    ot_warmup_steps: int = option(
-        0, "ot: first updates, which learn the closed-form transport map to the Gaussian of the data", minimum=0
+    prior: str = prior_option(
+        "ot",
+        "kind of prior: gaussian is a closed form, the others are trained",
+        choices=("gaussian", "vae", "gan", "ot"),
     )
-    feature_extractor: str | None = option(None, "ot: run of train_features.py; none takes the denoiser's features")
-    num_reference_samples: int | None = option(
-        None, "ot: images on both sides of sinkhorn's field; none is the batch", minimum=2
+    prediction_type: str = prior_option(
+        "sample",
+        "sample: the generator makes clean images, which are then diffused to T'; noisy_sample: it makes x_T' at once",
+        choices=("sample", "noisy_sample"),
     )
-    num_projections: int = option(256, "ot: random directions of each sliced term", minimum=1)
-    patch_sizes: tuple[int, ...] = option((3, 7), "ot: widths of the patches", minimum=1)
-    patch_stride: int | None = option(
-        None, "ot: pixels between compared patches, from a random one on; none is half a patch", minimum=1
+    truncation_timestep: int = prior_option(10, "T': number of steps of the truncated chain", minimum=1)
+    latent_dim: int = network_option(1024, "width of the generator's latents", minimum=1)
+    block_out_channels: tuple[int, ...] = network_option(
+        (512, 256, 128, 64), "channels of the generator at each resolution, the coarsest first"
     )
-    blur: float = option(
-        0.3, "ot: of the Sinkhorn divergence; features have median distance 1", above=0, must="be a positive length"
+    num_train_epochs: int = run_option(32, "passes over the training data", minimum=1)
+    adam_beta1: float = optimizer_option(0.5, "β1 of Adam: decay of the mean of gradients", minimum=0, below=1)
+    ema_decay: float = optimizer_option(
+        0.999, "decay of the averaged weights; it begins lower and rises to this", minimum=0, below=1
     )
-    scaling: float = option(0.5, "ot: ratio of successive blurs in the solver", above=0, below=1)
+    num_inference_steps: int | None = record_option(None, "denoising steps of the sample grids; none: T'", minimum=1)
+    sample_epochs: int = record_option(5, "epochs between two sample grids", minimum=1)
+    class_wise: bool = prior_option(False, "gaussian: fit one Gaussian per class")
+    beta: float = vae_option(1.0, "weight of the Kullback–Leibler divergence", minimum=0)
+    latent_components: int = vae_option(
+        10, "Gaussians in the mixture that is fitted to the latents of the data; 0: N(0, I)", minimum=0
+    )
+    discriminator_learning_rate: float | None = gan_option(
+        None, "peak learning rate of the discriminator; none: learning_rate", above=0
+    )
+    spectral_norm: bool = gan_option(True, "bound the spectral norm of each layer of the discriminator")
+    r1_weight: float = gan_option(1.0, "weight of the R1 penalty; 0: no penalty", minimum=0)
+    r1_interval: int = gan_option(4, "training steps between two R1 penalties; each counts that many times", minimum=1)
+    ot_objective: str = transport_option("sinkhorn", f"terms of the loss, joined by +: {', '.join(TRANSPORT_TERMS)}")
+    ot_weights: tuple[float, ...] = transport_option(
+        (), "weights of the terms of ot_objective, in their order; empty: 1 each"
+    )
+    ot_warmup_steps: int = transport_option(
+        0, "first training steps, which learn the closed-form transport map to the Gaussian of the data", minimum=0
+    )
+    feature_extractor: str | None = transport_option(
+        None, "run of train_features.py whose features are compared; none: the denoiser's features"
+    )
+    num_reference_samples: int | None = transport_option(
+        None, "images on each side of the sinkhorn term; none: the batch", minimum=2
+    )
+    num_projections: int = transport_option(256, "random directions of each sliced term", minimum=1)
+    patch_sizes: tuple[int, ...] = transport_option((3, 7), "widths of the compared patches in pixels", minimum=1)
+    patch_stride: int | None = transport_option(
+        None, "pixels between two compared patches, from a random offset; none: half a patch", minimum=1
+    )
+    blur: float = transport_option(
+        0.3, "blur of the Sinkhorn divergence; features have median distance 1", above=0, must="be a positive length"
+    )
+    scaling: float = transport_option(0.5, "ratio of successive blurs in the solver", above=0, below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -407,18 +519,35 @@ def make_config(config_class: type[C], values: dict[str, Any]) -> C:
     return config_class(**{key: _coerce(key, value, field_types[key]) for key, value in values.items()})
 
 
+def options_by_group(config_class: type) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The fields of a configuration by group, groups in the order of `GROUPS` and others after them.
+
+    Example:
+        >>> [entry.name for entry in options_by_group(OTConfig)["diffusion"]][:2]
+        ['num_train_timesteps', 'timestep_sampler']
+    """
+    entries = dataclasses.fields(config_class)
+    present = dict.fromkeys(entry.metadata.get("group", OTHER) for entry in entries)
+    order = sorted(present, key=lambda group: GROUPS.index(group) if group in GROUPS else len(GROUPS))
+    return {group: [entry for entry in entries if entry.metadata.get("group", OTHER) == group] for group in order}
+
+
 def describe(config_class: type) -> str:
-    """The options of a script with their defaults and what they may be: the body of its `--help`."""
-    return "\n".join(map(_described, dataclasses.fields(config_class)))
+    """The options of a configuration by group, with their defaults and ranges, as `--help` lists them."""
+    return "\n\n".join(
+        "\n".join([f"{group}:", *map(_described, entries)]) for group, entries in options_by_group(config_class).items()
+    )
 
 
 def _described(entry: dataclasses.Field[Any]) -> str:
+    """The lines of one option. As in argparse, the text begins on a line of its own where the name is too long."""
     text, allowed = entry.metadata["help"], entry.metadata.get("range")
     if allowed is not None:
         text += f" {allowed}" if allowed.choices else " " + f"{allowed}".replace(" ", NO_BREAK)
-    start = f"  {entry.name}={_show(entry.default)}  ".ljust(HELP_COLUMN)
-    wrapper = textwrap.TextWrapper(80, start, " " * HELP_COLUMN, break_long_words=False, break_on_hyphens=False)
-    return wrapper.fill(text).replace(NO_BREAK, " ")
+    start, indent = f"  {entry.name}={_show(entry)}", " " * HELP_COLUMN
+    wrapper = textwrap.TextWrapper(80, indent, indent, break_long_words=False, break_on_hyphens=False)
+    lines = wrapper.fill(text).replace(NO_BREAK, " ")
+    return f"{start}\n{lines}" if len(start) > HELP_COLUMN - 2 else start.ljust(HELP_COLUMN) + lines[HELP_COLUMN:]
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -513,5 +642,9 @@ def _multiples(widths: Sequence[int], unit: int) -> bool:
     return len(widths) > 0 and all(width >= 1 and width % unit == 0 for width in widths)
 
 
-def _show(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _show(entry: dataclasses.Field[Any]) -> str:
+    """The default of an option as a user would write it."""
+    default = entry.default if entry.default_factory is dataclasses.MISSING else ()
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return str(default).lower() if default is None or isinstance(default, bool) else str(default)

@@ -13,6 +13,7 @@ import yaml
 from makers import ROOT
 
 from ot_diffusers.config import (
+    GROUPS,
     BaselineConfig,
     FeaturesConfig,
     OTConfig,
@@ -23,6 +24,7 @@ from ot_diffusers.config import (
     load_config,
     make_config,
     option,
+    options_by_group,
 )
 from ot_diffusers.errors import InputError
 from ot_diffusers.launch import run_script
@@ -155,10 +157,13 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config_class", CONFIG_CLASSES)
 def test_help_lists_every_option_with_its_default_and_what_it_may_be(config_class: type) -> None:
     shown = describe(config_class)
-    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  \w)", shown)]
-    fields = dataclasses.fields(config_class)
+    groups = options_by_group(config_class)
+    assert re.findall(r"^(\S.*):$", shown, re.MULTILINE) == list(groups)
+    entries = [" ".join(entry.split()) for entry in re.findall(r"^  \w+=.*(?:\n {36}.+)*", shown, re.MULTILINE)]
+    fields = [field for fields in groups.values() for field in fields]
     assert [entry.split("=")[0] for entry in entries] == [field.name for field in fields]
     assert all(len(line) <= 80 for line in shown.splitlines())
+    assert all(line[36] != " " and line[35] == " " for line in shown.splitlines() if len(line) > 36)
     for entry, field in zip(entries, fields, strict=True):
         allowed = field.metadata["range"]
         text = f"{field.metadata['help']} {allowed}" if allowed else field.metadata["help"]
@@ -169,10 +174,19 @@ def test_help_lists_every_option_with_its_default_and_what_it_may_be(config_clas
 
 
 @pytest.mark.parametrize("config_class", CONFIG_CLASSES)
-def test_an_option_with_another_default_keeps_its_range(config_class: type) -> None:
-    own = {field.name: field.metadata["range"] for field in dataclasses.fields(config_class)}
+def test_every_option_is_in_one_of_the_groups(config_class: type) -> None:
+    groups = options_by_group(config_class)
+    assert list(groups) == [group for group in GROUPS if group in groups]
+    names = [field.name for fields in groups.values() for field in fields]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(config_class))
+
+
+@pytest.mark.parametrize("config_class", CONFIG_CLASSES)
+def test_an_option_with_another_default_keeps_its_range_and_group(config_class: type) -> None:
+    own = {field.name: field.metadata for field in dataclasses.fields(config_class)}
     for field in dataclasses.fields(TrainingConfig):
-        assert own[field.name] == field.metadata["range"], field.name
+        for name in ("range", "group"):
+            assert own[field.name][name] == field.metadata[name], field.name
 
 
 @pytest.mark.parametrize(
@@ -182,8 +196,8 @@ def test_an_option_with_another_default_keeps_its_range(config_class: type) -> N
         ({"above": 0}, (0.1, math.inf, (), (1, 2)), (0, math.nan, (1, 0)), "(> 0)", "be positive"),
         ({"minimum": 0, "below": 1}, (0, 0.9), (-0.1, 1, math.nan), "[0, 1)", "lie in [0, 1)"),
         ({"above": 0, "below": 1}, (0.1, 0.9), (0, 1, math.nan), "(0, 1)", "lie strictly between 0 and 1"),
-        ({"choices": ("a", "b")}, ("a", ("a", "b")), ("c", ("a", "c"), None), "(a, b)", "be a or b"),
-        ({"choices": tuple("abcd")}, ("d",), ("e",), "(a, b, c, d)", "be one of a, b, c, d"),
+        ({"choices": ("a", "b")}, ("a", ("a", "b")), ("c", ("a", "c"), None), "{a, b}", "be a or b"),
+        ({"choices": tuple("abcd")}, ("d",), ("e",), "{a, b, c, d}", "be one of a, b, c, d"),
         ({"minimum": 1, "must": "hold a point"}, (1,), (0,), "(≥ 1)", "hold a point"),
     ],
 )
