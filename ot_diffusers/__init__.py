@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models.guidance_field import GuidanceField
     from .models.prior import GaussianPrior, PriorGenerator
     from .models.reference_bank import ReferenceBank
+    from .models.semidiscrete_coupling import SemidiscreteCoupling
     from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
     from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
     from .schedules import truncated_scheduler
@@ -35,6 +36,7 @@ _MODULES = {
     "PriorGenerator": ".models.prior",
     "ReferenceBank": ".models.reference_bank",
     "ResidualFeatureExtractor": ".models.feature_extractor",
+    "SemidiscreteCoupling": ".models.semidiscrete_coupling",
     "TruncatedPriorPipeline": ".pipelines.pipeline_truncated_prior",
     "sinkhorn_divergence": ".transport",
     "truncated_scheduler": ".schedules",
@@ -50,6 +52,7 @@ __all__ = [
     "PriorGenerator",
     "ReferenceBank",
     "ResidualFeatureExtractor",
+    "SemidiscreteCoupling",
     "TruncatedPriorPipeline",
     "__version__",
     "sinkhorn_divergence",

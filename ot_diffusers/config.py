@@ -35,8 +35,10 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 PRECISIONS = ("no", "fp16", "bf16")
 HELP_COLUMN, NO_BREAK = 36, "\N{NO-BREAK SPACE}"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 OT_BACKENDS = ("native", "geomloss", "flash-sinkhorn")
+NOISE_COUPLINGS = ("independent", "assignment", "semidiscrete")
 TRANSPORT_TERMS = ("pixel", "patch", "feature", "sinkhorn")
 
 LARGEST = 10**9
@@ -275,10 +277,19 @@ class DiffusionConfig(TrainingConfig):
         None, "train on t < max_timestep only, for truncated chains; none: on all", minimum=1
     )
     noise_coupling: str = diffusion_option(
-        "none",
-        "assignment: assign noise to the images of a batch by optimal transport; none: pair them at random",
-        choices=("none", "assignment"),
-        must="be one of none, assignment",
+        "independent",
+        "how noise and images are paired: independent: at random; semidiscrete: by optimal transport between noise and "
+        "the whole data set; assignment: by optimal transport within a batch",
+        choices=NOISE_COUPLINGS,
+    )
+    coupling: str | None = diffusion_option(
+        None, "semidiscrete: folder of a saved coupling of these images, or of a run with one; none solves for one"
+    )
+    coupling_tolerance: float = diffusion_option(
+        0.02, "semidiscrete: χ² of the images' probabilities at which the solver stops; 0 is uniform", above=0
+    )
+    coupling_max_seconds: float | None = diffusion_option(
+        None, "semidiscrete: time limit of the solver in seconds; none: until the tolerance is reached", above=0
     )
     ema_decay: float = optimizer_option(
         0.999, "decay of the averaged weights; it begins lower and rises to this", minimum=0, below=1
@@ -293,6 +304,18 @@ class DiffusionConfig(TrainingConfig):
         for name in ("num_inference_steps", "max_timestep"):
             value = getattr(self, name)
             require(value is None or value <= length, name, f"lie in 1 … {length}", value)
+        coupled = self.noise_coupling == "semidiscrete"
+        unused = not coupled and self.coupling is not None
+        require(not unused, "coupling", "be none without noise_coupling=semidiscrete", self.coupling)
+        moved = coupled and self.crop_padding > 0
+        require(not moved, "crop_padding", "be 0 with noise_coupling=semidiscrete", self.crop_padding)
+        cut = self.noise_coupling != "independent" and self.max_timestep is not None
+        require(
+            not cut,
+            "max_timestep",
+            "be none with a noise coupling: a truncated chain begins with fresh noise, which the coupling excludes",
+            self.max_timestep,
+        )
 
     @property
     def compares_distributions(self) -> bool:
@@ -317,6 +340,12 @@ class BaselineConfig(DiffusionConfig):
     beta_schedule: str = diffusion_option("linear", "noise schedule, by its name in diffusers", choices=BETA_SCHEDULES)
     prediction_type: str = diffusion_option(
         "epsilon", "what the UNet predicts: the noise, the velocity or the clean image", choices=PREDICTION_TYPES
+    )
+    timestep_spacing: str = diffusion_option(
+        "leading",
+        "timesteps of short chains, by its name in diffusers; trailing begins at pure noise, which chains of a few steps "
+        "need",
+        choices=TIMESTEP_SPACINGS,
     )
 
     def __post_init__(self) -> None:

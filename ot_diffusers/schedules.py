@@ -18,6 +18,8 @@ from .errors import InputError, require, require_integer
 from .images import require_model_range
 from .seeds import keyed_normal
 
+STOCHASTIC = ("DDPM", "Ancestral", "SDE", "LCM", "TCD")
+"""Parts of the names of diffusers' schedulers that add noise in every step."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -37,6 +39,9 @@ class Scheduler(Protocol):
 
     def step(self, *arguments: Any, **options: Any) -> Any:
         """x_t and a model output to x_{t−1}, the `prev_sample` of what is returned."""
+
+    def register_to_config(self, **options: Any) -> None:
+        """Add options to the configuration."""
 
     @classmethod
     def from_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -104,6 +109,40 @@ def reversible_steps(scheduler: Scheduler, timesteps: Sequence[int]) -> set[int]
     alpha, sigma = (level.tolist() for level in levels)
     divisors = {"epsilon": (alpha, sigma), "v_prediction": (sigma,)}.get(scheduler.config.prediction_type, ())
     return {step for step in range(len(timesteps)) if all(divisor[step] > 0 for divisor in divisors)}
+
+
+def record_coupling(scheduler: S, noise_coupling: str) -> None:
+    """Write into the scheduler's configuration how noise and images were paired in training.
+
+    The entry `_noise_coupling` stays through `from_config` to any other scheduler, `save_pretrained` and
+    `from_pretrained`; diffusers ignores it.
+    """
+    scheduler.register_to_config(_noise_coupling=noise_coupling)
+
+
+def require_independent(scheduler: Scheduler, argument: str, requirement: str, value: object) -> None:
+    """Refuse what only a denoiser of independent pairs allows: with coupled pairs its output is not the score of the
+    noised data, and x_t is not α_t x0 + σ_t ε with fresh noise.
+
+    Raises:
+        InputError: the scheduler is one of a coupled denoiser.
+    """
+    coupling = scheduler.config.get("_noise_coupling")
+    reason = f"{requirement}: this denoiser was trained with noise_coupling={coupling}"
+    require(coupling in (None, "independent"), argument, reason, value)
+
+
+def check_deterministic(scheduler: Scheduler, eta: float = 0.0) -> None:
+    """Refuse to add noise during the chain of a denoiser that was trained with coupled pairs.
+
+    Raises:
+        InputError: naming `eta` or the scheduler.
+    """
+    if eta > 0:
+        require_independent(scheduler, "eta", "be 0", eta)
+    name, algorithm = type(scheduler).__name__, str(scheduler.config.get("algorithm_type", ""))
+    if algorithm.startswith("sde") or any(part in name for part in STOCHASTIC):
+        require_independent(scheduler, "scheduler", "be deterministic, such as DDIMScheduler", name)
 
 
 def alpha_sigma(
@@ -224,6 +263,7 @@ def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:
     Reference: [Zheng2022], [Lyu2022].
     """
     require(_has_betas(scheduler), "scheduler", "have betas that can be cut", type(scheduler).__name__)
+    require_independent(scheduler, "scheduler", "not be truncated", type(scheduler).__name__)
     num_train_timesteps = scheduler.config.num_train_timesteps
     valid = isinstance(truncation_timestep, int) and 1 <= truncation_timestep <= num_train_timesteps
     require(valid, "truncation_timestep", f"be an integer from 1 to {num_train_timesteps}", truncation_timestep)

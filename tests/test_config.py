@@ -231,7 +231,10 @@ def test_range(bounds: dict[str, Any], inside: Any, outside: Any, shown: str, re
         ("ot_weight=-0.1", "`ot_weight` must be at least 0, got -0.1"),
         ("squash=sigmoid", "`squash` must be clamp or tanh, got 'sigmoid'"),
         ("ot_backend=pot", "`ot_backend` must be one of native, geomloss, flash-sinkhorn, got 'pot'"),
-        ("noise_coupling=hungarian", "`noise_coupling` must be one of none, assignment, got 'hungarian'"),
+        (
+            "noise_coupling=hungarian",
+            "`noise_coupling` must be one of independent, assignment, semidiscrete, got 'hungarian'",
+        ),
         ("ot_iterations=0", "`ot_iterations` must be at least 1 or none, got 0"),
         ("snr_weighting=1", "`snr_weighting` must be true or false, got 1"),
         ("train_batch_size=0", "`train_batch_size` must be at least 1, got 0"),

@@ -21,6 +21,7 @@ from ot_diffusers.training import (
     diffusion_batches,
     load_splits,
     make_accelerator,
+    make_coupling,
     make_noise_scheduler,
     make_schedule,
     make_unet,
@@ -42,6 +43,7 @@ def main(config: BaselineConfig) -> None:
     accelerator = make_accelerator(config)
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = make_schedule(config, accelerator, images)
+    coupling = make_coupling(config, images, accelerator)
 
     # Model, averaged weights, noising chain.
     unet = make_unet(config, images.image_shape)
@@ -50,12 +52,12 @@ def main(config: BaselineConfig) -> None:
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
-    open_run(config, accelerator, images)
+    open_run(config, accelerator, images, coupling=coupling)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
 
     # Loop.
-    for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, start=state.update):
+    for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, state.update, coupling):
         with accelerator.accumulate(state.model):
             model_output = state.model(batch.noisy, batch.timesteps).sample
             terms = {"mse": denoising_loss(model_output, batch.target)}
@@ -64,7 +66,8 @@ def main(config: BaselineConfig) -> None:
         record.add(loss=loss, **terms)
 
         if accelerator.sync_gradients and schedule.ends_epoch(state.update):
-            validation = validation_loss(state, validation_images, scheduler, config, accelerator)
+            held_out = images if coupling else validation_images
+            validation = validation_loss(state, held_out, scheduler, config, accelerator, coupling)
             record.end_epoch(validation_loss=validation)
             if schedule.epoch(state.update) % config.sample_epochs == 0:
                 save_sample_grid(state, scheduler, config, accelerator)
@@ -82,6 +85,8 @@ def main(config: BaselineConfig) -> None:
                 DDIMScheduler.from_config(scheduler.config),
             )
             pipeline.save_pretrained(folder)
+            if coupling is not None:
+                coupling.save_pretrained(folder / "coupling")
     save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
     accelerator.end_training()

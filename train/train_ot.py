@@ -32,6 +32,7 @@ from ot_diffusers.training import (
     gather_rows,
     load_splits,
     make_accelerator,
+    make_coupling,
     make_noise_scheduler,
     make_schedule,
     make_unet,
@@ -55,6 +56,7 @@ def main(config: OTConfig) -> None:
     check_backend(config.ot_backend, accelerator.device, "ot_backend")
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = make_schedule(config, accelerator, images)
+    coupling = make_coupling(config, images, accelerator)
 
     # Model, averaged weights, noising chain.
     unet = make_unet(config, images.image_shape)
@@ -73,12 +75,12 @@ def main(config: OTConfig) -> None:
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
-    open_run(config, accelerator, images, feature_extractor=feature_extractor)
+    open_run(config, accelerator, images, feature_extractor=feature_extractor, coupling=coupling)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
 
     # Loop.
-    for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, start=state.update):
+    for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, state.update, coupling):
         with accelerator.accumulate(state.model):
             model_output = state.model(batch.noisy, batch.timesteps).sample
             terms = {"mse": denoising_loss(model_output, batch.target)}
@@ -100,7 +102,8 @@ def main(config: OTConfig) -> None:
         record.add(loss=loss, **terms)
 
         if accelerator.sync_gradients and schedule.ends_epoch(state.update):
-            validation = validation_loss(state, validation_images, scheduler, config, accelerator)
+            held_out = images if coupling else validation_images
+            validation = validation_loss(state, held_out, scheduler, config, accelerator, coupling)
             record.end_epoch(validation_loss=validation)
             if schedule.epoch(state.update) % config.sample_epochs == 0:
                 save_sample_grid(state, scheduler, config, accelerator)
@@ -120,6 +123,8 @@ def main(config: OTConfig) -> None:
             )
             pipeline = OTGuidedDDIMPipeline(unet, ddim, feature_extractor, bank)
             pipeline.save_pretrained(folder)
+            if coupling is not None:
+                coupling.save_pretrained(folder / "coupling")
     save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
     accelerator.end_training()

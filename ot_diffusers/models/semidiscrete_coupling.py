@@ -71,7 +71,7 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         >>> clean.shape
         torch.Size([16, 1, 8, 8])
 
-    Reference: [Tong2024] for couplings in flow matching; [Mousavi2025] for semi-discrete ones.
+    Reference: [Tong2024] for couplings in flow matching; [MousaviHosseini2025] for semi-discrete ones.
     """
 
     @register_to_config
@@ -163,9 +163,9 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             InputError: other images than those it was made for.
         """
         _check_images(images)
-        fits = (len(images) * (1 + self.config.flips), *images.shape[1:])
-        expected = (self.config.num_points, *self.config.image_shape)
-        require(fits == expected, "images", f"be the {expected[0]} points of shape {expected[1:]} it was made for", fits)
+        shape = (len(images), *images.shape[1:])
+        expected = (self.config.num_points // (1 + self.config.flips), *self.config.image_shape)
+        require(shape == expected, "images", f"have the shape {expected} of those it was made for", shape)
         known = self.config.data_fingerprint
         same = known is None or known == content_hash(images)
         require(same, "images", f"be those of {self.config.dataset or 'the data set'} it was made for", "other images")
@@ -182,7 +182,8 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             InputError: noise of another shape, or a loaded coupling without its images.
         """
         shape = tuple(self.config.image_shape)
-        require(tuple(noise.shape[1:]) == shape, "noise", f"have shape [B, {str(shape)[1:]}", tuple(noise.shape))
+        sizes = ", ".join(map(str, shape))
+        require(tuple(noise.shape[1:]) == shape, "noise", f"have shape [B, {sizes}]", tuple(noise.shape))
         require(self.points is not None, "images", "be given by `with_images` to a coupling that was loaded", None)
         return assign(_projected(noise.float(), self.components), self.points, self.potentials.float())
 

@@ -19,6 +19,7 @@ from ..models.reference_bank import ReferenceBank
 from ..schedules import (
     Scheduler,
     alpha_sigma,
+    check_deterministic,
     from_original_sample,
     reversible_steps,
     set_timesteps,
@@ -230,6 +231,7 @@ class GuidedPipeline(PortablePipeline):
     ) -> Chain:
         """The chain that the arguments of a call ask for."""
         guidance = self._prepare_guidance(image_shape, batch_size, **guidance_arguments)
+        check_deterministic(scheduler, step_arguments.get("eta") or 0.0)
         timesteps = set_timesteps(scheduler, num_inference_steps, self._execution_device)
         guided = guided_steps(guidance, image_shape[1:], scheduler, timesteps, num_guidance_steps, guidance_start_step)
         passed = [timesteps[step] for step in guided]

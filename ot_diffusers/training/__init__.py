@@ -19,6 +19,7 @@ from .batches import (
     noised_batch,
 )
 from .checkpoints import TrainingState, checkpoints, resume, save_checkpoint
+from .coupling import make_coupling
 from .folder import check_output_dir, load_split, load_splits, make_accelerator, open_run, saved_model, write_json
 from .models import make_noise_scheduler, make_optimizer, make_unet
 from .processes import gather_rows
@@ -41,6 +42,7 @@ __all__ = [
     "load_split",
     "load_splits",
     "make_accelerator",
+    "make_coupling",
     "make_noise_scheduler",
     "make_optimizer",
     "make_schedule",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from ..config import DiffusionConfig, TrainingConfig
 from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
 from ..images import random_crop_and_flip
+from ..models.semidiscrete_coupling import SemidiscreteCoupling, mirrored
 from ..schedules import alpha_sigma, training_target
 from ..seeds import key, keyed_generator
 from .coupling import assigned_noise
@@ -96,15 +99,47 @@ def index_batches(
 
 
 def image_batches(
-    images: Images, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, start: int
+    images: Images,
+    config: TrainingConfig,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    start: int,
+    coupling: SemidiscreteCoupling | None = None,
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
-    """As `index_batches`, with the images, [B, C, H, W] in [-1, 1] on the training device, moved and flipped at random
-    where the configuration says so."""
+    """As `index_batches`, with the images, [B, C, H, W] in [-1, 1] on the training device.
+
+    They are moved and flipped at random where the configuration says so; with a coupling, which has flips of its own,
+    they are those that the noise of the update is assigned to.
+    """
     passes = index_batches(images, config, schedule, accelerator, start)
-    rows = (indices[part] for _, indices, part in index_batches(images, config, schedule, accelerator, start))
-    for (update, indices, part), (_, clean) in zip(passes, images.stream(rows, config.num_workers), strict=True):
+    if coupling is not None:
+        assert isinstance(config, DiffusionConfig)
+        passes = coupled_indices(passes, images, config, accelerator, coupling)
+    passes, ahead = itertools.tee(passes)
+    rows = (points[part] % len(images) for _, points, part in ahead)
+    for (update, points, part), (_, clean) in zip(passes, images.stream(rows, config.num_workers), strict=True):
         clean = clean.to(accelerator.device, non_blocking=True)
-        yield update, indices, part, augmented(clean, config, update, len(indices), part)
+        if coupling is None:
+            clean = augmented(clean, config, update, len(points), part)
+        elif coupling.config.flips:
+            clean = mirrored(clean, points[part] >= len(images))
+        yield update, points % len(images), part, clean
+
+
+def coupled_indices(
+    passes: Iterator[tuple[int, Tensor, slice]],
+    images: Images,
+    config: DiffusionConfig,
+    accelerator: Accelerator,
+    coupling: SemidiscreteCoupling,
+) -> Iterator[tuple[int, Tensor, slice]]:
+    """`passes` with the points of the coupling that the noise of each update is assigned to."""
+    shape = torch.Size(images.image_shape)
+    for update, same_update in itertools.groupby(passes, key=operator.itemgetter(0)):
+        forward_passes = list(same_update)
+        noise, _ = update_noise(len(forward_passes[0][1]), shape, config, accelerator, update)
+        points = coupling.assign(noise).cpu()
+        yield from ((update, points, part) for _, _, part in forward_passes)
 
 
 def augmented(images: Tensor, config: TrainingConfig, update: int, count: int, part: slice) -> Tensor:
@@ -123,15 +158,27 @@ def diffusion_batches(
     schedule: Schedule,
     accelerator: Accelerator,
     start: int = 0,
+    coupling: SemidiscreteCoupling | None = None,
 ) -> Iterator[DiffusionBatch]:
     """Noised batches from update `start` on, the same for any split of the global batch over processes and
-    accumulation, but for `noise_coupling="assignment"`, which pairs a process' own images with their noise."""
-    for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
-        generator = keyed_generator(accelerator.device, config.seed, "noise", update)
-        noise, timesteps = draw_noise(len(indices), clean.shape[1:], config, generator)
+    accumulation, but for `noise_coupling="assignment"`, which pairs a process' own images with their noise.
+
+    With a semi-discrete coupling the noise is drawn first and decides the images; without one, images come in the order
+    of `training_order`.
+    """
+    for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start, coupling):
+        noise, timesteps = update_noise(len(indices), clean.shape[1:], config, accelerator, update)
         own = assigned_noise(clean, noise[part]) if config.noise_coupling == "assignment" else noise[part]
         torch.manual_seed(key(config.seed, "dropout", update, part.start))
         yield noised_batch(clean, own, timesteps[part], scheduler, indices, indices[part], update)
+
+
+def update_noise(
+    num_samples: int, image_shape: torch.Size, config: DiffusionConfig, accelerator: Accelerator, update: int
+) -> tuple[Tensor, Tensor]:
+    """Noise and timesteps of all images of an update, see `draw_noise`."""
+    generator = keyed_generator(accelerator.device, config.seed, "noise", update)
+    return draw_noise(num_samples, image_shape, config, generator)
 
 
 def noised_batch(

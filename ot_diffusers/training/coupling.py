@@ -1,16 +1,111 @@
 """Noise–image couplings: which noise an image is paired with in training.
 
-A denoiser learns E[ε | x_t] however noise and images are paired; pairs that are close to each other leave it less to
-average over. Sampling stays as it is: it starts from independent noise.
+A denoiser learns a conditional mean given x_t however noise and images are paired; pairs that are close to each other
+leave it less to average over. Sampling stays as it is: it starts from independent noise.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from pathlib import Path
+
 import torch
+from accelerate import Accelerator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from ..cache import remembered
+from ..config import DiffusionConfig
+from ..data import ResidentImages, StreamedImages, pixels_of
+from ..errors import InputError
+from ..models.semidiscrete_coupling import SemidiscreteCoupling, mirrored
 from ..transport.geometry import half_squared_distances
+
+logger = logging.getLogger(__name__)
+
+
+def make_coupling(
+    config: DiffusionConfig, images: ResidentImages | StreamedImages, accelerator: Accelerator
+) -> SemidiscreteCoupling | None:
+    """The coupling of the run: loaded, from the cache, or solved now by one process for all; None for other couplings.
+
+    Raises:
+        InputError: a saved coupling of other images.
+    """
+    if config.noise_coupling != "semidiscrete":
+        return None
+    pixels = pixels_of(images)
+    if config.coupling is not None:
+        coupling = _load(config.coupling).with_images(pixels)
+        _check_flips(coupling, config)
+    else:
+        with accelerator.main_process_first():
+            coupling = _solved(config, images, pixels, accelerator)
+    reached, wanted = coupling.config.chi_squared, config.coupling_tolerance
+    if reached > wanted and accelerator.is_main_process:
+        logger.warning(f"the coupling's χ² is {reached:.3g}, above coupling_tolerance={wanted:g}")
+    return coupling.to(accelerator.device)
+
+
+def _load(path: str) -> SemidiscreteCoupling:
+    """A coupling saved in a folder, or in the folder of a run.
+
+    Raises:
+        InputError: none there.
+    """
+    folder = Path(path)
+    folder = folder / "coupling" if (folder / "coupling").is_dir() else folder
+    try:
+        return SemidiscreteCoupling.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"`coupling` must be the folder of a saved semidiscrete coupling, got {path!r}") from error
+
+
+def _check_flips(coupling: SemidiscreteCoupling, config: DiffusionConfig) -> None:
+    if coupling.config.flips != config.random_flip:
+        kind = f"one {'with' if config.random_flip else 'without'} flips for random_flip={config.random_flip}"
+        raise InputError(f"`coupling` must be {kind}, got {config.coupling!r}")
+
+
+def _solved(
+    config: DiffusionConfig, images: ResidentImages | StreamedImages, pixels: Tensor, accelerator: Accelerator
+) -> SemidiscreteCoupling:
+    """The coupling for these images and options, solved once and kept in the cache folder."""
+    options = {"flips": config.random_flip, "tolerance": config.coupling_tolerance, "seed": config.seed}
+    settings = f"{images.fingerprint} {sorted(options.items())} {config.coupling_max_seconds}"
+    solved: list[SemidiscreteCoupling] = []
+
+    def solve() -> dict[str, Tensor]:
+        shown = accelerator.is_main_process
+        title = f"coupling of {len(pixels):,} images (χ² ≤ {config.coupling_tolerance:g})"
+        with tqdm(desc=title, unit=" draws", unit_scale=True, disable=not shown) as bar:
+
+            def progress(draws: int, chi_squared: float | None) -> None:
+                bar.update(draws - bar.n)
+                if chi_squared is not None:
+                    bar.set_postfix_str(f"χ² {chi_squared:.3g}")
+
+            solved.append(
+                SemidiscreteCoupling.from_images(
+                    pixels.to(accelerator.device),
+                    max_seconds=config.coupling_max_seconds,
+                    dataset=images.name,
+                    progress=progress,
+                    **options,
+                )
+            )
+        config_bytes = torch.tensor(list(solved[0].to_json_string().encode()), dtype=torch.uint8)
+        return {"config": config_bytes, **solved[0].state_dict()}
+
+    tensors = remembered("couplings", hashlib.sha256(settings.encode()).hexdigest(), solve)
+    if solved:
+        return solved[0]
+    coupling = SemidiscreteCoupling.from_config(json.loads(bytes(tensors.pop("config").tolist())))
+    coupling.load_state_dict(tensors)
+    return coupling.with_images(pixels)
 
 
 def assigned_noise(clean: Tensor, noise: Tensor) -> Tensor:
@@ -34,3 +129,10 @@ def assigned_noise(clean: Tensor, noise: Tensor) -> Tensor:
     costs = half_squared_distances(clean.flatten(1).float(), noise.flatten(1).float())
     _, columns = linear_sum_assignment(costs.cpu().numpy())
     return noise[torch.as_tensor(columns, device=noise.device)]
+
+
+def coupled_images(images: ResidentImages | StreamedImages, noise: Tensor, coupling: SemidiscreteCoupling) -> Tensor:
+    """The images, [B, C, H, W] in [-1, 1], that noise of this shape is assigned to."""
+    points = coupling.assign(noise)
+    clean = images.fetch((points % len(images)).cpu())
+    return mirrored(clean, points >= len(images)) if coupling.config.flips else clean

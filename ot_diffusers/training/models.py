@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from ..config import BaselineConfig, TrainingConfig
 from ..errors import require
+from ..schedules import record_coupling
 
 
 def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet2DModel:
@@ -37,11 +38,15 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet
 
 def make_noise_scheduler(config: BaselineConfig) -> DDPMScheduler:
     """The noising chain."""
-    return DDPMScheduler(
+    scheduler = DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
+        timestep_spacing=config.timestep_spacing,
     )
+    if config.noise_coupling != "independent":
+        record_coupling(scheduler, config.noise_coupling)
+    return scheduler
 
 
 def make_optimizer(config: TrainingConfig, model: torch.nn.Module) -> torch.optim.AdamW:

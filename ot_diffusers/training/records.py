@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from ..config import DiffusionConfig, TrainingConfig
 from ..launch import signals
 from ..losses.denoising import denoising_loss
+from ..models.semidiscrete_coupling import SemidiscreteCoupling
 from ..seeds import keyed_generator, seeded_generator
 from .averages import effective_rank
 from .batches import Images, Schedule, draw_noise, noised_batch
 from .checkpoints import TrainingState
+from .coupling import coupled_images
 from .files import write_json, write_text
 from .folder import check_claim
 from .processes import CONTINUE, OUT_OF_TIME, SIGNALLED, Agreement
@@ -175,11 +177,20 @@ def wants_grid(state: TrainingState, config: TrainingConfig) -> bool:
 
 @torch.no_grad()
 def validation_loss(
-    state: TrainingState, images: Images, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator
+    state: TrainingState,
+    images: Images,
+    scheduler: DDPMScheduler,
+    config: DiffusionConfig,
+    accelerator: Accelerator,
+    coupling: SemidiscreteCoupling | None = None,
 ) -> float:
     """Denoising loss of the averaged weights on the first validation images, with noise that is the same at every
-    epoch."""
-    count = min(config.num_validation_samples, len(images))
+    epoch.
+
+    A semi-discrete coupling pairs this noise with images of its own, which `images` then have to be: held-out images
+    have no place in it.
+    """
+    count = config.num_validation_samples if coupling else min(config.num_validation_samples, len(images))
     generator = keyed_generator(accelerator.device, config.seed, "validation")
     noise, timesteps = draw_noise(count, torch.Size(images.image_shape), config, generator)
     own = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
@@ -188,7 +199,8 @@ def validation_loss(
     model.eval()
     with averaged_weights(state):
         for rows in own.split(config.train_batch_size) if len(own) else ():
-            clean = images.fetch(rows).to(accelerator.device)
+            clean = coupled_images(images, noise[rows], coupling) if coupling else images.fetch(rows)
+            clean = clean.to(accelerator.device)
             batch = noised_batch(clean, noise[rows], timesteps[rows], scheduler, rows, rows, state.update)
             output = model(batch.noisy, batch.timesteps).sample
             total += torch.stack([denoising_loss(output, batch.target) * len(rows), total.new_tensor(len(rows))])

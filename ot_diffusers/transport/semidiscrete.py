@@ -33,10 +33,10 @@ GOOD_START = 1.0
 """χ² up to which the descent begins at the starting potentials; beyond it, temperatures are annealed first."""
 FIRST_TEMPERATURE, LAST_TEMPERATURE, COOLING, STEPS_PER_TEMPERATURE = 1.0, 0.01, 0.7, 6
 LARGEST_STEP, STEP, EARLY_EPOCHS, DECAY = 0.5, 0.3, 5, 0.6
-"""The step size begins at `STEP` times the draws per point, at most at the first, and falls with the power `DECAY` after
-so many draws per point."""
-CHECK_INTERVAL, CHECK_ERRORS = 1.25, 6
-"""χ² is measured whenever the draws have grown by this factor, with a standard error of 1/6 of the tolerance."""
+"""The step size begins at `STEP` times the draws per point, at most at `LARGEST_STEP`, and falls with the power `DECAY`
+after `EARLY_EPOCHS` draws per point."""
+CHECK_INTERVAL, PRECISION = 1.25, 10
+"""χ² is measured whenever the draws have grown by this factor, with a standard error of about 1/10 of the tolerance."""
 TIE = 2.0**-20
 """Scores closer than this share of |ε| · max |x| are compared again in float64."""
 
@@ -103,18 +103,17 @@ def semidiscrete_potentials(
     def out_of_time() -> bool:
         return max_seconds is not None and time.monotonic() - started > max_seconds
 
-    potentials = solver.start()
-    checks = solver.draws_for(math.sqrt(2 * len(points)) * CHECK_ERRORS / tolerance)
-    chi_squared = solver.chi_squared(potentials, checks)
-    if chi_squared > GOOD_START:
-        potentials = solver.anneal(potentials, out_of_time)
+    start = solver.start()
+    precise = math.sqrt(2 * len(points)) * PRECISION + 4 * PRECISION**2  # draws, for a tolerance of 1
+    if solver.chi_squared(start, precise) > GOOD_START:
+        start = solver.anneal(start, out_of_time)
     next_check = 2 * len(points) / tolerance
-    for potentials, num_draws in solver.descend(potentials):
+    for potentials, num_draws in solver.descend(start):
         if progress is not None:
             progress(num_draws, None)
         stops = out_of_time()
         if num_draws >= next_check or stops:
-            chi_squared = solver.chi_squared(potentials, checks)
+            chi_squared = solver.chi_squared(potentials, min(precise / tolerance, num_draws / 4))
             next_check = CHECK_INTERVAL * num_draws
             if progress is not None:
                 progress(num_draws, chi_squared)
@@ -166,10 +165,6 @@ class _Solver:
         quantile = torch.special.ndtri(torch.tensor(1 - 1 / self.count, dtype=torch.float64)).item()
         return _centred(-quantile * self.points.norm(dim=1))
 
-    def draws_for(self, wanted: float) -> int:
-        """Noise vectors in whole blocks, at least `wanted`."""
-        return HALVES**2 * max(2, math.ceil(wanted / HALVES**2))
-
     def normal(self, count: int) -> Tensor:
         """Standard normal vectors, [count, D]."""
         return torch.randn(
@@ -191,9 +186,10 @@ class _Solver:
         """Estimate of P(cell j), [N], from one block."""
         return self.sampled_winners(potentials).flatten().bincount(minlength=self.count) / HALVES**2
 
-    def chi_squared(self, potentials: Tensor, num_draws: int) -> float:
+    def chi_squared(self, potentials: Tensor, num_draws: float) -> float:
         """N Σ_j P(cell j)² − 1 without bias, from the pairs of independent draws that are sent to the same point."""
-        blocks = torch.stack([self.sampled_winners(potentials) for _ in range(num_draws // HALVES**2)])
+        num_blocks = max(2, math.ceil(num_draws / HALVES**2))
+        blocks = torch.stack([self.sampled_winners(potentials) for _ in range(num_blocks)])
         same_point = _equal_pairs(blocks.flatten().bincount(minlength=self.count))
         same_half = sum(_equal_pairs_along(each) for each in (blocks, blocks.mT))
         block_size, rest = HALVES**2, (HALVES - 1) ** 2
@@ -201,15 +197,14 @@ class _Solver:
         return self.count * (same_point - same_half) / pairs - 1
 
     def anneal(self, potentials: Tensor, out_of_time: Callable[[], bool]) -> Tensor:
-        """Potentials of ever less entropic problems. It puts right what lies far apart, which the descent is slow at."""
+        """Potentials of ever less entropic problems. This moves mass over long distances, which the descent is slow at."""
         temperature, draws = FIRST_TEMPERATURE, max(HALVES**2, self.count)
         rows = _rows_at_a_time(self.count, self.points.device)
         while temperature > LAST_TEMPERATURE and not out_of_time():
             for _ in range(STEPS_PER_TEMPERATURE):
-                masses = sum(
-                    torch.addmm(potentials, part, self.points.T).div_(temperature).softmax(dim=1).sum(dim=0)
-                    for part in self.normal(draws).split(rows)
-                )
+                masses = torch.zeros_like(potentials)
+                for part in self.normal(draws).split(rows):
+                    masses += torch.addmm(potentials, part, self.points.T).div_(temperature).softmax(dim=1).sum(dim=0)
                 excess = (self.count / draws * masses - 1).clamp(max=2)
                 potentials = _centred(potentials - temperature * excess)
             temperature *= COOLING
@@ -248,7 +243,7 @@ def _winners(scores: Tensor, want_margin: bool = False) -> tuple[Tensor, Tensor]
     *shape, count = scores.shape
     scores = scores.reshape(-1, count)
     whole = count - count % SCORE_BLOCK
-    blocks = scores[:, :whole].view(len(scores), -1, SCORE_BLOCK)
+    blocks = scores[:, :whole].view(len(scores), whole // SCORE_BLOCK, SCORE_BLOCK)
     peaks = blocks.amax(dim=2)
     if whole < count:
         peaks = torch.cat([peaks, scores[:, whole:].amax(dim=1, keepdim=True)], dim=1)

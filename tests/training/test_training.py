@@ -3,6 +3,7 @@ forward passes change what is learnt."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from makers.runs import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ot_diffusers import OTGuidedDDIMPipeline
+from ot_diffusers import OTGuidedDDIMPipeline, SemidiscreteCoupling, truncated_scheduler
 from ot_diffusers.config import BaselineConfig, OTConfig, make_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
@@ -402,7 +403,7 @@ def test_assignment_brings_noise_closer_and_leaves_images_and_timesteps() -> Non
         config = BaselineConfig(noise_coupling=coupling, train_batch_size=32)
         return diffusion_batches(images, scheduler, config, schedule, process(0, 1))
 
-    for batch, plain in zip(batches("assignment"), batches("none"), strict=True):
+    for batch, plain in zip(batches("assignment"), batches("independent"), strict=True):
         assert torch.equal(batch.indices, plain.indices) and torch.equal(batch.timesteps, plain.timesteps)
         clean = images.fetch(batch.indices)
         near, far = (torch.nn.functional.mse_loss(found.target, clean) for found in (batch, plain))
@@ -410,6 +411,61 @@ def test_assignment_brings_noise_closer_and_leaves_images_and_timesteps() -> Non
         # The same noise, in another order.
         assert torch.equal(*(found.target.flatten(1).sort(dim=0).values for found in (batch, plain)))
     assert BaselineConfig(noise_coupling="assignment").compares_distributions
+
+
+def coupled_case(random_flip: bool = False) -> tuple[ResidentImages, SemidiscreteCoupling]:
+    pixels = torch.randint(0, 256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = ResidentImages("noise", "train", None, pixels)
+    return images, SemidiscreteCoupling.from_images(pixels, flips=random_flip, tolerance=0.05)
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_a_semidiscrete_coupling_pairs_free_noise_with_its_images(random_flip: bool) -> None:
+    """The noise is that of an uncoupled run, and the images are those that it is assigned to, whatever the split of an
+    update over processes and forward passes, and wherever the run resumes."""
+    images, coupling = coupled_case(random_flip)
+    config = BaselineConfig(noise_coupling="semidiscrete", random_flip=random_flip, train_batch_size=32)
+    scheduler = DDPMScheduler()
+
+    def batches(forward: int, start: int = 0, rank: int = 0, ranks: int = 1) -> list[Any]:
+        schedule = Schedule(32, forward, updates_per_epoch=2, num_updates=4)
+        own = dataclasses.replace(config, train_batch_size=forward // ranks)
+        return list(diffusion_batches(images, scheduler, own, schedule, process(rank, ranks), start, coupling))
+
+    whole = batches(32)
+    for batch in whole:
+        generator = keyed_generator("cpu", 0, "noise", batch.update)
+        noise, timesteps = draw_noise(32, images.pixels.shape[1:], config, generator)
+        points = coupling.assign(noise)
+        clean = coupling.pick(images.fetch(torch.arange(64)), points)
+        assert torch.equal(batch.target, noise)
+        assert torch.equal(batch.timesteps, timesteps)
+        assert torch.equal(batch.indices, points % 64)
+        assert torch.equal(batch.noisy, scheduler.add_noise(clean, noise, timesteps))
+    for others in (batches(8), batches(16)):
+        for name in ("noisy", "target", "timesteps", "indices"):
+            assert torch.equal(*(torch.cat([getattr(one, name) for one in run]) for run in (whole, others))), name
+    halves = [batches(32, rank=rank, ranks=2) for rank in range(2)]
+    for one, *two in zip(whole, *halves, strict=True):
+        assert torch.equal(one.noisy, torch.cat([half.noisy for half in two]))
+    for before, after in zip(whole[2:], batches(32, start=2), strict=True):
+        assert torch.equal(before.noisy, after.noisy)
+
+
+def test_a_coupled_run_keeps_its_coupling_and_resumes(tmp_path: Path) -> None:
+    options = {"noise_coupling": "semidiscrete", "prediction_type": "v_prediction", "coupling_tolerance": 0.1}
+    run = train("baseline", tmp_path / "run", max_train_steps=4, **options)
+    stopped = train("baseline", tmp_path / "stopped", max_train_steps=2, **options)
+    train("baseline", stopped, max_train_steps=4, **options)
+    assert_same_end(run, stopped)
+    coupling = SemidiscreteCoupling.from_pretrained(run / "coupling")
+    assert coupling.config.dataset == "digits"
+    assert coupling.config.chi_squared <= 0.1
+    again = train("baseline", tmp_path / "again", max_train_steps=4, coupling=str(run), **options)
+    assert torch.equal(first_moments(again, 4), first_moments(run, 4))
+    pipeline = DDIMPipeline.from_pretrained(run)
+    with pytest.raises(InputError, match=r"`scheduler` must not be truncated: .* noise_coupling=semidiscrete"):
+        truncated_scheduler(pipeline.scheduler, 10)
 
 
 def test_bf16_changes_rounding_only(tmp_path: Path) -> None:
