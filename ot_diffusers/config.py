@@ -343,8 +343,8 @@ class BaselineConfig(DiffusionConfig):
     )
     timestep_spacing: str = diffusion_option(
         "leading",
-        "timesteps of short chains, by its name in diffusers; trailing begins at pure noise, which chains of a few steps "
-        "need",
+        "timesteps of short chains, by its name in diffusers; trailing begins at pure noise, as chains of a few steps "
+        "should",
         choices=TIMESTEP_SPACINGS,
     )
 

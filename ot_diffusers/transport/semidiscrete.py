@@ -197,7 +197,7 @@ class _Solver:
         return self.count * (same_point - same_half) / pairs - 1
 
     def anneal(self, potentials: Tensor, out_of_time: Callable[[], bool]) -> Tensor:
-        """Potentials of ever less entropic problems. This moves mass over long distances, which the descent is slow at."""
+        """Potentials of ever less entropic problems, which move mass over long distances, where the descent is slow."""
         temperature, draws = FIRST_TEMPERATURE, max(HALVES**2, self.count)
         rows = _rows_at_a_time(self.count, self.points.device)
         while temperature > LAST_TEMPERATURE and not out_of_time():

@@ -44,6 +44,7 @@ from ot_diffusers.models.guidance_field import GuidanceField
 from ot_diffusers.models.prior import GaussianPrior, PriorGenerator, PriorMixin
 from ot_diffusers.pipelines.call import FiniteValues
 from ot_diffusers.sampling import network_calls, with_guidance
+from ot_diffusers.schedules import record_coupling
 from ot_diffusers.transport import median_distance
 
 GUIDED, TRUNCATED = OTGuidedDDIMPipeline, TruncatedPriorPipeline
@@ -625,3 +626,17 @@ def test_the_chain_stays_in_the_guided_pipelines_scheduler_alone():
         _latents(pipe)
     assert guided.scheduler.timesteps.tolist() == [800, 600, 400, 200, 0]
     assert str(vars(truncated.scheduler)) == str(before)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, LCMScheduler, TCDScheduler])
+def test_a_denoiser_of_coupled_pairs_refuses_fresh_noise(scheduler_class: Any) -> None:
+    """With coupled pairs the model's output is not the score: only deterministic chains end at images."""
+    scheduler = DDIMScheduler()
+    record_coupling(scheduler, "semidiscrete")
+    pipe = OTGuidedDDIMPipeline(make_unet(), scheduler)
+    pipe(batch_size=1, num_inference_steps=2, output_type="latent")
+    with pytest.raises(InputError, match=r"`eta` must be 0: .* noise_coupling=semidiscrete, got 0.5"):
+        pipe(batch_size=1, num_inference_steps=2, eta=0.5)
+    pipe.scheduler = scheduler_class.from_config(scheduler.config)
+    with pytest.raises(InputError, match=r"`scheduler` must be deterministic, such as DDIMScheduler: .* coupling"):
+        pipe(batch_size=1, num_inference_steps=2)
