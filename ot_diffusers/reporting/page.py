@@ -222,6 +222,7 @@ small { display: block; color: var(--soft); font-weight: 400; font-size: 0.8rem;
 .best { color: var(--best); font-weight: 700; }
 .floor, tr.floor th { color: var(--soft); font-weight: 400; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
+.dot { box-shadow: 0 0 0 1px var(--soft); }
 figure { margin: 0; }
 .picture { background: #fff; border-radius: 6px; padding: 6px; }
 figcaption { color: var(--soft); font-size: 0.9rem; margin: 10px 0 0; max-width: 90ch; }

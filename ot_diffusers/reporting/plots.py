@@ -453,7 +453,7 @@ def _ratio_ticks(axes: Axes) -> None:
                 break
         labels = [f"×{tick:g}" for tick in ticks]
     else:
-        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        ticks = [1 + change for change in MaxNLocator(4).tick_values(low - 1, high - 1) if low <= 1 + change <= high]
         labels = [f"{100 * (tick - 1):+.3g}%".replace("-", "−").replace("+0%", "0") for tick in ticks]
     axes.set_xticks([math.log(tick) for tick in ticks], labels)
 

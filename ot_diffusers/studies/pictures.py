@@ -147,8 +147,8 @@ def captions(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
             f"Comparison with {first}",
             f"Each method divided by {first}: geometric mean over {seeds} paired random seeds with 95% intervals, on "
             f"logarithmic axes. ×0.5 is half the value of {first}, and the arrows show which side is better. Filled "
-            "markers are significant differences by the tests in the tables, hollow markers are not. The dotted line "
-            "is the real-vs-real score.",
+            "markers are significant by the tests in the tables. These test differences, not ratios: the interval of "
+            "a hollow marker can exclude ×1. The dotted line is the real-vs-real score.",
         ),
     }
     for axis in AXES.values():
