@@ -221,7 +221,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 small { display: block; color: var(--soft); font-weight: 400; font-size: 0.8rem; line-height: 1.35; }
 .best { color: var(--best); font-weight: 700; }
 .floor, tr.floor th { color: var(--soft); font-weight: 400; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin: 0 9px 0 1px; }
 .dot { box-shadow: 0 0 0 1px var(--soft); }
 figure { margin: 0; }
 .picture { background: #fff; border-radius: 6px; padding: 6px; }

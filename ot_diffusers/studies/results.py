@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -201,10 +202,12 @@ def next_commands(study: Study, seeds: Sequence[int]) -> list[tuple[str, str]]:
     """What a reader may do next, with commands that are run in the folder of the study."""
     config, seed = study.config, seeds[-1]
     trained = [name for name, variant in config.trained.items() if variant.train in ("baseline", "ot", "prior")]
-    folders = [study.run(name, seed).relative_to(study.output).as_posix() for name in trained]
+    folders = [shlex.quote(study.run(name, seed).relative_to(study.output).as_posix()) for name in trained]
     steps = []
     if folders:
-        steps.append(("In this folder, sample from a network of the study:", f"ot-diffusers sample {folders[0]}"))
+        steps.append(
+            ("In the folder of this page, sample from a network of the study:", f"ot-diffusers sample {folders[0]}")
+        )
     if folders and study.trains("features") and config.arms[trained[0]].train != "prior":
         guided = f"ot-diffusers sample {folders[0]} --features features"
         steps.append(("Sample from it with OT guidance:", f"{guided} --output runs/guided"))

@@ -291,7 +291,8 @@ def write_report(results: Mapping[str, Any], pictures: Mapping[str, Picture], fi
     settings, extractor = results["settings"], results["extractor"]
     tables = verdict_rows(results), original_rows(results)
     verdicts, original = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
-    notes = [evaluator_line(extractor), READING, *blind_spots(results)]
+    marked = "Green verdicts belong to curves that rise or fall without turning back."
+    notes = [evaluator_line(extractor), READING, marked, *blind_spots(results)]
     sections = {"Verdicts": verdicts + paragraphs(notes), ORIGINAL_HEADING: original}
     sections |= {heading: figure(picture, heading) for heading, picture in pictures.items()}
     sections["Next steps"] = next_steps(report.NEXT[:1])
