@@ -273,7 +273,14 @@ def test_evaluate_prints_the_table_and_writes_the_same_numbers(
     # Noise from an untrained network is further from the digits than digits are.
     assert arm["metrics"]["frechet_distance"] > results["floor"]["metrics"]["frechet_distance"]
     assert results["provenance"]["sampling"] == {"num_inference_steps": 2, "guidance_scale": 0.5}
+    # The picture of the images lies beside the results, and the report shows it with the scores.
+    assert (tmp_path / "results_samples.png").is_file()
+    assert run("report", file) == 0
+    assert (tmp_path / "report.html").read_text("utf-8").count("data:image/png") == 2
     assert run(*command, *options, "--output", file) == 2
+    file.unlink()
+    assert run(*command, *options, "--output", file) == 2  # a picture of that name is not overwritten
+    assert "results_samples.png" in capfd.readouterr().err
 
 
 @pytest.mark.slow
