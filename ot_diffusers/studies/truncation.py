@@ -111,6 +111,7 @@ class TruncationConfig(Options):
     guided: tuple[str, ...] = option((), "priors that are also sampled with OT guidance; any adds a guided full chain")
     guided_curves: tuple[str, ...] | None = option(None, "guided priors with a curve; none is all of them")
     goal_timestep: int | None = option(None, "a second T' for guided rows; none adds no such rows")
+    goal_priors: tuple[str, ...] | None = option(None, "guided priors with such a row; none is all of them")
     num_samples: int | None = option(None, "images of each row; none is the number of test images")
     full_steps: tuple[int, ...] = option((50, 1000), "denoising steps of the full chains")
     curve_steps: int = option(10, "denoising steps at each point of the curves, at most T'")
@@ -134,6 +135,10 @@ class TruncationConfig(Options):
         require(valid, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
         valid = set(self.guided) <= set(self.priors)
         require(valid, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
+        for name in ("guided_curves", "goal_priors"):
+            chosen = getattr(self, name)
+            valid = chosen is None or set(chosen) <= set(self.guided)
+            require(valid, name, f"be among guided {', '.join(self.guided)}", ", ".join(chosen or ()))
         goal = self.goal_timestep
         require(goal is None or goal >= 1, "goal_timestep", "be at least 1 or none", goal)
         require(goal is None or bool(self.guided), "goal_timestep", "be none without guided priors", goal)
@@ -272,7 +277,8 @@ def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence
     rows |= {guided_label(name): (name, main, main, True) for name in guided}
     if goal_timestep is not None:
         steps = min(goal_timestep, config.curve_steps)
-        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in guided}
+        chosen = guided if config.goal_priors is None else [name for name in guided if name in config.goal_priors]
+        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in chosen}
     rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
     return rows | {ORACLE: (REAL, main, main, False)}
 

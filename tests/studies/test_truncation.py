@@ -187,6 +187,8 @@ def test_evaluator_is_not_the_network_that_losses_see(
         ({"num_samples": 1}, "`num_samples` must be at least 2"),
         ({"max_train_seconds": 0.0}, "`max_train_seconds` must be positive"),
         ({"guided": ("vae",), "priors": ("ot",)}, "`guided` must be among priors ot, got 'vae'"),
+        ({"guided": ("ot",), "guided_curves": ("gan",)}, "`guided_curves` must be among guided ot, got 'gan'"),
+        ({"guided": ("ot",), "goal_priors": ("gan",)}, "`goal_priors` must be among guided ot, got 'gan'"),
         ({"goal_timestep": 100}, "`goal_timestep` must be none without guided priors, got 100"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
     ],
