@@ -361,7 +361,7 @@ def self_transport_cost(
 
 
 def _half_self_term(solver: Solver, x: Tensor, a: Tensor, x_pair: Tensor | None) -> Tensor:
-    """½ OT(x, x) or ½ OT(x, x_pair); x receives the whole gradient of the self-term unless x_pair takes its part."""
+    """½ OT(x, x) or ½ OT(x, x_pair); x receives the whole gradient of the self-term unless x_pair requires one."""
     if x_pair is None:
         return solver.self_transport_cost(x, a) / 2
     x_pair = x_pair.to(x.dtype)

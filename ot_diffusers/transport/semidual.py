@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def value(self) -> Tensor:
-        """D(u, v), [P]."""
+        """The dual objective D(u, v), [P]."""
         dual, relaxation = self.dual, self.dual.relaxation
 
         def phi(u: Tensor) -> Tensor:

@@ -129,8 +129,7 @@ def self_potential(
 
 
 def _warn_of_last_step(move: Tensor, tolerance: float) -> None:
-    """Warn if the last step of the averaged iteration, half the log error of each row, is above a positive
-    tolerance."""
+    """Warn if the last step of the averaged iteration, half the log error of each row, exceeds a tolerance above 0."""
     if tolerance > 0:
         warn_of_errors([2 * move.abs()], tolerance, "raise max_iterations")
 
