@@ -45,7 +45,7 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
     With Σ = RᵀR from a QR factorisation of the centred rows, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ:
     no root of a rounded zero, so a singular covariance costs no digits.
 
-    It is called FID only with 2048-d Inception features. Its bias grows with D/N: compare values of equal N only.
+    It is called FID only for 2048-d Inception features. Its bias grows with D/N: compare values of equal N only.
 
     Args:
         features: [N, D].

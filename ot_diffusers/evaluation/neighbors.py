@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ENTRIES = 2**22
-"""Squared distances that are held at a time: 32 MiB."""
+"""Squared distances in memory at a time: 32 MiB."""
 
 TIE = 1e-12
 """Squared distances that differ by less than this share of the largest squared norm count as equal: a matrix product in
