@@ -641,5 +641,7 @@ def test_a_denoiser_of_coupled_pairs_refuses_fresh_noise(scheduler_class: Any) -
     with pytest.raises(InputError, match=r"`eta` must be 0: .* noise_coupling=semidiscrete, got 0.5"):
         pipe(batch_size=1, num_inference_steps=2, eta=0.5)
     pipe.scheduler = scheduler_class.from_config(scheduler.config)
-    with pytest.raises(InputError, match=r"`scheduler` must be deterministic, such as DDIMScheduler: .* noise_coupling="):
+    with pytest.raises(
+        InputError, match=r"`scheduler` must be deterministic, such as DDIMScheduler: .* noise_coupling="
+    ):
         pipe(batch_size=1, num_inference_steps=2)
