@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..config import Options, load_config, option
+from ..config import Options, data_option, load_config, network_option, option_of
 from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation.extractors import load_evaluator
@@ -29,6 +29,10 @@ TABLE, CURVE, TRAINING = "table", "curve", "training"
 STEPS = "steps"
 """The axis of the curves that `steps` asks for, see `pictures.AXES`."""
 
+study_option, variant_option, training_option, sampling_option, report_option = map(
+    option_of, ("study", "variant", "training", "sampling", "report")
+)
+
 
 @dataclass
 class Variant(Options):
@@ -38,26 +42,33 @@ class Variant(Options):
     seed, `{features}` for the study's feature network, and `{seed}` for the seed.
     """
 
-    pipeline: str | None = option(None, "folder or Hub id of a saved pipeline; none trains one")
-    train: str | None = option(None, f"script that trains it: {', '.join(SCRIPTS)}")
-    preset: str | None = option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
-    overrides: tuple[str, ...] = option((), "key=value for the script")
-    once: bool = option(False, "train it for the first seed, and use it with all")
-    seconds_of: str | None = option(None, "train for as long as that variant: equal compute")
-    max_train_seconds: float | None = option(None, "training time; none is what the updates take")
-    start: str | None = option(
-        None,
-        "what the pipeline's denoiser starts from: noise, real (diffused training images: no start is better), or a "
-        "pipeline whose prior starts the chain; none leaves the pipeline as it is",
+    pipeline: str | None = variant_option(None, "folder or Hub id of a saved pipeline; none: train one")
+    train: str | None = training_option(None, f"training script that makes the pipeline: {', '.join(SCRIPTS)}")
+    preset: str | None = training_option(None, "YAML file of the training script, or a preset such as digits/ot.yaml")
+    overrides: tuple[str, ...] = training_option((), "options of the training script, as key=value")
+    once: bool = training_option(False, "train for the first random seed only, and use the result with all")
+    seconds_of: str | None = training_option(None, "name of another variant: train for as many seconds as it takes")
+    max_train_seconds: float | None = training_option(
+        None, "seconds of training; none: as long as the training steps take"
     )
-    truncation_timestep: int | None = option(None, "T' at which the chain starts; none is the whole chain")
-    features: str | None = option(None, "run of train_features.py that guides the pipeline")
-    call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the pipeline's call"})
-    steps: tuple[int, ...] = option((), "numbers of denoising steps of its curve; none are the study's")
-    field_samples: int | None = option(None, "guide images one by one, by a field recorded on this many other samples")
-    batch_size: int | None = option(None, "images at once, at most; none for all")
-    role: str = option(TABLE, "table; curve: a point of a curve only; training: trained for other variants only")
-    description: str = option("", "a sentence for the report")
+    start: str | None = variant_option(
+        None,
+        "start of the chain: noise, real (diffused training images) or a pipeline with a prior; none: the pipeline's",
+    )
+    truncation_timestep: int | None = variant_option(None, "T': step at which the chain starts; none: the full chain")
+    features: str | None = sampling_option(None, "run of train_features.py whose features guide the pipeline")
+    call: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of the pipeline's call", "group": "sampling"}
+    )
+    steps: tuple[int, ...] = sampling_option((), "numbers of denoising steps of its curve; empty: those of the study")
+    field_samples: int | None = sampling_option(
+        None, "guide images one by one, with a field recorded on this many other samples"
+    )
+    batch_size: int | None = sampling_option(None, "images per batch; none: up to 1,000")
+    role: str = variant_option(
+        TABLE, "table: a row of the table; curve: only a point of a curve; training: only trained, for other variants"
+    )
+    description: str = variant_option("", "a sentence for the report")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,38 +100,61 @@ class Variant(Options):
 class StudyConfig(Options):
     """A study: variants, each sampled and scored with the same random seeds."""
 
-    output_dir: str = option("runs/comparison", "folder of the study")
-    title: str | None = option(None, "of the report; none lists the variants")
-    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    evaluator: str = option(
-        "digits/evaluator.yaml", "network no loss sees: of `ot-diffusers evaluate`, or a preset to train once"
+    output_dir: str = study_option("runs/comparison", "folder of the study")
+    title: str | None = study_option(None, "title of the report; none: the names of the variants")
+    dataset: str = data_option(
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or a folder of images"
     )
-    second_evaluator: str | None = option(
-        None, "another one, which is not trained here, such as efficientnet-lite0: adds its distances to the table"
+    evaluator: str = network_option(
+        "digits/evaluator.yaml",
+        "evaluation network, not used in training or guidance: a folder, a Hub id, a name, or a preset to train first",
     )
-    features: str | None = option(None, "network for losses and guidance: a run, a Hub id, or a preset to train once")
+    second_evaluator: str | None = network_option(
+        None,
+        "a second evaluation network, which exists already, such as efficientnet-lite0; adds its distances",
+    )
+    features: str | None = network_option(
+        None, "feature network for losses and guidance: a run, a Hub id, or a preset to train first"
+    )
     arms: dict[str, Variant] = field(
-        default_factory=dict, metadata={"help": "name to variant, in the order of the work"}
+        default_factory=dict,
+        metadata={"help": "variants by name, in the order in which they are trained and sampled", "group": "study"},
     )
-    compare_with: str | None = option(None, "the variant that the others are compared with; none is the first")
-    seeds: int = option(5, "how many: 0, 1, 2, …")
-    seed: int | None = option(None, "this random seed alone; its runs lie beside the results")
-    num_samples: int | None = option(None, "images of each variant and seed; none is as many as there are test images")
-    call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of every pipeline's call"})
-    steps: tuple[int, ...] = option((), "numbers of denoising steps at which every variant is sampled and scored too")
+    compare_with: str | None = study_option(None, "variant that the others are compared with; none: the first")
+    seeds: int = study_option(5, "number of random seeds, at least 1: 0, 1, 2, …")
+    seed: int | None = study_option(None, "use this random seed only; its runs lie beside the results; none: use seeds")
+    num_samples: int | None = sampling_option(
+        None, "images per variant and random seed, at least 2; none: as many as test images"
+    )
+    call: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of every pipeline's call", "group": "sampling"}
+    )
+    steps: tuple[int, ...] = sampling_option(
+        (), "numbers of denoising steps at which every variant is also sampled and scored"
+    )
     curves: dict[str, dict[str, dict[str, str]]] = field(
-        default_factory=dict, metadata={"help": "axis to method to value to the variant that stands for it there"}
+        default_factory=dict,
+        metadata={
+            "help": "curves of the report: axis, then method, then value on the axis, then name of the variant there",
+            "group": "sampling",
+        },
     )
-    dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
-    primary_metric: str = option("frechet_distance", "the metric that decides, fixed beforehand")
-    metrics: tuple[str, ...] = option(HEADLINE, "the family of metrics whose differences are tested")
-    measured: tuple[str, ...] = option((), "all metrics of the variants in the table; none is every one there is")
-    costs: tuple[str, ...] = option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(COSTS)}")
-    pictured: tuple[str, ...] = option((), "variants whose images and features are shown; none is those of the table")
-    together: tuple[tuple[str, ...], ...] = option(
-        (), "runs (variants, features, evaluator) trained side by side on a CPU, the cores shared; the rest take turns"
+    dtype: str = sampling_option("float32", "type of matrix products in sampling: float32, bfloat16 or float16")
+    primary_metric: str = report_option("frechet_distance", "metric that decides; choose it beforehand")
+    metrics: tuple[str, ...] = report_option(HEADLINE, "metrics whose differences are tested together")
+    measured: tuple[str, ...] = report_option((), "metrics in the table; empty: all")
+    costs: tuple[str, ...] = report_option(
+        ("nfe", "seconds_per_1000"), f"cost columns of the table: {', '.join(COSTS)}"
     )
-    overrides: tuple[str, ...] = option((), "key=value for every training script, such as image_size=32")
+    pictured: tuple[str, ...] = report_option(
+        (), "variants whose images and features are shown; empty: those of the table"
+    )
+    together: tuple[tuple[str, ...], ...] = study_option(
+        (), "runs (variants, features, evaluator) that are trained at the same time on a CPU and share its cores"
+    )
+    overrides: tuple[str, ...] = study_option(
+        (), "options of every training script, as key=value, such as image_size=32"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

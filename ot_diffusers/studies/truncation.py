@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Options, PriorConfig, load_config, option
+from ..config import Options, PriorConfig, data_option, load_config, network_option
 from ..data import load_images
 from ..errors import require
 from ..evaluation.health import evaluator_doubt
@@ -36,7 +36,19 @@ from ..sampling import check_dtype
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
 from .axes import AXES, TIMESTEPS
-from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, data_options, place
+from .config import (
+    CURVE,
+    NOISE,
+    REAL,
+    TRAINING,
+    StudyConfig,
+    Variant,
+    data_options,
+    place,
+    sampling_option,
+    study_option,
+    training_option,
+)
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
 from .study import RECORD_NAME, Log, Study, check_study_folder
@@ -87,42 +99,60 @@ NUM_STARTS = 36
 class TruncationConfig(Options):
     """The study of priors."""
 
-    output_dir: str = option("runs/truncation", "folder of the study")
-    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    presets: str = option("digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …")
-    denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
-    full_denoiser: str | None = option(
-        None, "pipeline or preset of the full chains, where the denoiser knows little noise only; none is the denoiser"
+    output_dir: str = study_option("runs/truncation", "folder of the study")
+    dataset: str = data_option(
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or a folder of images"
     )
-    feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
-    evaluator: str | None = option(None, "network no loss sees: of `ot-diffusers evaluate`; none trains the preset")
-    second_evaluator: str | None = option(
-        None, "another one, which is not trained here, such as efficientnet-lite0: adds its distances to the table"
+    presets: str = study_option(
+        "digits", "folder of the presets baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …"
     )
-    priors: tuple[str, ...] = option(
+    denoiser: str | None = network_option(
+        None, "folder or Hub id of a trained pipeline; none: train the preset baseline"
+    )
+    full_denoiser: str | None = network_option(
+        None, "pipeline or preset for full chains, where the denoiser is trained on low noise only; none: the denoiser"
+    )
+    feature_extractor: str | None = network_option(
+        None, "folder of a feature network for transport; none: train the preset features"
+    )
+    evaluator: str | None = network_option(
+        None,
+        "evaluation network, not used in training or guidance: as for `ot-diffusers evaluate`; none: train the preset",
+    )
+    second_evaluator: str | None = network_option(
+        None,
+        "a second evaluation network, which exists already, such as efficientnet-lite0; adds its distances",
+    )
+    priors: tuple[str, ...] = study_option(
         ("gaussian", "gaussian_classes", "vae", "gan", "ot"),
-        f"rows of the table beside noise and the oracle, some of {', '.join(LABELS)}",
+        f"priors in the table, beside noise and diffused real images: some of {', '.join(LABELS)}",
     )
-    truncation_timestep: int = option(10, "T' of the table")
-    timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
-    learned_timesteps: tuple[int, ...] = option((), "those T' of the curves for which learned priors are trained anew")
-    guided: tuple[str, ...] = option(
-        (), "priors that are sampled with OT guidance as well; any adds the noise of a full chain"
+    truncation_timestep: int = sampling_option(10, "T' of the table, at least 1")
+    timesteps: tuple[int, ...] = sampling_option((10, 50, 100, 200, 300), "T' of the curves, each at least 1")
+    learned_timesteps: tuple[int, ...] = sampling_option(
+        (), "those of timesteps for which learned priors are trained again"
     )
-    guided_curves: tuple[str, ...] | None = option(
-        None, "those of them that are on the curves, too; none is all of them"
+    guided: tuple[str, ...] = sampling_option(
+        (), "priors that are also sampled with OT guidance; with any, so is the full chain"
     )
-    goal_timestep: int | None = option(None, "T' of guided rows beside the table's own; none is no such rows")
-    num_samples: int | None = option(None, "images of each row; none is as many as there are test images")
-    full_steps: tuple[int, ...] = option((50, 1000), "reverse steps of the full chains")
-    curve_steps: int = option(10, "reverse steps of each point of the curves, at most T'")
-    dtype: str = option("float32", "of the networks' products in sampling: float32, bfloat16 or float16")
-    batch_size: int | None = option(None, "images sampled at once; none is up to 1,000")
-    guided_batch_size: int | None = option(None, "the same where guidance couples them")
-    max_train_steps: int | None = option(None, "updates of each learned prior; none is the preset's")
-    max_train_seconds: float | None = option(None, "time of each learned prior; none is what its updates take")
-    seed: int = option(0, "of the models and of the starting noise", minimum=0, must="be at least 0")
-    seeds: int | None = option(None, "how many random seeds, 0, 1, 2, …, in place of the one", minimum=1)
+    guided_curves: tuple[str, ...] | None = sampling_option(
+        None, "those of guided that are also on the curves; none: all"
+    )
+    goal_timestep: int | None = sampling_option(None, "T' of additional guided rows in the table; none: no such rows")
+    num_samples: int | None = sampling_option(None, "images per row, at least 2; none: as many as test images")
+    full_steps: tuple[int, ...] = sampling_option((50, 1000), "denoising steps of the full chains, each at least 1")
+    curve_steps: int = sampling_option(10, "denoising steps of each point of the curves; at most T' are made")
+    dtype: str = sampling_option("float32", "type of matrix products in sampling: float32, bfloat16 or float16")
+    batch_size: int | None = sampling_option(None, "images per batch; none: up to 1,000")
+    guided_batch_size: int | None = sampling_option(
+        None, "images per batch of guided rows, whose images depend on one another; none: up to 1,000"
+    )
+    max_train_steps: int | None = training_option(None, "training steps of each learned prior; none: as in its preset")
+    max_train_seconds: float | None = training_option(
+        None, "seconds of training of each learned prior; none: as long as its training steps take"
+    )
+    seed: int = study_option(0, "random seed for models and starting noise", minimum=0, must="be at least 0")
+    seeds: int | None = study_option(None, "number of random seeds, 0, 1, 2, …; none: seed only", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
