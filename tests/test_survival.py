@@ -452,7 +452,7 @@ def test_a_run_that_breaks_names_update_and_part_and_keeps_what_was_good(tmp_pat
         train("baseline", tmp_path / "late", **values)  # found at the first record, after 20 updates
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "late" / "checkpoints").exists() and not (tmp_path / "late" / "results.json").exists()
-    with pytest.raises(TrainingError, match="in update 2;"):
+    with pytest.raises(TrainingError, match="in training step 2;"):
         train("baseline", tmp_path / "saving", **values, checkpointing_steps=1)
     (only,) = (tmp_path / "saving" / "checkpoints").iterdir()
     assert only.name == "update-00000001" and damage(only) is None
@@ -486,7 +486,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     state, accelerator = tiny_state()
     state.save(tmp_path / "good", accelerator)
     state.model.bias.data.fill_(math.inf)
-    with pytest.raises(TrainingError, match="the weights are not finite after update 0"):
+    with pytest.raises(TrainingError, match="the weights are not finite after training step 0"):
         state.save(tmp_path / "bad", accelerator)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 

@@ -47,8 +47,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, example: str, keys: Callable[[], str] | None = None, **options: Any) -> None:
         options["description"] = textwrap.fill(options.get("description", ""), WIDTH)
-        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=HELP_COLUMN, width=WIDTH)
-        super().__init__(*arguments, formatter_class=layout, allow_abbrev=False, **options)
+        options["formatter_class"] = partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=HELP_COLUMN, width=WIDTH
+        )
+        super().__init__(*arguments, **options | {"allow_abbrev": False})
         self.example, self.keys = example, keys
         self.register("type", None, expand_home)
 
