@@ -1,7 +1,7 @@
-"""Measure every figure of the table, print it, and write it down.
+"""Measure all figures of the table, print them, and write them to a file.
 
-python -m benchmarks                     all of it, on a GPU if there is one
-python -m benchmarks --quick             small sizes: does everything run?
+python -m benchmarks                     all parts, on a GPU if there is one
+python -m benchmarks --quick             small sizes, to check that everything runs
 python -m benchmarks --only solver       one part; the others keep their rows in the file
 """
 
@@ -69,14 +69,14 @@ def main() -> int:
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """The hardware of the measurement."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def table(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Any]]:
-    """The figures as a document quotes them: median, range over the repeats, target."""
+    """The figures as documents quote them: median, range over the repeats, target."""
     rows = []
     for entry in (row for name in PARTS for row in parts.get(name, ())):
         low, high = (format_number(value) for value in entry["spread"])
@@ -88,7 +88,7 @@ def table(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[An
 
 
 def line(row: Row) -> str:
-    """One row for a terminal: figure, range over the repeats, target, what it was made of."""
+    """One row for a terminal: figure, range over the repeats, target, and the times behind it."""
     low, high = (format_number(value) for value in row.spread)
     bound = "" if row.target is None else f", target {'≥' if row.at_least else '≤'} {row.target:g}"
     mark = {True: " ✓", False: " ✗", None: ""}[row.reached]

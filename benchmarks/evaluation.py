@@ -1,4 +1,4 @@
-"""All metrics of 10,000 images against 10,000, and torch-fidelity's own time for those that both have."""
+"""Time of all metrics for 10,000 generated and 10,000 real images, and of torch-fidelity for the common ones."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Break runs on purpose, and see whether they come to the same end: `python -m benchmarks.faults`.
+"""Injects faults into training runs and checks that the runs recover exactly: `python -m benchmarks.faults`.
 
-Every trial is a real training command on the 8×8 digits with tiny networks. Something happens to it; then the same
-command is given again until the run is complete. It has survived if the weights, their average and the optimizer's
-moments are those of a run that nothing happened to, bit for bit. For faults that the user has to mend, such as a full
-disk, it must also have left by itself, with one line on stderr and without a traceback.
+Every trial is a real training command on the 8×8 digits with tiny networks. After a fault, the same command is run
+again until the training is complete. The run has survived if its weights, their average and the moments of the
+optimizer are identical to those of an undisturbed run, bit for bit. After a fault that the user must repair, such as a
+full disk, the command must also have stopped by itself, with one line on stderr and without a traceback.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ UNET = {"block_out_channels": "8,16", "norm_num_groups": 4, "attention_levels": 
 UNET |= {"num_inference_steps": 2, "num_validation_samples": 16}
 PRIOR = {"prior": "gan", "latent_dim": 6, "block_out_channels": "16,8", "num_inference_steps": 2}
 PATIENCE = 120.0
-"""Seconds after which a process that should have left by itself counts as hanging."""
+"""Seconds after which a process that should have stopped counts as hanging."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training command, and the end it comes to when it is left alone.
+    """A training command and the result of an undisturbed run.
 
     Attributes:
-        command: of a single process or of several, without the folder.
-        reference: a complete run of it.
-        seconds: that the reference took, from the start of its process.
-        first_seconds: until its first checkpoint.
+        command: for one process or several, without the folder.
+        reference: folder of a complete run.
+        seconds: duration of the reference, from the start of its process.
+        first_seconds: time until its first checkpoint.
     """
 
     command: list[str]
@@ -60,7 +60,7 @@ class Job:
     first_seconds: float = 0.0
 
     def start(self, folder: Path, *extra: str, limit: int | None = None) -> subprocess.Popen[str]:
-        """The command's process; `limit` is the size in bytes that no file can grow beyond."""
+        """Start the command; `limit` is the largest size of a file in bytes."""
         resources = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)) if limit else None
         command = [*self.command, f"output_dir={folder}", *extra]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -68,7 +68,7 @@ class Job:
         return subprocess.Popen(command, env=environment, preexec_fn=resources, **pipes)
 
     def finish(self, folder: Path) -> bool:
-        """Give the command again; whether the run is then complete and like the reference."""
+        """Run the command again; returns whether the run is then complete and equal to the reference."""
         process = self.start(folder)
         _, errors = process.communicate()
         if process.returncode != 0:
@@ -79,7 +79,7 @@ class Job:
 
 
 def same_end(run: Path, other: Path) -> bool:
-    """Whether the last checkpoints hold the same tensors, bit for bit."""
+    """Whether the last checkpoints contain the same tensors, bit for bit."""
     here, there = (max((folder / "checkpoints").glob("update-*")) for folder in (run, other))
     files = sorted(file.relative_to(there) for file in there.rglob("*.safetensors"))
     pairs = [(load_file(here / file), load_file(there / file)) for file in files]
@@ -94,7 +94,7 @@ def same_end(run: Path, other: Path) -> bool:
 
 
 def kill_at_a_random_moment(job: Job, folder: Path, chance: random.Random) -> bool:
-    """kill −9 at any moment from the imports to the last save, three times in a row."""
+    """kill −9 at a random moment between the imports and the last save, three times in a row."""
     for _ in range(3):
         process = job.start(folder)
         wait(process, chance.uniform(0.3, 1.0) * job.seconds)
@@ -115,7 +115,7 @@ def kill_during_a_save(job: Job, folder: Path, chance: random.Random) -> bool:
 
 
 def kill_one_of_two(job: Job, folder: Path, chance: random.Random) -> bool:
-    """kill −9 of one process of two: the other one has to leave by itself, and say why in one line."""
+    """kill −9 of one process of two: the other must stop by itself and report the reason in one line."""
     process = job.start(folder)
     wait(process, chance.uniform(0.5, 0.9) * job.seconds)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in environment(child)]
@@ -125,7 +125,7 @@ def kill_one_of_two(job: Job, folder: Path, chance: random.Random) -> bool:
 
 
 def terminate(job: Job, folder: Path, chance: random.Random) -> bool:
-    """SIGTERM: exit status 0 with all that was done."""
+    """SIGTERM: exit status 0 with all progress saved."""
     process = job.start(folder)
     while not list(folder.glob("checkpoints/update-*")) and process.poll() is None:
         time.sleep(0.01)
@@ -135,7 +135,7 @@ def terminate(job: Job, folder: Path, chance: random.Random) -> bool:
 
 
 def full_disk(job: Job, folder: Path, chance: random.Random) -> bool:
-    """No file can grow beyond a part of a checkpoint's largest one."""
+    """No file can grow beyond a fraction of the largest file of a checkpoint."""
     largest = max(file.stat().st_size for file in (job.reference / "checkpoints").rglob("*.safetensors"))
     copy_checkpoints(job, folder, chance)
     before = good_checkpoints(folder)
@@ -144,19 +144,19 @@ def full_disk(job: Job, folder: Path, chance: random.Random) -> bool:
 
 
 def read_only_output(job: Job, folder: Path, chance: random.Random) -> bool:
-    """A folder that nobody can write to."""
+    """A folder without write permission for anybody."""
     return leaves(job.start(Path("/sys/ot_diffusers")), status=1, lines=1) and job.finish(folder)
 
 
 def truncated_checkpoint(job: Job, folder: Path, chance: random.Random) -> bool:
-    """A file of the last checkpoint is cut short."""
+    """A file of the last checkpoint is truncated."""
     file = chance.choice(files_of_last(job, folder, chance))
     os.truncate(file, chance.randrange(file.stat().st_size))
     return job.finish(folder)
 
 
 def flipped_bit(job: Job, folder: Path, chance: random.Random) -> bool:
-    """A bit of the last checkpoint has changed."""
+    """One bit of the last checkpoint is flipped."""
     file = chance.choice(files_of_last(job, folder, chance))
     content = bytearray(file.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
@@ -165,7 +165,7 @@ def flipped_bit(job: Job, folder: Path, chance: random.Random) -> bool:
 
 
 def corrupt_images(job: Job, folder: Path, chance: random.Random) -> bool:
-    """A picture of the data set is damaged: refused in one line, and nothing is written; mended, the run goes."""
+    """A damaged picture in the data set is refused in one line, and nothing is written; repaired, the run works."""
     baseline = command([sys.executable, "train/train_baseline.py"], COMMON | UNET | {"max_train_steps": 2})
     job = dataclasses.replace(job, command=baseline)
     data = folder.with_name(f"{folder.name}-data")
@@ -197,7 +197,7 @@ NAMES = {fault.__name__: title for title, (fault, _) in FAULTS.items()}
 
 
 def wait(process: subprocess.Popen[str], seconds: float) -> None:
-    """Let the process run for so long at most."""
+    """Let the process run for at most this long."""
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -210,7 +210,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def leaves(process: subprocess.Popen[str], status: int | None = None, lines: int | None = None) -> bool:
-    """Whether the process ends by itself, with this exit status and so many lines of errors, without a traceback."""
+    """Whether the process stops by itself with this exit status and number of error lines, without a traceback."""
     try:
         _, errors = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -228,7 +228,7 @@ def leaves(process: subprocess.Popen[str], status: int | None = None, lines: int
 
 
 def environment(process: psutil.Process) -> dict[str, str]:
-    """Of another process; empty where it has ended."""
+    """The environment of another process; empty if it has ended."""
     try:
         return process.environ()
     except psutil.Error:
@@ -236,7 +236,7 @@ def environment(process: psutil.Process) -> dict[str, str]:
 
 
 def copy_checkpoints(job: Job, folder: Path, chance: random.Random) -> Path:
-    """What a run that was killed after one of its checkpoints leaves; returns that checkpoint."""
+    """Create the folder of a run that was killed after one of its checkpoints; returns that checkpoint."""
     shutil.copytree(job.reference, folder, ignore=shutil.ignore_patterns("results.json", "model_index.json"))
     checkpoints = sorted((folder / "checkpoints").glob("update-*"))
     last = chance.randrange(1, len(checkpoints) - 1)
@@ -250,7 +250,7 @@ def files_of_last(job: Job, folder: Path, chance: random.Random) -> list[Path]:
 
 
 def good_checkpoints(folder: Path) -> set[str]:
-    """Names of the checkpoints as they were written."""
+    """Names of the intact checkpoints."""
     from ot_diffusers.training.files import damage
 
     return {path.name for path in folder.glob("checkpoints/update-*") if damage(path) is None}
@@ -270,7 +270,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def make_jobs(folder: Path) -> tuple[list[Job], Job]:
-    """References of OT and of a GAN prior, two optimizers in one run, by one process; and of OT by two."""
+    """Reference runs: OT and a GAN prior (two optimizers in one run) with one process, and OT with two."""
     train = [sys.executable, "-m", "ot_diffusers.cli", "train"]
     features = command([sys.executable, "train/train_features.py"], COMMON | {"max_train_steps": 8})
     denoiser = command([sys.executable, "train/train_baseline.py"], COMMON | UNET | {"max_train_steps": 4})
@@ -290,7 +290,7 @@ def command(words: list[str], options: dict[str, Any]) -> list[str]:
 
 
 def measured(job: Job) -> Job:
-    """The job with its reference made, and how long that took."""
+    """Run the reference of the job; returns the job with its duration."""
     started = time.monotonic()
     process = job.start(job.reference)
     while not list(job.reference.glob("checkpoints/update-*")) and process.poll() is None:
@@ -305,7 +305,7 @@ def measured(job: Job) -> Job:
 def trials(
     jobs: list[Job], two: Job, folder: Path, divisor: int, seed: int
 ) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """(title of the fault, trial) in an order that mixes the faults."""
+    """Pairs (title of the fault, trial) in an order that mixes the faults."""
     for title, (fault, count) in FAULTS.items():
         for index in range(max(1, count // divisor)):
             job = two if fault is kill_one_of_two else jobs[index % 2]

@@ -1,4 +1,4 @@
-"""The pipelines against bare loops, guidance against none, the truncated chain against the full one."""
+"""Times of pipelines and bare loops, of guided and plain sampling, and of truncated and full chains."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .training import images_like_mnist
 
 DIGITS = Path(__file__).parents[1] / "model_cards" / "digits-ot-guided"
 BATCH_SIZE = 4
-"""Of the long chains, on small UNets: what surrounds the network weighs most there."""
+"""Length of the long chains, with small UNets, where the overhead around the network weighs most."""
 
 SHORT_CHAINS = 10
-"""Truncated chains beside a long one: one alone would be at the mercy of the moment."""
+"""Truncated chains for each long one: the time of a single short chain varies too much."""
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
@@ -46,8 +46,10 @@ def unet_of(widths: tuple[int, ...], device: torch.device, **options: object) ->
 
 
 def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
-    """Joint guidance and a guidance field with the MNIST preset's UNet and 2,000 references; a smaller batch and fewer
-    steps on the CPU, where the share of guided ones is the same."""
+    """Joint guidance and a guidance field with the UNet of the MNIST preset and 2,000 references.
+
+    On a CPU with a smaller batch and fewer steps, of which the same share is guided.
+    """
     unet = unet_of((32, 32), device, attention_levels=()) if quick else unet_of((64, 128, 256), device)
     network = ConvFeatureExtractor().to(device)
     references = images_like_mnist(2000).to(device).fetch(torch.arange(2000))
@@ -77,7 +79,7 @@ def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
 
 
 def precision_rows(quick: bool, device: torch.device) -> list[Row]:
-    """On a GPU: the MNIST preset's UNet by autocast, with either memory layout."""
+    """On a GPU: the UNet of the MNIST preset under autocast, in both memory layouts."""
     if device.type != "cuda" or quick:
         return []
     candidates: dict[str, Callable[[], object]] = {}
@@ -100,7 +102,7 @@ def precision_rows(quick: bool, device: torch.device) -> list[Row]:
 
 
 def quality_rows(quick: bool, device: torch.device) -> list[Row]:
-    """What less precise networks change in the images of a trained model, from the same noise."""
+    """The effect of a lower precision on the images of a trained model, from the same noise."""
     pipe = load_pipeline(DIGITS).to(device)
     pipe.set_progress_bar_config(disable=True)
     count = 50 if quick else 200
@@ -122,13 +124,13 @@ def quality_rows(quick: bool, device: torch.device) -> list[Row]:
 
 
 def pixel_distance(images: Tensor, reference: Tensor) -> float:
-    """Fréchet distance of uint8 images as vectors of grey levels in [0, 1]."""
+    """Fréchet distance of uint8 images, as vectors of grey levels in [0, 1]."""
     return frechet_distance(images.flatten(1) / 255, reference.flatten(1) / 255)
 
 
 def chain_rows(quick: bool, device: torch.device) -> list[Row]:
-    """Our pipeline without guidance against a loop of UNet and scheduler calls only, and ten steps from a prior against
-    the whole chain; with a small UNet, on one thread of a CPU, where what surrounds the network weighs most."""
+    """Our pipeline without guidance compared with a bare loop of UNet and scheduler calls, and ten steps from a prior
+    compared with the full chain; with a small UNet on one CPU thread, where the overhead weighs most."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

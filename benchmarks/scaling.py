@@ -1,7 +1,7 @@
-"""How the OT term grows with batch and processes, and an estimate of what it costs on ImageNet-64.
+"""The cost of the OT term by batch size and number of processes, and an estimate for ImageNet-64.
 
-python -m benchmarks --only scaling                 measures batches, and one process against two
-python -m benchmarks.scaling --output FILE          the estimate, from the measured figures and the constants below
+python -m benchmarks --only scaling                 measures batch sizes, and one and two processes
+python -m benchmarks.scaling --output FILE          the estimate from measured figures and the constants below
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from .training import Step, configuration
 
 HERE = Path(__file__).parent
 MEASURED = {"batch": 128, "references": 2000, "dimension": 128}
-"""Of the training step and of the exponents in the files of results."""
+"""Sizes of the training step and of the exponents in the files of results."""
 
 # What the estimate assumes.
 PROCESSES = 8
 DIMENSION = 512
 PARAMETERS = 296e6
-"""Of the UNet: ADM's for ImageNet-64."""
+"""Parameters of the UNet: ADM for ImageNet-64."""
 FORWARD_FLOPS = 200e9
-"""Of one image through it."""
+"""Forward pass of one image."""
 NETWORK_FLOPS = 400e12
-"""A second and GPU in bfloat16, 40% of an H100's peak."""
+"""Per second and GPU in bfloat16: 40% of the peak of an H100."""
 FLOAT32_FLOPS = 30e12
-"""A second and GPU in matrix products of the solver, half of the peak without tensor cores."""
+"""Per second and GPU in matrix products of the solver: half of the peak without tensor cores."""
 MEMORY_RATE = 2e12
-"""Bytes a second, 60% of an H100's peak."""
+"""Bytes per second: 60% of the peak of an H100."""
 LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}
-"""Bytes a second and GPU in one direction."""
+"""Bytes per second and GPU in one direction."""
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
@@ -54,7 +54,7 @@ def rows(quick: bool, device: torch.device) -> list[Row]:
 
 
 def batch_rows(quick: bool, device: torch.device) -> list[Row]:
-    """The training step with and without its term, by batch, with a small UNet: the harder case."""
+    """The training step with and without the OT term by batch size, with a small UNet, which is the harder case."""
     ratios = []
     for batch in (16, 32) if quick else (32, 64, 128):
         config = dataclasses.replace(configuration(quick=True), train_batch_size=batch)
@@ -67,8 +67,11 @@ def batch_rows(quick: bool, device: torch.device) -> list[Row]:
 
 
 def process_rows(quick: bool) -> list[Row]:
-    """Features of one global batch on two processes of a CPU against all of them on one: every process solves the whole
-    problem, so 1 would be no loss. The two are timed one after the other: a quiet machine is needed."""
+    """The OT term of one global batch on two CPU processes, compared with one process.
+
+    Every process solves the whole problem, so a ratio of 1 means no overhead. The two are timed one after the other,
+    which needs an idle machine.
+    """
     batch, references = (64, 500) if quick else (256, 2000)
     seconds = {name: term_seconds(count, batch, references) for name, count in (("one", 1), ("two", 2))}
     name = f"OT term of a global batch of {batch} on 2 CPU processes / on 1"
@@ -76,7 +79,7 @@ def process_rows(quick: bool) -> list[Row]:
 
 
 def term_seconds(processes: int, batch: int, references: int) -> list[float]:
-    """Seconds of gather, loss and gradient in processes of their own, one thread each."""
+    """Seconds of gather, loss and gradient in fresh processes with one thread each."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
@@ -86,7 +89,7 @@ def term_seconds(processes: int, batch: int, references: int) -> list[float]:
 
 
 def time_term(batch: int, references: int, repeats: int = 5) -> list[float]:
-    """This process' part of `term_seconds`."""
+    """The part of this process in `term_seconds`."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     x, y = clouds(batch, references, MEASURED["dimension"], torch.device("cpu"))
@@ -108,7 +111,7 @@ def time_term(batch: int, references: int, repeats: int = 5) -> list[float]:
 
 
 def estimate(gpu: Mapping[str, Any], cpu: Mapping[str, Any]) -> dict[str, Any]:
-    """The table, from the files of results of a GPU (the step) and a CPU (the exponents)."""
+    """The table, from the results of a GPU (training step) and of a CPU (exponents)."""
     step = row_named(gpu, "OT training step / plain step")["seconds"]
     term = step["with our term"] - step["plain"]
     exponents = {name: row_named(cpu, f"exponent of the loss' time in {name}")["value"] for name in "NMD"}
@@ -117,17 +120,19 @@ def estimate(gpu: Mapping[str, Any], cpu: Mapping[str, Any]) -> dict[str, Any]:
     columns = [case(batch, references, term, exponents, passes) for batch, references in cases]
     sizes = "×".join(map(str, MEASURED.values()))
     assumed = [
-        f"{PROCESSES} H100 with one process each, every one of which solves the whole problem; D = {DIMENSION}.",
-        f"A UNet of {PARAMETERS / 1e6:.0f}M parameters and {FORWARD_FLOPS / 1e9:.0f} GFLOP an image, three times that "
-        f"with its gradient, at {NETWORK_FLOPS / 1e12:.0f} TFLOP/s.",
-        f"The lower estimate of the term takes the {1e3 * term:.1f} ms measured at {sizes} for waiting, which stays, "
-        f"and adds {passes} passes (counted there, on a CPU) at {MEMORY_RATE / 1e12:g} TB/s over a stored plan, or at "
-        f"{FLOAT32_FLOPS / 1e12:.0f} TFLOP/s where the plan is formed anew at each, beyond "
-        f"2^{MAX_DENSE_ENTRIES.bit_length() - 1} entries.",
-        "The higher one takes them for work, which grows by the exponents measured on a CPU: "
+        f"{PROCESSES} H100 with one process each, and every process solves the whole problem; D = {DIMENSION}.",
+        f"A UNet of {PARAMETERS / 1e6:.0f}M parameters and {FORWARD_FLOPS / 1e9:.0f} GFLOP per image, three times "
+        f"as many with its gradient, at {NETWORK_FLOPS / 1e12:.0f} TFLOP/s.",
+        f"The lower estimate of the term treats the {1e3 * term:.1f} ms measured at {sizes} as a constant overhead and "
+        f"adds {passes} Sinkhorn iterations (counted at that size on a CPU) at {MEMORY_RATE / 1e12:g} TB/s over a "
+        f"stored plan. Beyond 2^{MAX_DENSE_ENTRIES.bit_length() - 1} entries, every iteration computes the plan again "
+        f"at {FLOAT32_FLOPS / 1e12:.0f} TFLOP/s.",
+        "The higher estimate treats this time as work that grows with the exponents measured on a CPU: "
         + ", ".join(f"{name}^{value:.2f}" for name, value in exponents.items())
         + ".",
-        "Links of " + ", ".join(f"{rate / 1e9:.0f} GB/s ({name})" for name, rate in LINKS.items()) + ", no latency.",
+        "Links with "
+        + ", ".join(f"{rate / 1e9:.0f} GB/s ({name})" for name, rate in LINKS.items())
+        + " and no latency.",
     ]
     header = ["estimate for batch × references", *(f"{batch:,} × {references:,}" for batch, references in cases)]
     table = [[name, *(column[name] for column in columns)] for name in columns[0]]
@@ -167,7 +172,7 @@ def case(batch: int, references: int, term: float, exponents: Mapping[str, float
 
 
 def solver_passes() -> int:
-    """Passes over the plan of the measured problem, at the blur of the training loss."""
+    """Sinkhorn iterations of the measured problem, at the blur of the training loss."""
     x, y = clouds(MEASURED["batch"], MEASURED["references"], MEASURED["dimension"], torch.device("cpu"))
     return sinkhorn_potentials(x, y, blur=0.3).iterations
 

@@ -1,4 +1,4 @@
-"""The Sinkhorn loss against its peers, each at the setting where its gradient is right."""
+"""The Sinkhorn loss compared with other solvers, each at a setting with an accurate gradient."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .timing import Row, interleave, peak_memory_mib, ratio_row, synchronise
 COSINE = 0.999
 SCALINGS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 SETTINGS = {"geomloss": SCALINGS, "flash-sinkhorn": SCALINGS, "POT": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}
-"""geomloss' and flash-sinkhorn's `scaling` and POT's `stopThr`, the quickest first."""
+"""Values of `scaling` for geomloss and flash-sinkhorn, and of `stopThr` for POT, the fastest first."""
 TARGETS = {"cpu": {"geomloss": 5.0}, "cuda": {"flash-sinkhorn": 1.0}}
 MODULES = {"geomloss": "geomloss", "flash-sinkhorn": "flash_sinkhorn", "POT": "ot"}
 PEER_SECONDS = 60
-"""For the search of a peer's setting, and for its first run; a peer that takes longer is left out by name."""
+"""Time limit for the search of a solver's setting and for its first run; a slower solver is named and left out."""
 LARGE_PEERS = {"geomloss": 2**24, "POT": 2**22}
-"""Entries of the plan above which these are not tried: they hold several matrices of its size, or need minutes."""
+"""Entries of the plan above which these are not run: they need several matrices of this size, or minutes."""
 YARDSTICK_ENTRIES = 2**22
-"""Above it the exact gradient at the smaller blur takes minutes."""
+"""Above this number of entries, the exact gradient at the smaller blur takes minutes."""
 
 
 class TooLongError(Exception):
-    """A peer has taken more than its time."""
+    """A solver has reached its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Stop what runs inside after so many seconds, between two operations of Python."""
+    """Stop the block after this number of seconds, between two Python operations."""
 
     def stop(*_: object) -> None:
         raise TooLongError
@@ -68,7 +68,7 @@ def rows(quick: bool, device: torch.device) -> Iterator[Row]:
 
 
 def clouds(n: int, m: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two clouds half their width apart, at median distance 1, with the spectrum of features and not of white noise."""
+    """Two clouds at a distance of half their width, with median distance 1 and the spectrum of real features."""
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, dim + 1).rsqrt()
     x, y = (torch.randn(size, dim, generator=generator) * spectrum for size in (n, m))
@@ -78,7 +78,7 @@ def clouds(n: int, m: int, dim: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def against_peers(n: int, m: int, dim: int, device: torch.device, repeats: int) -> Iterator[Row]:
-    """Forward and backward of the training loss; ours has no constant of the references."""
+    """Forward and backward pass of the training loss; ours omits the constant of the references."""
     for blur in (0.3, 0.05) if n * m <= YARDSTICK_ENTRIES else (0.3,):
         x, y = clouds(n, m, dim, device)
         exact = exact_gradient(x, y, blur)
@@ -108,7 +108,7 @@ def installed(peer: str) -> bool:
 
 
 def exact_gradient(x: Tensor, y: Tensor, blur: float, rounds: int = 2000) -> Tensor:
-    """∂S/∂x in float64 by plain log-domain Sinkhorn until the marginals are right to 1e-9, no code of the package."""
+    """∂S/∂x in float64 by plain log-domain Sinkhorn until marginals agree to 1e-9, without package code."""
     x, y = x.double(), y.double()
 
     def field(u: Tensor, v: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def first_good_setting(
     blur: float,
     exact: Tensor,
 ) -> tuple[float | None, str]:
-    """The quickest setting with a gradient as right as ours has to be, or why there is none."""
+    """The fastest setting whose gradient is as accurate as required of ours, or why there is none."""
     if not installed(name):
         return None, "not installed"
     if len(x) * len(y) > LARGE_PEERS.get(name, math.inf):
@@ -189,7 +189,7 @@ def first_good_setting(
 
 
 def large_clouds(size: int, device: torch.device) -> Iterator[Row]:
-    """Loss and gradient of clouds whose plan is never held, with the growth of the GPU's memory."""
+    """Loss and gradient of clouds whose plan is never stored, with the growth of GPU memory."""
     blur, (x, y) = 0.3, clouds(size, size, 128, device)
     candidates: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, x, y, blur)}
     if installed("flash-sinkhorn"):
@@ -222,7 +222,7 @@ def large_clouds(size: int, device: torch.device) -> Iterator[Row]:
 
 
 def batches(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
-    """Many small problems at once, such as one for each class, against a loop over them."""
+    """Many small problems in one batch, such as one for each class, compared with a loop over them."""
     for count, n, m in [(8, 32, 32)] if quick else [(32, 64, 64), (16, 128, 200)]:
         pairs = [clouds(n, m, 128, device) for _ in range(count)]
         shifts = torch.linspace(0, 1, count, device=device)[:, None, None]
@@ -239,7 +239,7 @@ def batches(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
 
 
 def fixed_schedule(quick: bool, device: torch.device, repeats: int) -> Iterator[Row]:
-    """Steps set in advance against the solve that converges."""
+    """A fixed number of iterations compared with a converged solve."""
     n, m = (64, 500) if quick else (128, 2000)
     for blur, num_iterations in ((0.3, 20), (0.05, 200)):
         x, y = clouds(n, m, 128, device)
@@ -255,7 +255,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def scaling(quick: bool, device: torch.device) -> Iterator[Row]:
-    """Exponents of a power law in each size, fitted to medians."""
+    """Exponents of a power law in each size, fitted to the medians."""
     base = {"N": 32, "M": 500, "D": 32} if quick else {"N": 64, "M": 1000, "D": 64}
     for name, factors in {"N": (1, 2, 4), "M": (1, 2, 4, 8), "D": (1, 4, 16)}.items():
         candidates = {}
@@ -270,14 +270,14 @@ def scaling(quick: bool, device: torch.device) -> Iterator[Row]:
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """Of the least-squares line."""
+    """Slope of the least-squares line."""
     centre_x, centre_y = sum(x) / len(x), sum(y) / len(y)
     above = sum((a - centre_x) * (b - centre_y) for a, b in zip(x, y, strict=True))
     return above / sum((a - centre_x) ** 2 for a in x)
 
 
 def memory(quick: bool) -> Iterator[Row]:
-    """Growth of the peak memory by one loss and its gradient, 128 images of 128 features, on the CPU."""
+    """Growth of peak memory through one loss and its gradient, 128 images with 128 features, on the CPU."""
     for references in (2000,) if quick else (2000, 10_000, 60_000):
         code = f"""
 import torch

@@ -1,4 +1,4 @@
-"""Interleaved timing: every repeat runs each candidate once, so that whatever else the machine does hits all alike."""
+"""Interleaved timing: every repeat runs each candidate once, so that other load on the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: what is measured.
-        value: the figure, a median over repeats.
-        spread: its smallest and largest value over the repeats.
-        target: what it should be.
+        name: the quantity.
+        value: median over the repeats.
+        spread: smallest and largest value over the repeats.
+        target: bound that the median should reach.
         at_least: whether the target is a lower bound.
         unit: behind the figure.
         seconds: median of each candidate.
@@ -45,7 +45,7 @@ class Row:
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every repeat, after one round that does not count."""
+    """Seconds of every candidate in every repeat, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, run in candidates.items():
@@ -61,7 +61,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], repeats: int) -> 
 def ratio_row(
     name: str, seconds: Mapping[str, Sequence[float]], numerator: str, denominator: str, **options: object
 ) -> Row:
-    """numerator / denominator, repeat by repeat."""
+    """The ratio numerator / denominator of each repeat."""
     ratios = [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
     medians = {key: round(statistics.median(values), 5) for key, values in seconds.items()}
     spread = (min(ratios), max(ratios))
@@ -75,7 +75,7 @@ def synchronise() -> None:
 
 
 def fresh_process_seconds(command: Sequence[str], repeats: int) -> list[float]:
-    """Wall time of a command in processes of its own."""
+    """Wall time of a command in fresh processes."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -85,7 +85,7 @@ def fresh_process_seconds(command: Sequence[str], repeats: int) -> list[float]:
 
 
 def peak_memory_mib(code: str) -> float:
-    """What the peak of a fresh process' resident memory rises by after `code` calls `start()`; Linux only."""
+    """Growth of the peak resident memory of a fresh process after `code` calls `start()`; Linux only."""
     program = f"""
 import re
 def kilobytes(name):

@@ -1,4 +1,4 @@
-"""The training step with and without the transport term, and the step with and without its data loading."""
+"""The training step with and without the transport term, and with and without data loading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(quick: bool, device: torch.device) -> list[Row]:
 
 
 def configuration(quick: bool) -> OTConfig:
-    """The MNIST preset's UNet and batch; a small one for a quick look."""
+    """UNet and batch size of the MNIST preset, or small ones with `quick`."""
     if quick:
         return OTConfig(
             block_out_channels=(32, 32), attention_levels=(), train_batch_size=16, num_reference_samples=500
@@ -48,14 +48,14 @@ def configuration(quick: bool) -> OTConfig:
 
 
 def images_like_mnist(count: int = NUM_IMAGES) -> ResidentImages:
-    """Random pixels of MNIST's shape: the cost does not depend on what they show."""
+    """Random images in the shape of MNIST: the cost does not depend on their content."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
     return ResidentImages("random", "train", None, pixels)
 
 
 class Step:
-    """Model, optimizer and an endless supply of batches, as in train_ot.py."""
+    """Model, optimizer and an endless stream of batches, as in train_ot.py."""
 
     def __init__(self, config: OTConfig, device: torch.device) -> None:
         self.config = config
@@ -77,7 +77,7 @@ class Step:
         return diffusion_batches(self.images, self.scheduler, self.config, self.schedule, self.accelerator)
 
     def run(self, term: Callable[..., Tensor] | None = None) -> None:
-        """One update on the next batch."""
+        """One training step on the next batch."""
         batch = next(self.batches)
         output = self.unet(batch.noisy, batch.timesteps).sample
         loss = denoising_loss(output, batch.target)
@@ -89,14 +89,14 @@ class Step:
         self.optimizer.zero_grad()
 
     def ours(self, output: Tensor, batch: DiffusionBatch, num_iterations: int | None = None) -> Tensor:
-        """The term of train_ot.py, converged or with its steps set in advance."""
+        """The term of train_ot.py, converged or with a fixed number of iterations."""
         config = dataclasses.replace(self.config, ot_iterations=num_iterations)
         common = (self.scheduler, self.network, self.features, self.feature_scale, config, self.accelerator)
         return ot_term(output, batch, *common)
 
     def original(self, output: Tensor, batch: DiffusionBatch) -> Tensor:
-        """The original study's term: references drawn through a Python set, seen by the network at every step, geomloss
-        on raw features at its default scaling."""
+        """The term of the original study: references drawn through a Python set and passed through the network at every
+        step, geomloss on raw features at its default scaling."""
         import random
 
         from geomloss import SamplesLoss
@@ -111,26 +111,31 @@ class Step:
 
 
 def step_rows(quick: bool, device: torch.device) -> list[Row]:
-    """One update each of: noise prediction alone, with our term, with the original study's."""
+    """Training steps with noise prediction alone, with our term, and with the term of the original study."""
     step = Step(configuration(quick), device)
     candidates = {
         "plain": step.run,
         "with our term": lambda: step.run(step.ours),
         "with 20 steps": lambda: step.run(partial(step.ours, num_iterations=20)),
-        "with the source's term": lambda: step.run(step.original),
+        "with the original study's term": lambda: step.run(step.original),
     }
     seconds = interleave(candidates, 3 if quick or device.type == "cpu" else 20)
     target = 1.05 if device.type == "cuda" else 1.15
     return [
         ratio_row("OT training step / plain step", seconds, "with our term", "plain", target=target),
         ratio_row("OT training step with ot_iterations=20 / plain step", seconds, "with 20 steps", "plain"),
-        ratio_row("the source's training step / plain step", seconds, "with the source's term", "plain"),
+        ratio_row(
+            "the original study's training step / plain step", seconds, "with the original study's term", "plain"
+        ),
     ]
 
 
 def loading_row(quick: bool, device: torch.device) -> Row:
-    """Updates on a stream of batches against updates on one batch that stays: with a small UNet, the harder case, on a
-    CPU; with the MNIST preset's on a GPU, which launches of a small one would leave idle either way."""
+    """Training steps on a stream of batches compared with steps on one resident batch.
+
+    On a CPU with a small UNet, which is the harder case; on a GPU with the UNet of the MNIST preset, because kernel
+    launches would leave it idle with a small one.
+    """
     small = OTConfig(block_out_channels=(32, 32), attention_levels=(), layers_per_block=1, train_batch_size=128)
     step = Step(small if device.type == "cpu" else configuration(quick), device)
     resident = next(step.batches)

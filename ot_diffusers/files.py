@@ -166,10 +166,10 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(file: Path, content: str) -> None:
-    """As `write_json`, for any text."""
+def write_text(file: Path, content: str | bytes) -> None:
+    """As `write_json`, for any text or bytes."""
     with new_file(file) as partial:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(partial)
     sync(file.parent)
 
@@ -267,7 +267,7 @@ def _is_own(path: Path, command: str, listed: Mapping[str, str], names: str) -> 
     return path.name in listed and listed[path.name] == sha256(path)
 
 
-def write_own(file: Path, content: str, command: str) -> None:
+def write_own(file: Path, content: str | bytes, command: str) -> None:
     """As `write_text`; the file is recorded as one of the command."""
     write_text(file, content)
     checksums = {name: value for name, value in recorded(file.parent, command).items() if name != file.name}

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from ot_diffusers import guidance
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
@@ -141,6 +142,13 @@ def test_autocast_does_not_reach_inside(parts):
     expected = OTGuidance(*parts).correct(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(OTGuidance(*parts).correct(images), expected)
+
+
+def test_parts_of_a_batch_on_a_cpu_change_nothing(parts, monkeypatch):
+    images = _blurred(33)
+    whole = OTGuidance(*parts).correct(images)
+    monkeypatch.setattr(guidance, "CPU_PART", 8)
+    torch.testing.assert_close(OTGuidance(*parts).correct(images), whole, rtol=0, atol=1e-5)
 
 
 def test_half_precision_keeps_its_dtype(parts):

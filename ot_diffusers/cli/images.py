@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,14 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Metrics of generated images against the test split, beside those of real images."""
     arguments.dtype = chosen_dtype(arguments.dtype)
     output: Path | None = arguments.output
-    if output is not None and os.path.lexists(output) and is_first_process():
-        require(arguments.overwrite, "output", "be a new file without --overwrite", str(output))
-        own = is_own(output, EVALUATE)
-        require(own, "output", "be a file that `evaluate` wrote and nobody has changed since", str(output))
+    picture = None if output is None else output.with_name(f"{output.stem}_samples.png")
+    for file in filter(None, (output, picture)):
+        if os.path.lexists(file) and is_first_process():
+            require(arguments.overwrite, "output", "be a new file without --overwrite", str(file))
+            own = is_own(file, EVALUATE)
+            require(own, "output", "be a file that `evaluate` wrote and nobody has changed since", str(file))
     prepare_libraries()
-    results = _evaluate(arguments)
+    results = _evaluate(arguments, picture)
     if results is None:
         return 0
     from ..reporting.report import text_table
@@ -69,8 +73,9 @@ def run_evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The contents of `results.json` for one arm; None in a process that helped to sample only."""
+def _evaluate(arguments: argparse.Namespace, picture: Path | None) -> dict[str, Any] | None:
+    """The contents of `results.json` for one pipeline or folder, and a picture of its images; None in a process that
+    only helped to sample."""
     from ..evaluation.evaluate import evaluate_images, real_floor, sample_count
     from ..evaluation.extractors import dataset_facts, evaluator_facts, load_evaluator, load_real_images
     from ..outgoing import last_name, public_name
@@ -87,6 +92,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
     metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
     floor = real_floor(reference, training, len(images), extractor=evaluator)
+    if picture is not None:
+        _draw_samples(reference.images, {last_name(arguments.images): images}, picture)
     sampling = call_arguments(arguments)
     return {
         "title": f"{public_name(arguments.images)} against {test.name}",
@@ -97,6 +104,17 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "dtype": arguments.dtype, "sampling": sampling},
     }
+
+
+def _draw_samples(real: Any, images: dict[str, Any], picture: Path) -> None:
+    """Real and evaluated images beside each other, for `report`; nothing without the extra `plots`."""
+    if find_spec("matplotlib") is None:
+        return
+    from ..studies.pictures import draw_samples
+
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_own(picture, draw_samples(real, images, Path(scratch) / picture.name).read_bytes(), EVALUATE)
 
 
 def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int) -> tuple[Any, dict[str, Any]]:

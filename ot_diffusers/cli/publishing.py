@@ -119,11 +119,12 @@ def _rows(name: str, value: Any) -> list[str]:
 
 
 def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """`results.json` as a table and as one HTML file with the pictures beside it."""
+    """`results.json` as a table and as one HTML file with its pictures."""
     prepare_libraries()
     from ..hub.push import read_results
     from ..reporting.page import REPORT
     from ..reporting.report import text_table, write_report
+    from ..studies.pictures import pictures_beside
     from ..studies.results import tables
 
     path = Path(arguments.results)
@@ -134,8 +135,10 @@ def run_report(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     output = check_file(file.with_name("report.html") if arguments.output is None else arguments.output)
     free = not os.path.lexists(output) or is_own(output, REPORT)
     require(free, "output", "be a new file, or a page of ot-diffusers that nobody has changed since", str(output))
-    pictures = {picture.stem.replace("_", " ").capitalize(): picture for picture in sorted(file.parent.glob("*.png"))}
-    return _print([text_table(results), str(write_report(results, pictures, output, tables=tables(results)))])
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = pictures_beside(results, file, Path(scratch))
+        write_report(results, pictures, output, tables=tables(results))
+    return _print([text_table(results), str(output)])
 
 
 def run_completion(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -35,14 +35,14 @@ ONE_DIRECTION = 1.001
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and what the feature network says of them, so that a fixed set passes through it once.
+    """Images with their features and logits, so that a fixed set passes through the network only once.
 
     Attributes:
         images: uint8 [N, C, H, W].
         features: [N, D], on the CPU.
         logits: [N, classes], on the CPU; None for a network without a classifier.
-        extractor: fingerprint of the network, so that features of different ones are not compared; None for unknown.
-        labels: classes of real images, int64 [N], by which the network can be judged; None for unknown.
+        extractor: fingerprint of the network, so that features of different networks are not compared; None if unknown.
+        labels: classes of real images, int64 [N], to measure the accuracy of the network; None if unknown.
     """
 
     images: Tensor
@@ -61,9 +61,10 @@ class ImageSet:
 
     @cached_property
     def health(self) -> dict[str, Any]:
-        """Of a set of real images: what its features, logits and labels say of the network; see `evaluator_doubt`.
+        """Facts about the network, measured on this set of real images; see `evaluator_doubt`.
 
-        `effective_rank`, and `test_accuracy` with the share of the commonest class as `chance` where both are known.
+        `effective_rank` and, if logits and labels are known, `test_accuracy` and `chance`, the share of the commonest
+        class.
         """
         alike = bool((self.features == self.features[:1]).all())
         facts: dict[str, Any] = {"effective_rank": 1.0 if alike else feature_metrics.effective_rank(self.features)}
@@ -89,11 +90,11 @@ def extract_image_set(
         images: uint8 [N, C, H, W].
         extractor: a module with `extract(images in [-1, 1]) -> features [B, D]` and, for class histograms,
             `logits(images)`.
-        labels: classes of real images, int64 [N], by which the network's accuracy can be measured.
+        labels: classes of real images, int64 [N], to measure the accuracy of the network.
         batch_size: images in one pass; the features do not depend on it.
-        cache: for fixed sets: keep what the network says in the cache folder, under a hash of pixels and weights, and
-            take it from there when the same images come back.
-        name: what an error calls the images.
+        cache: for fixed sets: keep the features in the cache folder under a hash of pixels and weights, and reuse them
+            for the same images.
+        name: name of the images in errors.
     """
     _check_images(images, name)
     fingerprint = weights_fingerprint(extractor)
@@ -138,13 +139,13 @@ def _key(images: Tensor, fingerprint: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Generated images beside real ones, with what several metrics share computed once, when it is first asked for.
+    """Generated and real images, with intermediate results that several metrics share.
 
     Attributes:
         images: generated.
         reference: real and held out.
-        train: what the model was trained on, if that is known.
-        seed: decides the random subsets, patches and directions.
+        train: the training images of the model, if they are known.
+        seed: random seed for subsets, patches and directions.
     """
 
     images: ImageSet
@@ -154,12 +155,12 @@ class Comparison:
 
     @property
     def features(self) -> tuple[Tensor, Tensor]:
-        """Of the images and of the reference set."""
+        """Features of the images and of the reference set."""
         return self.images.features, self.reference.features
 
     @property
     def logits(self) -> tuple[Tensor, Tensor] | None:
-        """As `features`; None without a classifier."""
+        """Logits of the same; None without a classifier."""
         images, reference = self.images.logits, self.reference.logits
         return None if images is None or reference is None else (images, reference)
 
@@ -179,7 +180,7 @@ class Comparison:
         return feature_metrics.density_coverage(*self.features)
 
     def principal_spread(self) -> float | None:
-        """None where the real images have no two principal directions."""
+        """None if the real images have fewer than two principal directions."""
         if self.images.features.shape[1] < 2 or self.reference.health["effective_rank"] < ONE_DIRECTION:
             return None
         return feature_metrics.principal_spread(*self.features)
@@ -197,7 +198,7 @@ class Comparison:
         )
 
 
-# In the order of the results. None stands for what cannot be measured: no classifier, or no training images.
+# In the order of the results. None: the metric cannot be measured without a classifier or training images.
 _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "frechet_distance": lambda pair: feature_metrics.frechet_distance(*pair.features),
     "frechet_distance_infinity": lambda pair: feature_metrics.frechet_distance_infinity(*pair.features, seed=pair.seed),
@@ -224,7 +225,7 @@ _NEEDS = {
     "principal_spread": "features of several directions",
     "nearest_distance_ratio": "`train`",
 }
-# Images that a metric needs in either set, where that is more than 2.
+# Smallest number of images in each set, for metrics that need more than 2.
 _FEWEST = {
     "frechet_distance_infinity": 4,
     "precision": 4,
@@ -251,16 +252,15 @@ def evaluate_images(
         images: generated, uint8 [N, C, H, W], N ≥ 2.
         reference: real and held out, uint8 [M, C, H, W], M ≥ 2. Hand in `extract_image_set(…)` to score several sets
             against it; with labels, it tells whether the network can be trusted.
-        extractor: the evaluation network, see `extract_image_set`; one that no loss has seen.
-        train: what the model was trained on; adds the memorisation check `nearest_distance_ratio`.
-        metrics: names of the metrics to compute, keys of `METRICS`; all that can be measured by default, which
-            for fewer than 6 images are not all.
+        extractor: the evaluation network, see `extract_image_set`; not used in training or guidance.
+        train: the training images of the model; adds the memorisation check `nearest_distance_ratio`.
+        metrics: names of the metrics to compute, keys of `METRICS`; by default all that can be measured, which with
+            fewer than 6 images are not all.
         batch_size: images in one pass of the network.
-        seed: decides the random subsets, patches and directions; keep it equal across arms.
+        seed: random seed for subsets, patches and directions; keep it equal for all methods that are compared.
 
     Returns:
-        Metric name to value, in one order whichever are named; `metric_table` says what each name means and which
-        direction is better.
+        Metric name to value, always in the same order; `metric_table` explains each name and its better direction.
 
     Raises:
         InputError: images that are not uint8, differ in shape from the reference, or are all one constant; sets that
@@ -296,15 +296,15 @@ def real_floor(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What real images score: `num_samples` different training images, as if a model had generated them.
+    """The real-vs-real score: the metrics of `num_samples` different training images in place of generated ones.
 
-    The memorisation check measures them against the training images that were not drawn.
+    The memorisation check compares them with the training images that were not drawn.
 
     Args:
         test: the reference of `evaluate_images`.
         train: real images to draw from, more than `num_samples` of them.
-        num_samples: as many as the arms generate, because every metric depends on it.
-        extractor, metrics, batch_size, seed: as in `evaluate_images`; `seed` also decides the draw.
+        num_samples: the number of images that each method generates, because every metric depends on it.
+        extractor, metrics, batch_size, seed: as in `evaluate_images`; `seed` also determines the draw.
     """
     train = _image_set(train, extractor, batch_size, "train")
     enough = 2 <= num_samples <= len(train) - 2
@@ -325,10 +325,10 @@ def _random_order(count: int, seed: int) -> Tensor:
 
 
 def sample_count(requested: int | None, num_train: int, num_test: int) -> int:
-    """Images to generate: as many as asked for, or as there are test images.
+    """Number of images to generate: the requested number, or that of the test images.
 
     Raises:
-        InputError: more than the training images can be held against, see `real_floor`.
+        InputError: too many for the training images, see `real_floor`.
     """
     most = num_train - 2
     count = requested or min(num_test, most)
@@ -340,7 +340,7 @@ def _chosen(metrics: Collection[str] | None) -> list[str]:
     """The named metrics in the order of the results, all for None."""
     if metrics is None:
         return list(_MEASURES)
-    # A lone string is a collection of letters.
+    # A single string would be read as a collection of letters.
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     require(bool(names), "metrics", "name at least one metric", names)
     for name in names:

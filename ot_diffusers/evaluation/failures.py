@@ -1,4 +1,4 @@
-"""What goes wrong: the samples furthest from every real image, and what they should perhaps have been."""
+"""The samples that are furthest from every real image, with the real images nearest to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def worst_samples(images: ImageSet, reference: ImageSet, count: int) -> tuple[Te
     Args:
         images: generated.
         reference: real.
-        count: how many, from 1 to the number of generated images.
+        count: number of samples, from 1 to the number of generated images.
 
     Returns:
         The images and, in the same order, the real image nearest to each, both uint8 [count, C, H, W].

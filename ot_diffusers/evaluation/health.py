@@ -1,9 +1,9 @@
-"""Can an evaluator be trusted? A verdict between models is worth as much as the features it is made in.
+"""Whether an evaluator can be trusted. A comparison of models is only as good as the features that it uses.
 
-Both bounds come from small classifiers, from untrained to trained, and from what they say of uniform static:
+Both bounds come from small classifiers, from untrained to trained, and from their scores of uniform noise:
 
-    at 3 classes of CIFAR-10    80% accuracy, effective rank 2.2 … 3.5: Precision of static .89 … .97
-    at 10 classes of CIFAR-10   47% accuracy, effective rank 5.5: Precision of static 1.00
+    at 3 classes of CIFAR-10    80% accuracy, effective rank 2.2 … 3.5: Precision of noise .89 … .97
+    at 10 classes of CIFAR-10   47% accuracy, effective rank 5.5: Precision of noise 1.00
     digits and MNIST            97% accuracy, effective rank 6.0 … 9.7: used in this package's studies
 """
 
@@ -14,17 +14,17 @@ from collections.abc import Mapping
 from typing import Any
 
 MIN_EFFECTIVE_RANK = 5.0
-"""Below it, images that differ in much else have the same features."""
+"""Below this rank, clearly different images have almost the same features."""
 
 MIN_SKILL = 0.5
-"""Of (accuracy − chance) / (1 − chance), half of what is to learn; chance is to name the commonest class always."""
+"""Lower bound of (accuracy − chance) / (1 − chance), where chance is the share of the commonest class."""
 
 
 def evaluator_doubt(facts: Mapping[str, Any]) -> str | None:
-    """Why no verdict should rest on an evaluator, in one sentence with its cure; None for one that can be trusted.
+    """Why an evaluator cannot be trusted and what to do about it, in one sentence; None if it can be trusted.
 
     Args:
-        facts: what `evaluator_facts` says of it; what is not known of older results is not held against them.
+        facts: see `evaluator_facts`; facts that older results do not contain are not required.
 
     Example:
         >>> evaluator_doubt({"effective_rank": 6.2, "has_classifier": True, "test_accuracy": 0.978, "chance": 0.1})
@@ -44,14 +44,14 @@ def evaluator_doubt(facts: Mapping[str, Any]) -> str | None:
 
 
 def warn_of_doubt(facts: Mapping[str, Any]) -> None:
-    """Say so where the evaluator cannot be trusted; once for each reason, wherever it comes up."""
+    """Warn of an evaluator that cannot be trusted; once for each reason."""
     doubt = evaluator_doubt(facts)
     if doubt is not None:
         warnings.warn(f"The evaluator cannot be trusted: {doubt}.", stacklevel=1)
 
 
 def evaluator_line(facts: Mapping[str, Any], opening: str = "Evaluated by") -> str:
-    """The evaluator as the caption of a table, with what is known of it and the doubt, if any; "" for no evaluator.
+    """A sentence about the evaluator for the caption of a table, with the doubt, if any; "" for no evaluator.
 
     Example:
         >>> evaluator_line({"name": "dinov2", "feature_dim": 384, "effective_rank": 91.5, "has_classifier": False})
@@ -66,7 +66,7 @@ def evaluator_line(facts: Mapping[str, Any], opening: str = "Evaluated by") -> s
 
 
 def evaluator_properties(facts: Mapping[str, Any]) -> list[str]:
-    """Dimension, effective rank and test accuracy, as far as they are known, in words."""
+    """Dimension, effective rank and test accuracy in words, as far as they are known."""
     accuracy, rank = facts.get("test_accuracy"), facts.get("effective_rank")
     said = [f"{facts['feature_dim']} features"] if "feature_dim" in facts else []
     said += [f"effective rank {rank:.1f} on real images"] if rank is not None else []

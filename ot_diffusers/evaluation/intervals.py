@@ -1,4 +1,4 @@
-"""Is a difference between two arms more than luck? t intervals over seeds, Holm's correction over metrics."""
+"""Significance of differences between methods: t intervals over seeds, Holm's correction over metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import require
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean over seeds with the ends of its two-sided interval."""
+    """A mean over seeds with its two-sided interval."""
 
     mean: float
     low: float
@@ -55,12 +55,12 @@ class PairedDifference:
 
     @property
     def shown(self) -> bool:
-        """True where the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
         interval = f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
-        return interval if self.shown else f"no difference shown ({interval})"
+        return interval if self.shown else f"not significant ({interval})"
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> PairedDifference:
@@ -93,7 +93,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p values: compare them with the wanted error rate for the whole family of metrics.
+    """Holm's adjusted p values, to be compared with the error rate for the whole family of metrics.
 
     p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)) over the m ascending p values.
 

@@ -12,47 +12,98 @@ class Metric:
 
     Attributes:
         label: short column heading.
-        better: which direction is better; `"floor"` means nearer to what real images score.
+        title: full name, for pictures.
+        better: which direction is better; `"floor"` means nearer to the real-vs-real score.
         meaning: one sentence for the reader.
     """
 
     label: str
+    title: str
     better: Literal["lower", "higher", "floor"]
     meaning: str
 
 
 METRICS = {
-    "frechet_distance": Metric("Fréchet", "lower", "Distance of the Gaussian fits in feature space (FID)."),
+    "frechet_distance": Metric(
+        "Fréchet", "Fréchet distance", "lower", "Distance between Gaussian fits in feature space (as in FID)."
+    ),
     "frechet_distance_infinity": Metric(
-        "Fréchet∞", "lower", "The same extrapolated to infinitely many samples; about 0 for equal distributions."
+        "Fréchet∞",
+        "Fréchet distance, extrapolated",
+        "lower",
+        "The same, extrapolated to infinitely many samples: about 0, of either sign, for equal distributions.",
     ),
-    "sinkhorn_distance": Metric("Sinkhorn", "lower", "Sinkhorn divergence on the unit sphere, blur 0.05."),
-    "sinkhorn_distance_scaled": Metric("Sinkhorn, scaled", "lower", "The same with features at median distance 1."),
-    "kernel_distance": Metric("Kernel", "lower", "Squared MMD with a cubic kernel (KID), unbiased."),
-    "precision": Metric("Precision", "higher", "Share of the samples that lie near a real image."),
-    "recall": Metric("Recall", "higher", "Share of the real images that lie near a sample."),
-    "density": Metric("Density", "higher", "How many real neighbourhoods hold a sample, 1 for equal distributions."),
-    "coverage": Metric("Coverage", "higher", "Share of real neighbourhoods that hold a sample."),
-    "precision_distance": Metric("Precision dist.", "lower", "Mean distance from a sample to the nearest real image."),
-    "recall_distance": Metric("Recall dist.", "lower", "Mean distance from a real image to the nearest sample."),
+    "sinkhorn_distance": Metric(
+        "Sinkhorn", "Sinkhorn divergence", "lower", "Sinkhorn divergence of features on the unit sphere, blur 0.05."
+    ),
+    "sinkhorn_distance_scaled": Metric(
+        "Sinkhorn, scaled",
+        "Sinkhorn divergence, scaled features",
+        "lower",
+        "The same, with features scaled to a median distance of 1.",
+    ),
+    "kernel_distance": Metric(
+        "Kernel",
+        "Kernel distance",
+        "lower",
+        "Unbiased squared MMD with a cubic kernel (as in KID): about 0, of either sign, for equal distributions.",
+    ),
+    "precision": Metric("Precision", "Precision", "higher", "Share of the samples that lie near a real image."),
+    "recall": Metric("Recall", "Recall", "higher", "Share of the real images that lie near a sample."),
+    "density": Metric(
+        "Density", "Density", "higher", "Mean number of real neighbourhoods around a sample; 1 for equal distributions."
+    ),
+    "coverage": Metric(
+        "Coverage", "Coverage", "higher", "Share of the real neighbourhoods that contain at least one sample."
+    ),
+    "precision_distance": Metric(
+        "Precision dist.", "Precision distance", "lower", "Mean distance from a sample to the nearest real image."
+    ),
+    "recall_distance": Metric(
+        "Recall dist.", "Recall distance", "lower", "Mean distance from a real image to the nearest sample."
+    ),
     "nearest_distance_ratio": Metric(
-        "Memorisation", "floor", "Distance to the nearest training image over that of fresh real ones; 0 for copies."
+        "Memorisation",
+        "Memorisation ratio",
+        "floor",
+        "Median distance to the nearest training image, over that of unseen real images; 0 for copies.",
     ),
-    "effective_rank": Metric("Effective rank", "floor", "How many feature directions the samples use."),
+    "effective_rank": Metric(
+        "Effective rank", "Effective rank", "floor", "Number of feature directions that the samples use."
+    ),
     "principal_spread": Metric(
-        "Spread", "floor", "Area in the two leading principal directions of real images, over theirs."
+        "Spread",
+        "Spread",
+        "floor",
+        "Area in the two main principal directions of real images, over that of real images.",
     ),
-    "class_histogram_distance": Metric("Class histogram", "lower", "Total variation of the predicted class shares."),
-    "patch_sliced_wasserstein": Metric("Patch SW", "lower", "Sliced Wasserstein distance of 7×7 pixel patches."),
-    "spectrum_distance": Metric("Spectrum", "lower", "Mean difference of log₁₀ power over spatial frequencies."),
-    "speckle_share": Metric("Speckle", "floor", "Share of grey pixels away from any stroke."),
-    "laplacian_response": Metric("Laplacian", "floor", "Mean local contrast; above real images noise, below blur."),
-}  # fmt: skip
+    "class_histogram_distance": Metric(
+        "Class histogram", "Class histogram distance", "lower", "Total variation between the predicted class shares."
+    ),
+    "patch_sliced_wasserstein": Metric(
+        "Patch SW", "Patch sliced-Wasserstein", "lower", "Squared sliced Wasserstein distance of 7×7 pixel patches."
+    ),
+    "spectrum_distance": Metric(
+        "Spectrum", "Spectrum distance", "lower", "Mean difference of log₁₀ power over spatial frequencies."
+    ),
+    "speckle_share": Metric("Speckle", "Speckle share", "floor", "Share of grey pixels that belong to no stroke."),
+    "laplacian_response": Metric(
+        "Laplacian",
+        "Laplacian response",
+        "floor",
+        "Mean local contrast; more than in real images means noise, less means blur.",
+    ),
+}
 
 SECOND = {f"second_{name}": name for name in ("frechet_distance", "recall_distance", "precision_distance")}
-"""Those of a second evaluator, to what it measures."""
+"""Metrics by the second evaluator, to the metric that each of them repeats."""
 METRICS |= {
-    second: Metric(f"{METRICS[name].label}, 2nd", METRICS[name].better, "The same by the second evaluator.")
+    second: Metric(
+        f"{METRICS[name].label}, 2nd",
+        f"{METRICS[name].title} by the second evaluator",
+        METRICS[name].better,
+        "The same by the second evaluator.",
+    )
     for second, name in SECOND.items()
 }
 
@@ -72,6 +123,14 @@ COSTS = {
     "seconds_per_1000": "s per 1,000",
     "parameters": "parameters",
     "training_seconds": "training s",
-    "updates": "updates",
+    "updates": "training steps",
 }
-"""Keys of an arm that are costs, with their headings."""
+"""Costs of a method, with their column headings."""
+
+COST_TITLES = COSTS | {
+    "nfe": "Number of function evaluations",
+    "seconds": "Seconds of sampling",
+    "seconds_per_1000": "Seconds per 1,000 images",
+    "training_seconds": "Seconds of training",
+}
+"""The same in full, for pictures."""

@@ -20,7 +20,7 @@ from ..errors import InputError, require
 from ..seeds import folded, seeded_generator
 from ..transport import divergence_value, has_stored_solver, median_distance, sinkhorn_divergence
 from ..transport.geometry import log_effective_rank
-from .neighbors import count_members, in_each_others_balls, nearest_rows
+from .neighbors import by_content, count_members, in_each_others_balls, nearest_rows
 
 Normalization = Literal["l2", "median", "none"]
 
@@ -45,7 +45,7 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
     With Σ = RᵀR from a QR factorisation of the centred rows, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁R₂ᵀ:
     no root of a rounded zero, so a singular covariance costs no digits.
 
-    It is called FID only with 2048-d Inception features. Its bias grows with D/N: compare values of equal N only.
+    It is called FID only for 2048-d Inception features. Its bias grows with D/N: compare values of equal N only.
 
     Args:
         features: [N, D].
@@ -278,6 +278,7 @@ def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
     return 0.5 * (shares[0] - shares[1]).abs().sum().item()
 
 
+@by_content
 def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
     """L2 distance from each query [N, D] to its nearest point [M, D]: [N], float64, exactly 0 for a copy."""
     # A matrix product loses digits near 0; the chosen pairs are measured again.

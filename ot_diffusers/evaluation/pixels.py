@@ -1,7 +1,7 @@
-"""Pixel-space checks for what feature metrics do not see: wrong local texture, grey speckle, a wrong spectrum.
+"""Pixel metrics for artefacts that feature metrics cannot see: wrong local texture, grey speckle, a wrong spectrum.
 
-Images are float tensors [N, C, H, W] in [-1, 1]. The statistics of one set (`speckle_share`, `laplacian_response`) mean
-something only beside those of real images.
+Images are float tensors [N, C, H, W] in [-1, 1]. The statistics of one set (`speckle_share`, `laplacian_response`) are
+meaningful only in comparison with those of real images.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def patch_sliced_wasserstein(
 def speckle_share(images: Tensor, *, faint: float = -0.9, stroke: float = 0.0) -> float:
     """Share of pixels that are brighter than `faint` although no pixel in their 3×3 neighbourhood reaches `stroke`.
 
-    For bright strokes on a black (-1) background: 0 where every grey pixel belongs to a stroke's edge; guiding a
-    sampler up to its last step raises it. On photographs it is only a statistic to compare with that of real ones.
+    Meant for bright strokes on a black (-1) background: 0 if every grey pixel belongs to the edge of a stroke. Guidance
+    up to the last step of a chain raises it. For photographs, compare it with the value of real images.
     """
     _check_images(images, "images")
     alone = torch.nn.functional.max_pool2d(images, kernel_size=3, stride=1, padding=1) < stroke
@@ -63,7 +63,7 @@ def speckle_share(images: Tensor, *, faint: float = -0.9, stroke: float = 0.0) -
 def laplacian_response(images: Tensor) -> float:
     """Mean absolute response to the five-point Laplacian, |4x − Σ neighbours|, away from the border: in [0, 8].
 
-    0 on any linear ramp, 8 on a ±1 checkerboard. Above the value of real images: noise; below: blur.
+    0 on any linear ramp, 8 on a ±1 checkerboard. Values above that of real images indicate noise, lower ones blur.
     """
     _check_images(images, "images")
     require(min(images.shape[2:]) >= 3, "images", "be at least 3×3", tuple(images.shape))

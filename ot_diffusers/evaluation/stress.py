@@ -1,6 +1,6 @@
-"""Does a metric see what it should? Real images are damaged step by step, and a trustworthy metric follows.
+"""Stress tests of metrics: real images are damaged by increasing amounts, and a good metric responds.
 
-A damage is a function (images, amount, generator) → images of uint8 [N, C, H, W]; amount 0 leaves them as they are.
+A damage is a function (images, amount, generator) → images of uint8 [N, C, H, W]; amount 0 leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class StressCurve:
 
     @property
     def verdict(self) -> Literal["monotone", "flat", "not monotone"]:
-        """Whether the means rise, or fall, and never turn back; `"flat"` where no amount differs from the first.
+        """Whether the means only rise or only fall; `"flat"` if no amount differs from the first.
 
-        An amount differs where the 95% interval of the difference over the repeats leaves out 0; a single repeat
-        differs by any difference.
+        An amount differs if the 95% interval of the difference over the repeats excludes 0; with a single repeat, any
+        difference counts.
         """
         if not any(_differ(self.values[0], values) for values in self.values[1:]):
             return "flat"
@@ -70,7 +70,7 @@ def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tenso
 
 
 def collapse_modes(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Replace a `share` in [0, 1] of the images by copies of those left (of one image at 1)."""
+    """Replace a `share` in [0, 1] of the images by copies of the others (by copies of one image for 1)."""
     return _replace(images, share, generator, images)
 
 
@@ -84,15 +84,15 @@ def memorise(train_images: Tensor) -> Damage:
 
 
 def drop_classes(labels: Tensor) -> Damage:
-    """A damage that removes the images of `amount` classes, those left being repeated to keep N.
+    """A damage that removes the images of `amount` classes and repeats images of the others to keep N.
 
-    Which classes go is drawn from the generator, so that a larger amount removes what a smaller one did and more.
+    The generator draws an order of the classes, so a larger amount also removes the classes of a smaller one.
 
     Args:
-        labels: int [N] from 0 to K − 1, of the images that will be damaged; every class has an image.
+        labels: int [N] from 0 to K − 1, the labels of the images to be damaged; every class has an image.
 
     Raises:
-        InputError: a class without images, which could be "dropped" without any damage.
+        InputError: a class without images, whose removal would be no damage.
     """
     good = isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) > 0 and not labels.is_floating_point()
     require(good, "labels", "be a tensor of integers [N]", tensor_summary(labels))
@@ -121,16 +121,16 @@ def stress_test(
     repeats: int = 3,
     seed: int = 0,
 ) -> dict[str, StressCurve]:
-    """Every metric of `measure` along `amounts` of a damage.
+    """A curve of every metric of `measure` along `amounts` of a damage.
 
     Args:
         images: real, uint8 [N, C, H, W], disjoint from the reference inside `measure`; or their features [N, D], if
             `damage` and `measure` take those.
-        damage: one of this module's, or your own.
+        damage: one of this module, or your own.
         amounts: ascending; the first should be 0.
         measure: images to metric values, such as `lambda x: evaluate_images(x, reference=…, extractor=…)`.
         repeats: independent draws of the damage at each amount.
-        seed: decides the draws; repeat r is drawn from `seed + r` at every amount, so that the steps are paired.
+        seed: random seed; repeat r is drawn from `seed + r` at every amount, so the amounts are paired.
     """
     require(len(amounts) >= 2 and list(amounts) == sorted(amounts), "amounts", "be two or more, ascending", amounts)
     measured = []
@@ -149,7 +149,7 @@ def _differ(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def _replace(images: Tensor, share: float, generator: torch.Generator, source: Tensor) -> Tensor:
-    """The images with a random `share` replaced by images of `source` or, if that is `images`, by those left."""
+    """The images with a random `share` replaced by images of `source` or, if that is `images`, by the other images."""
     require(0 <= share <= 1, "share", "lie in [0, 1]", share)
     order = torch.randperm(len(images), generator=generator)
     count = min(round(share * len(images)), len(images) - (source is images))

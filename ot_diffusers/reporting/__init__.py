@@ -1,1 +1,1 @@
-"""Results as people read them: tables, pictures, pages, and the numbers that documents quote."""
+"""Results for readers: tables, pictures, pages, and the numbers that documents quote."""

@@ -1,9 +1,9 @@
-"""What paired seeds say about arms: means with intervals, differences to the first arm, and how to print them.
+"""Comparison of methods over paired random seeds: means with intervals, and differences to the first method, in words.
 
-`values` is arm → metric → one value per seed, in the same order of seeds everywhere. The primary metric is fixed before
-anything is measured and decides by its own 95% interval. The other metrics of the family show a difference only where
-Holm's correction over all of them agrees, so that trying many metrics does not make one of them "significant". Fewer
-than three seeds show nothing. Where the evaluator cannot be trusted, verdicts are withheld.
+`values` is method → metric → one value per seed, in the same order of seeds everywhere. The primary metric is fixed
+before anything is measured and decides by its own 95% interval. A difference in another metric counts as significant
+only if Holm's correction over all of them agrees, so that trying many metrics does not make one of them "significant".
+Fewer than three seeds are inconclusive. If the evaluator cannot be trusted, verdicts are withheld.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from .report import format_number
 
 SIGNIFICANCE = 0.05
 MIN_SEEDS = 3
-NOT_SHOWN = "no difference shown"
+NOT_SIGNIFICANT = "not significant"
 WITHHELD = "withheld"
+WIDE = 0.5
+"""Half width of an interval, as a share of the first method's mean, from which a difference is inconclusive."""
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def summarise(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Metric → one value per seed as `{"metrics": means, "intervals": 95% intervals}`; one seed has no interval."""
+    """`{"metrics": means, "intervals": 95% intervals}` of metric → one value per seed; no interval for one seed."""
     means = {metric: statistics.fmean(per_seed) for metric, per_seed in values.items()}
     intervals = {
         metric: {"low": interval.low, "high": interval.high}
@@ -43,19 +45,19 @@ def summarise(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def differences(
     values: Values, *, primary: str, family: Sequence[str], trusted: bool = True
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Arm → metric → mean paired difference to the first arm, its interval, p values and whether it is shown.
+    """Method → metric → mean paired difference to the first method, its interval, p values and significance.
 
     Args:
-        values: at least two arms, at least two seeds.
+        values: at least two methods, at least two seeds.
         primary: the metric that decides.
         family: the other tested metrics; `primary` may be among them.
-        trusted: whether the evaluator is; by one that is not, no difference is shown.
+        trusted: whether the evaluator can be trusted; otherwise no difference is significant.
 
     Returns:
-        For each arm but the first and each tested metric: `mean`, `low`, `high` (95%), `p_value`, `p_holm` (of the
-        primary metric the same; of the others corrected over them) and `shown`.
+        For each method but the first and each tested metric: `mean`, `low`, `high` (95%), `p_value`, `p_holm` (equal to
+        `p_value` for the primary metric, corrected for the others) and `shown`, which is true for a significant one.
     """
-    require(len(values) >= 2, "values", "hold at least two arms", list(values))
+    require(len(values) >= 2, "values", "hold at least two methods", list(values))
     first, *others = values
     measured = all(primary in by_metric for by_metric in values.values())
     require(measured, "primary_metric", "be one that the images and the evaluator allow", primary)
@@ -71,9 +73,9 @@ def differences(
 
 
 def verdict(metric: str, difference: Mapping[str, Any]) -> str:
-    """`"better"`, `"worse"`, `"higher"` or `"lower"` (for metrics without a better direction), or `NOT_SHOWN`."""
+    """`"better"`, `"worse"`, `NOT_SIGNIFICANT`, or for metrics without a better direction `"higher"` or `"lower"`."""
     if not difference["shown"]:
-        return NOT_SHOWN
+        return NOT_SIGNIFICANT
     rises = difference["mean"] > 0
     better = METRICS[metric].better if metric in METRICS else "lower"
     if better == "floor":
@@ -82,24 +84,36 @@ def verdict(metric: str, difference: Mapping[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """What the primary metric says of every arm, or why it says nothing, in one sentence."""
+    """The verdicts of the primary metric on every method, or why there are none, in one sentence."""
     first, metric = next(iter(results["arms"])), results["primary_metric"]
-    label, seeds = METRICS[metric].label, len(results["seeds"])
+    title, seeds = METRICS[metric].title, len(results["seeds"])
+    lead = f"{title} compared with {first} over {seeds} paired random seeds"
     doubt = evaluator_doubt(results.get("extractor", {}))
     if doubt is not None:
-        return (
-            f"{label}, paired with {first} over {seeds} seeds — no verdict, the evaluator cannot be trusted: {doubt}."
-        )
-    said = [
-        f"{arm}: {verdict(metric, by_metric[metric])} ({_percent(by_metric[metric]['mean'], results, metric)})"
+        return f"{lead}: there is no verdict, because the evaluator cannot be trusted: {doubt}."
+    base = results["arms"][first]["metrics"][metric]
+    verdicts = [
+        f"{arm}: {verdict_with_size(metric, by_metric[metric], base, seeds)}"
         for arm, by_metric in results["differences"].items()
     ]
-    return f"{label}, paired with {first} over {seeds} seeds — {'; '.join(said)}."
+    return f"{lead}. {'; '.join(verdicts)}."
+
+
+def verdict_with_size(metric: str, difference: Mapping[str, Any], base: float, seeds: int) -> str:
+    """A verdict with the difference as a share of the compared mean `base`; no share for an inconclusive one."""
+    if not difference["shown"]:
+        if seeds < MIN_SEEDS:
+            return f"inconclusive (only {seeds} seeds)"
+        if difference["high"] - difference["low"] > 2 * WIDE * abs(base):
+            return f"inconclusive ({seeds} seeds, wide interval)"
+        return f"the difference is not significant ({_percent(difference['mean'], base)})"
+    return f"{verdict(metric, difference)} ({_percent(difference['mean'], base)})"
 
 
 def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
-    """One line for each tested metric of an arm in a comparison's results."""
+    """One line for each tested metric of a method in the results of a comparison."""
     header = ["", "verdict", "difference", "95% interval", "in %", "p (Holm)"]
+    first = next(iter(results["arms"].values()))["metrics"]
     trusted = evaluator_doubt(results.get("extractor", {})) is None
     rows = []
     for metric, difference in results["differences"][arm].items():
@@ -110,7 +124,7 @@ def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
                 verdict(metric, difference) if trusted else WITHHELD,
                 _signed(difference["mean"]),
                 f"{_signed(difference['low'])} … {_signed(difference['high'])}",
-                _percent(difference["mean"], results, metric),
+                _percent(difference["mean"], first[metric]),
                 "< 0.0001" if difference["p_holm"] < 1e-4 else f"{difference['p_holm']:.2g}",
             ]
         )
@@ -118,7 +132,7 @@ def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
 
 
 def interval_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> Rows:
-    """Arms by metrics as mean ± half of the 95% interval, the real-vs-real floor last."""
+    """Methods by metrics as mean ± half of the 95% interval, with the real-vs-real score last."""
     entries = results["arms"] | {"real vs real": results["floor"]}
     header = ["", *(METRICS[metric].label for metric in metrics)]
     return [header, *([arm, *(_plus_minus(entry, metric) for metric in metrics)] for arm, entry in entries.items())]
@@ -138,10 +152,9 @@ def _plus_minus(entry: Mapping[str, Any], metric: str) -> str:
     return f"{format_number(mean)} ± {(interval['high'] - interval['low']) / 2:.2g}"
 
 
-def _percent(difference: float, results: Mapping[str, Any], metric: str) -> str:
-    """A difference as a share of the first arm's mean."""
-    base = abs(next(iter(results["arms"].values()))["metrics"][metric])
-    return f"{100 * difference / base:+.1f}%".replace("-", "−") if base else "–"
+def _percent(difference: float, base: float) -> str:
+    """A difference as a share of the mean that it is compared with."""
+    return f"{100 * difference / abs(base):+.1f}%".replace("-", "−") if base else "–"
 
 
 def _signed(value: float) -> str:

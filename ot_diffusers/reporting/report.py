@@ -1,21 +1,21 @@
 """A run's `results.json` as tables and as one self-contained HTML file.
 
-The file's contents:
+The contents of the file:
 
     {"title": str, "dataset": str, "dataset_hub_id": str or null, "num_samples": int,
      "extractor": {"name": str, "feature_dim": int, "effective_rank": float, "has_classifier": bool,
                    "test_accuracy": float or null, "chance": float},
-     "arms": {arm: {"metrics": {metric: value}, "nfe": int, "seconds": float, "description": str}},
+     "arms": {method: {"metrics": {metric: value}, "nfe": int, "seconds": float, "description": str}},
      "floor": {"metrics": {metric: value}},
      "provenance": {…}}
 
-It may name the metrics of its short tables (`"headline"`) and their cost columns (`"costs"`). An arm with
-`"bound": true` is what the others cannot beat, and never marked as the best. By an evaluator that cannot be trusted
-(`health.evaluator_doubt`), nothing is.
+`"floor"` holds the real-vs-real score. `"headline"` may name the metrics of the short tables and `"costs"` their cost
+columns. A method with `"bound": true` is a bound for the others and is never marked as the best. If the evaluator
+cannot be trusted (`health.evaluator_doubt`), no method is.
 
-A comparison over several seeds adds `"seeds": [int, …]`; its values are then means, and each arm has
-`"intervals": {metric: {"low": value, "high": value}}`. `"summary"` (a sentence) and `"notes"` (several) stand with the
-table.
+A comparison over several random seeds adds `"seeds": [int, …]`. Its values are means, and each method has
+`"intervals": {metric: {"low": value, "high": value}}`. `"summary"` (a sentence) and `"notes"` (several) are shown with
+the table, `"links"` (name to address) above it, and `"next"` (pairs of sentence and command) at the end of the page.
 """
 
 from __future__ import annotations
@@ -30,44 +30,79 @@ from ..errors import require
 from ..evaluation.health import evaluator_doubt, evaluator_line, evaluator_properties
 from ..evaluation.metric_table import COSTS, HEADLINE, METRICS
 from .colours import arm_colours
-from .page import Rows, definitions, paragraphs, picture, provenance_list, rows_table, table, write_page
+from .page import (
+    Picture,
+    Rows,
+    Step,
+    definitions,
+    figure,
+    links,
+    next_steps,
+    paragraphs,
+    provenance_list,
+    rows_table,
+    table,
+    write_page,
+)
+
+NEXT = (
+    (
+        "Compare several methods over paired random seeds, with intervals:",
+        "ot-diffusers compare PIPELINE OTHER_PIPELINE --dataset DATASET --evaluator EVALUATOR --seeds 5",
+    ),
+    (
+        "Check how the metrics respond to known damage:",
+        "ot-diffusers stress --dataset DATASET --evaluator EVALUATOR",
+    ),
+)
+"""Next steps after results that name none."""
+
+REAL_VS_REAL = (
+    "Real vs real is the score of as many real training images, measured in the same way. A guided method can score "
+    "below it: guidance moves the samples of a batch together towards the reference set, so they cover the "
+    "distribution more evenly than as many random draws of real images. This does not mean that they are better than "
+    "real images."
+)
 
 
 def write_report(
     results: Mapping[str, Any],
-    pictures: Mapping[str, Path],
+    pictures: Mapping[str, Picture],
     path: Path,
     *,
     tables: Mapping[str, Rows] = MappingProxyType({}),
 ) -> Path:
-    """Write one HTML file that needs nothing else: pictures and style are inside, no script and no network.
+    """Write one HTML file that needs nothing else: pictures and style are inside, no script and no network access.
 
     Args:
         results: the contents of `results.json`, see the module.
-        pictures: caption to PNG file, in the order shown.
+        pictures: heading to picture, in the order shown.
         path: the HTML file.
-        tables: caption to further tables, shown between the results and the pictures.
+        tables: heading to further tables, shown after the pictures.
 
     Raises:
-        InputError: no arm, or a picture that does not exist.
+        InputError: no method, or a picture that does not exist.
     """
     _check(results)
-    sections = {"Results": _summary(results) + _arms_table(results) + paragraphs(_notes(results))}
-    sections |= {caption: rows_table(rows) for caption, rows in tables.items()}
-    sections |= {caption: picture(caption, Path(file)) for caption, file in pictures.items()}
+    linked = links(results["links"]) if results.get("links") else ""
+    sections = {"Results": _summary(results) + linked + _arms_table(results) + paragraphs(_notes(results))}
+    sections |= {heading: figure(picture, heading) for heading, picture in pictures.items()}
+    sections |= {heading: rows_table(rows) for heading, rows in tables.items()}
     sections["All metrics"] = _metrics_table(results)
     if _has_descriptions(results):
-        sections["Arms"] = _arms_list(results)
+        sections["Methods"] = _arms_list(results)
+    steps: list[Step] = [*results.get("next", NEXT)]
+    sections["Next steps"] = next_steps(steps)
     sections["Provenance"] = provenance_list(results.get("provenance", {}))
     return write_page(Path(path), results.get("title", "Results"), sections, facts=_facts(results))
 
 
 def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
-    """Arms by metrics with the best value in bold and the real-vs-real floor last, below the evaluator, in Markdown.
+    """Methods by metrics in Markdown, the best values in bold and the real-vs-real score last, below the evaluator.
 
     Args:
         results: the contents of `results.json`, see the module.
-        metrics: names of the columns; by default the results' headline.
+        metrics: columns; by default the headline of the results.
     """
     header, rows, best = _cells(results, metrics)
     bold = [[f"**{cell}**" if (r, c) in best else cell for c, cell in enumerate(row)] for r, row in enumerate(rows)]
@@ -75,25 +110,28 @@ def markdown_table(results: Mapping[str, Any], metrics: Sequence[str] | None = N
 
 
 def captioned(table: str, results: Mapping[str, Any]) -> str:
-    """A table in text or Markdown below what its results say of the evaluator, in as far as that was measured."""
+    """A table in text or Markdown, below a line about the evaluator if its effective rank was measured."""
     return f"{evaluators(results)}\n\n{table}" if "effective_rank" in results.get("extractor", {}) else table
 
 
 def evaluators(results: Mapping[str, Any]) -> str:
-    """The evaluator and, where there is one, the second, in a sentence each; "" for none."""
-    lines = evaluator_line(results.get("extractor", {})), evaluator_line(results.get("second_extractor", {}), "2nd by")
+    """A sentence about the evaluator, and one about the second evaluator if there is one; "" for none."""
+    lines = (
+        evaluator_line(results.get("extractor", {})),
+        evaluator_line(results.get("second_extractor", {}), "Second evaluator:"),
+    )
     return " ".join(filter(None, lines))
 
 
 def markdown_rows(rows: Rows) -> str:
-    """A table as it stands, in Markdown."""
+    """A table in Markdown."""
     header, *lines = rows
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ruler, *lines])
 
 
 def text_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None) -> str:
-    """The same for a terminal: aligned columns, `*` behind the best value."""
+    """The same table for a terminal: aligned columns, `*` after the best value."""
     header, rows, best = _cells(results, metrics)
     starred = [
         [cell + ("*" if (r, c) in best else " " if c else "") for c, cell in enumerate(row)]
@@ -112,7 +150,7 @@ def text_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None)
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits: 0.00120, 12.3, 1230; counts as they are; `–` for what was not measured."""
+    """Three significant digits: 0.00120, 12.3, 1230; counts unchanged; `–` for a value that was not measured."""
     if value is None:
         return "–"
     if isinstance(value, int) or 1000 <= abs(value) < 100_000:
@@ -121,9 +159,12 @@ def format_number(value: float | None) -> str:
 
 
 def best_arms(results: Mapping[str, Any], metric: str) -> set[str]:
-    """The arms whose printed value of `metric` is the best; empty for fewer than two values, for a missing floor, and
-    where the evaluator cannot be trusted. So it is where an unbiased estimate of a distance is below 0: that shows no
-    distance, and not how much smaller than the others it is."""
+    """The methods whose printed value of `metric` is the best.
+
+    Empty for fewer than two values, for a missing real-vs-real score that the metric needs, and if the evaluator cannot
+    be trusted. Also empty if an unbiased estimate of a distance is negative: such an estimate is noise around 0, and a
+    lower one is not better.
+    """
     if evaluator_doubt(results.get("extractor", {})) is not None:
         return set()
     arms = {arm: entry for arm, entry in results["arms"].items() if not entry.get("bound")}
@@ -143,7 +184,7 @@ def best_arms(results: Mapping[str, Any], metric: str) -> set[str]:
 def _cells(
     results: Mapping[str, Any], metrics: Sequence[str] | None
 ) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """Header, rows of text, and the (row, column) of the best values; metrics that no arm has are left out."""
+    """Header, rows of text, and the (row, column) of the best values, without the metrics that no method has."""
     _check(results)
     arms, floor = results["arms"], results.get("floor", {}).get("metrics", {})
     names = metrics or results.get("headline", HEADLINE)
@@ -168,7 +209,7 @@ def _cells(
 
 
 def _check(results: Mapping[str, Any]) -> None:
-    require(bool(results.get("arms")), "results", "hold at least one arm", sorted(results))
+    require(bool(results.get("arms")), "results", "hold at least one method", sorted(results))
 
 
 def _label(metric: str) -> str:
@@ -187,8 +228,8 @@ def _facts(results: Mapping[str, Any]) -> list[str]:
     extractor = results.get("extractor", {})
     facts = [
         f"data set {results['dataset']}" if "dataset" in results else "",
-        f"{results['num_samples']:,} samples per arm" if "num_samples" in results else "",
-        f"{count} seed{'s' if count > 1 else ''}" if (count := len(results.get("seeds", []))) else "",
+        f"{results['num_samples']:,} samples per method" if "num_samples" in results else "",
+        f"{count} random seed{'s' if count > 1 else ''}" if (count := len(results.get("seeds", []))) else "",
         f"evaluated by {extractor['name']}" if "name" in extractor else "",
         *evaluator_properties(extractor),
     ]
@@ -196,11 +237,12 @@ def _facts(results: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(results: Mapping[str, Any]) -> str:
-    """How the best arm compares with the first one, in one sentence of the file's own numbers, or the file's own; or
-    why no arm is compared."""
+    """The summary of the results; without one, a sentence that compares the best method with the first, or the reason
+    why there is no verdict."""
     doubt = evaluator_doubt(results.get("extractor", {}))
     if "summary" in results or doubt is not None:
-        return paragraphs([results.get("summary", f"No verdict: the evaluator cannot be trusted: {doubt}.")], "lead")
+        no_verdict = f"There is no verdict, because the evaluator cannot be trusted: {doubt}."
+        return paragraphs([results.get("summary", no_verdict)], "lead")
     metric = "frechet_distance"
     arms = [arm for arm, entry in results["arms"].items() if not entry.get("bound")]
     values = [results["arms"][arm]["metrics"].get(metric) for arm in arms]
@@ -209,7 +251,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     best = min(range(len(arms)), key=values.__getitem__)
     first, lowest = format_number(values[0]), format_number(values[best])
     if best == 0:
-        return f"<p class='lead'>No arm scores a lower Fréchet distance than <b>{escape(arms[0])}</b> ({first}).</p>"
+        return f"<p class='lead'>No method has a lower Fréchet distance than <b>{escape(arms[0])}</b> ({first}).</p>"
     change = 100 * (values[best] / values[0] - 1)
     return (
         f"<p class='lead'><b>{escape(arms[best])}</b> has a Fréchet distance of {lowest}, against {first} for "
@@ -231,7 +273,7 @@ def _arms_table(results: Mapping[str, Any]) -> str:
 
 
 def _metrics_table(results: Mapping[str, Any]) -> str:
-    """Metrics down, arms across: the full table stays narrow enough for a phone."""
+    """One row for each metric and one column for each method."""
     arms, floor = results["arms"], results.get("floor", {}).get("metrics", {})
     present = {name for entry in arms.values() for name in entry["metrics"]}
     metrics = [name for name in METRICS if name in present] + sorted(present - set(METRICS))
@@ -245,19 +287,23 @@ def _metrics_table(results: Mapping[str, Any]) -> str:
         meaning = f"<small>{escape(METRICS[name].meaning)}</small>" if name in METRICS else ""
         heading = f"<th scope='row'>{escape(_label(name))}&nbsp;{_arrow(name)}{meaning}</th>"
         lines.append(f"<tr>{heading}{cells}<td class='floor'>{format_number(floor.get(name))}</td></tr>")
-    return table(["", *arms, "real vs real"], lines, kind="wide-names")
+    return table(["", *arms, "real vs real"], lines)
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
-    note = "↓ lower, ↑ higher, ≈ nearer to real images is better; bold is the best value. NFE: network calls per image."
     line = evaluators(results)
-    if results.get("floor", {}).get("metrics"):
-        note += " “Real vs real” is what as many real images score: the floor that no model is expected to beat."
-    seeds = len(results.get("seeds", [0]))
-    note += (
-        f" Means over {seeds} seeds." if seeds > 1 else " One run is one draw: small differences need several seeds."
+    note = (
+        "Lower values are better in columns marked ↓, higher values in columns marked ↑, and values nearer to real vs "
+        "real in columns marked ≈. The best value is bold; an estimate below 0 is never marked. NFE is the number of "
+        "function evaluations (network calls) for one image."
     )
-    return [*([line] if line else []), note, *results.get("notes", [])]
+    seeds = len(results.get("seeds", [0]))
+    if seeds > 1:
+        note += f" Values are means over {seeds} random seeds."
+    else:
+        note += " These values come from one random seed: small differences need several seeds."
+    real = [REAL_VS_REAL] if results.get("floor", {}).get("metrics") else []
+    return [*([line] if line else []), note, *real, *results.get("notes", [])]
 
 
 def _has_descriptions(results: Mapping[str, Any]) -> bool:

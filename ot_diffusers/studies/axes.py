@@ -1,4 +1,4 @@
-"""What curves are drawn against."""
+"""The quantities that curves are drawn against."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ TIMESTEPS = "truncation_timestep"
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity that methods are studied along.
+    """A quantity along which methods are studied.
 
     Attributes:
-        key: of the curves in `results.json`, and the name of their picture.
-        title: of the quantity.
-        calls: whether pictures show the network calls of each point, on a logarithmic axis, in place of its value.
-        drawn: metrics and costs with a panel; none is the tested metrics.
-        tabled: metrics with a table; none is the tested metrics.
+        key: of the curves in `results.json`, and the file name of their picture.
+        title: short name, for tables.
+        label: name in words, for pictures.
+        calls: whether pictures show the function evaluations of a point, on a logarithmic axis, instead of its value.
+        drawn: metrics and costs with a panel; none for the tested metrics.
+        tabled: metrics with a table; none for the tested metrics.
     """
 
     key: str
     title: str
+    label: str
     calls: bool = False
     drawn: tuple[str, ...] = ()
     tabled: tuple[str, ...] = ()
 
 
 AXES = {
-    STEPS: Axis("quality_by_steps", "steps", calls=True),
+    STEPS: Axis("quality_by_steps", "steps", "number of function evaluations (NFE)", calls=True),
     TIMESTEPS: Axis(
-        "curves", "T'", drawn=("frechet_distance", "seconds_per_1000"), tabled=("frechet_distance", "recall_distance")
+        "curves",
+        "T'",
+        "T', the timestep at which the chain starts",
+        drawn=("frechet_distance", "seconds_per_1000"),
+        tabled=("frechet_distance", "recall_distance"),
     ),
 }

@@ -1,4 +1,4 @@
-"""What is studied: the variants, the curves, and the YAML file or command line that names them."""
+"""Configuration of a study: the variants and the curves, from a YAML file or the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESERVED = (*NETWORKS, "seed", "logs", "samples")
 NOISE, REAL = "noise", "real"
 TABLE, CURVE, TRAINING = "table", "curve", "training"
 STEPS = "steps"
-"""The axis of the curves that `steps` asks for, see `pictures.AXES`."""
+"""The axis of the curves of `steps`, see `axes.AXES`."""
 
 study_option, variant_option, training_option, sampling_option, report_option = map(
     option_of, ("study", "variant", "training", "sampling", "report")
@@ -36,39 +36,42 @@ study_option, variant_option, training_option, sampling_option, report_option = 
 
 @dataclass
 class Variant(Options):
-    """One way to make images: a pipeline that exists, or one that is trained anew for every seed.
+    """A method of sampling: an existing pipeline, or one that is trained for every seed.
 
     In `pipeline`, `start`, `features` and `overrides`, `{name}` stands for the run of an earlier variant with the same
-    seed, `{features}` for the study's feature network, and `{seed}` for the seed.
+    seed, `{features}` for the feature network of the study, and `{seed}` for the seed.
     """
 
-    pipeline: str | None = variant_option(None, "folder or Hub id of a saved pipeline; none: train one")
-    train: str | None = training_option(None, f"training script that makes the pipeline: {', '.join(SCRIPTS)}")
-    preset: str | None = training_option(None, "YAML file of the training script, or a preset such as digits/ot.yaml")
-    overrides: tuple[str, ...] = training_option((), "options of the training script, as key=value")
-    once: bool = training_option(False, "train for the first random seed only, and use the result with all")
-    seconds_of: str | None = training_option(None, "name of another variant: train for as many seconds as it takes")
-    max_train_seconds: float | None = training_option(
-        None, "seconds of training; none: as long as the training steps take"
-    )
+    pipeline: str | None = variant_option(None, "folder or Hub id of a saved pipeline; none trains one")
+    train: str | None = training_option(None, f"script that trains the pipeline: {', '.join(SCRIPTS)}")
+    preset: str | None = training_option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
+    overrides: tuple[str, ...] = training_option((), "key=value for the script")
+    once: bool = training_option(False, "train once, for the first seed, and use the result for all seeds")
+    seconds_of: str | None = training_option(None, "variant whose training time this one gets (equal compute)")
+    max_train_seconds: float | None = training_option(None, "training time in seconds; none for no limit")
     start: str | None = variant_option(
         None,
-        "start of the chain: noise, real (diffused training images) or a pipeline with a prior; none: the pipeline's",
+        "start of the chain: noise, real (noised training images, a bound for all priors), or a pipeline with a prior; "
+        "none leaves the pipeline unchanged",
     )
-    truncation_timestep: int | None = variant_option(None, "T': step at which the chain starts; none: the full chain")
-    features: str | None = sampling_option(None, "run of train_features.py whose features guide the pipeline")
+    truncation_timestep: int | None = variant_option(None, "T' at which the chain starts; none is the full chain")
+    features: str | None = sampling_option(
+        None, "run of train_features.py whose network and reference set guide the pipeline"
+    )
     call: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "arguments of the pipeline's call", "group": "sampling"}
+        default_factory=dict, metadata={"help": "arguments of the pipeline call", "group": "sampling"}
     )
-    steps: tuple[int, ...] = sampling_option((), "numbers of denoising steps of its curve; empty: those of the study")
+    steps: tuple[int, ...] = sampling_option(
+        (), "numbers of denoising steps for its curve; none are those of the study"
+    )
     field_samples: int | None = sampling_option(
-        None, "guide images one by one, with a field recorded on this many other samples"
+        None, "guide images one at a time by a guidance field recorded on this many other samples"
     )
-    batch_size: int | None = sampling_option(None, "images per batch; none: up to 1,000")
+    batch_size: int | None = sampling_option(None, "largest batch size; none for all images at once")
     role: str = variant_option(
-        TABLE, "table: a row of the table; curve: only a point of a curve; training: only trained, for other variants"
+        TABLE, "table, curve (only a point of a curve) or training (only trained, for other variants)"
     )
-    description: str = variant_option("", "a sentence for the report")
+    description: str = variant_option("", "sentence for the report")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,63 +101,53 @@ class Variant(Options):
 
 @dataclass
 class StudyConfig(Options):
-    """A study: variants, each sampled and scored with the same random seeds."""
+    """A study of variants, each sampled and scored with the same random seeds."""
 
     output_dir: str = study_option("runs/comparison", "folder of the study")
-    title: str | None = study_option(None, "title of the report; none: the names of the variants")
+    title: str | None = study_option(None, "title of the report; none lists the variants")
     dataset: str = data_option(
-        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or a folder of images"
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder"
     )
     evaluator: str = network_option(
-        "digits/evaluator.yaml",
-        "evaluation network, not used in training or guidance: a folder, a Hub id, a name, or a preset to train first",
+        "digits/evaluator.yaml", "evaluation network, not used in training or guidance; or a preset to train once"
     )
     second_evaluator: str | None = network_option(
-        None,
-        "a second evaluation network, which exists already, such as efficientnet-lite0; adds its distances",
+        None, "another evaluator, not trained here, such as efficientnet-lite0: adds its distances to the table"
     )
     features: str | None = network_option(
-        None, "feature network for losses and guidance: a run, a Hub id, or a preset to train first"
+        None, "feature network for losses and guidance: a run, a Hub id, or a preset to train once"
     )
     arms: dict[str, Variant] = field(
-        default_factory=dict,
-        metadata={"help": "variants by name, in the order in which they are trained and sampled", "group": "study"},
+        default_factory=dict, metadata={"help": "name to variant, in the order of training", "group": "study"}
     )
-    compare_with: str | None = study_option(None, "variant that the others are compared with; none: the first")
-    seeds: int = study_option(5, "number of random seeds, at least 1: 0, 1, 2, …")
-    seed: int | None = study_option(None, "use this random seed only; its runs lie beside the results; none: use seeds")
+    compare_with: str | None = study_option(None, "variant that the others are compared with; none is the first")
+    seeds: int = study_option(5, "number of random seeds: 0, 1, 2, …")
+    seed: int | None = study_option(None, "a single random seed, whose runs are placed beside the results")
     num_samples: int | None = sampling_option(
-        None, "images per variant and random seed, at least 2; none: as many as test images"
+        None, "images of each variant and seed; none is the number of test images"
     )
     call: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "arguments of every pipeline's call", "group": "sampling"}
+        default_factory=dict, metadata={"help": "arguments of every pipeline call", "group": "sampling"}
     )
     steps: tuple[int, ...] = sampling_option(
         (), "numbers of denoising steps at which every variant is also sampled and scored"
     )
     curves: dict[str, dict[str, dict[str, str]]] = field(
         default_factory=dict,
-        metadata={
-            "help": "curves of the report: axis, then method, then value on the axis, then name of the variant there",
-            "group": "sampling",
-        },
+        metadata={"help": "axis to method to value to the variant at that point", "group": "sampling"},
     )
-    dtype: str = sampling_option("float32", "type of matrix products in sampling: float32, bfloat16 or float16")
-    primary_metric: str = report_option("frechet_distance", "metric that decides; choose it beforehand")
-    metrics: tuple[str, ...] = report_option(HEADLINE, "metrics whose differences are tested together")
-    measured: tuple[str, ...] = report_option((), "metrics in the table; empty: all")
-    costs: tuple[str, ...] = report_option(
-        ("nfe", "seconds_per_1000"), f"cost columns of the table: {', '.join(COSTS)}"
-    )
+    dtype: str = sampling_option("float32", "precision of sampling: float32, bfloat16 or float16")
+    primary_metric: str = report_option("frechet_distance", "metric that decides, fixed beforehand")
+    metrics: tuple[str, ...] = report_option(HEADLINE, "metrics whose differences are tested")
+    measured: tuple[str, ...] = report_option((), "metrics to compute for the variants of the table; none is all")
+    costs: tuple[str, ...] = report_option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(COSTS)}")
     pictured: tuple[str, ...] = report_option(
-        (), "variants whose images and features are shown; empty: those of the table"
+        (), "variants whose images and features are shown; none are those of the table"
     )
     together: tuple[tuple[str, ...], ...] = study_option(
-        (), "runs (variants, features, evaluator) that are trained at the same time on a CPU and share its cores"
+        (), "groups of runs (variants, features, evaluator) that a CPU trains at the same time, sharing its cores"
     )
-    overrides: tuple[str, ...] = study_option(
-        (), "options of every training script, as key=value, such as image_size=32"
-    )
+    overrides: tuple[str, ...] = study_option((), "key=value for every training script, such as image_size=32")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,13 +176,13 @@ class StudyConfig(Options):
 
     @property
     def reported(self) -> dict[str, Variant]:
-        """The variants of the table: first the one that the others are compared with."""
+        """The variants of the table, beginning with the one that the others are compared with."""
         rows = [name for name, variant in self.arms.items() if variant.role == TABLE]
         return {name: self.arms[name] for name in sorted(rows, key=lambda name: name != self.compare_with)}
 
     @property
     def sampled(self) -> dict[str, Variant]:
-        """The variants whose images are made: rows of the table and points of curves."""
+        """The variants that are sampled: rows of the table and points of curves."""
         return {name: variant for name, variant in self.arms.items() if variant.role != TRAINING}
 
     @property
@@ -203,7 +196,7 @@ class StudyConfig(Options):
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """The overrides that say how the data set is read, which hold for the real images as well."""
+        """The overrides that concern reading the data set; they also apply to the real images of the evaluation."""
         return data_options(self.overrides)
 
     @property
@@ -218,7 +211,7 @@ class StudyConfig(Options):
 
 
 def data_options(overrides: Sequence[str]) -> dict[str, Any]:
-    """Those of the `key=value` that are options of `load_images`."""
+    """The `key=value` among these that are options of `load_images`."""
     given = (override.partition("=") for override in overrides)
     return {name: yaml.safe_load(value) for name, _, value in given if name in DATA_OPTIONS}
 
@@ -229,7 +222,7 @@ def check_steps(steps: Sequence[int]) -> None:
 
 
 def check_references(config: StudyConfig, name: str, variant: Variant) -> None:
-    """Refuse a variant that builds on what comes later or does not exist.
+    """Refuse a variant that refers to a later or missing one.
 
     Raises:
         InputError: naming the reference.
@@ -240,12 +233,18 @@ def check_references(config: StudyConfig, name: str, variant: Variant) -> None:
     together = {other for group in config.together if name in group for other in group}
     for text in (variant.pipeline, variant.start, variant.features, *variant.overrides):
         for reference in re.findall(r"{([^}]*)}", text or ""):
-            require(reference in usable, "arms", f"refer to trained arms before {name!r}, features or seed", reference)
+            require(
+                reference in usable, "arms", f"refer to trained variants before {name!r}, features or seed", reference
+            )
             apart = variant.train is None or reference not in together
             require(apart, "together", f"not hold {name!r} with a run that it builds on", reference)
     if variant.seconds_of is not None:
-        require(variant.seconds_of in earlier, "seconds_of", f"name a trained arm before {name!r}", variant.seconds_of)
-        require(twin(config, name) is not None, "seconds_of", f"have an earlier arm that trains as {name!r} does", None)
+        require(
+            variant.seconds_of in earlier, "seconds_of", f"name a trained variant before {name!r}", variant.seconds_of
+        )
+        require(
+            twin(config, name) is not None, "seconds_of", f"have an earlier variant that trains as {name!r} does", None
+        )
         require(len(together) < 2, "together", "leave out variants with seconds_of", name)
 
 
@@ -264,9 +263,9 @@ def twin(config: StudyConfig, name: str) -> str | None:
 
 
 def with_step_curves(config: StudyConfig) -> StudyConfig:
-    """The study with a variant for every point of the curves that `steps` asks for.
+    """The study with a variant for every point of the curves of `steps`.
 
-    A truncated chain has no more steps than T', so larger numbers are left out there.
+    A truncated chain has at most T' steps, so it has no points at larger numbers.
     """
     arms, lines = dict(config.arms), dict[str, dict[str, str]]()
     for name, variant in config.reported.items():
@@ -279,7 +278,7 @@ def with_step_curves(config: StudyConfig) -> StudyConfig:
 
 
 def point_of(name: str, variant: Variant, **call: Any) -> Variant:
-    """The variant with other arguments of its call, as a point of a curve; what it trains is not trained again."""
+    """The variant with other call arguments as a point of a curve; it uses the trained network of the variant."""
     source: dict[str, Any] = {"pipeline": f"{{{name}}}", "train": None, "preset": None, "overrides": ()}
     source |= {"once": False, "seconds_of": None, "max_train_seconds": None}
     changes = source if variant.train is not None else {}
@@ -287,13 +286,13 @@ def point_of(name: str, variant: Variant, **call: Any) -> Variant:
 
 
 def place(arms: dict[str, Variant], name: str, point: Variant, call: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """The name of a variant whose images are those of `point`; added under `name` where there is none.
+    """The name of a variant with the same images as `point`; if there is none, `point` is added under `name`.
 
     Args:
         arms: name to variant.
-        name: of the point.
+        name: name of the point.
         point: a variant.
-        call: arguments of every pipeline's call.
+        call: arguments of every pipeline call.
     """
 
     def images(name: str, variant: Variant) -> tuple[Any, ...]:
@@ -312,14 +311,14 @@ def place(arms: dict[str, Variant], name: str, point: Variant, call: Mapping[str
 
 
 def pipeline_variants(pipelines: Sequence[str]) -> dict[str, Variant]:
-    """Variants for saved pipelines, named by their folders, and by those above where two have one name."""
+    """Variants for saved pipelines, named after their folders and, where two names are equal, the folders above."""
     names = distinct_names(pipelines)
     require(len(set(names)) == len(names), "arms", "be different pipelines", list(pipelines))
     return {name: Variant(pipeline=path) for name, path in zip(names, pipelines, strict=True)}
 
 
 def read_config(preset: str | None, overrides: Sequence[str], num_inference_steps: int | None = None) -> StudyConfig:
-    """The study of a YAML file or preset, with `key=value` overrides and the step count of every variant."""
+    """The study of a YAML file or preset, with `key=value` overrides and a number of steps for every variant."""
     file = ["--config", str(preset_path(preset))] if preset else []
     config = load_config(StudyConfig, [*file, *overrides])
     steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
@@ -327,7 +326,7 @@ def read_config(preset: str | None, overrides: Sequence[str], num_inference_step
 
 
 def choose_variants(config: StudyConfig, names: Sequence[str]) -> StudyConfig:
-    """The named variants only, in that order; what is no name of one is the folder or Hub id of a pipeline."""
+    """Only the named variants, in that order; any other name is the folder or Hub id of a pipeline."""
     others = pipeline_variants([name for name in names if name not in config.arms])
     named = {name: config.arms[name] for name in names if name in config.arms}
     chosen = named | others

@@ -1,8 +1,8 @@
-"""The whole chain on handwritten digits, on the CPU, in minutes: train, sample, evaluate, report.
+"""Train, sample, evaluate and report on handwritten digits, on the CPU, in minutes.
 
-The study `configs/digits/demo.yaml` with one random seed: a baseline, the same with the transport term, and guidance.
-Then the study of priors, in a short form: the baseline's network walks the last ten steps from noise, Gaussians, a GAN
-and an OT prior. A second call with the same folder uses what is there.
+The first study is `configs/digits/demo.yaml` with one random seed: a baseline, the same with the transport term, and
+guidance. The second is a short study of priors: the baseline's network runs the last ten steps from noise, Gaussians, a
+GAN and an OT prior. A second call with the same folder reuses everything that is complete.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..reporting.report import text_table
 from .config import StudyConfig, read_config
 from .run import run_study
-from .study import Log
+from .study import Log, Study
 from .truncation import TruncationConfig, run_truncation_study
+
+PRIORS = "truncation"
+"""Folder of the study of priors."""
 
 
 def run_demo(
@@ -28,20 +30,24 @@ def run_demo(
     num_samples: int | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
-    """Run the chain and write `results.json`, pictures and `report.html` into `output`, and the same of the priors into
-    `output/truncation`; returns the results of the first.
+    """Write `results.json`, pictures and `report.html` into `output`, and those of the priors into `output/truncation`;
+    returns the results of the first study.
 
     Args:
-        output: folder that is new, empty, or of an earlier call with the same arguments.
-        seed: of the models and of the starting noise; the evaluator's is different.
+        output: a new or empty folder, or the folder of an earlier call with the same arguments.
+        seed: random seed for models and starting noise; the seed of the evaluator is different.
         overrides: `key=value` for all training scripts, such as `max_train_steps=4`.
-        num_samples: images of each variant; as many as there are test images by default.
-        log: takes the lines that tell how far it is.
+        num_samples: number of images of each variant; by default the number of test images.
+        log: takes the progress messages.
 
     Raises:
-        InputError: a folder that holds something else.
+        InputError: a folder that contains something else.
         RuntimeError: a training script that failed, with the end of its log.
     """
+
+    def link_priors(_: Study, __: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+        return {"links": {"The study of priors": f"{PRIORS}/report.html"}}, {}
+
     started = time.monotonic()
     config = dataclasses.replace(
         read_config("digits/demo.yaml", []),
@@ -50,18 +56,17 @@ def run_demo(
         overrides=tuple(overrides),
         num_samples=num_samples,
     )
-    results = run_study(config, log=log, table=text_table)
+    results = run_study(config, log=log, extend=link_priors)
     run_truncation_study(priors_of(config), log, overrides=overrides)
-    log(f"{time.monotonic() - started:.0f} s in all. Pictures and numbers: {Path(config.output_dir) / 'report.html'}")
+    log(f"{time.monotonic() - started:.0f} s in total. The report: {Path(config.output_dir) / 'report.html'}")
     return results
 
 
 def priors_of(config: StudyConfig) -> TruncationConfig:
-    """The study of priors on the demo's networks: its table without the VAE, without the longest chain and without the
-    curves over T'."""
+    """The study of priors on the networks of the demo, without the VAE, the longest chain and the curves over T'."""
     folder = Path(config.output_dir)
     return TruncationConfig(
-        output_dir=str(folder / "truncation"),
+        output_dir=str(folder / PRIORS),
         denoiser=str(folder / "baseline"),
         feature_extractor=str(folder / "features"),
         evaluator=str(folder / "evaluator"),

@@ -1,7 +1,8 @@
-"""Scores of a seed; means, intervals and paired differences over the seeds; and the tables that show them."""
+"""Scores of one random seed; means, intervals and paired differences over all of them; and tables of these."""
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,11 +24,11 @@ from .sampling import sampled
 from .study import Study, read_json, settings_of
 
 Seeds = Sequence[Mapping[str, Any]]
-"""What `metrics.json` of every seed holds, see `evaluate_seed`."""
+"""The contents of `metrics.json` of every seed, see `evaluate_seed`."""
 
 
 def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
-    """Metrics and cost of every variant, and the metrics of real images, with the same random subsets."""
+    """Metrics and costs of every variant, and the real-vs-real score, with the same random subsets."""
     config, reference, real = study.config, study.test_images, study.train_images
     settings: dict[str, Any] = {"extractor": study.extractor, "seed": seed}
     measured = config.measured or None
@@ -44,7 +45,7 @@ def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
 
 
 def second_scores(study: Study, images: Tensor, seed: int) -> dict[str, float]:
-    """What the second evaluator says of images; nothing without one."""
+    """Metrics by the second evaluator; empty without one."""
     if study.second_extractor is None:
         return {}
     reference = study.second_test_images
@@ -57,8 +58,8 @@ def second_scores(study: Study, images: Tensor, seed: int) -> dict[str, float]:
 
 
 def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
-    """The contents of `results.json`: those of `reporting.report`, with differences, curves, costs and the values of
-    every seed."""
+    """The contents of `results.json`: those of `reporting.report`, with differences, curves and the values of every
+    seed."""
     config = study.config
     per_seed = [read_json(study.folder(seed) / "metrics.json") for seed in seeds]
     values: Values = {name: values_of(per_seed, name) for name in config.reported}
@@ -88,6 +89,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         "differences": paired,
         **{AXES[axis].key: collect_curves(config, lines, per_seed, trusted) for axis, lines in config.curves.items()},
         "notes": notes(study, seeds),
+        "next": next_commands(study, seeds),
         "per_seed": {name: dict(by_name) for name, by_name in values.items()} | {"real vs real": floor},
         "provenance": provenance() | {"study": settings_of(config)} | training_records(study, seeds[0]),
     }
@@ -96,7 +98,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def entry_of(study: Study, name: str, per_seed: Seeds) -> dict[str, Any]:
-    """A row of the table: means with intervals, costs, and what the variant is."""
+    """A row of the table: means with intervals, costs, and a description of the variant."""
     variant = study.config.arms[name]
     about = {"description": describe_variant(variant), "bound": variant.start == REAL}
     return summarise(values_of(per_seed, name)) | mean_costs(per_seed, name) | about
@@ -105,8 +107,8 @@ def entry_of(study: Study, name: str, per_seed: Seeds) -> dict[str, Any]:
 def collect_curves(
     config: StudyConfig, lines: Mapping[str, Mapping[str, str]], per_seed: Seeds, trusted: bool
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Method → value on the axis → means of the metrics, costs, intervals, and values of every seed; for several seeds
-    the paired differences to the first method at the same value."""
+    """Method → value on the axis → means of the metrics, costs, intervals, and values of every seed; with several seeds
+    also the paired differences to the first method at the same value."""
     curves: dict[str, dict[str, dict[str, Any]]] = {}
     for method, line in lines.items():
         curves[method] = {}
@@ -132,12 +134,12 @@ def values_of(per_seed: Seeds, name: str) -> dict[str, list[float]]:
 
 
 def by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Name → one value per seed, for what every seed has."""
+    """Name → one value per seed, for the names that every seed has."""
     return {name: [run[name] for run in runs] for name in runs[0] if all(name in run for run in runs)}
 
 
 def mean_costs(per_seed: Seeds, name: str) -> dict[str, float]:
-    """Means over the seeds; counts that are alike stay counts."""
+    """Means over the seeds; counts that are equal for all seeds stay counts."""
     costs = by_metric([run["arms"][name]["cost"] for run in per_seed])
     return {
         key: values[0] if len(set(values)) == 1 else round(statistics.fmean(values), 3) for key, values in costs.items()
@@ -145,7 +147,7 @@ def mean_costs(per_seed: Seeds, name: str) -> dict[str, float]:
 
 
 def describe_variant(variant: Variant) -> str:
-    """The variant's own sentence, or what it is."""
+    """The variant's own description, or a sentence made from its configuration."""
     if variant.description:
         return variant.description
     script = SCRIPTS[variant.train][0] if variant.train else None
@@ -157,52 +159,76 @@ def describe_variant(variant: Variant) -> str:
 
 
 def training_records(study: Study, seed: int) -> dict[str, Any]:
-    """The configuration of every run of the study, of one seed."""
+    """The configurations of all training runs of one seed."""
     names = [name for name in NETWORKS if study.trains(name)] + list(study.config.trained)
     folders = [study.run(name, seed) for name in names]
     return {f"{folder.name} run": read_json(folder / "run.json")["config"] for folder in folders}
 
 
 def notes(study: Study, seeds: Sequence[int]) -> list[str]:
-    """What a reader must know to read the tables."""
+    """Sentences that a reader needs in order to read the tables."""
     config = study.config
     given = {name: variant.pipeline for name, variant in config.reported.items() if variant.pipeline is not None}
     fixed = [name for name, pipeline in given.items() if "{" not in pipeline]
-    primary = METRICS[config.primary_metric].label
+    primary = METRICS[config.primary_metric].title
     shared = (
-        "All arms of a seed share the starting noise, the data order, the initial weights and the evaluation's random "
-        "subsets."
+        "All methods of one random seed share the starting noise, the data order, the initial weights and the random "
+        "subsets of the evaluation."
     )
     if config.seed is not None:
         return [shared, *unfinished(study, config.seed)]
     sentences = [
-        f"{primary} is the primary metric, fixed beforehand: it decides by its own 95% interval. The others show a "
-        "difference where the interval leaves out 0 and Holm's correction over them agrees.",
+        f"{primary} is the primary metric, which was fixed beforehand: it decides by its own 95% interval. In the "
+        "other metrics, a difference is significant if its interval excludes 0 and Holm's correction over them agrees.",
         shared,
     ]
     once = [name for name, variant in config.trained.items() if variant.once]
     if once:
         sentences.append(
-            f"{', '.join(once)}: trained once for all seeds, so the intervals do not speak of its training."
+            "These runs were trained once for all seeds, so the intervals do not cover their training: "
+            f"{', '.join(once)}."
         )
     if fixed:
         sentences.append(
-            f"{', '.join(fixed)}: trained before, so the seeds vary the starting noise only. The intervals speak of "
-            "these networks, not of how they were trained."
+            f"These methods use networks that existed before, so the seeds vary the starting noise only and the "
+            f"intervals do not cover training: {', '.join(fixed)}."
         )
     if len(seeds) < MIN_SEEDS:
-        sentences.append(f"Fewer than {MIN_SEEDS} seeds show no difference, whatever it is.")
+        sentences.append(f"With fewer than {MIN_SEEDS} seeds, every difference is inconclusive.")
     return [*sentences, *(note for seed in seeds for note in unfinished(study, seed))]
 
 
+def next_commands(study: Study, seeds: Sequence[int]) -> list[tuple[str, str]]:
+    """What a reader may do next, with commands that are run in the folder of the study."""
+    config, seed = study.config, seeds[-1]
+    trained = [name for name, variant in config.trained.items() if variant.train in ("baseline", "ot", "prior")]
+    folders = [shlex.quote(study.run(name, seed).relative_to(study.output).as_posix()) for name in trained]
+    steps = []
+    if folders:
+        steps.append(
+            ("In the folder of this page, sample from a network of the study:", f"ot-diffusers sample {folders[0]}")
+        )
+    if folders and study.trains("features") and config.arms[trained[0]].train != "prior":
+        guided = f"ot-diffusers sample {folders[0]} --features features"
+        steps.append(("Sample from it with OT guidance:", f"{guided} --output runs/guided"))
+    if config.seed is None:
+        steps.append(
+            (
+                "Add random seeds, which are joined to these results: run the study again with",
+                f"seeds={2 * config.seeds}",
+            )
+        )
+    return [*steps, ("Draw this page again from its results:", "ot-diffusers report .")]
+
+
 def unfinished(study: Study, seed: int) -> list[str]:
-    """A sentence for each run that its own time limit stopped."""
+    """A sentence for each run that was stopped by its own time limit."""
     sentences = []
     for name in study.config.trained:
         run = read_json(study.run(name, seed) / "results.json")
         if not run["complete"]:
-            spent = f"{run['training_seconds']:.0f} s and {run['updates']} updates"
-            sentences.append(f"{name} was stopped after {spent}; its preset has more.")
+            spent = f"{run['training_seconds']:.0f} s and {run['updates']} training steps"
+            sentences.append(f"{name} was stopped after {spent}, before the end of its preset.")
     return sentences
 
 
@@ -210,21 +236,21 @@ def unfinished(study: Study, seed: int) -> list[str]:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
-    """Caption to table, for the report and the Markdown file; those of one seed are the curves alone."""
+    """Heading to table, for the report and the Markdown file; results of one seed have tables of their curves only."""
     tested, compared = results.get("headline", report.HEADLINE), results.get("differences", {})
     first, seeds = next(iter(results["arms"])), len(results.get("seeds", ()))
-    by_caption = {f"{arm} against {first}": difference_rows(results, arm) for arm in compared}
+    by_caption = {f"{arm} compared with {first}": difference_rows(results, arm) for arm in compared}
     if seeds > 1:
-        by_caption[f"Mean ± 95% interval over {seeds} seeds"] = interval_rows(results, tested)
+        by_caption[f"Mean ± half of the 95% interval over {seeds} random seeds"] = interval_rows(results, tested)
         by_caption["Cost"] = cost_rows(results)
     for axis in AXES.values():
         for metric in axis.tabled or tested if results.get(axis.key) else ():
-            by_caption[f"{METRICS[metric].label} by {axis.title}"] = curve_rows(results, axis, metric)
+            by_caption[f"{METRICS[metric].title} by {axis.title}"] = curve_rows(results, axis, metric)
     return by_caption
 
 
 def cost_rows(results: Mapping[str, Any]) -> Rows:
-    """What each variant of the table costs."""
+    """The costs of every method of the table."""
     costs = [key for key in COSTS if any(key in entry for entry in results["arms"].values())]
     rows = [[name, *(report.format_number(entry.get(key)) for key in costs)] for name, entry in results["arms"].items()]
     return [["", *(COSTS[key] for key in costs)], *rows]
@@ -245,11 +271,16 @@ def curve_rows(results: Mapping[str, Any], axis: Axis, metric: str) -> Rows:
     return [[f"{axis.title} =", *values], *rows, ["real vs real", *[floor] * len(values)]]
 
 
+def text(results: Mapping[str, Any]) -> str:
+    """The table of means for a terminal, above the summary and the notes."""
+    return "\n\n".join([report.text_table(results), *filter(None, [results.get("summary")]), *results["notes"]])
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables in Markdown, with evaluator, N and seeds of the distances."""
+    """The tables in Markdown, with the evaluator, the numbers of images and the random seeds."""
     lead = (
-        f"{results['num_samples']} generated against {results['num_test_images']} test images of {results['dataset']}; "
-        f"seeds {results['seeds']}."
+        f"{results['num_samples']} generated images compared with {results['num_test_images']} test images of "
+        f"{results['dataset']}; random seeds {results['seeds']}."
     )
     lead = f"{lead}\n\n**{results['summary']}**" if "summary" in results else lead
     single = [] if len(results["seeds"]) > 1 else [report.markdown_table(results)]

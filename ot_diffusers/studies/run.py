@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from ..launch.commands import preset_path, training_command
 from ..reporting import report
 from ..sampling import check_call_arguments, load_pipeline
 from .config import StudyConfig, with_step_curves
-from .pictures import draw
-from .results import collect, evaluate_seed, markdown, tables
+from .pictures import captioned, draw
+from .results import collect, evaluate_seed, markdown, tables, text
 from .runs import train_runs
 from .sampling import sampled, samples_file
 from .study import (
@@ -40,17 +40,15 @@ def run_study(
     *,
     max_seconds: float | None = None,
     log: Log = print,
-    table: Callable[[Mapping[str, Any]], str] = markdown,
     extend: Extend | None = None,
 ) -> dict[str, Any]:
-    """Run the study; write `results.json`, `results.md`, `report.html` and pictures for the seeds that are done.
+    """Run the study and write `results.json`, `results.md`, `report.html` and pictures for the completed seeds.
 
     Args:
         config: the study; at least two variants.
-        max_seconds: stop cleanly about then; the next call goes on.
-        log: takes the lines that tell how far it is.
-        table: what is said of the results at the end.
-        extend: makes results and pictures of its own from the study and the results, beside those of every study.
+        max_seconds: stop cleanly after about this time; the next call resumes the study.
+        log: takes the progress messages.
+        extend: adds results and pictures (file name to path) to those of every study.
 
     Returns:
         The contents of `results.json`, see `collect`; `"complete"` tells whether all seeds are done.
@@ -67,7 +65,7 @@ def run_study(
         for seed in study.seeds:
             run_seed(study, seed)
     except OutOfTime:
-        log(f"stopped after {study.clock.seconds:.0f} s (--max-seconds); the same command goes on")
+        log(f"stopped after {study.clock.seconds:.0f} s (--max-seconds); rerun the same command to resume")
     done = done_seeds(study)
     if not done:
         return {"complete": False, "seeds": []}
@@ -76,23 +74,23 @@ def run_study(
     output = study.output
     with stage("write the report", log):
         results = collect(study, done)
-        more, more_pictures = extend(study, results) if extend is not None else ({}, {})
+        more, more_files = extend(study, results) if extend is not None else ({}, {})
         results |= more
         write_json(record, results)
         write_text(output / "results.md", markdown(results))
-        pictures = draw(study, results, done[-1]) | more_pictures
+        pictures = captioned(results, draw(study, results, done[-1]) | more_files)
         report.write_report(results, pictures, output / "report.html", tables=tables(results))
-    log(f"\n{table(results)}\nPictures and numbers: {output / 'report.html'}")
+    log(f"\n{text(results)}\n\nThe report: {output / 'report.html'}")
     return results
 
 
 def done_seeds(study: Study) -> list[int]:
-    """The random seeds whose variants are scored."""
+    """The random seeds whose variants have been scored."""
     return [seed for seed in study.seeds if (study.folder(seed) / "metrics.json").is_file()]
 
 
 def open_study(config: StudyConfig, clock: Clock, log: Log) -> Study:
-    """Check all that can be checked, then claim the folder.
+    """Check everything that can be checked, then claim the folder.
 
     Raises:
         InputError: see `check_study_folder`, `check_variants`, `check_images` and `claim_folder`.
@@ -107,7 +105,7 @@ def open_study(config: StudyConfig, clock: Clock, log: Log) -> Study:
 
 
 def check_variants(config: StudyConfig) -> None:
-    """Refuse what cannot be sampled or trained, before anything is written.
+    """Refuse variants that cannot be sampled or trained, before anything is written.
 
     Raises:
         InputError: naming the pipeline, the argument of its call, or the key of its configuration.
@@ -126,7 +124,7 @@ def check_variants(config: StudyConfig) -> None:
 
 
 def check_images(study: Study) -> None:
-    """Refuse what cannot be compared with, before anything is written.
+    """Refuse real images that the samples cannot be compared with, before anything is written.
 
     Raises:
         InputError: naming the data set, the evaluator that does not fit it, or too many samples.

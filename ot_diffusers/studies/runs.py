@@ -17,17 +17,17 @@ from .config import NETWORKS, StudyConfig, twin
 from .study import OutOfTime, Study, read_json, stage
 
 EVALUATOR_SEED = 1000
-"""Added to a study's seed for the network that no loss sees."""
+"""Added to the seed of a study for its evaluation network."""
 LOG_LINES = 12
 
 
 def train_runs(study: Study, seed: int) -> None:
-    """The networks, once for all seeds, and the seed's variants; what is complete is left alone.
+    """Train the networks, once for all seeds, and the variants of this seed; complete runs are not repeated.
 
     Raises:
-        InputError: one network for losses and evaluation.
-        OutOfTime: before all were complete.
-        RuntimeError: a script that failed, with the end of its log, or that a signal stopped.
+        InputError: the evaluator is also the network of losses and guidance.
+        OutOfTime: the time ended before all were complete.
+        RuntimeError: a script that failed, with the end of its log, or was stopped by a signal.
     """
     networks = [name for name in NETWORKS if study.trains(name)]
     for name in networks:
@@ -38,15 +38,14 @@ def train_runs(study: Study, seed: int) -> None:
 
 
 def group_of(study: Study, name: str, seed: int) -> list[str]:
-    """The run and those that are trained side by side with it, as far as they are not complete; on a GPU runs take
-    turns."""
+    """The run and those that are trained at the same time, without complete ones; on a GPU there is one at a time."""
     groups = [group for group in study.config.together if name in group and not torch.cuda.is_available()]
     runs = [other for other in (groups[0] if groups else (name,)) if other not in NETWORKS or study.trains(other)]
     return [other for other in runs if not is_trained(study, other, seed)]
 
 
 def train_group(study: Study, names: Sequence[str], seed: int) -> None:
-    """Train these runs side by side."""
+    """Train these runs at the same time."""
     if not names:
         return
     study.clock.check()
@@ -59,7 +58,9 @@ def train_group(study: Study, names: Sequence[str], seed: int) -> None:
     if unfinished and study.clock.max_seconds is not None:
         raise OutOfTime
     if unfinished:
-        raise RuntimeError(f"training {' and '.join(unfinished)} was stopped by a signal; the same command goes on")
+        raise RuntimeError(
+            f"training {' and '.join(unfinished)} was stopped by a signal; rerun the same command to resume"
+        )
 
 
 def command(study: Study, name: str, seed: int) -> list[str]:
@@ -79,12 +80,12 @@ def command(study: Study, name: str, seed: int) -> list[str]:
 
 
 def network_seed(config: StudyConfig, name: str) -> int:
-    """Of a network that is trained once for all seeds."""
+    """The random seed of a network that is trained once for all seeds."""
     return (config.seed or 0) + (EVALUATOR_SEED if name == "evaluator" else 0)
 
 
 def seconds_left(study: Study, name: str, seed: int) -> float:
-    """Training time that a run has left of its own, infinite without a limit."""
+    """Remaining training time of a run, infinite without a limit."""
     limit = study.config.arms[name].max_train_seconds if name in study.config.arms else None
     record = study.run(name, seed) / "results.json"
     spent = read_json(record)["training_seconds"] if record.is_file() else 0.0
@@ -92,25 +93,25 @@ def seconds_left(study: Study, name: str, seed: int) -> float:
 
 
 def equal_time_updates(study: Study, name: str, seed: int) -> int:
-    """Updates that take the variant as long as `seconds_of` trained, at the pace of its twin."""
+    """Training steps that the variant makes in the training time of `seconds_of`, at the pace of its twin."""
     same, other = twin(study.config, name), study.config.arms[name].seconds_of
     pace, budget = (read_json(study.run(str(run), seed) / "results.json") for run in (same, other))
     return max(1, round(pace["updates"] * budget["training_seconds"] / pace["training_seconds"]))
 
 
 def is_trained(study: Study, name: str, seed: int) -> bool:
-    """Whether a run has made all its updates, or used up its own time; one that `--max-seconds` stopped has not."""
+    """Whether a run is complete or has used up its own time limit; a run stopped by `--max-seconds` has not."""
     record = study.run(name, seed) / "results.json"
     return record.is_file() and (bool(read_json(record)["complete"]) or seconds_left(study, name, seed) <= 0)
 
 
 def run_side_by_side(commands: Mapping[str, Sequence[str]], logs: Path) -> None:
-    """Run the commands at once, each with its share of the cores, their output in the folder `logs`.
+    """Run the commands at the same time, sharing the cores, with their output in the folder `logs`.
 
     Raises:
-        RuntimeError: one that failed, with the end of its log; the others are stopped.
+        RuntimeError: a command that failed, with the end of its log; the others are stopped.
     """
-    # With every core busy, a second thread in a process only gets in the other process' way.
+    # When all cores are busy, more threads in one process slow down the others.
     threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     logs.mkdir(parents=True, exist_ok=True)
@@ -129,14 +130,14 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]], logs: Path) -> None:
 
 
 def end_of_log(file: Path) -> str:
-    """The last lines of a log, without the states that a progress bar has overwritten."""
+    """The last lines of a log, with the final state of each progress bar only."""
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     shown = [line.rstrip("\r").split("\r")[-1] for line in lines if line.strip()]
-    return "\n".join(f"    {line}" for line in [*shown[-LOG_LINES:], f"(all of it: {file})"])
+    return "\n".join(f"    {line}" for line in [*shown[-LOG_LINES:], f"(the whole log: {file})"])
 
 
 def check_independent(study: Study) -> None:
-    """Refuse an evaluator that is the network losses and guidance see."""
+    """Refuse an evaluator that is also the network of losses and guidance."""
     if study.config.features is not None:
         evaluator, features = study.extractor, load_feature_extractor(study.network("features"))
         independent = weights_fingerprint(evaluator) != weights_fingerprint(features)

@@ -1,4 +1,4 @@
-"""The images of a variant: its pipeline, where its chain starts, and the file that keeps them."""
+"""The images of a variant: its pipeline, the start of its chain, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from .study import Study, read_json
 
 @dataclass
 class Sampled:
-    """Images of a variant and what they cost.
+    """Images of a variant and their cost.
 
     Attributes:
         images: uint8 [N, C, H, W].
-        seconds: that sampling them took.
-        nfe: network calls for each.
-        others: further keys of `metric_table.COSTS`.
+        seconds: sampling time of all images.
+        nfe: number of function evaluations for each image.
+        others: further costs, keys of `metric_table.COSTS`.
     """
 
     images: Tensor
@@ -51,18 +51,18 @@ class Sampled:
 
     @property
     def cost(self) -> dict[str, float]:
-        """By the keys of `metric_table.COSTS`."""
+        """The costs by the keys of `metric_table.COSTS`."""
         per_1000 = round(1000 * self.seconds / len(self.images), 3)
         return {"nfe": self.nfe, "seconds": round(self.seconds, 2), "seconds_per_1000": per_1000, **self.others}
 
 
 def samples_file(study: Study, name: str, seed: int) -> Path:
-    """Where the variant's images are kept."""
+    """The file that keeps the images of the variant."""
     return study.folder(seed) / "samples" / f"{name}.safetensors"
 
 
 def sampled(study: Study, name: str, seed: int) -> Sampled:
-    """The variant's images from the seed's starting noise, from disk if they are there."""
+    """The images of the variant from the starting noise of the seed; read from disk if they were sampled before."""
 
     def sample() -> Sampled:
         study.clock.check()
@@ -72,7 +72,7 @@ def sampled(study: Study, name: str, seed: int) -> Sampled:
 
 
 def sampled_once(file: Path, sample: Callable[[], Sampled]) -> Sampled:
-    """What an earlier call left in a file, if that is whole, or what `sample` makes, kept there."""
+    """The contents of a file of an earlier call if it is intact, else the result of `sample`, which is then kept."""
     kept = read_verified(file)
     if kept is None:
         drawn = sample()
@@ -112,7 +112,7 @@ def sample_variant(study: Study, name: str, seed: int) -> Sampled:
 
 
 def make_pipeline(study: Study, name: str, seed: int) -> Any:
-    """The variant's pipeline, ready to sample: the saved one, or its denoiser behind another start of the chain."""
+    """The pipeline of the variant, ready to sample: the saved one, or its denoiser with another start of the chain."""
     variant = study.config.arms[name]
     source = study.source(name, seed)
     features = study.resolve(variant.features, seed) if variant.features else None
@@ -126,7 +126,7 @@ def make_pipeline(study: Study, name: str, seed: int) -> Any:
 
 
 def started_pipeline(study: Study, variant: Variant, full: Any, seed: int) -> TruncatedPriorPipeline:
-    """The denoiser of a full chain from T' on, by DDIM, behind the variant's start."""
+    """The denoiser of a full chain, run by DDIM from T' after the start of the variant."""
     whole = DDIMScheduler.from_config(full.scheduler.config)
     scheduler = truncated_scheduler(whole, variant.truncation_timestep or whole.config.num_train_timesteps)
     length = scheduler.config.num_train_timesteps
@@ -140,7 +140,7 @@ def started_pipeline(study: Study, variant: Variant, full: Any, seed: int) -> Tr
 
 
 def sample_from_real(study: Study, pipeline: Any, seed: int, batch_size: int | None, call: Mapping[str, Any]) -> Tensor:
-    """Images from real x_T' of evenly spaced training images, uint8 [N, C, H, W]."""
+    """Images sampled from x_T' of evenly spaced training images, uint8 [N, C, H, W]."""
     made = []
     for rows in real_rows(study).split(batch_size or MAX_BATCH_SIZE):
         latents = real_latents(study, pipeline, rows, seed)
@@ -151,7 +151,7 @@ def sample_from_real(study: Study, pipeline: Any, seed: int, batch_size: int | N
 
 
 def real_rows(study: Study) -> Tensor:
-    """As many training images as a variant has, evenly spaced."""
+    """Row numbers of evenly spaced training images, as many as a variant has samples."""
     return torch.linspace(0, len(study.train_images) - 1, study.num_samples).round().long()
 
 
@@ -162,8 +162,8 @@ def real_latents(study: Study, pipeline: Any, rows: Tensor, seed: int) -> Tensor
 
 
 def costs_of_training(study: Study, name: str, seed: int, pipeline: Any) -> dict[str, float]:
-    """Parameters, seconds and updates of the run that gave the pipeline, or the prior that starts it; of a pipeline
-    without such a run the parameters."""
+    """Parameters, training time and training steps of the run that made the pipeline, or the prior of its start; only
+    parameters for a pipeline without such a run."""
     variant = study.config.arms[name]
     if variant.start in (NOISE, REAL):
         return {}

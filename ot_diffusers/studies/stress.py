@@ -1,11 +1,11 @@
-"""Which metric sees what? Real images with noise, without classes, collapsed or copied, under every metric.
+"""Check how metrics respond to known damage: noise, missing classes, repeated images, copied training images.
 
     ot-diffusers stress --dataset digits --evaluator runs/digits/evaluator
 
-The damaged images are one half of the test split, the reference is the other, so that undamaged ones score what real
-images score. Two further figures are those of the original study: its transport distance and its Fréchet distance, both
-in L2-normalised features, between test images whose features get noise and training images, and between test images and
-a training pool without some classes.
+One half of the test split is damaged, the other half is the reference, so undamaged images have the real-vs-real score.
+Two further figures repeat those of the original study: its transport distance and its Fréchet distance, both of
+L2-normalised features, once between test images with noisy features and training images, and once between test images
+and a training pool with missing classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ from ..evaluation.stress import Damage, StressCurve, add_noise, collapse_modes, 
 from ..features import labels_of, weights_fingerprint
 from ..files import user_path, write_json
 from ..reporting import plots, report
-from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
+from ..reporting.page import (
+    Picture,
+    Rows,
+    figure,
+    next_steps,
+    paragraphs,
+    provenance,
+    provenance_list,
+    rows_table,
+    write_page,
+)
 from ..seeds import seeded_generator
 from .study import Log, check_study_folder
 
@@ -54,11 +64,13 @@ ORIGINAL_AMOUNTS: dict[str, tuple[float, ...]] = {
 }
 ORIGINAL_AXES = {"noise": "σ, in standard deviations of the features", "missing classes": "classes removed"}
 ORIGINAL_TITLES = {"sinkhorn_distance": "Sinkhorn OT distance", "frechet_distance": "Fréchet distance"}
-ORIGINAL_HEADING = "The source study's figures: L2-normalised features, test against training images"
+ORIGINAL_HEADING = "The original study's figures: L2-normalised features, test against training images"
 READING = (
-    "A metric rises or falls where its mean never turns back, and is flat where no amount differs from undamaged "
-    "images; the numbers are the means for undamaged images and for the largest amount."
+    'A metric "rises" or "falls" if its mean never turns back, and is "flat" if it does not differ from undamaged '
+    "images at any amount of damage. The two numbers are its means for undamaged images and for the largest damage."
 )
+KINDS = {"source figures": "original study's figures", "curves": "every metric"}
+"""The two parts of `stress.json`, in words."""
 TRAIN_SHARE = 5  # training images for each damaged one
 
 Curves = dict[str, StressCurve]
@@ -66,7 +78,7 @@ Curves = dict[str, StressCurve]
 
 @dataclass
 class Split:
-    """Real images of the data set of that name and their labels, described by the evaluator."""
+    """Real images of the data set `name` with their features and labels."""
 
     images: ImageSet
     labels: Tensor
@@ -89,18 +101,18 @@ def run_stress_study(
     data_options: Mapping[str, Any] | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
-    """Run all tests; write `stress.json`, `stress.md`, `report.html` and pictures; returns what `stress.json` holds.
+    """Write `stress.json`, `stress.md`, `report.html` and pictures of all tests; returns the contents of `stress.json`.
 
     Args:
         dataset: real images with labels.
-        evaluator: of `load_evaluator`.
-        output: folder; tests that an earlier call with the same settings finished are kept.
-        num_samples: images damaged, and as many of the reference; at most half of the test split.
-        repeats: draws of each damage, at least 3: intervals from fewer say nothing.
-        seed: decides which images and all draws.
-        device: of the evaluator.
-        data_options: of `load_images`, such as `label_column`.
-        log: takes the lines that tell how far it is.
+        evaluator: see `load_evaluator`.
+        output: folder; complete tests of an earlier call with the same settings are kept.
+        num_samples: number of damaged images and of reference images; at most half of the test split.
+        repeats: draws of each damage, at least 3: intervals of fewer draws are too wide to be useful.
+        seed: random seed for the choice of images and for all draws.
+        device: device of the evaluator.
+        data_options: options of `load_images`, such as `label_column`.
+        log: takes the progress messages.
 
     Raises:
         InputError: images without labels, or an `output` made with other settings.
@@ -139,10 +151,10 @@ def run_stress_study(
                 merged = results[kind] | {name: {metric: as_json(curve) for metric, curve in curves().items()}}
                 results[kind] = {name: merged[name] for name in curves_of if name in merged}  # in one order
                 write_json(file, results)
-                log(f"{kind}, {name}: done")
+                log(f"{KINDS[kind]}, {name}: done")
     (output / "stress.md").write_text(markdown(results), encoding="utf-8")
     write_report(results, draw(results, output), output / "report.html")
-    log(f"\n{markdown(results)}\nPictures and numbers: {output / 'report.html'}")
+    log(f"\n{markdown(results)}\nThe report: {output / 'report.html'}")
     return results
 
 
@@ -150,7 +162,7 @@ def run_stress_study(
 
 
 def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed: int, **options: Any) -> Split:
-    """As many images of a split as the tests need, drawn by `seed`."""
+    """A random choice of images of a split, as many as the tests need."""
     images = load_real_images(dataset, split, extractor, **options)
     count = num_samples * (2 if split == "test" else TRAIN_SHARE)
     rows = torch.randperm(len(images), generator=seeded_generator(seed))[:count]
@@ -161,7 +173,7 @@ def load_split(dataset: str, split: str, extractor: Any, num_samples: int, seed:
 def metric_tests(
     damaged: Split, reference: Split, train: Split, extractor: Any, repeats: int, seed: int
 ) -> dict[str, Callable[[], Curves]]:
-    """Every damage under every metric."""
+    """The curves of every metric for each damage."""
     damages: dict[str, Damage] = {
         "noise": add_noise,
         "missing classes": drop_classes(class_numbers(damaged)),
@@ -180,12 +192,12 @@ def metric_tests(
 
 
 def class_numbers(split: Split) -> Tensor:
-    """Its labels without the numbers of classes that have no image."""
+    """The labels, numbered from 0 without gaps."""
     return split.labels.unique(return_inverse=True)[1]
 
 
 def amounts_of(name: str, split: Split, amounts: Mapping[str, tuple[float, ...]] = AMOUNTS) -> tuple[float, ...]:
-    """The amounts of a test that leave a class, and two different images."""
+    """The amounts of a test that leave at least one class and two different images."""
     classes, count = len(split.labels.unique()), len(split.labels)
     if name == "missing classes":
         return tuple(amount for amount in amounts[name] if amount < classes)
@@ -224,10 +236,10 @@ def original_distances(reference_features: Tensor, features: Tensor) -> dict[str
 
 
 def open_results(file: Path, settings: Mapping[str, Any], extractor: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier call with the same settings left, or the frame of new results.
+    """The results of an earlier call with the same settings, or an empty frame.
 
     Raises:
-        InputError: other settings.
+        InputError: an earlier call had other settings.
     """
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -239,12 +251,12 @@ def open_results(file: Path, settings: Mapping[str, Any], extractor: Mapping[str
 
 
 def as_json(curve: StressCurve) -> dict[str, Any]:
-    """A curve as `results.json` holds it."""
+    """A curve as it is stored in `stress.json`."""
     return {"amounts": list(curve.amounts), "values": [list(v) for v in curve.values], "verdict": curve.verdict}
 
 
 def as_curve(values: Mapping[str, Any]) -> StressCurve:
-    """A curve from what `as_json` gave."""
+    """The inverse of `as_json`."""
     return StressCurve(tuple(values["amounts"]), tuple(tuple(draws) for draws in values["values"]))
 
 
@@ -267,25 +279,27 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The verdicts: metrics down, damages across, each with its first and last mean."""
     settings = results["settings"]
     lead = (
-        f"{settings['num_samples']} damaged test images of {settings['dataset']} against as many others; "
-        f"{settings['repeats']} draws. {evaluator_line(results['extractor'])} {READING}"
+        f"{settings['num_samples']} damaged test images of {settings['dataset']} compared with as many other test "
+        f"images; {settings['repeats']} draws of each damage. {evaluator_line(results['extractor'])} {READING}"
     )
     verdicts, original = (report.markdown_rows(rows) for rows in (verdict_rows(results), original_rows(results)))
     return "\n\n".join([f"# {title_of(results)}", lead, verdicts, f"## {ORIGINAL_HEADING}", original]) + "\n"
 
 
-def write_report(results: Mapping[str, Any], pictures: Mapping[str, Path], file: Path) -> Path:
-    """One self-contained page: the verdicts, steady ones marked, then the curves behind them."""
+def write_report(results: Mapping[str, Any], pictures: Mapping[str, Picture], file: Path) -> Path:
+    """One self-contained page: the verdicts, with those of monotone curves marked, then the curves."""
     settings, extractor = results["settings"], results["extractor"]
     tables = verdict_rows(results), original_rows(results)
     verdicts, original = (rows_table(unbroken(rows), best=steady(rows), kind="sentences") for rows in tables)
-    notes = [evaluator_line(extractor), READING, *blind_spots(results)]
+    marked = "Green verdicts belong to curves that rise or fall without turning back."
+    notes = [evaluator_line(extractor), READING, marked, *blind_spots(results)]
     sections = {"Verdicts": verdicts + paragraphs(notes), ORIGINAL_HEADING: original}
-    sections |= {caption: picture(caption, path) for caption, path in pictures.items()}
+    sections |= {heading: figure(picture, heading) for heading, picture in pictures.items()}
+    sections["Next steps"] = next_steps(report.NEXT[:1])
     sections["Provenance"] = provenance_list(results["provenance"] | {"settings": settings})
     facts = [
-        f"{settings['num_samples']:,} damaged test images against as many others",
-        f"{settings['repeats']} draws",
+        f"{settings['num_samples']:,} damaged test images compared with as many others",
+        f"{settings['repeats']} draws of each damage",
         f"evaluated by {extractor['name']}",
         *evaluator_properties(extractor),
     ]
@@ -298,7 +312,7 @@ def title_of(results: Mapping[str, Any]) -> str:
 
 
 def unbroken(rows: Rows) -> Rows:
-    """The cells with no line break but after the verdict."""
+    """The cells with non-breaking spaces, so that lines break after the verdict only."""
 
     def join(text: str) -> str:
         verdict, colon, numbers = (part.replace(" ", "\N{NO-BREAK SPACE}") for part in text.partition(": "))
@@ -308,7 +322,7 @@ def unbroken(rows: Rows) -> Rows:
 
 
 def steady(rows: Rows) -> set[tuple[int, int]]:
-    """(line, column) of the cells that rise or fall without turning back."""
+    """(line, column) of the cells of monotone curves."""
     return {
         (r, c)
         for r, (_, *cells) in enumerate(rows[1:])
@@ -318,21 +332,23 @@ def steady(rows: Rows) -> set[tuple[int, int]]:
 
 
 def blind_spots(results: Mapping[str, Any]) -> list[str]:
-    """For each damage, the metrics that do not move at all."""
+    """A sentence for each damage with the metrics that do not respond to it."""
     flat = {
         name: [METRICS[metric].label for metric in METRICS if is_flat(by_metric.get(metric))]
         for name, by_metric in results["curves"].items()
     }
-    return [f"Blind to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics]
+    return [
+        f"These metrics do not respond to {name}: {'; '.join(metrics)}." for name, metrics in flat.items() if metrics
+    ]
 
 
 def is_flat(values: Mapping[str, Any] | None) -> bool:
-    """Whether a metric does not answer to a damage; False where it was not measured."""
+    """Whether a metric does not respond to a damage; False if it was not measured."""
     return values is not None and as_curve(values).verdict == "flat"
 
 
 def cell(values: Mapping[str, Any] | None) -> str:
-    """A verdict with the ends of its curve."""
+    """A verdict with the first and last mean of the curve."""
     if values is None:
         return "–"
     curve = as_curve(values)
@@ -340,17 +356,21 @@ def cell(values: Mapping[str, Any] | None) -> str:
     return f"{curve.trend}: {report.format_number(first)} → {report.format_number(last)}"
 
 
-def draw(results: Mapping[str, Any], output: Path) -> dict[str, Path]:
-    """One picture for each test, caption to file."""
-    titles = {name: metric.label for name, metric in METRICS.items()}
+def draw(results: Mapping[str, Any], output: Path) -> dict[str, Picture]:
+    """Heading to picture, one for each test."""
     pictures = {}
     for kind, labels, axes, prefix in (
         ("source figures", ORIGINAL_TITLES, ORIGINAL_AXES, "source_"),
-        ("curves", titles, AXES, ""),
+        ("curves", {}, AXES, ""),
     ):
         for name, by_metric in results[kind].items():
             curves = {metric: as_curve(values) for metric, values in by_metric.items()}
             file = output / f"{prefix}{name.replace(' ', '_')}.png"
-            caption = f"The source study's figure: {name}" if prefix else f"Every metric under {name}"
-            pictures[caption] = plots.stress_curves(curves, file, xlabel=axes[name], titles=labels)
+            heading = f"Original study's figure: {name}" if prefix else f"Every metric and {name}"
+            caption = (
+                f"Mean of each metric over {results['settings']['repeats']} draws with its 95% interval, from "
+                "undamaged images on the left to the largest damage on the right. Blue curves rise or fall without "
+                "turning back, grey curves do not."
+            )
+            pictures[heading] = Picture(plots.stress_curves(curves, file, xlabel=axes[name], titles=labels), caption)
     return pictures

@@ -1,4 +1,4 @@
-"""What every part of a study needs: its folder, its clock, its networks and its real images."""
+"""State that all parts of a study share: folder, clock, networks and real images."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Log = Callable[[str], None]
 
 
 class OutOfTime(Exception):
-    """The time of this call is over; what is finished is on disk."""
+    """The time limit of this call is reached; everything complete is on disk."""
 
 
 @dataclass
 class Clock:
-    """The time that a call may take.
+    """The time limit of a call.
 
     Attributes:
         max_seconds: None for no limit.
@@ -48,29 +48,29 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     @property
     def left(self) -> float:
-        """Seconds left, infinite without a limit."""
+        """Remaining seconds, infinite without a limit."""
         return math.inf if self.max_seconds is None else self.max_seconds - self.seconds
 
     def check(self) -> None:
-        """Raise `OutOfTime` where no time is left."""
+        """Raise `OutOfTime` if no time is left."""
         if self.left <= 0:
             raise OutOfTime
 
 
 @dataclass
 class Study:
-    """What every part of a study needs.
+    """State that all parts of a study share.
 
     Attributes:
-        config: of the study, with a variant for every point of its curves.
-        output: its folder.
-        clock: when to stop.
-        log: takes the lines that tell how far it is.
+        config: configuration of the study, with a variant for every point of its curves.
+        output: folder of the study.
+        clock: time limit.
+        log: takes the progress messages.
     """
 
     config: StudyConfig
@@ -84,7 +84,7 @@ class Study:
         return list(range(self.config.seeds)) if self.config.seed is None else [self.config.seed]
 
     def network(self, name: str) -> str:
-        """Where the network `features` or `evaluator` is: the study's own folder if its preset is trained here."""
+        """Path of the network `features` or `evaluator`: a run in this folder if its preset is trained here."""
         return str(self.output / name) if self.trains(name) else str(getattr(self.config, name))
 
     def trains(self, name: str) -> bool:
@@ -93,7 +93,7 @@ class Study:
         return path is not None and preset_path(path).is_file()
 
     def resolve(self, text: str, seed: int) -> str:
-        """`text` with what `{variant}`, `{features}` and `{seed}` stand for."""
+        """`text` with `{variant}`, `{features}` and `{seed}` replaced by their values."""
         fixed = {"seed": str(seed), "features": self.network("features") if self.config.features else ""}
         return re.sub(r"{([^}]*)}", lambda match: fixed.get(match[1]) or str(self.run(match[1], seed)), text)
 
@@ -102,16 +102,16 @@ class Study:
         return (self.output if self.config.is_shared(name) else self.folder(seed)) / name
 
     def source(self, name: str, seed: int) -> str:
-        """Where the variant's pipeline is."""
+        """Path or Hub id of the pipeline of the variant."""
         pipeline = self.config.arms[name].pipeline
         return str(self.run(name, seed)) if pipeline is None else self.resolve(pipeline, seed)
 
     def folder(self, seed: int) -> Path:
-        """Folder of the seed's runs, samples and metrics."""
+        """Folder of the runs, samples and metrics of a seed."""
         return self.output / f"seed-{seed}" if self.config.seed is None else self.output
 
     def headed(self, title: str, seed: int) -> str:
-        """The title of a stage, after the seed where there are several."""
+        """The title of a stage, with the seed in front if there are several."""
         return f"seed {seed}: {title}" if self.config.seed is None else title
 
     @cached_property
@@ -121,33 +121,33 @@ class Study:
 
     @cached_property
     def second_extractor(self) -> Any:
-        """The second evaluator, loaded once; None where the study has none."""
+        """The second evaluator, loaded once; None if the study has none."""
         name = self.config.second_evaluator
         return None if name is None else load_evaluator(name).to(best_device())
 
     @cached_property
     def splits(self) -> dict[str, ResidentImages | StreamedImages]:
-        """The real images of both splits, as the evaluator takes them."""
+        """The real images of both splits, in the size and colours of the evaluator."""
         dataset, options = self.config.dataset, self.config.data_options
         return {split: load_real_images(dataset, split, self.extractor, **options) for split in ("train", "test")}
 
     @cached_property
     def train_images(self) -> ImageSet:
-        """The training images, described by the evaluator."""
+        """The training images with their features."""
         return self.image_set("train")
 
     @cached_property
     def test_images(self) -> ImageSet:
-        """The test images, described by the evaluator."""
+        """The test images with their features."""
         return self.image_set("test")
 
     @cached_property
     def second_test_images(self) -> ImageSet:
-        """The test images, described by the second evaluator."""
+        """The test images with their features by the second evaluator."""
         return extract_image_set(self.test_images.images, self.second_extractor, cache=True)
 
     def image_set(self, split: str) -> ImageSet:
-        """A split with what the evaluator says of it."""
+        """A split with its features by the evaluator."""
         images = self.splits[split]
         return extract_image_set(pixels_of(images), self.extractor, labels=images.labels, cache=True)
 
@@ -159,12 +159,13 @@ class Study:
 
 @contextmanager
 def stage(title: str, log: Log) -> Iterator[None]:
-    """One line for a stage with its seconds; on a terminal, its title from the start."""
+    """Log a stage at its start, and again with its duration at its end; a terminal shows one line for both."""
     started = time.monotonic()
-    rewrites = sys.stdout.isatty()
-    if rewrites:
+    if sys.stdout.isatty():
         sys.stdout.write(f"{title} …\r")
         sys.stdout.flush()
+    else:
+        log(f"{title} …")
     yield
     log(f"{title}: {time.monotonic() - started:.0f} s")
 
@@ -173,10 +174,10 @@ def stage(title: str, log: Log) -> Iterator[None]:
 
 
 def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "output") -> None:
-    """Create the folder of `record` and write the settings there, or find it with the same settings.
+    """Create the folder of `record` and write the settings there, unless it has a record of the same settings.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder contains something else.
     """
     check_study_folder(record, argument)
     if record.is_file():
@@ -187,8 +188,7 @@ def claim_folder(record: Path, settings: Mapping[str, Any], argument: str = "out
 
 
 def check_study_folder(record: Path, argument: str = "output") -> None:
-    """Refuse, before the work, a folder that cannot be written into, or that holds something else than what belongs to
-    `record`.
+    """Refuse, before the work, a folder that cannot be written or that contains files of something else than `record`.
 
     Raises:
         InputError: naming the folder.
@@ -200,10 +200,10 @@ def check_study_folder(record: Path, argument: str = "output") -> None:
 
 
 def _read_settings(record: Path, argument: str) -> dict[str, Any]:
-    """What an earlier call wrote.
+    """The settings that an earlier call wrote.
 
     Raises:
-        InputError: somebody else wrote it.
+        InputError: the file was written by something else.
     """
     try:
         settings = read_json(record)
@@ -219,10 +219,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def settings_of(config: StudyConfig) -> dict[str, Any]:
-    """What makes two calls one study: all but the folder and the number of seeds, and the content of what exists.
+    """The settings that two calls of one study share: all but the folder and the number of seeds, with hashes of the
+    given networks.
 
     Raises:
-        InputError: a network that is not there.
+        InputError: a network that does not exist.
     """
     contents = {name: content_hash(Path(variant.pipeline)) for name, variant in config.arms.items() if variant.pipeline}
     for name, load in NETWORKS.items():
@@ -235,7 +236,7 @@ def settings_of(config: StudyConfig) -> dict[str, Any]:
 
 
 def content_hash(folder: Path) -> str | None:
-    """SHA-256 over the weights and configurations in a folder; None for what is not one."""
+    """SHA-256 over the weights and configurations of a saved pipeline; None for any other path."""
     if not (folder / "model_index.json").is_file():
         return None
     digest = hashlib.sha256()

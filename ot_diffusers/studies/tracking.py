@@ -1,10 +1,10 @@
-"""Is a run still getting better, and does it start to copy? Distances to real images for every checkpoint of a run.
+"""Distances to real images for every checkpoint of a run, which show progress and memorisation.
 
-    coverage  D(train, generated)      fidelity  D(test, generated)
-    base line D(train, test)           generalisation gap = fidelity − coverage
+    coverage   D(train, generated)     fidelity  D(test, generated)
+    base line  D(train, test)          generalisation gap = fidelity − coverage
 
-All four take as many real images of either split as are generated, because every distance depends on that number. A gap
-that grows while coverage falls below the base line is a model that returns its training images.
+Distances depend on the number of images, so all of them use as many real images of a split as there are generated ones.
+If the gap grows while coverage falls below the base line, the model has begun to copy its training images.
 
     runs = {"before": Path("runs/baseline"), "after": Path("runs/ot")}
     tracks = track_runs(runs, Path("runs/tracking"), dataset="digits", evaluator="runs/evaluator")
@@ -36,8 +36,18 @@ from ..features import load_feature_extractor, load_reference_bank, weights_fing
 from ..files import sha256, user_path, write_json
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..reporting import plots
-from ..reporting.page import Rows, paragraphs, picture, provenance, provenance_list, rows_table, write_page
-from ..reporting.report import format_number
+from ..reporting.page import (
+    Picture,
+    Rows,
+    figure,
+    next_steps,
+    paragraphs,
+    provenance,
+    provenance_list,
+    rows_table,
+    write_page,
+)
+from ..reporting.report import NEXT, format_number
 from ..sampling import sample_images
 from ..training import make_noise_scheduler, make_unet
 from .study import Log, check_study_folder
@@ -54,13 +64,13 @@ Distances = dict[str, float]
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint, each value by the name of the distance.
+    """Distances of one checkpoint, by name.
 
     Attributes:
-        update: updates done.
+        update: number of training steps.
         coverage: train – generated.
         fidelity: test – generated.
-        weights: SHA-256 of the weights measured.
+        weights: SHA-256 of the measured weights.
     """
 
     update: int
@@ -70,17 +80,17 @@ class Point:
 
     @property
     def gap(self) -> Distances:
-        """Fidelity less coverage."""
+        """Fidelity minus coverage."""
         return {name: self.fidelity[name] - self.coverage[name] for name in self.fidelity}
 
 
 @dataclass(frozen=True)
 class Track:
-    """A run along its training.
+    """The checkpoints of a run.
 
     Attributes:
         base_line: train – test.
-        points: in the order of training.
+        points: checkpoints in the order of training.
     """
 
     base_line: Distances
@@ -89,7 +99,7 @@ class Track:
 
 @dataclass(frozen=True)
 class RealImages:
-    """As many training as test images of the data set of that name, described by the evaluator."""
+    """Equally many training and test images of the data set `name`, with their features."""
 
     train: ImageSet
     test: ImageSet
@@ -97,7 +107,7 @@ class RealImages:
 
     @classmethod
     def load(cls, dataset: str, extractor: Any, num_samples: int | None, **options: Any) -> RealImages:
-        """`num_samples` evenly spaced images of both splits; by default as many as the smaller one has."""
+        """`num_samples` evenly spaced images of each split; by default the size of the smaller split."""
         splits = {split: load_real_images(dataset, split, extractor, **options) for split in ("train", "test")}
         most = min(map(len, splits.values()))
         count = num_samples or most
@@ -125,26 +135,27 @@ def track_runs(
     data_options: Mapping[str, Any] | None = None,
     log: Log = print,
 ) -> dict[str, Track]:
-    """Measure every checkpoint of every run, from the same starting noise; write `tracking.json` and a report.
+    """Measure every checkpoint of every run from the same starting noise, and write `tracking.json` and a report.
 
-    What an earlier call measured stays, also where the checkpoint has been deleted since, so that a run can be tracked
-    while it trains.
+    Checkpoints of an earlier call are not measured again and stay in the report after they have been deleted, so a run
+    can be tracked while it trains.
 
     Args:
         runs: name to folder of a `train_baseline.py` or `train_ot.py` run.
         output: folder for `tracking.json`, written after every checkpoint, `tracking.png` and `report.html`.
         dataset: real images.
-        evaluator: of `load_evaluator`, a network that no loss has seen.
-        num_samples: images generated, and real ones of either split; by default as many as the smaller split has.
-        features: run of `train_features.py`; guides every checkpoint by its network and bank.
-        call: arguments of the pipeline's call.
+        evaluator: see `load_evaluator`; a network that is not used in training or guidance.
+        num_samples: number of generated images and of real images of each split; by default the size of the smaller
+            split.
+        features: run of `train_features.py` whose network and reference set guide every checkpoint.
+        call: arguments of the pipeline call.
         batch_size, seed: see `sample_images`.
-        device: where the images are made.
-        data_options: of `load_images`, such as `image_size`.
-        log: takes the lines that tell how far it is.
+        device: device of the pipelines and the evaluator.
+        data_options: options of `load_images`, such as `image_size`.
+        log: takes the progress messages.
 
     Raises:
-        InputError: a folder that is no such run, or an `output` measured with other settings.
+        InputError: a folder that is no such run, or an `output` with other settings.
     """
     file = user_path(output) / RECORD_NAME
     check_study_folder(file)
@@ -186,7 +197,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first.
 
     Raises:
-        InputError: no checkpoint with averaged weights there, or a run that did not make its own UNet and chain.
+        InputError: no checkpoint with averaged weights, or a run without its own UNet and noise schedule.
     """
     folders = sorted(run.glob(f"checkpoints/update-{'[0-9]' * 8}/ema.safetensors"))
     record = run / "run.json"
@@ -198,7 +209,7 @@ def find_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str | None) -> Any:
-    """The averaged weights of a checkpoint as a pipeline for images of the shape of `images`, guided if asked for."""
+    """A pipeline with the averaged weights of a checkpoint, for the image shape of `images`; guided with `features`."""
     options = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
     names = {field.name for field in dataclasses.fields(BaselineConfig)}
     config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in names})
@@ -224,15 +235,15 @@ def measure(images: ImageSet, reference: ImageSet) -> Distances:
 
 
 def summary(point: Point) -> str:
-    """The fidelity in a few words."""
+    """The fidelity, for a progress message."""
     return ", ".join(f"{name.replace('_', ' ')} to test images {value:.3g}" for name, value in point.fidelity.items())
 
 
 def read_tracks(file: Path, settings: Mapping[str, Any]) -> dict[str, Track]:
-    """What an earlier call with the same settings measured.
+    """The tracks of an earlier call with the same settings.
 
     Raises:
-        InputError: other settings.
+        InputError: an earlier call had other settings.
     """
     if not file.is_file():
         return {}
@@ -261,18 +272,23 @@ def write_report(
     tracks: Mapping[str, Track], output: Path, settings: Mapping[str, Any], extractor: Mapping[str, Any]
 ) -> Path:
     """The curves of all runs as `tracking.png`, and `report.html` with that picture and a table for each distance."""
-    titles = {name: METRICS[name].label for name in DISTANCES}
-    curves = plots.tracking_curves(tracks, output / "tracking.png", titles=titles)
-    caption = "Distances along training; dashed, real training images against real test images"
-    sections = {caption: picture(caption, curves)}
-    sections |= {f"{titles[name]} distance": rows_table(stand_rows(tracks, name)) for name in DISTANCES}
+    heading = "Distances along training"
+    caption = (
+        f"Each marker is a checkpoint, measured on {settings['num_samples']:,} images from the same starting noise. "
+        "Lower distances are better. The dashed line is the distance between real training images and real test images."
+    )
+    curves = Picture(plots.tracking_curves(tracks, output / "tracking.png"), caption)
+    sections = {heading: figure(curves, heading)}
+    sections |= {METRICS[name].title: rows_table(stand_rows(tracks, name)) for name in DISTANCES}
     notes = [
         evaluator_line(extractor),
-        "Fidelity is the distance to test images, coverage that to training images, and the gap the former less the "
-        "latter. All take as many real images of either split as are generated.",
-        "A gap that grows while coverage falls below the base line is a model that returns its training images.",
+        "Fidelity is the distance from generated images to test images, and coverage is the distance to training "
+        "images. The gap is fidelity minus coverage. Every distance uses as many real images of a split as there are "
+        "generated images.",
+        "If the gap grows while coverage falls below the dashed line, the model has begun to copy its training images.",
     ]
-    sections["How to read it"] = paragraphs(notes)
+    sections["How to read this page"] = paragraphs(notes)
+    sections["Next steps"] = next_steps(NEXT)
     sections["Provenance"] = provenance_list(provenance() | {"settings": settings})
     facts = [
         f"data set {settings['dataset']}",
@@ -284,8 +300,8 @@ def write_report(
 
 
 def stand_rows(tracks: Mapping[str, Track], distance: str) -> Rows:
-    """Where every run stands: its best checkpoint by fidelity, its last one, and the base line below."""
-    header = ["", "best fidelity", "at update", "last fidelity", "at update", "coverage", "gap"]
+    """Every run with its best checkpoint by fidelity and its last one; the base line below."""
+    header = ["", "best fidelity", "at step", "last fidelity", "at step", "last coverage", "last gap"]
     rows = []
     for name, track in tracks.items():
         best, last = min(track.points, key=lambda point: point.fidelity[distance]), track.points[-1]

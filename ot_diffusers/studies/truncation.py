@@ -1,13 +1,14 @@
-"""The truncated chain with every prior, on one data set, in one table: the variants of a study, and its curves over T'.
+"""The study of priors: the truncated chain with every prior on one data set, in one table and in curves over T'.
 
     ot-diffusers truncation --config configs/digits/truncation.yaml output_dir=runs/digits-truncation
 
-The scripts train the denoiser, the evaluator and the learned priors. Every way to start the chain is sampled and scored
-by the evaluator, which no loss has seen: pure noise in the truncated and in the full chain, closed-form Gaussians, the
-learned priors, and real noisy images as the bound of what a prior can reach. Then Fréchet distance and time against T':
-a learned prior makes clean images, so that the one of the table starts the chain anywhere, or another is trained for
-each T'. Some priors are sampled with OT guidance, too, by the feature network of the losses: in the table, on the
-curves, and once from the step `goal_timestep`, where a short guided chain is held against a long plain one.
+The training scripts train the denoiser, the evaluator and the learned priors. The chain is then started in several
+ways, and all samples are scored by the evaluator, which is not used in training or guidance: pure noise in the
+truncated and in the full chain, closed-form Gaussians, the learned priors, and noised real images as a bound for every
+prior. Curves show Fréchet distance and time against T'. A learned prior generates clean images, so the prior of the
+table can start the chain at any T'; alternatively a prior is trained for each T'. Some priors are also sampled with OT
+guidance by the feature network of the losses: in the table, on the curves, and from the step `goal_timestep`, where a
+short guided chain is compared with a long plain one.
 
 `expand` turns this configuration into the variants of a `StudyConfig`; the engine does the rest.
 """
@@ -31,7 +32,7 @@ from ..evaluation.metric_table import METRICS
 from ..images import to_uint8
 from ..launch.commands import preset_path
 from ..reporting import plots, report
-from ..reporting.differences import verdict
+from ..reporting.differences import verdict_with_size
 from ..sampling import check_dtype
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
@@ -49,6 +50,7 @@ from .config import (
     study_option,
     training_option,
 )
+from .pictures import NUM_SHOWN, evenly_spaced_rows
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
 from .study import RECORD_NAME, Log, Study, check_study_folder
@@ -74,9 +76,9 @@ LABELS = {
     "ot": "OT",
 }
 CLOSED_FORM, LEARNED = ("gaussian", "gaussian_classes"), ("gan", "ot", "vae", "ot_original")
-"""Learned priors are trained in pairs on a CPU, so that the seconds of the first two are comparable."""
+"""On a CPU, learned priors are trained in pairs, so that the training times of the first two are comparable."""
 OPTIONS = {"ot": ("feature_extractor={features}",), "gaussian_classes": ("class_wise=true",)}
-"""Of the script that trains the prior, beside those of its preset."""
+"""Options of the script that trains the prior, in addition to those of its preset."""
 DENOISER, FULL_DENOISER, FULL = "baseline", "baseline_full", "full"
 VANILLA, ORACLE = "vanilla, truncated", "oracle"
 DESCRIPTIONS = {
@@ -92,67 +94,64 @@ DESCRIPTIONS = {
 }
 GOAL_METRICS = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein", *SECOND_HEADLINE)
 DUEL_METRICS = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein", "second_frechet_distance")
-NUM_STARTS = 36
 
 
 @dataclass
 class TruncationConfig(Options):
-    """The study of priors."""
+    """Configuration of the study of priors."""
 
     output_dir: str = study_option("runs/truncation", "folder of the study")
     dataset: str = data_option(
-        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or a folder of images"
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder"
     )
     presets: str = study_option(
-        "digits", "folder of the presets baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …"
+        "digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …"
     )
     denoiser: str | None = network_option(
-        None, "folder or Hub id of a trained pipeline; none: train the preset baseline"
+        None, "folder or Hub id of a trained pipeline; none trains the baseline preset"
     )
     full_denoiser: str | None = network_option(
-        None, "pipeline or preset for full chains, where the denoiser is trained on low noise only; none: the denoiser"
+        None,
+        "pipeline or preset for the full chains, if the denoiser was trained on low noise only; none is the denoiser",
     )
     feature_extractor: str | None = network_option(
-        None, "folder of a feature network for transport; none: train the preset features"
+        None, "folder of a feature network for transport; none trains the preset"
     )
     evaluator: str | None = network_option(
-        None,
-        "evaluation network, not used in training or guidance: as for `ot-diffusers evaluate`; none: train the preset",
+        None, "evaluation network, not used in training or guidance; none trains the preset"
     )
     second_evaluator: str | None = network_option(
-        None,
-        "a second evaluation network, which exists already, such as efficientnet-lite0; adds its distances",
+        None, "another evaluator, not trained here, such as efficientnet-lite0: adds its distances to the table"
     )
     priors: tuple[str, ...] = study_option(
         ("gaussian", "gaussian_classes", "vae", "gan", "ot"),
-        f"priors in the table, beside noise and diffused real images: some of {', '.join(LABELS)}",
+        f"priors of the table, some of {', '.join(LABELS)}",
     )
-    truncation_timestep: int = sampling_option(10, "T' of the table, at least 1")
-    timesteps: tuple[int, ...] = sampling_option((10, 50, 100, 200, 300), "T' of the curves, each at least 1")
+    truncation_timestep: int = sampling_option(10, "T' of the table")
+    timesteps: tuple[int, ...] = sampling_option((10, 50, 100, 200, 300), "T' of the curves")
     learned_timesteps: tuple[int, ...] = sampling_option(
-        (), "those of timesteps for which learned priors are trained again"
+        (), "T' of the curves for which learned priors are trained again"
     )
     guided: tuple[str, ...] = sampling_option(
-        (), "priors that are also sampled with OT guidance; with any, so is the full chain"
+        (), "priors that are also sampled with OT guidance; any adds a guided full chain"
     )
-    guided_curves: tuple[str, ...] | None = sampling_option(
-        None, "those of guided that are also on the curves; none: all"
+    guided_curves: tuple[str, ...] | None = sampling_option(None, "guided priors with a curve; none is all of them")
+    goal_timestep: int | None = sampling_option(None, "a second T' for guided rows; none adds no such rows")
+    goal_priors: tuple[str, ...] | None = sampling_option(None, "guided priors with such a row; none is all of them")
+    num_samples: int | None = sampling_option(None, "images of each row; none is the number of test images")
+    full_steps: tuple[int, ...] = sampling_option((50, 1000), "denoising steps of the full chains")
+    curve_steps: int = sampling_option(10, "denoising steps at each point of the curves, at most T'")
+    dtype: str = sampling_option("float32", "precision of sampling: float32, bfloat16 or float16")
+    batch_size: int | None = sampling_option(None, "images sampled at once; none is up to 1,000")
+    guided_batch_size: int | None = sampling_option(None, "batch size of guided rows, which guidance moves together")
+    max_train_steps: int | None = training_option(
+        None, "training steps of each learned prior; none is the number in its preset"
     )
-    goal_timestep: int | None = sampling_option(None, "T' of additional guided rows in the table; none: no such rows")
-    num_samples: int | None = sampling_option(None, "images per row, at least 2; none: as many as test images")
-    full_steps: tuple[int, ...] = sampling_option((50, 1000), "denoising steps of the full chains, each at least 1")
-    curve_steps: int = sampling_option(10, "denoising steps of each point of the curves; at most T' are made")
-    dtype: str = sampling_option("float32", "type of matrix products in sampling: float32, bfloat16 or float16")
-    batch_size: int | None = sampling_option(None, "images per batch; none: up to 1,000")
-    guided_batch_size: int | None = sampling_option(
-        None, "images per batch of guided rows, whose images depend on one another; none: up to 1,000"
-    )
-    max_train_steps: int | None = training_option(None, "training steps of each learned prior; none: as in its preset")
     max_train_seconds: float | None = training_option(
-        None, "seconds of training of each learned prior; none: as long as its training steps take"
+        None, "training time of each learned prior in seconds; none for no limit"
     )
     seed: int = study_option(0, "random seed for models and starting noise", minimum=0, must="be at least 0")
-    seeds: int | None = study_option(None, "number of random seeds, 0, 1, 2, …; none: seed only", minimum=1)
+    seeds: int | None = study_option(None, "number of random seeds 0, 1, 2, …, instead of the one", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,6 +165,10 @@ class TruncationConfig(Options):
         require(valid, "priors", f"be among {', '.join(LABELS)}", ", ".join(self.priors))
         valid = set(self.guided) <= set(self.priors)
         require(valid, "guided", f"be among priors {', '.join(self.priors)}", ", ".join(self.guided))
+        for name in ("guided_curves", "goal_priors"):
+            chosen = getattr(self, name)
+            valid = chosen is None or set(chosen) <= set(self.guided)
+            require(valid, name, f"be among guided {', '.join(self.guided)}", ", ".join(chosen or ()))
         goal = self.goal_timestep
         require(goal is None or goal >= 1, "goal_timestep", "be at least 1 or none", goal)
         require(goal is None or bool(self.guided), "goal_timestep", "be none without guided priors", goal)
@@ -190,22 +193,21 @@ def run_truncation_study(
 
     Args:
         config: of the study.
-        log: takes the lines that tell how far it is.
+        log: takes the progress messages.
         overrides: `key=value` for every training script, such as `max_train_steps=4`.
-        max_seconds: stop cleanly about then; the next call goes on.
+        max_seconds: stop cleanly after about this time; the next call resumes the study.
 
     Raises:
-        InputError: a folder that holds something else, a preset that does not exist.
+        InputError: a folder that contains something else, a preset that does not exist.
         RuntimeError: a training script that failed, with the end of its log.
     """
 
     def extend(study: Study, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
         more: dict[str, Any] = {"truncation_timestep": config.truncation_timestep}
-        if config.goal_timestep:
-            more["summary"] = conclusions(config, results | more)
+        conclusion = conclusions(config, results | more)
         pictured = starts(study, config, results["seeds"][-1])
-        picture = plots.image_panels(pictured, study.output / "starts.png")
-        return more, {"What the chain starts from": picture}
+        files = {"starts": plots.image_panels(pictured, study.output / "starts.png")}
+        return more | ({"summary": conclusion} if conclusion else {}), files
 
     check_study_folder(Path(config.output_dir) / RECORD_NAME, "output_dir")
     return run_study(expand(config, overrides), max_seconds=max_seconds, log=log, extend=extend)
@@ -215,7 +217,7 @@ def run_truncation_study(
 
 
 def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConfig:
-    """The training runs, the variants of the table in its order, and those of the curves over T'.
+    """The training runs, the variants of the table in their order, and the variants of the curves over T'.
 
     Raises:
         InputError: a data set or a preset that does not exist.
@@ -230,7 +232,7 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
     arms = runs | rows
     lines = curves(config, arms, priors, guided)
     compared = [label for label in rows if label.endswith(f"T' = {config.goal_timestep}")]
-    compared += [full_label(min(config.full_steps))] if compared else []
+    compared += [full_label(min(config.full_steps))]
     return StudyConfig(
         output_dir=config.output_dir,
         title=f"Priors of the truncated chain, T' = {config.truncation_timestep}: {images.name}",
@@ -255,7 +257,7 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
 
 
 def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, Variant]:
-    """The denoiser, if there is none, and every prior for the T' of the table, learned ones for some of the curves'."""
+    """The denoiser if none is given, every prior for the T' of the table, learned priors for `learned_timesteps`."""
     runs = {}
     if config.denoiser is None:
         runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", once=True, role=TRAINING)
@@ -278,7 +280,7 @@ def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, 
 
 
 def groups(runs: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
-    """The networks together, the closed forms together, the learned priors in pairs."""
+    """Runs that are trained side by side: the networks, the closed forms, and the learned priors in pairs."""
     denoisers = [name for name in runs if name in (DENOISER, FULL_DENOISER)]
     learned = [run for run in runs if runs[run].train == "prior" and not is_closed_form(run)]
     closed = tuple(run for run in runs if run not in denoisers and run not in learned)
@@ -288,16 +290,16 @@ def groups(runs: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
 
 
 def is_closed_form(run: str) -> bool:
-    """Whether the run of a prior fits moments only."""
+    """Whether the run fits the moments of a Gaussian prior only."""
     return run.removeprefix("prior_").rpartition("_")[0] in CLOSED_FORM
 
 
 Row = tuple[str, int | None, int, bool]
-"""Start (noise, real or the name of a prior), T' (None for the whole chain), steps, and whether it is guided."""
+"""Start (noise, real or the name of a prior), T' (None for the full chain), steps, and whether it is guided."""
 
 
 def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence[str]) -> dict[str, Row]:
-    """Label to what the row is."""
+    """Label to row, in the order of the table."""
     main, goal_timestep, shortest = config.truncation_timestep, config.goal_timestep, min(config.full_steps)
     rows: dict[str, Row] = {VANILLA: (NOISE, main, main, False)}
     rows |= {full_label(steps): (NOISE, None, steps, False) for steps in config.full_steps}
@@ -305,7 +307,8 @@ def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence
     rows |= {guided_label(name): (name, main, main, True) for name in guided}
     if goal_timestep is not None:
         steps = min(goal_timestep, config.curve_steps)
-        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in guided}
+        chosen = guided if config.goal_priors is None else [name for name in guided if name in config.goal_priors]
+        rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in chosen}
     rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
     return rows | {ORACLE: (REAL, main, main, False)}
 
@@ -313,7 +316,7 @@ def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence
 def curves(
     config: TruncationConfig, arms: dict[str, Variant], priors: Sequence[str], guided: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """Method → T' → variant, for every T' that a prior can start at; the variants are added to `arms`."""
+    """Method → T' → variant, for every T' at which the prior can start; the variants are added to `arms`."""
     methods = [(VANILLA, NOISE, False), *((LABELS[name], name, False) for name in priors), (ORACLE, REAL, False)]
     drawn = guided if config.guided_curves is None else config.guided_curves
     methods += [(guided_label(name), name, True) for name in guided if name in drawn]
@@ -330,8 +333,8 @@ def curves(
 def variant_at(
     config: TruncationConfig, runs: Mapping[str, Variant], start: str, timestep: int | None, steps: int, guided: bool
 ) -> Variant:
-    """A chain from T' on: the run of a prior for this T', or the denoiser behind noise, real images, or the table's
-    prior, whose clean images are diffused to any T'."""
+    """A chain that starts at T': the run of a prior for this T', or the denoiser after noise, real images, or the prior
+    of the table, whose clean images can be diffused to any T'."""
     run = run_name(start, timestep)
     if run in runs:
         source: dict[str, Any] = {"pipeline": f"{{{run}}}"}
@@ -350,7 +353,7 @@ def variant_at(
 
 
 def makes_clean_images(config: TruncationConfig, name: str) -> bool:
-    """Whether the prior's preset makes images that can be diffused to any T'."""
+    """Whether the preset of the prior trains it on clean images, which can be diffused to any T'."""
     preset = str(preset_path(prior_preset(config, name)))
     return load_config(PriorConfig, ["--config", preset]).prediction_type == "sample"
 
@@ -361,34 +364,34 @@ def prior_preset(config: TruncationConfig, name: str) -> str:
 
 
 def denoiser(config: TruncationConfig) -> str:
-    """The configuration's denoiser, or the run that this study trains."""
+    """The denoiser of the configuration, or the run that this study trains."""
     return config.denoiser or f"{{{DENOISER}}}"
 
 
 def full_denoiser(config: TruncationConfig) -> str:
-    """What walks the full chains: the configuration's pipeline, the run that this study trains, or the denoiser."""
+    """The denoiser of the full chains: the pipeline of the configuration, a run of this study, or the denoiser."""
     if config.full_denoiser is None:
         return denoiser(config)
     return f"{{{FULL_DENOISER}}}" if preset_path(config.full_denoiser).is_file() else config.full_denoiser
 
 
 def run_name(name: str, timestep: int | None) -> str:
-    """Of a prior that is trained for this T'."""
+    """The name of the run that trains a prior for this T'."""
     return f"prior_{name}_{timestep}"
 
 
 def full_label(steps: int) -> str:
-    """The row of the whole chain in so many steps."""
+    """The label of the full chain with this number of steps."""
     return f"vanilla, full in {steps}"
 
 
 def guided_label(name: str) -> str:
-    """Of a guided row from the T' of the table, and of its curve."""
+    """The label of a guided row at the T' of the table, and of its curve."""
     return f"{LABELS[name]}, guided"
 
 
 def goal_label(config: TruncationConfig, name: str) -> str:
-    """Of a guided row from the goal's T'."""
+    """The label of a guided row at `goal_timestep`."""
     return f"{guided_label(name)}, T' = {config.goal_timestep}"
 
 
@@ -396,10 +399,10 @@ def goal_label(config: TruncationConfig, name: str) -> str:
 
 
 def conclusions(config: TruncationConfig, results: Mapping[str, Any]) -> str:
-    """What the study says of its questions, a sentence for each; or why there is no verdict.
+    """The answers of the study to its questions, a sentence for each, or why there is no verdict.
 
     Over several seeds: is the OT prior better than the GAN, at every T' and for both evaluators? Are the learned priors
-    better than the Gaussian? Are the guided chains from the goal's T' at least as good as the plain full one?
+    better than the Gaussian? Are the guided chains from `goal_timestep` at least as good as the plain full chain?
 
     Args:
         config: of the study.
@@ -407,15 +410,16 @@ def conclusions(config: TruncationConfig, results: Mapping[str, Any]) -> str:
     """
     doubt = evaluator_doubt(results["extractor"])
     if doubt is not None:
-        return f"No verdict, the evaluator cannot be trusted: {doubt}."
-    sentences = [duel(results, metric) for metric in DUEL_METRICS] if LABELS["ot"] in results["differences"] else []
+        return f"There is no verdict, because the evaluator cannot be trusted: {doubt}."
+    paired = LABELS["ot"] in results.get("differences", {})
+    sentences = [duel(results, metric) for metric in DUEL_METRICS] if paired else []
     return " ".join(
         [*sentences, *beside_gaussian(config, results["arms"]), *beside_full_chain(config, results["arms"])]
     )
 
 
 def duel(results: Mapping[str, Any], metric: str) -> str:
-    """OT against GAN at the T' of the table by one evaluator or the pixels, and along the curve where there is one."""
+    """OT compared with GAN by one metric, at every T' of the curve or, without a curve, at the T' of the table."""
     ot, gan = LABELS["ot"], LABELS["gan"]
     curves = results.get(AXES[TIMESTEPS].key, {})
     points = {value: (point, curves[gan][value]) for value, point in curves.get(ot, {}).items() if metric in point}
@@ -424,13 +428,12 @@ def duel(results: Mapping[str, Any], metric: str) -> str:
     said = []
     for value, (point, of_gan) in points.items():
         difference = point.get("differences", point)[metric]
-        share = f"{100 * difference['mean'] / of_gan[metric]:+.0f}%".replace("-", "−")
-        said.append(f"T' = {value} {verdict(metric, difference)} ({share})")
-    return f"{ot} against {gan}, {METRICS[metric].label}: {', '.join(said)}."
+        said.append(f"T' = {value} {verdict_with_size(metric, difference, of_gan[metric], len(results['seeds']))}")
+    return f"{ot} compared with {gan}, {METRICS[metric].title}: {'; '.join(said)}."
 
 
 def beside_gaussian(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Which learned priors have a smaller Fréchet distance than the Gaussian, a sentence for each evaluator."""
+    """The learned priors with a lower Fréchet distance than the Gaussian, a sentence for each evaluator."""
     learned = [LABELS[name] for name in config.priors if name in LEARNED]
     if LABELS["gaussian"] not in arms or not learned:
         return []
@@ -438,15 +441,14 @@ def beside_gaussian(config: TruncationConfig, arms: Mapping[str, Mapping[str, An
     sentences = []
     for metric in (metric for metric in ("frechet_distance", "second_frechet_distance") if metric in bounds):
         nearer = [label for label in learned if arms[label]["metrics"][metric] < bounds[metric]]
-        said = "; ".join(nearer) if nearer else "no learned prior"
-        sentences.append(
-            f"Nearer than the Gaussian at T' = {config.truncation_timestep}, {METRICS[metric].label}: {said}."
-        )
+        than = f"a lower {METRICS[metric].title} than the Gaussian at T' = {config.truncation_timestep}"
+        named = f"Learned priors with {than}: {'; '.join(nearer)}."
+        sentences.append(named if nearer else f"No learned prior has {than}.")
     return sentences
 
 
 def beside_full_chain(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Whether each guided chain from the goal's T' is at least as good as the shortest plain full one."""
+    """Whether each guided chain from `goal_timestep` is at least as good as the shortest plain full chain."""
     full, steps = arms[full_label(min(config.full_steps))], min(config.full_steps)
     sentences = []
     for label in (goal_label(config, name) for name in config.guided):
@@ -456,31 +458,33 @@ def beside_full_chain(config: TruncationConfig, arms: Mapping[str, Mapping[str, 
         pairs = {metric: (arms[label]["metrics"][metric], full["metrics"][metric]) for metric in metrics}
         met = all(short <= long for short, long in pairs.values())
         values = [
-            f"{METRICS[metric].label} {report.format_number(short)} against {report.format_number(long)}"
+            f"{METRICS[metric].title} {report.format_number(short)} instead of {report.format_number(long)}"
             for metric, (short, long) in pairs.items()
         ]
         short, long = (arm["seconds_per_1000"] for arm in (arms[label], full))
-        values.append(f"{short:.1f} s against {long:.1f} s per 1,000 images")
-        said = "at least as good as" if met else "not as good in all as"
+        values.append(f"{short:.1f} s instead of {long:.1f} s per 1,000 images")
+        said = "is at least as good as" if met else "is not in every metric as good as"
         sentences.append(
-            f"{label}, {arms[label]['nfe']} network calls: {said} {steps} calls from noise ({', '.join(values)})."
+            f'"{label}" with {arms[label]["nfe"]} function evaluations {said} the plain full chain with {steps} '
+            f"({', '.join(values)})."
         )
     return sentences
 
 
 def starts(study: Study, config: TruncationConfig, seed: int) -> dict[str, Tensor]:
-    """x_T' of real images and of every prior, uint8, by name."""
+    """x_T' of real images and of every prior: label to uint8 images."""
     labels = [label for label in (ORACLE, VANILLA, *LABELS.values()) if label in study.config.arms]
     shown = {}
     for label in labels:
         pipeline = make_pipeline(study, label, seed)
-        rows = real_rows(study)[:NUM_STARTS]
+        rows = real_rows(study)
+        rows = rows[evenly_spaced_rows(len(rows), NUM_SHOWN)]
         if label == ORACLE:
             images = real_latents(study, pipeline, rows, seed)
         else:
-            generators = [keyed_generator("cpu", seed, "image", row) for row in range(NUM_STARTS)]
+            generators = [keyed_generator("cpu", seed, "image", row) for row in range(NUM_SHOWN)]
             with torch.no_grad():
                 level = alpha_sigma(pipeline.scheduler, config.truncation_timestep - 1)
-                images = pipeline.prior.eval().sample(NUM_STARTS, *level, generator=generators)
+                images = pipeline.prior.eval().sample(NUM_SHOWN, *level, generator=generators)
         shown["real" if label == ORACLE else label] = to_uint8(images.cpu())
     return shown

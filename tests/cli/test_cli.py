@@ -300,7 +300,14 @@ def test_evaluate_prints_the_table_and_writes_the_same_numbers(
     # Noise from an untrained network is further from the digits than digits are.
     assert arm["metrics"]["frechet_distance"] > results["floor"]["metrics"]["frechet_distance"]
     assert results["provenance"]["sampling"] == {"num_inference_steps": 2, "guidance_scale": 0.5}
+    # The picture of the images lies beside the results, and the report shows it with the scores.
+    assert (tmp_path / "results_samples.png").is_file()
+    assert run("report", file) == 0
+    assert (tmp_path / "report.html").read_text("utf-8").count("data:image/png") == 2
     assert run(*command, *options, "--output", file) == 2
+    file.unlink()
+    assert run(*command, *options, "--output", file) == 2  # a picture of that name is not overwritten
+    assert "results_samples.png" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -366,7 +373,7 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
     lines: list[str] = []
     short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "log": lines.append}
     results = run_demo(tmp_path / "demo", **short)
-    assert list(results["arms"]) == ["baseline", "OT-trained", "OT-guided", "source guidance"]
+    assert list(results["arms"]) == ["baseline", "OT-trained", "OT-guided", "original guidance"]
     assert json.loads((tmp_path / "demo" / "results.json").read_text())["arms"].keys() == results["arms"].keys()
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page.split("Provenance")[0]

@@ -32,7 +32,7 @@ class TestIntervals:
         """n = 2: one degree of freedom, t₀.₉₇₅ = tan(.475 π); differences 0 and 2 have standard error 1."""
         found = paired_difference([0, 0], [0, 2])
         assert found.high == pytest.approx(1 + math.tan(0.475 * math.pi), rel=1e-9)
-        assert str(found) == "no difference shown (+1 [-11.7, +13.7])"
+        assert str(found) == "not significant (+1 [-11.7, +13.7])"
 
     def test_coverage(self) -> None:
         """Of 400 studies without a difference, 5% should show one: 20 ± 3 standard deviations of 4.4."""

@@ -262,6 +262,7 @@ class TestNeighbors:
         expected = BruteForce(x, y, 3)
         for entries in (neighbors.BLOCK_ENTRIES, 6000):  # in one block, and in many
             monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", entries)
+            neighbors.results_by_content.clear()
             in_y, in_x = neighbors.in_each_others_balls(x, y, 3)
             assert torch.equal(in_y, expected.in_y_balls.any(dim=1))
             assert torch.equal(in_x, expected.in_x_balls.any(dim=0))
@@ -277,6 +278,32 @@ class TestNeighbors:
         expected = BruteForce.squared(x, x).sort(dim=1).values[:, num_neighbors]
         # A product in float64 of rows of squared length at most 30.
         assert torch.allclose(neighbors.squared_radii(x, num_neighbors), expected, rtol=0, atol=1e-13)
+
+
+class TestByContent:
+    def test_computes_once_for_equal_contents(self) -> None:
+        computed = []
+
+        @neighbors.by_content
+        def doubled(values: Tensor, factor: int) -> Tensor:
+            computed.append((values.clone(), factor))
+            return values * factor
+
+        values = gaussian(5)
+        assert torch.equal(doubled(values, 2), doubled(values.clone(), 2))
+        doubled(values, 2).zero_()  # a caller may change what it was given
+        assert torch.equal(doubled(values, 2), values * 2)
+        assert len(computed) == 1
+        values += 1
+        assert torch.equal(doubled(values, 2), values * 2)
+        assert torch.equal(doubled(values.double(), 3), values.double() * 3)
+        assert len(computed) == 3
+
+    def test_keeps_no_more_than_the_last_results(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(neighbors, "KEPT_RESULTS", 3)
+        for seed in range(5):
+            neighbors.squared_radii(gaussian(9, seed=seed), 2)
+        assert len(neighbors.results_by_content) == 3
 
 
 class TestSinkhornDistance:
@@ -356,6 +383,7 @@ class TestNearestDistances:
         queries, points = gaussian(50, seed=1), gaussian(70, seed=2)
         whole = metrics.nearest_distances(queries, points)
         monkeypatch.setattr(neighbors, "BLOCK_ENTRIES", 500)
+        neighbors.results_by_content.clear()
         assert torch.equal(metrics.nearest_distances(queries, points), whole)
         direct = (queries.double()[:, None] - points.double()).norm(dim=2).min(dim=1).values
         assert torch.allclose(whole, direct, rtol=1e-12)  # float64, another order of summation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from ot_diffusers.evaluation.failures import worst_samples
 from ot_diffusers.reporting import page, plots, report
 from ot_diffusers.reporting.differences import difference_rows, interval_rows, summary
 from ot_diffusers.reporting.quoting import quote
+from ot_diffusers.studies import pictures
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ class TestTables:
         assert "0.00150*" in lines[4]
 
     def test_refuses_results_without_arms(self) -> None:
-        with pytest.raises(InputError, match="`results` must hold at least one arm"):
+        with pytest.raises(InputError, match="`results` must hold at least one method"):
             report.text_table({"title": "x"})
 
 
@@ -127,18 +129,23 @@ class Links(HTMLParser):
 
 class TestReport:
     def test_is_self_contained_escaped_and_complete(self, results: dict[str, Any], tmp_path: Path) -> None:
-        picture = plots.bars(results, "frechet_distance", tmp_path / "bars.png")
-        page = report.write_report(results, {"Bars & more": picture}, tmp_path / "new" / "report.html").read_text(
-            "utf-8"
-        )
+        scores = plots.scores(results, ["frechet_distance"], tmp_path / "scores.png")
+        results |= {
+            "links": {"Priors": "truncation/report.html"},
+            "next": [("Sample & look:", "ot-diffusers sample .")],
+        }
+        drawn = {"Scores & more": page.Picture(scores, "Lower is <better>.")}
+        text = report.write_report(results, drawn, tmp_path / "new" / "report.html").read_text("utf-8")
         links = Links()
-        links.feed(page)
+        links.feed(text)
         assert links.open == []
-        assert [target[:22] for target in links.targets] == ["data:image/png;base64,"]
-        assert "<friends>" not in page and "Digits &amp; &lt;friends&gt;" in page and "A &lt;b&gt; &amp; c" in page
-        assert "url(" not in page and "<script" not in page and str(tmp_path) not in page
-        for text in ("0.000700", "1,000 samples", "98.7% test accuracy", "−76%", "torch 2.14", "not in a checkout"):
-            assert text in page, text
+        assert [target[:22] for target in links.targets] == ["truncation/report.html", "data:image/png;base64,"]
+        assert "<friends>" not in text and "Digits &amp; &lt;friends&gt;" in text and "A &lt;b&gt; &amp; c" in text
+        assert "url(" not in text and "<script" not in text and str(tmp_path) not in text
+        for part in ("0.000700", "1,000 samples", "98.7% test accuracy", "−76%", "torch 2.14", "not in a checkout"):
+            assert part in text, part
+        assert "Lower is &lt;better&gt;." in text and "Sample &amp; look:" in text
+        assert "A guided method can score below it" in text  # the real-vs-real score is explained where it stands
 
     def test_metrics_it_does_not_know_are_shown(self, results: dict[str, Any], tmp_path: Path) -> None:
         results["arms"]["mine"]["metrics"]["my_metric"] = 3.14159
@@ -147,7 +154,7 @@ class TestReport:
 
     def test_missing_picture(self, results: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="`pictures` must be existing files"):
-            report.write_report(results, {"x": tmp_path / "none.png"}, tmp_path / "report.html")
+            report.write_report(results, {"x": page.Picture(tmp_path / "none.png", "")}, tmp_path / "report.html")
         assert not (tmp_path / "report.html").exists()
 
     def test_provenance_is_json_without_host_or_paths(self) -> None:
@@ -190,12 +197,21 @@ class TestPlots:
         colours = plots.arm_colours(["x", "baseline", "y"])
         assert colours["baseline"] == plots.COLOURS["baseline"] and len(set(colours.values())) == 3
 
-    def test_mosaic_shows_every_pixel(self) -> None:
-        """Two 8×8 images, one black and one white, each pixel 6×6 large, gap 4."""
+    def test_small_images_are_enlarged_smoothly(self) -> None:
+        """Two 8×8 images, each pixel 12×12 large, gap 8: one colour stays one colour, an edge becomes a ramp."""
         images = torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 255)]).to(torch.uint8)
         mosaic = plots._mosaic(images, 1, 2)
-        assert mosaic.shape == (48, 100, 1)
-        assert (mosaic[:, :48] == 0).all() and (mosaic[:, 48:] == 255).all()
+        assert mosaic.shape == (96, 200, 1)
+        assert (mosaic[:, :96] == 0).all() and (mosaic[:, 96:] == 255).all()
+        images[0, :, :, 4:] = 255
+        row = plots._mosaic(images[:1], 1, 1)[48, :, 0].int()
+        assert (row.diff() >= 0).all() and len(row.unique()) > 8  # blocks would have two grey levels
+        large = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+        assert torch.equal(plots._mosaic(large, 1, 1).permute(2, 0, 1), large[0])
+
+    def test_guided_variants_share_a_colour_and_others_have_their_own(self) -> None:
+        colours = plots.arm_colours(["VAE", "plain", "VAE, guided, T' = 9"])
+        assert colours["VAE"] == colours["VAE, guided, T' = 9"] != colours["plain"]
 
     def test_panels_of_colour_and_scatter_are_written(self, tmp_path: Path) -> None:
         images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
@@ -208,8 +224,8 @@ class TestPlots:
     def test_refusals(self, results: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="`panels` must hold uint8"):
             plots.image_panels({"real": torch.zeros(2, 1, 8, 8)}, tmp_path / "x.png")
-        with pytest.raises(InputError, match="`metric` must be a metric of at least one arm, got 'fid'"):
-            plots.bars(results, "fid", tmp_path / "x.png")
+        with pytest.raises(InputError, match="`metric` must be a metric of at least one method, got 'fid'"):
+            plots.scores(results, ["fid"], tmp_path / "x.png")
 
 
 class TestComparisons:
@@ -223,11 +239,15 @@ class TestComparisons:
         found = {"mean": -0.0047, "low": -0.006, "high": -0.0034, "p_holm": 0.001, "shown": True}
         none = {"mean": -0.0003, "low": -0.002, "high": 0.0014, "p_holm": 0.7, "shown": False}
         results["differences"] = {"OT-trained": {"frechet_distance": none}, "mine": {"frechet_distance": found}}
-        return results | {"seeds": [0, 1, 2], "primary_metric": "frechet_distance"}
+        per_seed = {arm: {"frechet_distance": [0.001, 0.002, 0.004]} for arm in (*results["arms"], "real vs real")}
+        changes = {"seeds": [0, 1, 2], "primary_metric": "frechet_distance", "headline": ["frechet_distance"]}
+        return results | changes | {"per_seed": per_seed}
 
     def test_summary_and_rows(self, compared: dict[str, Any]) -> None:
-        verdicts = "OT-trained: no difference shown (−4.8%); mine: better (−75.8%)"
-        assert summary(compared) == f"Fréchet, paired with baseline over 3 seeds — {verdicts}."
+        verdicts = "OT-trained: the difference is not significant (−4.8%); mine: better (−75.8%)"
+        assert summary(compared) == f"Fréchet distance compared with baseline over 3 paired random seeds. {verdicts}."
+        compared["differences"]["OT-trained"]["frechet_distance"] |= {"low": -0.01, "high": 0.01}
+        assert "OT-trained: inconclusive (3 seeds, wide interval); mine" in summary(compared)
         header, row = difference_rows(compared, "mine")
         assert header[1:3] == ["verdict", "difference"]
         assert row[:4] == ["Fréchet (primary)", "better", "−0.00470", "−0.00600 … −0.00340"]
@@ -242,8 +262,8 @@ class TestComparisons:
             "Evaluated by evaluator: 128 features, effective rank 1.2 on real images, 60.0% test accuracy. No verdict "
             "should rest on it: its features of real images have an effective rank of 1.2, below 5"
         )
-        start = "Fréchet, paired with baseline over 3 seeds — no verdict, the evaluator cannot be trusted: its features"
-        assert summary(compared).startswith(start)
+        reason = "there is no verdict, because the evaluator cannot be trusted: its features"
+        assert f"over 3 paired random seeds: {reason}" in summary(compared)
         assert difference_rows(compared, "mine")[1][1] == "withheld"
         assert report.best_arms(compared, "precision") == set()
         tables = {"Against baseline": difference_rows(compared, "mine")}
@@ -259,17 +279,34 @@ class TestComparisons:
         page = report.write_report(
             compared, {}, tmp_path / "report.html", tables={"Against baseline": difference_rows(compared, "mine")}
         ).read_text("utf-8")
-        for text in ("Nothing &lt;new&gt;.", "Read with care.", "Against baseline", "Means over 3 seeds.", "3 seeds"):
+        for text in ("Nothing &lt;new&gt;.", "Read with care.", "Against baseline", "means over 3 random seeds"):
             assert text in page, text
-        assert "−76%" not in page and "One run is one draw" not in page
+        assert "−76%" not in page and "one random seed" not in page
 
-    def test_pictures(self, compared: dict[str, Any], tmp_path: Path) -> None:
-        """Bars with whiskers are as large as without; differences need a metric each."""
-        bars = plots.bars(compared, "frechet_distance", tmp_path / "bars.png")
-        drawn = plots.differences(compared, {"frechet_distance": "Fréchet"}, tmp_path / "differences.png")
-        assert Image.open(bars).size[0] > 1000 and Image.open(drawn).size[0] > 1000
+    def test_ratios_of_paired_seeds(self) -> None:
+        """Half of every value has the log ratio −log 2 without an interval; e^±1 has the mean 0 and an interval."""
+        assert plots._log_ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx([-math.log(2)] * 3)
+        mean, low, high = plots._log_ratio([math.e, 1 / math.e], [1.0, 1.0])
+        assert mean == pytest.approx(0) and low < -1 and high > 1
+
+    def test_pictures_of_recorded_numbers(self, compared: dict[str, Any], tmp_path: Path) -> None:
+        file = tmp_path / "recorded.json"
+        file.write_text(json.dumps(compared))
+        for name in ("scores", "differences"):
+            assert pictures.main([str(file), name, str(tmp_path / f"{name}.png")]) == 0
+            assert Image.open(tmp_path / f"{name}.png").size[0] > 1000
+        with pytest.raises(InputError, match="`picture` must be one of scores, differences, got 'curves'"):
+            pictures.main([str(file), "curves", str(tmp_path / "none.png")])
         with pytest.raises(InputError, match="`results` must hold differences"):
-            plots.differences(compared | {"differences": {}}, {"frechet_distance": "x"}, tmp_path / "none.png")
+            plots.differences(compared | {"differences": {}}, ["frechet_distance"], tmp_path / "none.png")
+
+    def test_a_report_takes_the_pictures_beside_its_results(self, compared: dict[str, Any], tmp_path: Path) -> None:
+        drawn = plots.image_panels({"real": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, tmp_path / "one_samples.png")
+        (tmp_path / "scratch").mkdir()
+        for name, taken in (("one", True), ("two", False)):
+            beside = pictures.pictures_beside(compared, tmp_path / f"{name}.json", tmp_path / "scratch")
+            assert ("Samples" in beside) == taken and "Comparison with baseline" in beside
+            assert not taken or beside["Samples"].path == drawn
 
 
 class TestFailures:

@@ -45,7 +45,7 @@ def test_what_the_metrics_must_see(results: dict[str, Any]) -> None:
         assert by_metric["frechet_distance"].means[0] == curves["noise"]["frechet_distance"].means[0]
 
 
-def test_source_figures_rise(results: dict[str, Any], output: Path) -> None:
+def test_the_figures_of_the_original_study_rise(results: dict[str, Any], output: Path) -> None:
     for name, found in results["source figures"].items():
         for curve in map(as_curve, found.values()):
             assert curve.means[-1] > 2 * curve.means[0]
@@ -63,7 +63,7 @@ def test_tables_and_pictures(results: dict[str, Any], output: Path) -> None:
         picture = base64.b64encode(file.read_bytes()).decode()
         assert picture in report
         report = report.replace(picture, "")
-    assert "//" not in report and "Blind to memorisation: " in report
+    assert "//" not in report and "These metrics do not respond to memorisation: " in report
     # Steady verdicts are marked, the others are not.
     assert re.findall(r"<td class=best>(\w+)", report) == re.findall(r"<td(?: class=best)?>(rises|falls)", report)
 
@@ -74,7 +74,7 @@ def test_second_call_keeps_what_is_there(results: dict[str, Any], evaluator: str
     (output / "stress.json").write_text(json.dumps(record))
     lines: list[str] = []
     again = run_stress_study("digits", evaluator, output, num_samples=50, log=lines.append)
-    assert lines[0] == "source figures, noise: done" and len(lines) == 2
+    assert lines[0] == "original study's figures, noise: done" and len(lines) == 2
     assert again["curves"] == results["curves"] and again["source figures"] == results["source figures"]
     with pytest.raises(InputError, match=r"`output` must be a new folder, or one made with {'repeats': 4}"):
         run_stress_study("digits", evaluator, output, num_samples=50, repeats=4)

@@ -71,7 +71,7 @@ def test_table_and_report_show_the_same_numbers(study: tuple[Path, list[str]]) -
     table, page = ((study[0] / name).read_text("utf-8") for name in ("results.md", "report.html"))
     assert value in next(line for line in table.splitlines() if line.startswith("| OT |"))
     assert value in page and page.count("data:image/png") == 7
-    assert f"{SAMPLES} generated against 540 test images of digits" in table
+    assert f"{SAMPLES} generated images compared with 540 test images of digits" in table
     for text in (table, page):  # the evaluator is untrained
         assert (
             "Evaluated by a ResidualFeatureExtractor: 8 features, effective rank " in text
@@ -84,17 +84,19 @@ def test_the_goal_is_stated_with_its_numbers(study: tuple[Path, list[str]]) -> N
     results = json.loads((study[0] / "results.json").read_text("utf-8"))
     short, full = (results["arms"][name]["metrics"] for name in ("OT, guided, T' = 6", "vanilla, full in 3"))
     compared = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein")
-    verdict = "at least as good as" if all(short[name] <= full[name] for name in compared) else "not as good in all as"
+    met = all(short[name] <= full[name] for name in compared)
+    verdict = "is at least as good as" if met else "is not in every metric as good as"
     config = load_config(TruncationConfig, ["--config", str(preset_path("digits/truncation.yaml")), *study[1][3:]])
     trusted = {"extractor": results["extractor"] | {"effective_rank": 6.2, "test_accuracy": 0.97}}
     stated = conclusions(config, results | trusted)
     distance = {name: arm["metrics"]["frechet_distance"] for name, arm in results["arms"].items()}
-    nearer = "OT" if distance["OT"] < distance["Gaussian"] else "no learned prior"
-    assert stated.startswith(f"Nearer than the Gaussian at T' = 4, Fréchet: {nearer}.")
-    assert f"OT, guided, T' = 6, 7 network calls: {verdict} 3 calls from noise (Fréchet " in stated
-    assert f"against {full['frechet_distance']:#.3g}" in stated
+    than = "a lower Fréchet distance than the Gaussian at T' = 4"
+    nearer = distance["OT"] < distance["Gaussian"]
+    assert stated.startswith(f"Learned priors with {than}: OT." if nearer else f"No learned prior has {than}.")
+    assert f'"OT, guided, T\' = 6" with 7 function evaluations {verdict} the plain full chain with 3 (Fré' in stated
+    assert f"instead of {full['frechet_distance']:#.3g}" in stated
     # The study's own evaluator is untrained.
-    assert results["summary"].startswith("No verdict, the evaluator cannot be trusted: ")
+    assert results["summary"].startswith("There is no verdict, because the evaluator cannot be trusted: ")
     assert results["summary"] in (study[0] / "results.md").read_text("utf-8")
 
 
@@ -138,8 +140,8 @@ def test_several_seeds_are_paired_with_the_gan_in_slices(study: tuple[Path, list
     trusted = {"extractor": results["extractor"] | {"effective_rank": 6.2, "test_accuracy": 0.97}}
     config = load_config(TruncationConfig, ["--config", str(preset_path("digits/truncation.yaml")), *arguments[3:]])
     stated = conclusions(config, results | trusted)
-    assert "OT against GAN, Fréchet: T' = 4 " in stated and ", T' = 20 " in stated
-    assert "OT against GAN, Fréchet, 2nd: T' = 4 " in stated
+    assert "OT compared with GAN, Fréchet distance: T' = 4 inconclusive (only 2 seeds); T' = 20 " in stated
+    assert "OT compared with GAN, Fréchet distance by the second evaluator: T' = 4 " in stated
     assert {"OT, guided, T' = 6", "GAN, guided, T' = 6"} <= set(results["arms"])
 
 
@@ -185,6 +187,8 @@ def test_evaluator_is_not_the_network_that_losses_see(
         ({"num_samples": 1}, "`num_samples` must be at least 2"),
         ({"max_train_seconds": 0.0}, "`max_train_seconds` must be positive"),
         ({"guided": ("vae",), "priors": ("ot",)}, "`guided` must be among priors ot, got 'vae'"),
+        ({"guided": ("ot",), "guided_curves": ("gan",)}, "`guided_curves` must be among guided ot, got 'gan'"),
+        ({"guided": ("ot",), "goal_priors": ("gan",)}, "`goal_priors` must be among guided ot, got 'gan'"),
         ({"goal_timestep": 100}, "`goal_timestep` must be none without guided priors, got 100"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
     ],
