@@ -1,6 +1,5 @@
-"""Tensors that are computed once and kept in files. Each file holds a checksum of what it should say: what cannot be
-read, or has changed since it was written, is computed again with a warning.
-"""
+"""A cache of computed tensors in files with checksums. A file that cannot be read, or whose contents have changed, is
+computed again, with a warning."""
 
 from __future__ import annotations
 
@@ -31,19 +30,19 @@ def cache_folder() -> Path:
 
 
 def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What `compute` gives, on the CPU: from the cache folder where it is kept there, or else kept there from now on.
+    """The result of `compute`, on the CPU: read from the cache folder if it is there, otherwise computed and cached.
 
-    A cache folder that cannot be written to is warned of once and done without.
+    If the cache folder is not writable, the result is not cached, with one warning.
 
     Args:
         kind: subfolder of the cache.
-        key: hash of everything that decides the result.
-        compute: name to tensor.
+        key: hash of everything that the result depends on.
+        compute: returns tensors by name.
     """
     try:
         file = cache_folder() / kind / f"{key}.safetensors"
-    except RuntimeError as error:  # no home
-        _warn_once(f"nothing is kept in a cache ({error}); OT_DIFFUSERS_CACHE names a folder")
+    except RuntimeError as error:  # no home directory
+        _warn_once(f"results are not cached ({error}): set OT_DIFFUSERS_CACHE to a folder")
         return _on_cpu(compute())
     tensors = read_verified(file)
     if tensors is None:
@@ -53,14 +52,14 @@ def remembered(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]])
         except OSError as error:
             reason = error.strerror or str(error)
             _warn_once(
-                f"nothing is kept in the cache {cache_folder()} ({reason}); OT_DIFFUSERS_CACHE names another folder"
+                f"results are not cached in {cache_folder()} ({reason}): set OT_DIFFUSERS_CACHE to another folder"
             )
     return tensors
 
 
 def read_verified(file: Path) -> dict[str, Tensor] | None:
-    """The tensors that `save_aside` wrote, on the CPU; None where there is no file, or one without a checksum; with a
-    warning, None where it is not as it was written."""
+    """The tensors that `save_aside` wrote, on the CPU; None if the file or its checksum is missing; None with a warning
+    if its contents have changed."""
     if not os.path.lexists(file):
         return None
     try:
@@ -69,18 +68,18 @@ def read_verified(file: Path) -> dict[str, Tensor] | None:
             if checksum is None:
                 return None
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        problem = None if checksum == _checksum(tensors, file.name) else "its checksum does not fit its contents"
-    except Exception as error:  # whatever a damaged header leads to
+        problem = None if checksum == _checksum(tensors, file.name) else "its checksum does not match its contents"
+    except Exception as error:  # a damaged header can raise any exception
         problem = " ".join(str(error).split())[:100]
     if problem is None:
         return tensors
-    logger.warning("%s is damaged (%s): it is computed again", file, problem)
+    logger.warning("%s is damaged (%s) and is computed again", file, problem)
     return None
 
 
 def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file with its checksum under a name of its own, then rename it, so that no reader meets half
-    a file, however many write it at once.
+    """Write a safetensors file with its checksum to a temporary name and rename it, so that readers never see a partial
+    file, even with several writers.
 
     Raises:
         OSError: no space, or no permission.
@@ -92,7 +91,7 @@ def save_aside(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file; a full disk is an `OSError`, as it is for every other file."""
+    """Write a safetensors file; a full disk raises `OSError`, as with every other file."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
     except SafetensorError as error:
@@ -107,7 +106,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], name: str) -> str:
-    """sha256 of the file's name, and of name, type, shape and contents of every tensor."""
+    """SHA-256 of the name of the file, and of the name, dtype, shape and contents of every tensor."""
     digest = hashlib.sha256(name.encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

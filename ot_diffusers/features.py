@@ -1,4 +1,4 @@
-"""Feature networks on whole data sets: loading them, running them once, remembering what they said."""
+"""Feature networks on whole data sets: loading them, running them once, caching their outputs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from .transport import median_distance
 
 
 def load_feature_extractor(path: str | Path) -> FeatureExtractor:
-    """The feature network of a `train_features.py` run, or one saved by itself in a folder or under a Hub id: this
-    package's, or a vision backbone of transformers.
+    """A feature network from a `train_features.py` run, or one saved on its own in a folder or under a Hub id.
+
+    It can be a network of this package or a vision backbone of transformers.
 
     Raises:
-        InputError: no feature network there.
+        InputError: there is no feature network at `path`.
     """
     place = local_or_hub(path, "feature_extractor", "be a folder or Hub id of a feature network")
     inside = os.path.join(place, "feature_extractor")
@@ -39,7 +40,7 @@ def load_feature_extractor(path: str | Path) -> FeatureExtractor:
         raise InputError(
             f"`feature_extractor` must be a folder or Hub id of a feature network, got {str(path)!r}"
         ) from error
-    if "model_type" in config:  # transformers' own
+    if "model_type" in config:  # a backbone in the format of transformers
         return BackboneFeatureExtractor.from_transformers(folder)
     for network in (BackboneFeatureExtractor, ConvFeatureExtractor, ResidualFeatureExtractor):
         if network.__name__ == config.get("_class_name"):
@@ -57,13 +58,13 @@ def _load_network(kind: Any, folder: str) -> FeatureExtractor:
 
 
 def load_reference_bank(path: str | Path) -> ReferenceBank:
-    """The reference bank of a `train_features.py` run, or of a published pipeline by its Hub id.
+    """The reference set of a `train_features.py` run, or of a published pipeline under its Hub id.
 
     Raises:
-        InputError: no reference bank there.
+        InputError: there is no reference set at `path`.
     """
     place = local_or_hub(path, "features", "hold a network and its `reference_bank`")
-    # With `subfolder` on a local folder, diffusers would take weights at its root for the bank's.
+    # With `subfolder` on a local folder, diffusers would load weights from its root instead.
     inside = {} if os.path.isdir(place) else {"subfolder": "reference_bank"}
     folder = place if inside else os.path.join(place, "reference_bank")
     try:
@@ -76,7 +77,7 @@ def labels_of(images: ResidentImages | StreamedImages) -> Tensor:
     """Class labels, int64 [N] on the CPU.
 
     Raises:
-        InputError: the data set has none, some images have none, or all are of one class.
+        InputError: the data set or some of its images have no labels, or all images have the same label.
     """
     if images.label_problem is not None:
         raise InputError(f"{images.label_problem} (data set {images.name!r}, {images.split})")
@@ -86,13 +87,13 @@ def labels_of(images: ResidentImages | StreamedImages) -> Tensor:
 
 
 def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | StreamedImages) -> FeatureExtractor:
-    """A new feature network for labelled images, still frozen."""
+    """A new, untrained feature network for labelled images; its parameters are still frozen."""
     labels = labels_of(images)
     channels, height, width = images.image_shape
     require(height == width, "image_size", "be given for images that are not square", images.image_shape)
-    own: dict[str, Any] = {}
+    residual_options: dict[str, Any] = {}
     if config.architecture == "residual":
-        own = {"layers_per_block": config.layers_per_block, "norm_type": config.norm_type}
+        residual_options = {"layers_per_block": config.layers_per_block, "norm_type": config.norm_type}
     network = {"conv": ConvFeatureExtractor, "residual": ResidualFeatureExtractor}[config.architecture]
     return network(
         sample_size=height,
@@ -102,12 +103,12 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
         feature_dim=config.feature_dim,
         dataset=images.name,
         data_fingerprint=images.fingerprint,
-        **own,
+        **residual_options,
     )
 
 
 def make_feature_optimizer(config: FeaturesConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum; only matrices and kernels decay, not biases and norms."""
+    """AdamW, or SGD with Nesterov momentum; weight decay applies to matrices and kernels, not to biases and norms."""
     decay = config.sgd_weight_decay if config.optimizer == "sgd" else config.adam_weight_decay
     parameters = list(network.parameters())
     groups = [
@@ -123,7 +124,7 @@ def make_feature_optimizer(config: FeaturesConfig, network: nn.Module) -> torch.
 def classification_accuracy(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, batch_size: int = 500
 ) -> float:
-    """Share of images that the network, in evaluation mode, classifies as their label says, in [0, 1]."""
+    """Fraction of images that the network classifies correctly in evaluation mode, in [0, 1]."""
     chunks = torch.arange(len(images)).split(batch_size)
     labels = labels_of(images)
     training = network.training
@@ -148,7 +149,7 @@ def extract_features(
 def cached_features(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, *, squash: str = "clamp"
 ) -> Tensor:
-    """As `extract_features`, computed once per content of network and data and kept in the cache folder.
+    """As `extract_features`, but cached for every pair of network and data set.
 
     The key is a hash of the network's weights, the data's fingerprint and `squash`.
     """
@@ -160,8 +161,8 @@ def cached_features(
 def make_reference_bank(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, num_samples: int
 ) -> ReferenceBank:
-    """Features and thumbnails of `num_samples` evenly spaced images (all, if there are fewer), with the scales at which
-    the median distance of either is 1."""
+    """A reference set of `num_samples` evenly spaced images (all, if there are fewer), with the median distances
+    between features and between thumbnails as its scales."""
     features = cached_features(network, images)
     rows = evenly_spaced(images, num_samples)
     return ReferenceBank.from_features(
@@ -174,8 +175,8 @@ def make_reference_bank(
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """sha256 of class and weights, and of a backbone's resizing and normalisation: the same for the same function,
-    wherever it was loaded from."""
+    """SHA-256 of the class and the weights, and of a backbone's preprocessing: equal for equal networks, wherever they
+    were loaded from."""
     digest = hashlib.sha256(type(network).__name__.encode())
     if isinstance(network, BackboneFeatureExtractor):
         digest.update(repr([list(network.config[name]) for name in PREPROCESSING]).encode())
@@ -188,9 +189,9 @@ def weights_fingerprint(network: nn.Module) -> str:
 def check_trained_on(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, argument: str = "feature_extractor"
 ) -> None:
-    """Refuse a feature network, which `argument` names, that does not fit the images or was trained on others."""
+    """Raise `InputError` if the feature network given as `argument` has another image shape or other training data."""
     if isinstance(network, BackboneFeatureExtractor):
-        return  # takes images of any size, and was trained on neither
+        return  # takes images of any size and was trained on general data
     config = network.config
     size = (config.in_channels, config.sample_size, config.sample_size)
     require(size == images.image_shape, argument, f"take images of shape {images.image_shape}", size)

@@ -1,20 +1,20 @@
-"""OT guidance: move a batch of predicted clean images towards the distribution of real ones.
+"""OT guidance: move a batch of predicted clean images towards the distribution of real images.
 
-One correction takes a few steps on the images themselves, down the Sinkhorn divergence between the batch and a bank of
-references:
+One correction is a few gradient steps on the images that reduce the Sinkhorn divergence between the batch and a
+reference set R:
 
     x̂0 ← clamp(x̂0 − η s'² B ∇S(ψ(x̂0), ψ(R)), −1, 1),     ψ(x) = (φ(x)/s, w·θ(x)/s') / √(1 + w²)
 
-φ is the frozen feature network, θ a thumbnail of at most 8 × 8 pixels, s and s' are their median distances, w the
-`pixel_weight`, B the size of the batch, η half the `guidance_scale`. B ∇S is how far an image stands from where the
-plan sends it, so that what is already right stays where it is, the background of a wrong image, too.
-Features alone (w = 0) do not see what guidance leaves in the pixels; beside them, the pixels do.
+φ is the frozen feature network, θ a thumbnail of at most 8 × 8 pixels, s and s' are their median distances, w is the
+`pixel_weight`, B the batch size, and η half the `guidance_scale`. B ∇S is the displacement of an image from its
+destination in the transport plan, so that whatever is already right does not move, not even the background of a wrong
+image. With w = 0 the objective cannot see pixel artefacts left by guidance; thumbnails make them visible.
 
-`step_rule="adam"` is the original study's form: Adam divides the gradient by its own size, so that every pixel moves by
-about `guidance_scale` · 0.02 in each step. At 0.5 that is the original study's learning rate of 0.01.
+`step_rule="adam"` is the original study's form: Adam divides the gradient by its own magnitude, so that every pixel
+moves by about `guidance_scale` · 0.02 in each step. At 0.5 this is the original study's learning rate of 0.01.
 
-The gradient comes from the batch itself, solved anew at every step, or from a `GuidanceField`, recorded once on a large
-batch, which moves every image on its own.
+The gradient comes either from a transport problem of the batch, solved anew at every step, or from a `GuidanceField`,
+which was recorded on a large batch and moves every image independently.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ if TYPE_CHECKING:
 
 # At guidance_scale=1: Adam's learning rate, in pixel units of [-1, 1], …
 PIXELS_PER_STEP = 0.02
-# … and the share of its displacement that an image takes in a step.
+# … and the fraction of its displacement that an image moves in one step.
 SHARE_PER_STEP = 0.5
-# Where features change fast, a step is shortened to one that takes the image this much of its displacement along it.
+# Where features change fast, a step is shortened to this multiple of the displacement in feature space.
 LONGEST_STEP = 1.5
-# Images of which no pixel is negative are taken for images in [0, 255] from here on.
+# Images without negative pixels and with a pixel above this are taken for images in [0, 255].
 FARTHEST_PIXEL = 2.0
 STEP_RULES = ("displacement", "adam")
-# Solver steps of a correction where the host should not wait for a device: the first, and those that begin with the
-# potentials of the one before. They suffice from this blur on, in units of the median distance.
+# Fixed Sinkhorn iterations on a GPU: for the first correction, and for warm-started ones. They suffice from this blur
+# on, in units of the median distance.
 COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 20, 10, 0.3
-# Images that pass through the feature network at once on a CPU.
+# Number of images in one pass of the feature network on a CPU.
 CPU_PART = 50
-# What a guidance field knows of the guidance it was recorded with, besides `guidance_scale` and `num_correction_steps`.
+# Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
 
 class OTGuidance:
-    """Corrects x̂0; one object serves a pipeline or a sampling loop of your own.
+    """Corrects x̂0, in a pipeline or in your own sampling loop.
 
-    Equal calls of `correct` give equal images: nothing is kept between them, but inside `chain()`, where a correction
-    starts its solver from the potentials of the one before. That is faster, and belongs to a single chain.
+    Equal calls of `correct` give equal images: no state is kept between calls, except inside `chain()`, where the
+    potentials of one correction warm-start the next. This is faster, and is meant for one chain at a time.
 
-    Without a guidance field the transport problem couples the batch: an image depends on its companions, and the larger
-    the batch, the better the guidance (a batch of one is pulled towards the mean of the data). With one, images are
-    moved one by one, at the timesteps of the field only.
+    Without a guidance field the transport problem couples the batch: an image depends on the other images, and guidance
+    improves with the batch size (a batch of one is pulled towards the mean of the data). With a guidance field, each
+    image moves independently, and only at the timesteps of the field.
 
     Args:
-        feature_extractor: frozen network; neither its parameters nor their gradients are touched.
-        reference_bank: features of real images by the same network.
-        guidance_scale: strength, ≥ 0; 0 returns the images as they are.
-        num_correction_steps: steps in one correction.
-        blur: length in normalised feature units (in raw ones with `normalize_features=False`).
-        normalize_features: divide features by the bank's `feature_scale` (median distance 1); `False` is the
-            original study's form.
-        pixel_weight: of the thumbnails beside the features, ≥ 0; the default is 1 for a bank that holds thumbnails and
-            features that are normalised, else 0.
-        step_rule: `"displacement"` or `"adam"`; the default is the first where pixels take part, else the second.
-        guidance_field: follow this field; the six arguments above have to be those it was recorded with.
-        history: a list that takes in every correction of a joint batch.
+        feature_extractor: frozen network; its parameters and their gradients are not changed.
+        reference_bank: the reference set, with features from the same network.
+        guidance_scale: strength, ≥ 0; 0 returns the images unchanged.
+        num_correction_steps: gradient steps in one correction.
+        blur: length in units of normalised features (of raw features with `normalize_features=False`).
+        normalize_features: divide features by the `feature_scale` of the reference set (median distance 1); `False` is
+            the original study's form.
+        pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
+            thumbnails and features are normalised, else 0.
+        step_rule: `"displacement"` or `"adam"`; by default the first if `pixel_weight` is positive, else the second.
+        guidance_field: follow this guidance field; the six arguments above must be those of its recording.
+        history: a list to which every correction of a joint batch is appended.
 
     Raises:
-        InputError: parts that do not fit together, or values out of range.
+        InputError: components that do not fit together, or values out of range.
 
     Example:
         >>> from ot_diffusers import ConvFeatureExtractor, OTGuidance, ReferenceBank
@@ -133,7 +133,7 @@ class OTGuidance:
 
     @contextmanager
     def chain(self) -> Iterator[Self]:
-        """A context for the corrections of one chain of one batch, in their order.
+        """A context for the successive corrections of one chain of one batch.
 
         Example:
             >>> from ot_diffusers import ConvFeatureExtractor, OTGuidance, ReferenceBank
@@ -155,22 +155,28 @@ class OTGuidance:
 
         Args:
             pred_original_sample: x̂0, [B, C, H, W], floating point, nominally in [-1, 1].
-            timestep: of the denoising step, needed to follow or record a field; a step that the field does not have
-                returns the images as they are.
+            timestep: timestep of the denoising step, needed to follow or record a guidance field. At a timestep that is
+                not in the field, the images are returned unchanged.
 
         Returns:
-            [B, C, H, W] in [-1, 1], same dtype, without graph. Works inside `no_grad` and `inference_mode`, leaves the
-            gradient mode alone.
+            [B, C, H, W] in [-1, 1], same dtype, detached. The method works inside `no_grad` and `inference_mode`, and
+            does not change the gradient mode.
 
         Raises:
-            InputError: images of another shape or range. Values on a GPU are not looked at, which would be a wait.
+            InputError: images of a wrong shape or range. The range is not checked on a GPU, which would need a
+                host–device synchronisation.
         """
         _check_images(pred_original_sample)
-        needed = self.guidance_field is not None or self.history is not None
-        require(timestep is not None or not needed, "timestep", "be given to follow or record a field", timestep)
-        step = int(timestep) if timestep is not None and needed else None
-        elsewhere = self.guidance_field is not None and step not in self.guidance_field.config.timesteps
-        if self.guidance_scale == 0 or elsewhere:
+        needs_timestep = self.guidance_field is not None or self.history is not None
+        require(
+            timestep is not None or not needs_timestep,
+            "timestep",
+            "be given to follow or record a guidance field",
+            timestep,
+        )
+        step = int(timestep) if timestep is not None and needs_timestep else None
+        is_outside_field = self.guidance_field is not None and step not in self.guidance_field.config.timesteps
+        if self.guidance_scale == 0 or is_outside_field:
             return pred_original_sample
         if not self._in_chain:
             self._potentials = None
@@ -185,7 +191,7 @@ class OTGuidance:
             optimizer = self._optimizer(images)
             for correction in range(self.num_correction_steps):
                 features = self.features(images)
-                _require_finite("feature_extractor", "make finite features", features)
+                _require_finite("feature_extractor", "give finite features", features)
                 displacement = self._displacement(features.detach(), references, step, correction)
                 (gradient,) = torch.autograd.grad(features, images, grad_outputs=displacement)
                 images.grad = self._bounded(gradient, displacement)
@@ -194,7 +200,7 @@ class OTGuidance:
         return images.detach().to(pred_original_sample.dtype)
 
     def recorded_field(self) -> GuidanceField:
-        """The field of the corrections in `history`, for an object that made one chain.
+        """The guidance field of the corrections in `history`, for an object that corrected one chain.
 
         Raises:
             InputError: no corrections.
@@ -213,7 +219,7 @@ class OTGuidance:
         return self.guidance_scale * SHARE_PER_STEP * self.pixel_scale**2
 
     def _bounded(self, gradient: Tensor, displacement: Tensor) -> Tensor:
-        """The gradient Jᵀd of each image, which moves its point by −η s'² JJᵀd: not much further than d itself."""
+        """The gradient Jᵀd of each image, shortened where its step −η s'² JJᵀd in feature space far exceeds d."""
         if self.step_rule == "adam":
             return gradient
         pull, distance = (part.flatten(1).square().sum(1) for part in (gradient, displacement))  # squared lengths
@@ -221,7 +227,7 @@ class OTGuidance:
         return gradient / (progress / LONGEST_STEP).clamp(min=1)[:, None, None, None]
 
     def _displacement(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
-        """How far each point stands from where it should be, [B, D]: by the plan of the batch, or from the field."""
+        """The displacement of each point from its destination, [B, D]: from the batch's plan or the guidance field."""
         if self.guidance_field is not None:
             assert step is not None
             return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
@@ -238,26 +244,26 @@ class OTGuidance:
         return gradient[: len(features)] * scale
 
     def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
-        """The last potentials, if they are of such a batch: a starting point, which leaves the solution as it is."""
+        """The last potentials, if they fit the batch: they only speed up the solver and do not change the solution."""
         last = self._potentials
         fits = last is not None and last.self_potential.shape == (batch_size,) and last.self_potential.device == device
         return last if fits else None
 
     def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
-        """Steps of the solver; None, to convergence, where that costs no wait, or where no number is known to do."""
+        """Number of Sinkhorn iterations; None (to convergence) on a CPU, or if no tested number suffices."""
         if device.type == "cpu" or not self.normalize_features or self.blur < SMALLEST_BLUR:
             return None
         return WARM_ITERATIONS if is_warm else COLD_ITERATIONS
 
     def features(self, images: Tensor) -> Tensor:
         """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + D'] with pixels."""
-        # A processor is faster in parts that its caches and the allocator can reuse; an accelerator is not.
+        # On a CPU, small parts reuse caches and memory and are faster; an accelerator takes the whole batch.
         parts = images.to(self.feature_extractor.dtype).split(CPU_PART if images.device.type == "cpu" else len(images))
         features = torch.cat([self.feature_extractor.extract(part) for part in parts]).float()
         return self._beside_pixels(features, thumbnails(images.float()) if self.pixel_weight > 0 else None)
 
     def _beside_pixels(self, features: Tensor, small: Tensor | None) -> Tensor:
-        """Raw features and the thumbnails of their images as points of the transport problem."""
+        """Raw features and thumbnails of the same images, combined into points of the transport problem."""
         points = features / self.feature_scale
         if self.pixel_weight == 0:
             return points
@@ -267,46 +273,47 @@ class OTGuidance:
 
 
 def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBank, normalize_features: bool) -> float:
-    """The given weight, if the bank allows it, or the default.
+    """The given weight, if the reference set allows it, or the default.
 
     Raises:
-        InputError: a negative weight, or one for a bank without thumbnails.
+        InputError: a negative weight, or a positive weight for a reference set without thumbnails.
     """
     if pixel_weight is None:
         return 1.0 if reference_bank.thumbnails is not None and normalize_features else 0.0
     require_number("pixel_weight", pixel_weight, at_least=0)
     possible = pixel_weight == 0 or reference_bank.thumbnails is not None
-    require(possible, "pixel_weight", "be 0 for a reference bank without thumbnails", pixel_weight)
+    require(possible, "pixel_weight", "be 0 for a reference set without thumbnails", pixel_weight)
     return pixel_weight
 
 
 def chosen_step_rule(step_rule: str | None, reference_bank: ReferenceBank, pixel_weight: float) -> str:
-    """The given rule, if the bank allows it, or the default.
+    """The given step rule, if the reference set allows it, or the default.
 
     Raises:
-        InputError: an unknown rule, or displacements for a bank that does not know how far images are apart.
+        InputError: an unknown rule, or `"displacement"` for a reference set without thumbnails, whose `pixel_scale` is
+            unknown.
     """
     if step_rule is None:
         return "displacement" if pixel_weight > 0 else "adam"
     require(step_rule in STEP_RULES, "step_rule", f"be one of {', '.join(STEP_RULES)}", step_rule)
     possible = step_rule == "adam" or reference_bank.thumbnails is not None
-    require(possible, "step_rule", "be adam for a reference bank without thumbnails", step_rule)
+    require(possible, "step_rule", "be adam for a reference set without thumbnails", step_rule)
     return step_rule
 
 
 def check_takes(feature_extractor: FeatureExtractor, image_shape: Sequence[int], argument: str) -> None:
-    """Refuse a network of other images than those of `image_shape`, [C, H, W]; a backbone takes any size."""
+    """Raise `InputError` unless the network takes images of `image_shape`, [C, H, W]; a backbone takes any size."""
     config = feature_extractor.config
     if "sample_size" in config:
         network_shape = (config.in_channels, config.sample_size, config.sample_size)
-        requirement = f"take images of shape {tuple(image_shape)}, as the UNet makes them"
+        requirement = f"take images of shape {tuple(image_shape)}, as the UNet generates them"
         require(network_shape == tuple(image_shape), argument, requirement, network_shape)
     else:
-        require(image_shape[0] in (1, 3), argument, "be left out for images of other than 1 or 3 channels", image_shape)
+        require(image_shape[0] in (1, 3), argument, "be left out for images without 1 or 3 channels", image_shape)
 
 
 def check_same_data(feature_extractor: FeatureExtractor, reference_bank: ReferenceBank) -> None:
-    """Refuse a bank whose features another network made."""
+    """Raise `InputError` for a reference set with features from another network."""
     network, bank = feature_extractor.config, reference_bank.config
     require(
         bank.feature_dim == network.feature_dim,
@@ -324,7 +331,7 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
 
 
 def _check_images(images: Tensor) -> None:
-    """Refuse what cannot be x̂0. It may lie far outside [-1, 1], where noise is subtracted, but then on both sides."""
+    """Raise `InputError` for tensors that cannot be x̂0. Noise may take x̂0 far outside [-1, 1], but on both sides."""
     name = "pred_original_sample"
     require(images.is_floating_point(), name, "be floating point, in [-1, 1]", images.dtype)
     _require_finite(name, "be finite", images)
@@ -335,16 +342,16 @@ def _check_images(images: Tensor) -> None:
 
 
 def _require_finite(argument: str, requirement: str, tensor: Tensor) -> None:
-    """Refuse NaN and Inf on the CPU; to look at values elsewhere would be a wait."""
+    """Raise `InputError` for NaN and Inf on the CPU; elsewhere the check would need a host–device synchronisation."""
     require(tensor.device.type != "cpu" or bool(tensor.isfinite().all()), argument, requirement, "NaN or Inf")
 
 
 def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceBank, **arguments: float | str) -> None:
-    """Refuse a field of other references, or of another guidance than `arguments` say."""
+    """Raise `InputError` for a guidance field recorded with other references, or other settings than `arguments`."""
     config, bank = guidance_field.config, reference_bank.config
     pixels = math.prod(bank.thumbnail_shape) if config.pixel_weight > 0 and bank.thumbnail_shape else 0
     recorded = (config.num_references, config.feature_dim)
     expected = (bank.num_samples, bank.feature_dim + pixels)
     require(recorded == expected, "guidance_field", f"be recorded with references of shape {expected}", recorded)
     for name, value in arguments.items():
-        require(value == config[name], name, f"be {config[name]}, as the guidance field was recorded", value)
+        require(value == config[name], name, f"be {config[name]}, as in the recording of the guidance field", value)

@@ -1,6 +1,6 @@
-"""The three ranges an image lives in, and the only place that converts between them and tells them apart.
+"""The three value ranges of images, with all conversions and range checks of this package.
 
-Stored images are uint8 in 0 … 255, diffusion models work in [-1, 1], feature networks and saved pictures in [0, 1].
+Stored images are uint8 in 0 … 255, diffusion models use [-1, 1], feature networks and saved pictures use [0, 1].
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .errors import InputError, require
 
-# Of the 256 grey levels in [-1, 1].
+# Half the distance between two of the 256 grey levels in [-1, 1].
 HALF_LEVEL = 1 / 255
-# Fewer images may all be bright.
+# From this many images on, a set without dark pixels is suspicious.
 SEVERAL = 8
 
 
@@ -34,10 +34,11 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def require_model_range(images: Tensor, argument: str = "images") -> None:
-    """Refuse images that are no floats in [-1, 1]; the line names the range found and the cure.
+    """Raise `InputError` for images that are not floats in [-1, 1]; the message states their range and the conversion.
 
-    Half a grey level beyond the range is taken for rounding. Several images without a value below 0 are most likely in
-    [0, 1], but may be bright ones: a warning. The values are read, which is a wait where they are on a GPU.
+    Values of up to half a grey level outside the range are accepted as rounding errors. Several images without a value
+    below 0 are most likely in [0, 1], but may just be bright, and give a warning. The values are read, which on a GPU
+    is a host–device synchronisation.
 
     Example:
         >>> require_model_range(torch.tensor([-1.0, 0.5]))
@@ -46,8 +47,8 @@ def require_model_range(images: Tensor, argument: str = "images") -> None:
         ...
         ot_diffusers.errors.InputError: `images` must lie in [-1, 1] (from 0 … 255: images / 127.5 - 1), got 0 … 255
     """
-    cure = "ot_diffusers.images.to_model_range(images)"
-    require(images.dtype != torch.uint8, argument, f"be floats in [-1, 1] (from uint8: {cure})", images.dtype)
+    conversion = "ot_diffusers.images.to_model_range(images)"
+    require(images.dtype != torch.uint8, argument, f"be floats in [-1, 1] (from uint8: {conversion})", images.dtype)
     require(images.is_floating_point(), argument, "be floats in [-1, 1]", images.dtype)
     low, high = torch.stack(torch.aminmax(images.detach())).tolist()
     require(math.isfinite(low) and math.isfinite(high), argument, "be finite", "NaN or Inf")
@@ -61,9 +62,9 @@ def require_model_range(images: Tensor, argument: str = "images") -> None:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Float images from [-1, 1] to [0, 1], values outside clamped. Gradients flow strictly inside only.
+    """Float images from [-1, 1] to [0, 1], clamped. Gradients flow only where values are strictly inside the range.
 
-    At the bounds themselves, versions of torch differ in the gradient of `clamp`: 1 in 2.6, 0 in 2.14.
+    `clamp` alone would not do: its gradient at the bounds is 1 in torch 2.6 and 0 in torch 2.14.
 
     Example:
         >>> to_unit_range(torch.tensor([-1.0, 0.0, 1.5]))
@@ -75,7 +76,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images from [-1, 1] to uint8 0 … 255, rounded as in the pictures that diffusers' pipelines return.
+    """Float images from [-1, 1] to uint8 0 … 255, rounded as in the output of diffusers' pipelines.
 
     The inverse of `to_model_range`: every one of the 256 values comes back.
 
@@ -92,10 +93,10 @@ def _require_floats(images: Tensor) -> None:
 
 
 def thumbnails(images: Tensor, size: int = 8) -> Tensor:
-    """Float images [B, C, H, W], averaged down to at most `size` × `size` and multiplied by the side of a block.
+    """Float images [B, C, H, W], averaged to at most `size` × `size` pixels and multiplied by the side of a block.
 
-    So the distance of two images that are constant on the blocks stays what it was, and others come closer by the
-    detail that they lose.
+    This preserves the distance between two images that are constant on each block; the distance between other images
+    shrinks by the lost detail.
 
     Example:
         >>> thumbnails(torch.ones(1, 1, 16, 16))[0, 0, 0, :3]
@@ -108,13 +109,13 @@ def thumbnails(images: Tensor, size: int = 8) -> Tensor:
 
 
 def random_crop_and_flip(images: Tensor, *, padding: int, flip: bool, draws: Tensor) -> Tensor:
-    """Every image moved by up to `padding` pixels, its border mirrored, and perhaps flipped left to right.
+    """Images shifted by up to `padding` pixels with reflected borders, and some of them flipped left to right.
 
     Args:
         images: [B, C, H, W], any range.
         padding: largest shift in either direction, less than H and W; 0 for none.
         flip: whether half of the images are flipped.
-        draws: [B, 3] uniform numbers in [0, 1): vertical shift, horizontal shift, flip.
+        draws: [B, 3], uniform random numbers in [0, 1) for the vertical shift, the horizontal shift and the flip.
 
     Example:
         >>> image = torch.arange(9.0).view(1, 1, 3, 3)

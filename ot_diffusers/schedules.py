@@ -22,7 +22,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class Scheduler(Protocol):
-    """What is asked of a diffusers scheduler; each variance-preserving one fits, and a solver also has `sigmas`."""
+    """Interface of diffusers schedulers, common to all variance-preserving ones; solvers have `sigmas` as well."""
 
     timesteps: Tensor
     betas: Tensor
@@ -30,13 +30,13 @@ class Scheduler(Protocol):
 
     @property
     def config(self) -> Any:
-        """Its options, among them `num_train_timesteps` and `prediction_type`."""
+        """Its options, including `num_train_timesteps` and `prediction_type`."""
 
     def set_timesteps(self, *arguments: Any, **options: Any) -> None:
-        """Prepare a chain of so many steps."""
+        """Prepare a chain of a given number of steps."""
 
     def step(self, *arguments: Any, **options: Any) -> Any:
-        """x_t and a model output to x_{t−1}, the `prev_sample` of what is returned."""
+        """One step from x_t and a model output to x_{t−1}, the `prev_sample` of the output."""
 
     @classmethod
     def from_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -49,20 +49,21 @@ S = TypeVar("S", bound=Scheduler)
 def set_timesteps(
     scheduler: Scheduler, num_inference_steps: int, device: torch.device | str | None = None
 ) -> list[int]:
-    """Prepare `scheduler` for a chain, and say which chain it is: one timestep for each call of the denoiser.
+    """Prepare `scheduler` for a chain and return its timesteps, one for each call of the denoiser.
 
-    It is diffusers' own chain wherever that is a proper one. Two faults of its roundings are mended: the surplus
-    timestep −1 of some trailing spacings (61 of 1,000 steps, 13 of 15) is dropped, and a solver that would pass one
-    noise level twice (1,000 of 1,000 steps in DPM-Solver++ or UniPC), which is a division by zero, takes a step less.
-    A solver that calls the denoiser more than once in a step has more timesteps than steps (PNDM: 19 for 10 steps).
+    The chain is that of diffusers, except for two rounding errors, which are corrected: the surplus timestep −1 of some
+    trailing spacings (61 of 1,000 steps, 13 of 15) is dropped, and a solver that would visit one noise level twice
+    (1,000 of 1,000 steps in DPM-Solver++ or UniPC), which is a division by zero, performs one step fewer. A solver that
+    calls the denoiser more than once per step has more timesteps than steps (PNDM: 19 for 10 steps).
 
     Args:
         scheduler: a diffusers scheduler; its state is changed.
         num_inference_steps: 1 … `num_train_timesteps`.
-        device: of `scheduler.timesteps`.
+        device: device of `scheduler.timesteps`.
 
     Raises:
-        InputError: a number of steps that this scheduler has no chain for, or a scheduler whose chain does not fall.
+        InputError: a number of steps for which this scheduler has no chain, or a scheduler whose timesteps do not
+            decrease.
 
     Example:
         >>> from diffusers import DDIMScheduler
@@ -75,12 +76,12 @@ def set_timesteps(
     try:
         scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = scheduler.timesteps.tolist()
-    except (ArithmeticError, IndexError, ValueError):  # LCM takes 50 steps at most, PNDM 4 at least
+    except (ArithmeticError, IndexError, ValueError):  # LCM allows at most 50 steps, PNDM at least 4
         timesteps = []
     exists = bool(timesteps) and timesteps[0] < length
-    require(exists, "num_inference_steps", f"be a number of steps that {name} can take", num_inference_steps)
-    falling = all(later <= earlier for earlier, later in pairwise(timesteps))
-    require(falling, "scheduler", "walk from noise to images", name)
+    require(exists, "num_inference_steps", f"be a number of steps that {name} allows", num_inference_steps)
+    decreases = all(later <= earlier for earlier, later in pairwise(timesteps))
+    require(decreases, "scheduler", "have decreasing timesteps", name)
     if timesteps[-1] < 0:
         _drop_surplus(scheduler, num_inference_steps, sum(timestep >= 0 for timestep in timesteps))
     sigmas = getattr(scheduler, "sigmas", None)
@@ -90,15 +91,15 @@ def set_timesteps(
 
 
 def preserves_variance(scheduler: Scheduler) -> bool:
-    """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow schedulers scale otherwise."""
+    """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow-matching schedulers use another scaling."""
     return _has_betas(scheduler) and float(getattr(scheduler, "init_noise_sigma", 1.0)) == 1.0
 
 
 def reversible_steps(scheduler: Scheduler, timesteps: Sequence[int]) -> set[int]:
-    """The steps of a chain at which the model output and x̂0 determine each other, by their positions.
+    """Indices of the steps of a chain at which the model output and x̂0 determine each other.
 
-    An ε prediction says nothing of x̂0 where α = 0, the start of a schedule with zero terminal SNR; and where σ = 0 the
-    image is there already.
+    An ε prediction does not determine x̂0 where α = 0, at the start of a schedule with zero terminal SNR. Where σ = 0,
+    x_t is already the image.
     """
     levels = alpha_sigma(scheduler, torch.tensor(timesteps), torch.arange(len(timesteps)))
     alpha, sigma = (level.tolist() for level in levels)
@@ -112,16 +113,16 @@ def alpha_sigma(
     """Signal and noise level (α_t, σ_t) that `scheduler` itself uses at `timestep`.
 
     Multistep solvers (DPM-Solver++, UniPC) place their noise levels on a grid of sigmas σ_t/α_t that need not coincide
-    with `alphas_cumprod` at the rounded timestep (Karras sigmas, for example). During sampling give `step_index`, and
-    that grid is read.
+    with `alphas_cumprod` at the rounded timestep (Karras sigmas, for example). During sampling, pass `step_index` to
+    read that grid.
 
     Args:
         scheduler: a diffusers scheduler with `alphas_cumprod`.
         timestep: integer timestep(s), 0 … `num_train_timesteps` − 1; any shape.
-        step_index: position in the solver's own grid, of the shape of `timestep`.
+        step_index: index in the solver's grid, of the shape of `timestep`.
 
     Returns:
-        α_t and σ_t, float32, of the shape of `timestep`, on the CPU unless `timestep` is a tensor elsewhere.
+        α_t and σ_t, float32, of the shape of `timestep`, on its device if it is a tensor, otherwise on the CPU.
     """
     require(hasattr(scheduler, "alphas_cumprod"), "scheduler", "have `alphas_cumprod`", type(scheduler).__name__)
     sigmas = getattr(scheduler, "sigmas", None)
@@ -130,7 +131,7 @@ def alpha_sigma(
         alpha = torch.rsqrt(1 + ratio**2)
         return alpha, ratio * alpha
     device = timestep.device if isinstance(timestep, Tensor) else torch.device("cpu")
-    to_device = device.type != "cpu"  # a copy to the host has to be waited for
+    to_device = device.type != "cpu"  # a copy to the host must be synchronous
     alphas_cumprod = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32, non_blocking=to_device)[timestep]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
@@ -138,12 +139,12 @@ def alpha_sigma(
 def to_original_sample(
     model_output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """x̂0 from what the model predicts at x_t.
+    """x̂0 from the model's prediction at x_t.
 
     Args:
         model_output: the model's prediction, [B, C, H, W].
         sample: x_t, [B, C, H, W].
-        alpha, sigma: noise level, scalar or [B].
+        alpha, sigma: signal and noise level, scalar or [B].
         prediction_type: `"epsilon"`, `"v_prediction"` or `"sample"`.
 
     Example:
@@ -166,7 +167,7 @@ def to_original_sample(
 def from_original_sample(
     pred_original_sample: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """The model output that stands for `pred_original_sample` at x_t: the inverse of `to_original_sample`."""
+    """The model output that corresponds to `pred_original_sample` at x_t: the inverse of `to_original_sample`."""
     alpha, sigma = _like(alpha, sample), _like(sigma, sample)
     match prediction_type:
         case "epsilon":
@@ -179,7 +180,7 @@ def from_original_sample(
 
 
 def training_target(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """What the model learns: ε, v = α ε − σ x0, or x0; [B, C, H, W]. `alpha` and `sigma` are scalars or [B]."""
+    """Target of the model: ε, v = α ε − σ x0, or x0; [B, C, H, W]. `alpha` and `sigma` are scalars or [B]."""
     alpha, sigma = _like(alpha, clean), _like(sigma, clean)
     match prediction_type:
         case "epsilon":
@@ -192,7 +193,7 @@ def training_target(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, 
 
 
 def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, γ)/γ in (0, 1], SNR = α²/σ²: near 1 where x̂0 is an image, near 0 where it is a conditional mean.
+    """min(SNR, γ)/γ in (0, 1], SNR = α²/σ²: near 1 where x̂0 is a clear image, near 0 where it is a blurred mean.
 
     Reference: [Hang2023].
     """
@@ -202,17 +203,17 @@ def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
 def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:
     """A scheduler of the same class for the last `truncation_timestep` steps of the reverse chain only.
 
-    It keeps the first T' betas, so ᾱ_0 … ᾱ_{T'−1} are those of the full schedule bit for bit, also after
+    It keeps the first T' betas, so that ᾱ_0 … ᾱ_{T'−1} are bitwise equal to those of the full schedule, also after
     `save_pretrained` and `from_pretrained`. Its spacing is `"trailing"`: sampling starts at T'−1, the noise level of
-    the truncated set, whatever the number of steps. Choose a number of steps that divides T': `DDIMScheduler` steps by
-    the rounded-down ratio otherwise.
+    the truncated set, for any number of steps. Choose a number of steps that divides T'; otherwise `DDIMScheduler`
+    rounds the ratio down.
 
     Args:
         scheduler: a variance-preserving diffusers scheduler with `betas` (DDIM, DDPM, DPM-Solver++, UniPC, …).
-        truncation_timestep: T' in 1 … `num_train_timesteps`. With T' = T the configuration is left as it is.
+        truncation_timestep: T' in 1 … `num_train_timesteps`. T' = T leaves the configuration unchanged.
 
     Raises:
-        InputError: T' out of range, or a schedule that is not made of betas.
+        InputError: T' out of range, or a schedule that is not defined by betas.
 
     Example:
         >>> from diffusers import DDIMScheduler
@@ -223,7 +224,7 @@ def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:
 
     Reference: [Zheng2022], [Lyu2022].
     """
-    require(_has_betas(scheduler), "scheduler", "have betas that can be cut", type(scheduler).__name__)
+    require(_has_betas(scheduler), "scheduler", "have betas that can be truncated", type(scheduler).__name__)
     num_train_timesteps = scheduler.config.num_train_timesteps
     valid = isinstance(truncation_timestep, int) and 1 <= truncation_timestep <= num_train_timesteps
     require(valid, "truncation_timestep", f"be an integer from 1 to {num_train_timesteps}", truncation_timestep)
@@ -235,7 +236,7 @@ def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:
         "trained_betas": scheduler.betas[:truncation_timestep].tolist(),  # float32 → Python float → float32 is exact
         "timestep_spacing": "trailing",
     }
-    # The betas above are rescaled already: the zero terminal SNR belongs to step T, which is cut off.
+    # These betas are already rescaled, and the zero terminal SNR belongs to step T, which is truncated.
     if "rescale_betas_zero_snr" in scheduler.config:
         overrides["rescale_betas_zero_snr"] = False
     # Interpolation between noise levels (Karras and others) is undefined on the single level of T' = 1.
@@ -243,31 +244,31 @@ def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:
         overrides |= dict.fromkeys(_SIGMA_SPACINGS & scheduler.config.keys(), False)
     truncated = type(scheduler).from_config(scheduler.config, **overrides)
     same_prefix = torch.equal(truncated.alphas_cumprod, scheduler.alphas_cumprod[:truncation_timestep])
-    require(same_prefix, "scheduler", "have betas that can be cut", type(scheduler).__name__)
+    require(same_prefix, "scheduler", "have betas that can be truncated", type(scheduler).__name__)
     return truncated
 
 
 def truncated_samples(
     images: Tensor, indices: Tensor, scheduler: Scheduler, *, epoch: int = 0, seed: int = 0
 ) -> Tensor:
-    """Real images diffused to the last step of `scheduler`: x_T' = α x0 + σ ε, one noise per (seed, epoch, image).
+    """Real images diffused to the last step of `scheduler`: x_T' = α x0 + σ ε, with one noise per (seed, epoch, image).
 
-    An image gets the same noise in any batch and on any number of processes; another device differs by rounding only.
-    With a fixed epoch the set is the oracle prior.
+    The noise of an image does not depend on the batch or the number of processes; between devices it differs by
+    rounding only. With a fixed epoch this set is the oracle prior.
 
     Args:
         images: x0 in [-1, 1], [B, C, H, W].
         indices: position of each image in its data set, [B] integers.
         scheduler: a truncated scheduler; its last timestep is the noise level.
-        epoch: a new epoch draws new noise.
-        seed: seed of the run.
+        epoch: every epoch has new noise.
+        seed: random seed.
 
     Returns:
-        x_T', [B, C, H, W], like `images`.
+        x_T', [B, C, H, W], in the dtype and on the device of `images`.
     """
     require(seed >= 0, "seed", "be at least 0", seed)
-    matched = indices.shape == images.shape[:1]
-    require(matched, "indices", f"hold one index for each of the {len(images)} images", tuple(indices.shape))
+    is_matched = indices.shape == images.shape[:1]
+    require(is_matched, "indices", f"hold one index for each of the {len(images)} images", tuple(indices.shape))
     if images.device.type == "cpu":
         require_model_range(images)
     # Apple's GPUs lack float64.
@@ -281,7 +282,7 @@ _SIGMA_SPACINGS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigm
 
 
 def _drop_surplus(scheduler: Any, num_inference_steps: int, count: int) -> None:
-    """Keep the first `count` timesteps, and the noise level that the chain ends at."""
+    """Keep the first `count` timesteps, and the final noise level of the chain."""
     scheduler.timesteps = scheduler.timesteps[:count]
     scheduler.num_inference_steps = num_inference_steps
     if getattr(scheduler, "sigmas", None) is not None:
@@ -289,14 +290,14 @@ def _drop_surplus(scheduler: Any, num_inference_steps: int, count: int) -> None:
 
 
 def _has_betas(scheduler: Scheduler) -> bool:
-    """Whether the noise levels are those of betas, not of a flow-matching grid."""
+    """Whether the noise levels are defined by betas, not by a flow-matching grid."""
     has_betas = getattr(scheduler, "betas", None) is not None and hasattr(scheduler, "alphas_cumprod")
     return has_betas and not scheduler.config.get("use_flow_sigmas", False)
 
 
 def _like(level: Tensor, images: Tensor) -> Tensor:
-    """`level` in the dtype of `images`; a [B] vector on their device, viewed as [B, 1, 1, 1]. A number may stay on the
-    CPU: a copy would be a wait for the device."""
+    """`level` in the dtype of `images`; a [B] vector is moved to their device and viewed as [B, 1, 1, 1]. A 0-d tensor
+    may stay on the CPU, because copying it would synchronise with the device."""
     if level.ndim == 0:
         return level.to(images.dtype)
     return level.to(device=images.device, dtype=images.dtype).view(-1, *[1] * (images.ndim - 1))

@@ -1,4 +1,4 @@
-"""Random seeds as pure functions of what they are for, so that no result depends on what was drawn before."""
+"""Random numbers as pure functions of a key, so that no result depends on what was drawn before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import require
 
 
 def key(*parts: int | str) -> int:
-    """63 bits from `parts`.
+    """A 63-bit hash of `parts`.
 
     Example:
         >>> key(0, "image", 1) == key(0, "image", 1), key(0, "image", 1) == key(0, "image", 2)
@@ -23,12 +23,12 @@ def key(*parts: int | str) -> int:
 
 
 def keyed_generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A generator on `device` that is a pure function of `parts`."""
+    """A random generator on `device` whose seed is a hash of `parts`."""
     return torch.Generator(device).manual_seed(key(*parts))
 
 
 def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """PyTorch's generator of any seed that is not negative: its own up to 2⁶⁴, and that of a hash beyond.
+    """PyTorch's random generator for any seed ≥ 0; seeds of 2⁶⁴ or more, which PyTorch does not accept, are hashed.
 
     Example:
         >>> seeded_generator(3).initial_seed(), seeded_generator(10**30).initial_seed() < 2**64
@@ -38,10 +38,10 @@ def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Gen
 
 
 def folded(seed: int, bits: int) -> int:
-    """`seed` itself where it has at most that many bits, for generators that take no more; otherwise a hash of it.
+    """`seed` if it has at most `bits` bits, otherwise a hash of it, for generators that accept no larger seeds.
 
     Raises:
-        InputError: a negative one.
+        InputError: a negative seed.
 
     Example:
         >>> folded(2**32 - 1, 32) == 2**32 - 1, folded(2**32, 32) < 2**32
@@ -52,15 +52,15 @@ def folded(seed: int, bits: int) -> int:
 
 
 def keyed_normal(parts: Sequence[int | str], indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers, [B, *shape] float32, where row i depends on nothing but `parts` and `indices[i]`.
+    """Standard normal numbers, [B, *shape] float32, where row i depends only on `parts` and `indices[i]`.
 
-    A counter takes the place of a generator's state (splitmix64, its bits through the normal quantile function), so all
-    rows are made at once, on the device of `indices`; another device differs by rounding only.
+    A counter replaces the state of a generator (splitmix64, followed by the normal quantile function), so that all rows
+    are computed at once on the device of `indices`; devices differ by rounding only.
 
     Args:
-        parts: what the numbers are for.
+        parts: key of the numbers, such as a seed and a purpose.
         indices: [B] integers.
-        shape: of one row.
+        shape: shape of one row.
 
     Reference: [Steele2014].
 
@@ -77,7 +77,7 @@ def keyed_normal(parts: Sequence[int | str], indices: Tensor, shape: Sequence[in
 
 
 _WEYL = 0x9E3779B97F4A7C15 - 2**64
-"""2^64 over the golden ratio, as a signed number."""
+"""2^64 divided by the golden ratio, as a signed integer."""
 
 
 def _mix(bits: Tensor) -> Tensor:
@@ -88,5 +88,5 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _shift(bits: Tensor, places: int) -> Tensor:
-    """Right shift that fills with zeros."""
+    """Logical right shift, which fills with zeros."""
     return bits >> places & (1 << 64 - places) - 1

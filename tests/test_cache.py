@@ -1,4 +1,4 @@
-"""Kept tensors: read back as they were written, or computed again with a warning; never other contents or an error."""
+"""Cached tensors are read back unchanged, or computed again with a warning; never wrong contents or an exception."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ TENSORS: dict[str, Tensor] = {
 }
 
 
-def same(found: dict[str, Tensor] | None) -> bool:
+def same(actual: dict[str, Tensor] | None) -> bool:
     return (
-        found is not None
-        and found.keys() == TENSORS.keys()
+        actual is not None
+        and actual.keys() == TENSORS.keys()
         and all(
-            found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in TENSORS.items()
+            actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor) for name, tensor in TENSORS.items()
         )
     )
 
 
 def test_every_type_and_shape_comes_back(tmp_path: Path) -> None:
     save_aside(TENSORS | {"turned": torch.arange(6).view(2, 3).T}, tmp_path / "a.safetensors")
-    found = read_verified(tmp_path / "a.safetensors")
-    assert found is not None and torch.equal(found.pop("turned"), torch.arange(6).view(2, 3).T)
-    assert same(found)
+    actual = read_verified(tmp_path / "a.safetensors")
+    assert actual is not None and torch.equal(actual.pop("turned"), torch.arange(6).view(2, 3).T)
+    assert same(actual)
     assert read_verified(tmp_path / "b.safetensors") is None
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_no_flipped_bit_is_believed(tmp_path: Path) -> None:
-    """A change that says the same, such as another blank in the header, may pass; another content may not."""
+    """A change without effect on the contents, such as a space in the header, may pass; changed contents may not."""
     file = tmp_path / "a.safetensors"
     save_aside(TENSORS, file)
     content = file.read_bytes()
@@ -53,8 +53,8 @@ def test_no_flipped_bit_is_believed(tmp_path: Path) -> None:
         changed = bytearray(content)
         changed[position] ^= 1 << position % 8
         file.write_bytes(bytes(changed))
-        found = read_verified(file)
-        assert found is None or same(found), position
+        actual = read_verified(file)
+        assert actual is None or same(actual), position
 
 
 def test_no_length_is_believed_but_the_whole(tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_what_is_damaged_is_computed_again_with_a_warning(
     damage(file)
     with caplog.at_level(logging.WARNING):
         assert same(remembered("features", "key", lambda: TENSORS))
-    assert "is damaged" in caplog.text and "it is computed again" in caplog.text
+    assert "is damaged" in caplog.text and "is computed again" in caplog.text
     caplog.clear()
-    if not file.is_dir():  # which a file cannot replace
+    if not file.is_dir():  # a file cannot replace a folder
         assert same(remembered("features", "key", dict))
         assert not caplog.text
 
@@ -114,8 +114,8 @@ def test_what_has_no_checksum_is_computed_again(cache: Path, caplog: pytest.LogC
     remembered("features", "key", lambda: TENSORS)
     without_checksum(cache / "features" / "key.safetensors")
     other = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}
-    found = remembered("features", "key", lambda: other)
-    assert all(torch.equal(found[name], tensor) for name, tensor in other.items()) and not caplog.text
+    actual = remembered("features", "key", lambda: other)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in other.items()) and not caplog.text
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "dev"])
@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_to_is_done_without(
     for key in ("first", "second"):
         assert same(remembered(f"kind of {key}", key, lambda: TENSORS))
     (warning,) = [entry.getMessage() for entry in caplog.records]
-    assert warning.startswith("nothing is kept in the cache") and "OT_DIFFUSERS_CACHE" in warning
+    assert warning.startswith("results are not cached in") and "OT_DIFFUSERS_CACHE" in warning
     assert (tmp_path / "file").read_text() == "in the way" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -149,8 +149,8 @@ def test_an_empty_variable_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None
 def write_and_read(file: Path) -> None:
     for _ in range(100):
         save_aside({"features": torch.full((1000,), 7.0)}, file)
-        found = read_verified(file)
-        assert found is not None and bool((found["features"] == 7).all())
+        actual = read_verified(file)
+        assert actual is not None and bool((actual["features"] == 7).all())
 
 
 def test_several_writers_and_readers_at_once(tmp_path: Path) -> None:

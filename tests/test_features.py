@@ -1,4 +1,4 @@
-"""Feature networks on real digits: trained by the script, remembered by content, and the bank made of them."""
+"""Feature networks on real digits: training by the script, caching by content, and the reference set."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def network(images: ResidentImages) -> FeatureExtractor:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run, started as the README says."""
+    """The folder of a short training run, started as in the README."""
     folder = tmp_path_factory.mktemp("features")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "configs" / "accelerate" / "one_process.yaml")]
@@ -83,12 +83,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_script_trains_a_network_that_reads_digits(trained: Path) -> None:
-    """A tenth of the digits' classes are hit by chance; ten epochs reach 95%, and .9 leaves room for other builds."""
+    """Chance level is 10% accuracy; ten epochs reach 95%, and .9 leaves room for other builds of torch."""
     results = json.loads((trained / "results.json").read_text())
     assert results["test_accuracy"] > 0.9
     assert results["complete"]
     assert results["updates"] == 10 * (1152 // 64)
-    # What is saved is what was measured.
+    # The saved network has the measured accuracy.
     loaded = load_feature_extractor(str(trained))
     assert classification_accuracy(loaded, load_images("digits", "test")) == results["test_accuracy"]
 
@@ -110,7 +110,8 @@ def test_loaded_network_is_frozen_and_knows_its_data(trained: Path, images: Resi
 
 
 def test_features_of_classes_lie_apart(trained: Path, images: ResidentImages) -> None:
-    """Distances within a class are shorter than between classes, so that transport in feature space sees content."""
+    """Distances within a class are shorter than between classes, so that transport in feature space depends on
+    content."""
     features = extract_features(load_feature_extractor(str(trained)), images)
     distances = torch.cdist(features, features)
     same = images.labels[:, None] == images.labels[None, :]
@@ -119,20 +120,20 @@ def test_features_of_classes_lie_apart(trained: Path, images: ResidentImages) ->
 
 
 def test_bank_of_the_script_is_the_training_set_in_its_own_unit(trained: Path, images: ResidentImages) -> None:
-    """2,000 rows are asked for and 1,152 there, so that the bank holds them all and its median distance is 1."""
+    """2,000 rows are requested and 1,152 exist, so that the set contains them all and its median distance is 1."""
     bank = load_reference_bank(str(trained))
     assert bank.config.data_fingerprint == images.fingerprint
     features = extract_features(load_feature_extractor(str(trained)), images)
-    # Batched float32 products on both sides: only the order of sums may differ.
+    # Both sides are batched float32 products: only the order of sums may differ.
     torch.testing.assert_close(bank.features, features, rtol=1e-4, atol=1e-5)
     assert torch.pdist(bank.references()).median().item() == pytest.approx(1, rel=1e-5)
 
 
-# --- The recipe of the CIFAR-10 evaluator -----------------------------------------------------------------------------
+# --- The settings of the CIFAR-10 evaluator ---------------------------------------------------------------------------
 
 
 def test_sgd_is_nesterovs_and_decays_no_bias(network: FeatureExtractor) -> None:
-    """v ← μ v + g, w ← w − η (g + μ v), with g = ∂L/∂w + decay · w for kernels and matrices alone; here ∂L/∂w = 1."""
+    """v ← μ v + g, w ← w − η (g + μ v), with g = ∂L/∂w + decay · w for kernels and matrices only; here ∂L/∂w = 1."""
     config = FeaturesConfig(optimizer="sgd", learning_rate=0.1, sgd_momentum=0.8, sgd_weight_decay=0.5)
     optimizer = make_feature_optimizer(config, network.requires_grad_(True))
     parameters = list(network.parameters())
@@ -152,7 +153,7 @@ def test_sgd_is_nesterovs_and_decays_no_bias(network: FeatureExtractor) -> None:
 
 
 def test_its_recipe_learns_and_goes_on_where_it_was_interrupted(cache: Path, tmp_path: Path) -> None:
-    """Momentum, the place in the cycle and the running statistics are part of a checkpoint."""
+    """A checkpoint contains the momentum, the position in the learning-rate schedule and the running statistics."""
 
     def train(name: str, updates: int) -> dict[str, Tensor]:
         reset_accelerate()
@@ -168,19 +169,19 @@ def test_its_recipe_learns_and_goes_on_where_it_was_interrupted(cache: Path, tmp
     parts = train("parts", 40)
     assert whole.keys() == parts.keys() and any("running_mean" in name for name in whole)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    # Ten classes: a tenth by chance; this seed reaches .75 with torch 2.14 and .37 with torch 2.6.
+    # Chance level is .1 with ten classes; this seed reaches .75 with torch 2.14 and .37 with torch 2.6.
     assert json.loads((tmp_path / "whole" / "results.json").read_text())["test_accuracy"] > 0.25
 
 
 def test_batches_leave_the_augmentation_with_channels_last() -> None:
-    """The layout of half-precision convolutions on a GPU; they take it over from their input."""
+    """Half-precision convolutions on a GPU need this memory layout, which they inherit from their input."""
     images, draws = torch.rand(4, 3, 8, 8), torch.rand(4, 3)
     for padding in (0, 2):
         batch = random_crop_and_flip(images, padding=padding, flip=True, draws=draws)
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-# --- The bank ---------------------------------------------------------------------------------------------------------
+# --- The reference set ------------------------------------------------------------------------------------------------
 
 
 def test_bank_takes_evenly_spaced_rows(network: FeatureExtractor, images: ResidentImages, cache: Path) -> None:
@@ -189,13 +190,13 @@ def test_bank_takes_evenly_spaced_rows(network: FeatureExtractor, images: Reside
     positions = torch.tensor([int(torch.nonzero((features == row).all(1))[0]) for row in bank.features])
     assert positions[0] == 0
     assert positions[-1] == len(images) - 1
-    # 1,151 / 99 = 11.6…, rounded to whole rows.
+    # The spacing is 1,151 / 99 = 11.6…, rounded to whole rows.
     assert set(positions.diff().tolist()) == {11, 12}
     assert bank.config.feature_scale == median_distance(features)
 
 
 def test_median_distance_is_a_length() -> None:
-    """Three points on a line at 0, 1 and 3 are 1, 2 and 3 apart; twice as far, it is twice as long."""
+    """The points 0, 1 and 3 on a line have distances 1, 2 and 3; scaling them by two doubles the median."""
     points = torch.tensor([[0.0], [1.0], [3.0]])
     assert median_distance(points) == 2
     assert median_distance(2 * points) == 4
@@ -207,7 +208,7 @@ def test_median_distance_is_a_length() -> None:
 
 
 def marked(cache: Path) -> Tensor:
-    """Replace the content of the only file in the cache by something no network says; returns it."""
+    """Replace the only file in the cache by features that no network gives; returns them."""
     (file,) = (cache / "features").iterdir()
     mark = load_file(file)["features"] + 1000
     save_aside({"features": mark}, file)
@@ -221,7 +222,7 @@ def test_cached_features_are_those_of_the_network(
     assert torch.equal(cached_features(network, images), expected)
     assert torch.equal(cached_features(network, images), expected)
     mark = marked(cache)
-    assert torch.equal(cached_features(network, images), mark)  # the second call reads the file
+    assert torch.equal(cached_features(network, images), mark)  # the second call must read the file
 
 
 @pytest.mark.parametrize("change", ["weight", "image", "squash"])
@@ -250,7 +251,7 @@ def test_fingerprint_is_of_the_function(network: FeatureExtractor, tmp_path: Pat
 
 
 def test_features_do_not_depend_on_the_batch_size(network: FeatureExtractor, images: ResidentImages) -> None:
-    """Up to the order of float32 sums inside the kernels, about 1e-6 of features near 1."""
+    """Only the order of float32 sums may change, which is about 1e-6 for features near 1."""
     torch.testing.assert_close(
         extract_features(network, images, batch_size=7), extract_features(network, images), rtol=1e-5, atol=1e-6
     )
@@ -269,7 +270,7 @@ def test_network_of_other_data_is_refused(network: FeatureExtractor, images: Res
 
 
 def test_network_of_unknown_data_is_taken(images: ResidentImages) -> None:
-    """One from elsewhere does not say what it has seen; the shape still has to fit."""
+    """A network without a fingerprint is accepted if the image shape fits."""
     check_trained_on(ConvFeatureExtractor(sample_size=8), images)
 
 
@@ -295,8 +296,8 @@ def test_folder_without_a_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_pictures_are_seen_as_saved(network: FeatureExtractor, images: ResidentImages, tmp_path: Path) -> None:
-    """Features of an image do not change by way of a PNG: uint8 → [-1, 1] → [0, 1] is one conversion."""
+    """Saving an image as PNG does not change its features: uint8 → [-1, 1] → [0, 1] is consistent."""
     PIL.Image.fromarray(images.pixels[0, 0].numpy()).save(tmp_path / "digit.png")
     again = torch.from_numpy(np.array(PIL.Image.open(tmp_path / "digit.png")))[None, None].float() / 255
-    # float32 rounding of x / 127.5 − 1 and back, 1e-7 of the range, through two convolutions.
+    # Float32 rounding of x / 127.5 − 1 and its inverse, 1e-7 of the range, after two convolutions.
     torch.testing.assert_close(extract_features(network, images)[:1], network(again).features, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The guidance does what it says on a small real problem, and leaves everything else as it was."""
+"""OT guidance on a small real problem: it has the documented effects, and no others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ot_diffusers.transport import divergence_gradient, median_distance, sinkhor
 
 
 def _images(count: int, seed: int) -> torch.Tensor:
-    """Bright squares at random places, [count, 1, 8, 8] in [-1, 1]."""
+    """Bright squares at random positions, [count, 1, 8, 8] in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.full((count, 1, 8, 8), -1.0)
     for image, (row, column) in zip(images, torch.randint(5, (count, 2), generator=generator).tolist(), strict=True):
@@ -34,7 +34,7 @@ def parts() -> tuple[ConvFeatureExtractor, ReferenceBank]:
 
 
 def _blurred(count: int = 32) -> torch.Tensor:
-    """What a network predicts early on: images mixed with their mean."""
+    """Images mixed with their mean, like the early predictions of a network."""
     images = _images(count, seed=2)
     return 0.5 * images + 0.5 * images.mean(0)
 
@@ -53,7 +53,7 @@ def test_guidance_brings_the_batch_nearer_to_the_references(parts, normalize_fea
 
 
 def test_the_steps_that_a_gpu_takes_suffice(parts_with_images):
-    """A number set in advance instead of convergence, first from nothing and then from the last potentials."""
+    """Fixed numbers of iterations instead of convergence, first from a cold start and then from the last potentials."""
     history: list[Correction] = []
     guidance = OTGuidance(*parts_with_images, history=history)
     images = _blurred()
@@ -63,17 +63,17 @@ def test_the_steps_that_a_gpu_takes_suffice(parts_with_images):
     for correction in history:
         count = guidance._num_iterations(torch.device("cuda"), potentials is not None)
         expected, _ = divergence_gradient(correction.features, references, blur=guidance.blur)
-        found, potentials = divergence_gradient(
+        actual, potentials = divergence_gradient(
             correction.features, references, blur=guidance.blur, initial=potentials, num_iterations=count
         )
-        assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+        assert 0 < (actual - expected).norm() < 0.02 * expected.norm()
     assert guidance._num_iterations(torch.device("cpu"), True) is None
     sharper = OTGuidance(*parts_with_images, blur=0.1)
-    assert sharper._num_iterations(torch.device("cuda"), True) is None  # no number is known to do
+    assert sharper._num_iterations(torch.device("cuda"), True) is None  # no tested number suffices
 
 
 def test_steps_are_bounded_where_features_change_fast():
-    """An untrained network in a tenth of its unit of length: the whole step would go far beyond the references."""
+    """With an untrained network and a tenth of its `feature_scale`, a full step would go far beyond the references."""
     torch.manual_seed(0)
     network, images = ConvFeatureExtractor(sample_size=8, block_out_channels=(8, 16), feature_dim=32), _images(200, 1)
     features = network.extract(images)
@@ -93,8 +93,8 @@ def test_images_that_are_already_right_stay_closer_than_those_that_are_not(parts
 def test_no_pixel_moves_further_than_the_scale_allows(parts, scale, steps):
     images = _blurred()
     moved = OTGuidance(*parts, guidance_scale=scale, num_correction_steps=steps).correct(images) - images
-    # Adam's steps are its learning rate while gradients keep their size, and over few steps up to 1.2 times that where
-    # they do not.
+    # Adam's steps have the size of its learning rate for constant gradients, and over few steps at most 1.2 times that
+    # for other gradients.
     bound = scale * PIXELS_PER_STEP * steps
     assert 0 < moved.abs().max() <= 1.2 * bound
     if steps == 1:
@@ -132,9 +132,9 @@ def test_the_callers_mode_does_not_matter_and_stays(parts, mode):
     expected = OTGuidance(*parts).correct(images)
     with mode():
         enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        found = OTGuidance(*parts).correct(_blurred())
+        actual = OTGuidance(*parts).correct(_blurred())
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (enabled, inference)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_autocast_does_not_reach_inside(parts):
@@ -153,10 +153,10 @@ def test_parts_of_a_batch_on_a_cpu_change_nothing(parts, monkeypatch):
 
 def test_half_precision_keeps_its_dtype(parts):
     images = _blurred().bfloat16()
-    found = OTGuidance(*parts).correct(images)
-    assert found.dtype == torch.bfloat16
-    # The same correction, rounded: bfloat16 has steps of 2^-8 near 1.
-    assert (found.float() - OTGuidance(*parts).correct(images.float())).abs().max() <= 2**-8
+    actual = OTGuidance(*parts).correct(images)
+    assert actual.dtype == torch.bfloat16
+    # The same correction, up to rounding: bfloat16 has steps of 2^-8 near 1.
+    assert (actual.float() - OTGuidance(*parts).correct(images.float())).abs().max() <= 2**-8
     parts[0].bfloat16()
     assert OTGuidance(*parts).correct(images).dtype == torch.bfloat16
 
@@ -166,7 +166,7 @@ def test_the_same_batch_gives_the_same_images(parts):
 
 
 class _Fixed(OTGuidance):
-    """With the numbers of iterations that a GPU takes, where the potentials of another chain would show."""
+    """Uses the fixed numbers of iterations of a GPU, with which potentials of another chain would change the result."""
 
     def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
         return super()._num_iterations(torch.device("cuda"), is_warm)
@@ -204,7 +204,7 @@ def test_equal_chains_give_equal_images(parts, kind):
 
 
 def test_a_chain_starts_its_solver_where_it_was(parts):
-    """Warm starts change the images by the solver's tolerance only, and are there for their speed."""
+    """Warm starts change the images only within the tolerance of the solver; they are for speed."""
     cold, seen = OTGuidance(*parts), []
 
     class Watched(OTGuidance):
@@ -215,7 +215,7 @@ def test_a_chain_starts_its_solver_where_it_was(parts):
     images = _blurred()
     for timestep in (800, 600, 400):
         images = cold.correct(images, timestep)
-    # Adam's first step turns the tolerance of 1e-4 into signs of tiny gradients, in a few pixels.
+    # In a few pixels, the tolerance of 1e-4 changes the signs of tiny gradients, and with them Adam's first step.
     assert ((_chain(Watched(*parts), _blurred()) - images).abs() > 1e-3).float().mean() < 0.02
     assert seen == [False] + [True] * 8
 
@@ -237,10 +237,10 @@ def test_images_of_another_range_are_refused(parts, images, message):
 
 
 def test_what_noise_leaves_of_an_image_is_taken(parts):
-    """At the first step, of α = .0064, an unclipped x̂0 is hundreds of times as large as an image."""
+    """At the first step, with α = .0064, the values of an unclipped x̂0 are hundreds of times those of an image."""
     noise = 300 * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert OTGuidance(*parts).correct(noise).abs().max() == 1
-    assert OTGuidance(*parts).correct(torch.rand(32, 1, 8, 8)).min() < 1  # [0, 1] is a part of [-1, 1]
+    assert OTGuidance(*parts).correct(torch.rand(32, 1, 8, 8)).min() < 1  # [0, 1] is within [-1, 1]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -251,7 +251,7 @@ def test_a_broken_part_is_named(parts, value):
         OTGuidance(network, bank)
     bank.features.data[3, 4] = 0
     network.backbone[0].weight.data[:] = value
-    with pytest.raises(InputError, match="`feature_extractor` must make finite features, got 'NaN or Inf'"):
+    with pytest.raises(InputError, match="`feature_extractor` must give finite features, got 'NaN or Inf'"):
         OTGuidance(network, bank).correct(_blurred())
 
 
@@ -317,7 +317,7 @@ def test_features_and_pixels_count_alike(parts_with_images):
 
 
 def test_pixels_keep_speckle_away(parts_with_images):
-    """The features hardly see noise, and guidance by them alone adds to it."""
+    """The features are almost blind to noise, and guidance by features alone adds noise."""
     clean = _images(64, seed=5)
     noise = 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     images = (clean + noise).clamp(-1, 1)
@@ -336,7 +336,7 @@ def test_pixels_are_seen_where_there_are_any(parts, parts_with_images):
     assert OTGuidance(*parts_with_images, normalize_features=False).pixel_weight == 0
     plain = OTGuidance(*parts).correct(_blurred())
     torch.testing.assert_close(OTGuidance(*parts_with_images, pixel_weight=0).correct(_blurred()), plain)
-    with pytest.raises(InputError, match=r"`pixel_weight` must be 0 for a reference bank without thumbnails, got 1\.0"):
+    with pytest.raises(InputError, match=r"`pixel_weight` must be 0 for a reference set without thumbnails, got 1\.0"):
         OTGuidance(*parts, pixel_weight=1.0)
     with pytest.raises(InputError, match=r"`pixel_weight` must be at least 0, got -1"):
         OTGuidance(*parts_with_images, pixel_weight=-1)
@@ -354,7 +354,7 @@ def test_displacements_leave_alone_what_is_right(parts_with_images):
 def test_step_rules(parts, parts_with_images):
     assert OTGuidance(*parts).step_rule == "adam" == OTGuidance(*parts_with_images, pixel_weight=0).step_rule
     assert OTGuidance(*parts_with_images).step_rule == "displacement"
-    with pytest.raises(InputError, match="`step_rule` must be adam for a reference bank without thumbnails"):
+    with pytest.raises(InputError, match="`step_rule` must be adam for a reference set without thumbnails"):
         OTGuidance(*parts, step_rule="displacement")
     with pytest.raises(InputError, match="`step_rule` must be one of displacement, adam, got 'sgd'"):
         OTGuidance(*parts, step_rule="sgd")
@@ -368,7 +368,9 @@ def test_a_field_of_features_and_pixels(parts_with_images):
     guidance = OTGuidance(*parts_with_images, num_correction_steps=2, guidance_field=field)
     images = _blurred(24)
     torch.testing.assert_close(guidance.correct(images[:1], 500), guidance.correct(images, 500)[:1], rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match=r"`pixel_weight` must be 1\.0, as the guidance field was recorded, got 0"):
+    with pytest.raises(
+        InputError, match=r"`pixel_weight` must be 1\.0, as in the recording of the guidance field, got 0"
+    ):
         OTGuidance(*parts_with_images, num_correction_steps=2, guidance_field=field, pixel_weight=0)
 
 
@@ -386,7 +388,7 @@ def test_a_member_of_the_bank_moves_as_it_did_in_the_batch(parts, field):
     bank = _blurred(1000)
     together = OTGuidance(*parts, num_correction_steps=2).correct(bank)
     alone = OTGuidance(*parts, num_correction_steps=2, guidance_field=field).correct(bank[:8], 500)
-    # Each is guided as a 1,001st member, beside its own copy.
+    # Each image is guided as a 1,001st sample, next to a copy of itself.
     moved, expected = (alone - bank[:8]).flatten(1), (together[:8] - bank[:8]).flatten(1)
     assert torch.cosine_similarity(moved, expected).min() > 0.9
 
@@ -408,7 +410,8 @@ def test_a_field_brings_new_images_nearer_to_the_references(parts, field):
 
 @pytest.mark.parametrize("count", [16, 64, 256])
 def test_a_field_of_few_samples_leaves_alone_what_is_right(count):
-    """Samples and references of one law: the field of infinitely many is 0, and what a few say beyond that is noise."""
+    """For equal distributions the field of infinitely many samples is 0; anything else in the field of a few is
+    noise."""
     generator = torch.Generator().manual_seed(0)
     samples, references, others = (torch.randn(rows, 8, generator=generator) / 4 for rows in (count, 400, 100))
     lengths = []
@@ -423,7 +426,7 @@ def test_a_field_of_few_samples_leaves_alone_what_is_right(count):
 def test_a_field_of_enough_samples_is_theirs_alone():
     cloud, weights = completed(torch.randn(1000, 2), torch.randn(5, 2))
     assert cloud.shape == (1000, 2) and weights is None
-    cloud, weights = completed(torch.randn(750, 2), torch.randn(5, 2))  # references: 2 × 250 of 1,250
+    cloud, weights = completed(torch.randn(750, 2), torch.randn(5, 2))  # the references have a mass of 2 × 250 of 1,250
     assert cloud.shape == (755, 2) and weights[:750].sum().item() == pytest.approx(0.6)
     assert weights.sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -436,8 +439,8 @@ def test_a_field_recorded_before_fields_were_completed_loads(tmp_path):
     del config["is_completed"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     again, arguments = GuidanceField.from_pretrained(tmp_path), (torch.randn(3, 6), torch.randn(40, 6))
-    found, expected = (part.gradient(*arguments, timestep=500, correction=1) for part in (again, field))
-    assert torch.equal(found, expected)
+    actual, expected = (part.gradient(*arguments, timestep=500, correction=1) for part in (again, field))
+    assert torch.equal(actual, expected)
 
 
 def test_a_field_leaves_steps_alone_that_it_was_not_recorded_at(parts, field):
@@ -455,8 +458,8 @@ def test_a_field_comes_back_from_disk(field, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be 1.0, as the guidance field was recorded, got 0.5"),
-        ({"blur": 0.1}, "`blur` must be 0.3, as the guidance field was recorded, got 0.1"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be 1.0, as in the recording of the guidance field, got 0.5"),
+        ({"blur": 0.1}, "`blur` must be 0.3, as in the recording of the guidance field, got 0.1"),
     ],
 )
 def test_a_field_refuses_another_guidance(parts, field, options, message):

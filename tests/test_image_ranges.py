@@ -1,4 +1,4 @@
-"""Images of the wrong range are refused wherever sets of them enter, by one line that names the range and the cure."""
+"""Every entry point rejects images of a wrong range, with one line that states the range and the conversion."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_images_that_are_all_bright_are_asked_about() -> None:
         GaussianPrior.from_images(bright, 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        require_model_range(bright[:3])  # a few may be
-        require_model_range(1.003 * to_model_range(LEVELS))  # rounding
+        require_model_range(bright[:3])  # a few images may all be bright
+        require_model_range(1.003 * to_model_range(LEVELS))  # within rounding errors
 
 
 def test_conversions_refuse_the_other_types() -> None:

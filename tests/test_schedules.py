@@ -1,4 +1,4 @@
-"""Noise levels and conversions against the schedulers' own arithmetic; truncation against the full schedule."""
+"""Noise levels and conversions, compared with diffusers' schedulers; truncation, compared with the full schedule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_conversions_are_inverse_and_agree_with_the_training_target(prediction_t
     alpha, sigma = torch.tensor(angle, dtype=torch.float64).cos(), torch.tensor(angle, dtype=torch.float64).sin()
     noisy = alpha * clean + sigma * noise
     target = training_target(clean, noise, alpha, sigma, prediction_type)
-    # Float64 round-off, amplified by at most 1/cos(1.5) or 1/sin(.01) = 100.
+    # Float64 rounding, amplified by at most 1/cos(1.5) or 1/sin(.01) = 100.
     tolerance = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(to_original_sample(target, noisy, alpha, sigma, prediction_type), clean, **tolerance)
     torch.testing.assert_close(from_original_sample(clean, noisy, alpha, sigma, prediction_type), target, **tolerance)
@@ -76,7 +76,7 @@ def test_clean_image_is_that_of_ddim_at_every_step(prediction_type):
     for timestep in scheduler.timesteps:
         expected = scheduler.step(output, timestep, sample).pred_original_sample
         ours = to_original_sample(output, sample, *alpha_sigma(scheduler, timestep), prediction_type)
-        # The same float32 formula; a few roundings, amplified by 1/α ≤ 160.
+        # The same float32 formula: a few rounding errors, amplified by 1/α ≤ 160.
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_clean_image_is_that_of_the_solver_at_every_step(scheduler_class, predic
         scheduler._step_index = index
         expected = scheduler.convert_model_output(output, sample=sample)
         ours = to_original_sample(output, sample, *alpha_sigma(scheduler, timestep, index), prediction_type)
-        # The same float32 formula; a few roundings, amplified by 1/α ≤ 160.
+        # The same float32 formula: a few rounding errors, amplified by 1/α ≤ 160.
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -138,7 +138,7 @@ def test_truncation_composes_and_leaves_its_input_alone():
 
 def test_short_schedule_is_not_a_truncated_one():
     """`num_train_timesteps=400` alone squeezes all betas into 400 steps: ᾱ ends at .017, not at .195."""
-    # Both values to the digits given.
+    # Both values are rounded to the given digits.
     assert truncated_scheduler(DDIMScheduler(), 400).alphas_cumprod[-1].item() == pytest.approx(0.195, abs=5e-4)
     assert DDIMScheduler(num_train_timesteps=400).alphas_cumprod[-1].item() == pytest.approx(0.017, abs=5e-4)
 
@@ -152,7 +152,7 @@ def test_final_level_of_ddim_is_kept(set_alpha_to_one):
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
 @pytest.mark.parametrize(("truncation_timestep", "steps"), [(1, 1), (2, 1), (10, 10), (10, 5), (12, 4), (300, 10)])
 def test_chain_starts_at_the_last_level_and_recovers_the_image(scheduler_class, truncation_timestep, steps):
-    """With the true noise as the prediction every solver is exact: x_T' = α x0 + σ ε leads back to x0."""
+    """If the prediction is the true noise, every solver is exact: from x_T' = α x0 + σ ε it recovers x0."""
     options = {} if scheduler_class in SOLVERS else {"clip_sample": False}
     scheduler = truncated_scheduler(scheduler_class(**options), truncation_timestep)
     clean, noise = _images(1, 1, 4, 4).float().clamp(-1, 1), _images(1, 1, 4, 4, seed=1).float()
@@ -163,9 +163,9 @@ def test_chain_starts_at_the_last_level_and_recovers_the_image(scheduler_class, 
     assert len(scheduler.timesteps) == steps
     for index, timestep in enumerate(scheduler.timesteps):
         level = alpha_sigma(scheduler, timestep, index)
-        output = from_original_sample(clean, sample, *level, "epsilon")  # ε̂ of the perfect denoiser
+        output = from_original_sample(clean, sample, *level, "epsilon")  # ε̂ of a perfect denoiser
         sample = scheduler.step(output, timestep, sample).prev_sample
-    # Float32: the last step divides round-off of ε̂ (x/σ with σ_0 = .01) by α near 1.
+    # Float32 rounding of ε̂, which divides by σ_0 = .01; the last step then divides by α near 1.
     torch.testing.assert_close(sample, clean, rtol=0, atol=1e-4)
 
 
@@ -176,9 +176,9 @@ def test_other_spacings_start_at_the_last_level_too(scheduler_class, spacing, tr
     scheduler = truncated_scheduler(scheduler_class(**{spacing: True}), truncation_timestep)
     scheduler.set_timesteps(1 if truncation_timestep == 1 else 2)
     alpha, sigma = alpha_sigma(scheduler, truncation_timestep - 1)
-    # The solver interpolates in log σ: float32 round-off.
+    # The solver interpolates log σ: float32 rounding.
     assert scheduler.sigmas[0].item() == pytest.approx((sigma / alpha).item(), rel=1e-5)
-    # Exponential and beta spacings round the timestep down, whatever the schedule: one below at most.
+    # Exponential and beta spacings round the timestep down with every schedule, by one at most.
     assert truncation_timestep - 2 <= scheduler.timesteps[0] <= truncation_timestep - 1
 
 
@@ -198,7 +198,7 @@ def test_bad_truncation_is_refused(truncation_timestep):
     ids=["sigmas", "flow", "flow grid"],
 )
 def test_schedule_without_betas_is_refused(scheduler):
-    with pytest.raises(InputError, match="betas that can be cut"):
+    with pytest.raises(InputError, match="betas that can be truncated"):
         truncated_scheduler(scheduler, 10)
 
 
@@ -216,7 +216,7 @@ def test_truncated_samples_have_the_moments_of_the_forward_process():
     scheduler = truncated_scheduler(DDIMScheduler(), 300)
     alpha, sigma = alpha_sigma(scheduler, 299)
     samples = truncated_samples(torch.full((2000, 1, 4, 4), -0.5), torch.arange(2000), scheduler)
-    # 32,000 normal numbers: standard errors σ/179 and σ/253; four of each.
+    # 32,000 normal numbers: standard errors σ/179 and σ/253; tolerance: four times that.
     assert samples.mean().item() == pytest.approx(-0.5 * alpha.item(), abs=4 * sigma.item() / 179)
     assert samples.std().item() == pytest.approx(sigma.item(), rel=4 / 253)
 
@@ -226,14 +226,14 @@ def test_truncated_samples_need_one_index_for_each_image():
         truncated_samples(torch.zeros(3, 1, 2, 2), torch.arange(2), DDIMScheduler())
 
 
-# --- What a scheduler will really do ----------------------------------------------------------------------------------
+# --- The actual chain of a scheduler ----------------------------------------------------------------------------------
 
 
 SPACINGS = ["leading", "linspace", "trailing"]
 
 
 def _check_chain(scheduler, steps: int, timesteps: list[int]) -> None:
-    """The right chain: what the scheduler holds, falling to 0 or above, with a noise level for each timestep."""
+    """Check a chain: equal to that of the scheduler, decreasing to 0 or above, with a noise level for each timestep."""
     assert timesteps == scheduler.timesteps.tolist()
     assert scheduler.config.num_train_timesteps > timesteps[0] and timesteps[-1] >= 0
     assert all(later <= earlier for earlier, later in pairwise(timesteps))
@@ -257,7 +257,7 @@ def test_every_number_of_steps_makes_a_chain_of_so_many(scheduler_class, spacing
         stock.set_timesteps(steps)
         surplus += len(stock.timesteps) != steps
         assert timesteps == stock.timesteps.tolist()[:steps]
-    assert surplus == (62 if spacing == "trailing" else 0)  # the defect; remove the work-around when this fails
+    assert surplus == (62 if spacing == "trailing" else 0)  # diffusers' defect; when fixed, remove the workaround
 
 
 SOLVER_OPTIONS = [
@@ -283,14 +283,14 @@ SOLVER_OPTIONS = [
     ],
 )
 def test_solvers_pass_no_noise_level_twice(scheduler_class, length, spacing):
-    known = scheduler_class().config
-    for options in (one for one in SOLVER_OPTIONS if one.keys() <= known.keys()):
-        places = {"timestep_spacing": spacing} if "timestep_spacing" in known else {}
+    config = scheduler_class().config
+    for options in (one for one in SOLVER_OPTIONS if one.keys() <= config.keys()):
+        places = {"timestep_spacing": spacing} if "timestep_spacing" in config else {}
         scheduler = scheduler_class(num_train_timesteps=length, **options, **places)
         for steps in range(1, length + 1) if length == 15 else (1, 61, 99, 100):
             timesteps = set_timesteps(scheduler, steps)
             _check_chain(scheduler, steps, timesteps)
-            # Only the very last numbers of steps can ask for more noise levels than there are.
+            # Only the largest numbers of steps can need more noise levels than exist.
             assert len(timesteps) == steps or (len(timesteps) == steps - 1 and steps == length)
 
 
@@ -312,11 +312,15 @@ def test_pndm_calls_the_denoiser_more_often_than_it_steps(skip_prk_steps, spacin
         (DPMSolverMultistepScheduler(use_karras_sigmas=True), 1001, "must be from 1 to 1000, got 1001"),
         (DDIMScheduler(), 10.0, "`num_inference_steps` must be an integer, got 10.0"),
         (DDIMScheduler(), True, "`num_inference_steps` must be an integer, got True"),
-        (PNDMScheduler(), 3, "must be a number of steps that PNDMScheduler can take, got 3"),
-        (LCMScheduler(), 51, "must be a number of steps that LCMScheduler can take, got 51"),
-        (TCDScheduler(), 900, "must be a number of steps that TCDScheduler can take, got 900"),
-        (DDIMScheduler(steps_offset=1), 1000, "must be a number of steps that DDIMScheduler can take, got 1000"),
-        (DDIMInverseScheduler(), 10, "`scheduler` must walk from noise to images, got 'DDIMInverseScheduler'"),
+        (PNDMScheduler(), 3, "must be a number of steps that PNDMScheduler allows, got 3"),
+        (LCMScheduler(), 51, "must be a number of steps that LCMScheduler allows, got 51"),
+        (TCDScheduler(), 900, "must be a number of steps that TCDScheduler allows, got 900"),
+        (DDIMScheduler(steps_offset=1), 1000, "must be a number of steps that DDIMScheduler allows, got 1000"),
+        (
+            DDIMInverseScheduler(),
+            10,
+            "`scheduler` must have decreasing timesteps, got 'DDIMInverseScheduler'",
+        ),
     ],
 )
 def test_chains_that_do_not_exist_are_refused(scheduler, steps, message):

@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 pixels: what one sees of them, or one line that names the file and the cure."""
+"""Decodes pictures to uint8 pixels as a viewer shows them, or raises an error that names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ WORD_MODES = ("I;16", "I;16B", "I;16L", "I;16N")  # 0 … 65535
 GREY_MODES = ("1", "L", "LA", "I", "F", *WORD_MODES)
 
 LOW_LEVELS = {"L;2": 85, "L;4": 17}
-"""Steps of grey in PNG of 2 and 4 bits. Pillow scales pixels by them, but not the grey level that is transparent."""
+"""Grey steps of PNG with 2 and 4 bits. Pillow scales pixels by them, but not the level that marks transparency."""
 
 
 class Decoder(torch.utils.data.Dataset):
-    """uint8 pixels of a table of encoded pictures, all of the shape of the first.
+    """uint8 pixels of a table of encoded pictures, which must all have the shape of the first.
 
     Args:
-        table: its `column` holds `{"bytes": …, "path": …}`.
+        table: a table whose `column` contains `{"bytes": …, "path": …}`.
         column: name of the column of pictures.
-        where: what the table is called in messages.
-        image_size: scale the shorter side to this length and crop the centre; None: as stored.
-        channels: 1 (grey) or 3 (RGB); None: as stored.
-        argument: the user's argument that named the pictures.
+        where: name of the table in messages.
+        image_size: scale the shorter side to this length and crop the centre; None keeps the size.
+        channels: 1 (grey) or 3 (RGB); None keeps the number of channels.
+        argument: name of the argument with which the user chose the pictures.
     """
 
     def __init__(
@@ -55,21 +55,21 @@ class Decoder(torch.utils.data.Dataset):
         return len(self.table)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor | InputError]:
-        """One batch for a DataLoader. A worker hands an error over as a value, which keeps its message one line."""
+        """One batch for a DataLoader. Workers return errors as values, so that the message stays one line."""
         try:
             return torch.tensor(indices), self.decode(indices)
         except InputError as error:
             return torch.tensor(indices), error
 
     def decode_all(self) -> Tensor:
-        """uint8 [N, C, H, W]."""
+        """All pictures, uint8 [N, C, H, W]."""
         pixels = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
         for chunk in chunks(len(self)):
             pixels[chunk.start : chunk.stop] = self.decode(chunk)
         return pixels
 
     def decode(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [B, C, H, W]."""
+        """The pictures in rows `indices`, uint8 [B, C, H, W]."""
         pixels = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
         for row, (index, value) in enumerate(zip(indices, self.table[indices][self.column], strict=True)):
             image = self._decode_one(value, index)
@@ -79,20 +79,20 @@ class Decoder(torch.utils.data.Dataset):
         return pixels
 
     def _decode_one(self, value: dict[str, Any] | None, index: int) -> np.ndarray:
-        """uint8 [C, H, W]."""
+        """One picture, uint8 [C, H, W]."""
         if value is None or (value.get("bytes") is None and value.get("path") is None):
             place = f"row {index} of {self.where}"
             raise InputError(f"`{self.argument}` must have an image in every row, got none in {place}")
         try:
             return to_pixels(visible_picture(open_picture(value)), self.image_size, self.channels)
-        except Exception as error:  # Pillow's readers raise what they like on damaged files
+        except Exception as error:  # Pillow's readers raise many types of exceptions on damaged files
             unknown = isinstance(error, UnknownRangeError)
             requirement = "hold 8-bit or 16-bit images, saved as PNG for example" if unknown else "hold readable images"
             culprit = f"{self._place(value, index)} ({error if unknown else first_line(error)})"
             raise InputError(f"`{self.argument}` must {requirement}, got {culprit}") from error
 
     def _place(self, value: dict[str, Any], index: int) -> str:
-        """The row and, where it is known, the file of a picture."""
+        """The row and, if known, the file of a picture."""
         file = f", file {value['path']}" if value.get("path") else ""
         return f"image {index} of {self.where}{file}"
 
@@ -100,7 +100,7 @@ class Decoder(torch.utils.data.Dataset):
         first, this = ("×".join(map(str, size)) for size in (self.image_shape, shape))
         if self.argument != "dataset":
             return InputError(
-                f"`{self.argument}` must have one shape, here {first}, got {place} of another size, {this}"
+                f"`{self.argument}` must hold images of one shape, here {first}, got {place} with shape {this}"
             )
         argument = "channels" if shape[1:] == self.image_shape[1:] else "image_size"
         shapes = f"image 0 is {first}, {place} is {this}"
@@ -108,11 +108,11 @@ class Decoder(torch.utils.data.Dataset):
 
 
 class UnknownRangeError(ValueError):
-    """A picture of numbers of which nobody says what is black and what is white."""
+    """A picture whose numbers have no defined black and white."""
 
 
 def open_picture(value: dict[str, Any]) -> PIL.Image.Image:
-    """The decoded picture of `{"bytes": …, "path": …}`, upright."""
+    """The decoded picture of `{"bytes": …, "path": …}`, rotated by its EXIF orientation."""
     if value["bytes"] is None and "://" in value["path"]:
         import datasets
 
@@ -129,16 +129,16 @@ def open_picture(value: dict[str, Any]) -> PIL.Image.Image:
 
 
 def visible_picture(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """What one sees of a picture, in mode L or RGB: 16 bits scaled to 8, transparent parts on white.
+    """The picture as a viewer shows it, in mode L or RGB: 16 bits scaled to 8, transparent parts on white.
 
     Raises:
-        UnknownRangeError: for 32-bit and floating-point pictures.
+        UnknownRangeError: a 32-bit or floating-point picture.
     """
     grey = picture.mode in GREY_MODES
     if picture.mode in WORD_MODES:
         picture = _bytes_of_words(picture)
     if picture.mode in ("I", "F"):
-        raise UnknownRangeError(f"numbers of mode {picture.mode!r}, whose black and white are not known")
+        raise UnknownRangeError(f"mode {picture.mode!r} does not define black and white")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
@@ -146,7 +146,7 @@ def visible_picture(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _bytes_of_words(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A 16-bit picture in mode L, or LA where one of its grey levels is transparent."""
+    """A 16-bit picture in mode L, or in mode LA if one of its grey levels is transparent."""
     words = np.asarray(picture).astype(np.int64)
     scaled = PIL.Image.fromarray(np.round(words / 257).astype(np.uint8))
     key = picture.info.get("transparency")
@@ -156,7 +156,7 @@ def _bytes_of_words(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def to_pixels(picture: PIL.Image.Image, image_size: int | None, channels: int | None) -> np.ndarray:
-    """uint8 [C, H, W] of a picture in mode L or RGB, scaled and cropped to `image_size`² if it is given."""
+    """uint8 [C, H, W] of a picture in mode L or RGB, scaled and cropped to `image_size`² if this is given."""
     channels = channels or (1 if picture.mode == "L" else 3)
     picture = picture.convert("L" if channels == 1 else "RGB")
     if image_size is not None and picture.size != (image_size, image_size):
@@ -166,11 +166,11 @@ def to_pixels(picture: PIL.Image.Image, image_size: int | None, channels: int | 
 
 
 def chunks(num_samples: int) -> Iterator[range]:
-    """Row numbers in parts of at most `DECODE_CHUNK`."""
+    """Row numbers in chunks of at most `DECODE_CHUNK`."""
     for start in range(0, num_samples, DECODE_CHUNK):
         yield range(start, min(start + DECODE_CHUNK, num_samples))
 
 
 def first_line(error: BaseException) -> str:
-    """Type and message of an error, in one line."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""The images of a split, held decoded or decoded as needed, and the order in which training visits them."""
+"""The images of a split, decoded in memory or on demand, and the order in which training visits them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ResidentImages:
 
     Attributes:
         name: the data set: `digits`, `mnist` or `cifar10`, a Hub id, or the last part of a local folder's path.
-        split: the split, and in brackets how it was cut if the data set does not come with it.
+        split: the split, with a note in brackets if it was taken from the train split.
         labels: int64 [N] on the CPU, from 0 to the number of classes − 1, or None.
         pixels: uint8 [N, C, H, W], on the device of the last `to`.
         hub_id: the data set's id on the Hub; None for a local one.
-        class_names: what the labels are called, in their order, over all splits.
-        label_problem: why these labels cannot be learned from, as the line of an `InputError`; None where they can.
+        class_names: names of the classes of all splits, in the order of their labels.
+        label_problem: why a classifier cannot be trained on these labels, as the message of an `InputError`; else None.
     """
 
     name: str
@@ -44,13 +44,13 @@ class ResidentImages:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Shape (C, H, W) of one image."""
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over shape and bytes of the images: the same images have the same value wherever they came from."""
+        """SHA-256 of shape and pixels: equal images have equal fingerprints, whatever their source."""
         return _content_hash(len(self), self.image_shape, [self.pixels.cpu()])
 
     def to(self, device: torch.device | str) -> ResidentImages:
@@ -63,14 +63,14 @@ class ResidentImages:
         return to_model_range(self.pixels[indices.to(self.pixels.device, non_blocking=True)])
 
     def stream(self, batches: Iterable[Tensor], num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices [B], images [B, C, H, W]) for each index batch, in order. No decoding, so workers are not used."""
+        """(indices [B], images [B, C, H, W]) for each index batch, in order; no workers are needed to decode."""
         for indices in batches:
             yield indices, self.fetch(indices)
 
 
 @dataclass
 class StreamedImages:
-    """A split too large for memory, decoded as needed: the interface of `ResidentImages`, without `pixels`."""
+    """A split that is too large for memory and is decoded on demand; as `ResidentImages`, but without `pixels`."""
 
     name: str
     split: str
@@ -86,12 +86,12 @@ class StreamedImages:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Shape (C, H, W) of one image."""
         return self.decoder.image_shape
 
     @cached_property
     def fingerprint(self) -> str:
-        """The value that `ResidentImages` would have. The first use decodes the whole split."""
+        """The same value as with `ResidentImages`. The first use decodes the whole split."""
         decoded = (self.decoder.decode(chunk) for chunk in chunks(len(self)))
         return _content_hash(len(self), self.image_shape, decoded)
 
@@ -101,7 +101,7 @@ class StreamedImages:
         return self
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Images `indices` (int64 [B]), decoded now, as float32 [B, C, H, W] in [-1, 1]."""
+        """Images `indices` (int64 [B]), decoded in this process, as float32 [B, C, H, W] in [-1, 1]."""
         return to_model_range(self.decoder.decode(indices.tolist()).to(self.device))
 
     def stream(self, batches: Iterable[Tensor], num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -120,26 +120,27 @@ class StreamedImages:
 
 
 def _as_decoded(batch: Any) -> Any:
-    """What the decoder returns is a batch already. A named function, so that it can go to spawned processes."""
+    """The decoder's output, which is already a batch. A named function, because spawned processes have to import it."""
     return batch
 
 
 def pixels_of(images: ResidentImages | StreamedImages, indices: Tensor | None = None) -> Tensor:
-    """Images as they are stored, uint8 [N, C, H, W] on the CPU, decoded in chunks; all of them by default."""
+    """Stored images, uint8 [N, C, H, W] on the CPU, decoded in chunks; all of them by default."""
     indices = torch.arange(len(images)) if indices is None else indices
     return torch.cat([to_uint8(batch).cpu() for _, batch in images.stream(indices.split(DECODE_CHUNK))])
 
 
 def evenly_spaced(images: ResidentImages | StreamedImages, count: int) -> Tensor:
-    """Numbers of `count` images over the whole set, of all where it has fewer: int64."""
+    """Indices of `count` images, evenly spaced over the whole set (all images, if there are fewer): int64."""
     return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
 
 
 def training_order(num_samples: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
     """Endless index batches, int64 [batch_size], where batch `k` depends on (`seed`, `k`) alone.
 
-    Epoch e is a permutation drawn from (`seed`, e) and cut into ⌊num_samples / batch_size⌋ whole batches; the rest is
-    left out. A resumed run passes the step it has reached as `start` and goes on as if it had never been interrupted.
+    Epoch e is a permutation drawn from (`seed`, e), split into ⌊num_samples / batch_size⌋ full batches; the remaining
+    images are left out. A resumed run passes the number of finished batches as `start` and gets the batches of an
+    uninterrupted run.
 
     Example:
         >>> order = training_order(10, 4, seed=0)

@@ -1,4 +1,4 @@
-"""Class labels: one numbering for all splits of a data set, or one line that says why there is none."""
+"""Class labels: one numbering for all splits of a data set, or a message that says why there is none."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ LABEL_COLUMNS = ("label", "labels")
 
 
 class LabelReader:
-    """The numbers 0 … K − 1 of the classes in a column of integers, texts or booleans.
+    """Numbers the classes of a column of integers, strings or booleans from 0 to K − 1.
 
-    The classes are those of all splits in sorted order, also where one split lacks some of them. A column of the type
-    `datasets.ClassLabel` keeps its own numbers. Missing values and negative numbers (the Hub's "no label") are none.
+    The classes are those of all splits in sorted order, even if one split lacks some of them. A column of type
+    `datasets.ClassLabel` keeps its own numbers. Missing values and negative numbers (the Hub's "no label") are not
+    labels.
 
     Args:
         tables: the splits.
-        label_column: name of the column; None: `label`, else `labels`.
+        label_column: name of the column; by default `label`, else `labels`.
 
     Raises:
-        InputError: a named column that is in no split, or of another type.
+        InputError: the named column is in no split or has another type.
 
     Attributes:
-        class_names: K names; None where there is no such column.
-        problem: why nothing can be learned from these labels, as the line of an `InputError`; None where it can.
+        class_names: K names; None without such a column.
+        problem: why a classifier cannot be trained on these labels, as the message of an `InputError`; else None.
     """
 
     def __init__(self, tables: datasets.DatasetDict, label_column: str | None) -> None:
@@ -49,7 +50,7 @@ class LabelReader:
             raise InputError(str(self.problem))
 
     def read(self, table: datasets.Dataset) -> tuple[Tensor | None, str | None]:
-        """Labels of a table, int64 [N] on the CPU or None, and the problem with them."""
+        """Labels of a table, int64 [N] on the CPU or None, and their problem, if any."""
         if self.class_names is None:
             return None, self.problem
         if self.column not in table.column_names:
@@ -61,24 +62,24 @@ class LabelReader:
         return torch.tensor([self.codes[value] for value in values], dtype=torch.int64), self.problem
 
     def _number_classes(self, tables: list[datasets.Dataset]) -> str | None:
-        """Set names and numbers of the classes in the tables; returns the problem with them."""
+        """Set the names and numbers of the classes in the tables; returns the problem with them, if any."""
         features = [table.features[self.column] for table in tables]
         kinds = {_kind(feature) for feature in features} - {"null"}
         if len(kinds) != 1 or kinds <= {""}:
             types = " and ".join(dict.fromkeys(_type_name(feature) for feature in features))
-            return f"`label_column` must hold integers, texts or booleans, got {self.column!r} of type {types}"
+            return f"`label_column` must hold integers, strings or booleans, got {self.column!r} of type {types}"
         values = {value for table in tables for value in _values(table, self.column) if _is_label(value)}
         named = next((feature.names for feature in features if hasattr(feature, "names")), None)
         classes = sorted(values) if named is None else range(len(named))
         self.class_names = tuple(map(str, classes if named is None else named))
         self.codes = {value: code for code, value in enumerate(classes)}
         if len(values) < 2:
-            return f"`label_column` must hold two classes or more, got {sorted(values)} in {self.column!r}"
+            return f"`label_column` must hold at least two classes, got {sorted(values)} in {self.column!r}"
         return None
 
 
 def _kind(feature: Any) -> str:
-    """What a column holds: numbers of named classes, integers or booleans, texts, nothing, or ("") something else."""
+    """The kind of values in a column: named classes, numbers (or booleans), texts, null, or "" for anything else."""
     if hasattr(feature, "names"):
         return f"classes {feature.names}"
     dtype = _type_name(feature)

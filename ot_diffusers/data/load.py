@@ -1,4 +1,4 @@
-"""Opening a data set by its name: the Hub, a folder of pictures or tables, or the embedded digits."""
+"""Opens a data set by name: from the Hub, a folder of pictures or tables, or the embedded digits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATASETS_VARIABLE = "OT_DIFFUSERS_DATASETS"
 HUB_IDS = {"digits": "sklearn-docs/digits", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 MAX_RESIDENT_BYTES = 2 * 2**30
 DATA_OPTIONS = ("image_column", "label_column", "image_size", "channels")
-"""How `load_images` reads a data set, as commands take it."""
+"""Options of `load_images` that commands accept."""
 
 
 def load_images(
@@ -41,20 +41,21 @@ def load_images(
     channels: int | None = None,
     max_resident_bytes: int = MAX_RESIDENT_BYTES,
 ) -> ResidentImages | StreamedImages:
-    """One split of a data set: decoded into one tensor, or decoded as needed if that would exceed `max_resident_bytes`.
+    """One split of a data set: decoded into one tensor, or decoded on demand if that would exceed `max_resident_bytes`.
 
     Args:
-        dataset: a name of the table in `ot_diffusers.data`, a local folder, or a Hub id.
+        dataset: a name from the table in `ot_diffusers.data`, a local folder, or a Hub id.
         split: `"train"`, `"validation"` or `"test"`.
-        image_column: a column of images. Default: `image`, or the only one there is.
-        label_column: a column of integers, texts or booleans. Default: `label`, else `labels`, where it holds such;
-            without it `labels` is None.
-        image_size: scale the shorter side to this length (bilinear, antialiased), crop the centre. Default: as stored.
-        channels: 1 (grey) or 3 (RGB). Default: as stored.
-        max_resident_bytes: limit for uint8 images held in memory.
+        image_column: a column of images; by default `image`, or the only column of images.
+        label_column: a column of integers, strings or booleans; by default `label`, else `labels`. Without such a
+            column, `labels` is None.
+        image_size: scale the shorter side to this length (bilinear, antialiased) and crop the centre; by default images
+            keep their size.
+        channels: 1 (grey) or 3 (RGB); by default images keep their channels.
+        max_resident_bytes: memory limit of the decoded uint8 images.
 
     Raises:
-        InputError: for a data set, column, split or image that is missing, unreadable or of the wrong kind.
+        InputError: a data set, column, split or image is missing, unreadable or of the wrong kind.
 
     Example:
         >>> import torch
@@ -80,7 +81,7 @@ def open_images(
     """A data set whose splits can be loaded one by one; the arguments are those of `load_images`.
 
     Raises:
-        InputError: for a data set that is missing or unreadable, and for options out of range.
+        InputError: the data set is missing or unreadable, or an option is out of range.
     """
     require(image_size is None or image_size > 0, "image_size", "be positive", image_size)
     require(channels in (None, 1, 3), "channels", "be 1 (grey) or 3 (RGB)", channels)
@@ -89,7 +90,7 @@ def open_images(
 
 @dataclass
 class ImageSource:
-    """An opened data set: its tables under the names of their splits, and how their images are read."""
+    """An opened data set: its tables by split, and the options for reading their images."""
 
     dataset: str
     tables: datasets.DatasetDict
@@ -100,15 +101,15 @@ class ImageSource:
 
     @cached_property
     def labels(self) -> LabelReader:
-        """The numbering of the classes, over all splits."""
+        """The numbering of the classes of all splits."""
         return LabelReader(self.tables, self.label_column)
 
     def has(self, split: str) -> bool:
-        """Whether there is an image in a split."""
+        """Whether a split contains images."""
         return len(take_split(self.tables, self.dataset, split)[0]) > 0
 
     def load(self, split: str, max_resident_bytes: int = MAX_RESIDENT_BYTES) -> ResidentImages | StreamedImages:
-        """One split, see `load_images`."""
+        """The images of one split, see `load_images`."""
         table, origin = take_split(self.tables, self.dataset, split)
         require(len(table) > 0, "dataset", f"have images in its {split} split", self.dataset)
         labels, problem = self.labels.read(table)
@@ -117,19 +118,19 @@ class ImageSource:
         decoder = Decoder(_undecoded(table, column), column, where, self.image_size, self.channels)
 
         folder = local_folder(self.dataset)
-        facts: dict[str, Any] = {
+        attributes: dict[str, Any] = {
             "hub_id": HUB_IDS.get(self.dataset, self.dataset if folder is None else None),
             "class_names": self.labels.class_names,
             "label_problem": problem,
         }
         name = self.dataset if folder is None else folder.resolve().name
         if len(decoder) * int(np.prod(decoder.image_shape)) > max_resident_bytes:
-            return StreamedImages(name, origin, labels, decoder, **facts)
-        return ResidentImages(name, origin, labels, decoder.decode_all(), **facts)
+            return StreamedImages(name, origin, labels, decoder, **attributes)
+        return ResidentImages(name, origin, labels, decoder.decode_all(), **attributes)
 
 
 def local_folder(dataset: str) -> Path | None:
-    """The folder that `dataset` names on this machine; None for a name in `HUB_IDS`, or a Hub id."""
+    """The local folder with the name `dataset`; None for a name in `HUB_IDS` or a Hub id."""
     folder = Path(dataset).expanduser()
     return folder if dataset not in HUB_IDS and folder.is_dir() else None
 
@@ -138,7 +139,7 @@ def local_folder(dataset: str) -> Path | None:
 
 
 def _open(dataset: str) -> datasets.DatasetDict:
-    """The splits of `dataset` under the names they come with."""
+    """The splits of `dataset` under their original names."""
     import datasets
 
     names = ", ".join(HUB_IDS)
@@ -161,7 +162,7 @@ def _open(dataset: str) -> datasets.DatasetDict:
 
 
 def _open_folder(folder: Path) -> datasets.DatasetDict:
-    """What the folder's README says, else tables if there are any, else pictures, else what `datasets` makes of it."""
+    """The splits from the folder's README, else its tables, else its pictures, else from `datasets.load_dataset`."""
     import datasets
 
     try:
@@ -184,7 +185,7 @@ def _open_folder(folder: Path) -> datasets.DatasetDict:
 
 
 def _load_files(listing: Listing) -> datasets.DatasetDict:
-    """What `datasets` makes of a folder; files that its rules for names leave out or take twice do not go unnoticed."""
+    """`datasets.load_dataset` of a folder, with checks for files that its naming rules would skip or use twice."""
     import datasets
 
     if _has_configs(listing.folder):
@@ -198,27 +199,27 @@ def _load_files(listing: Listing) -> datasets.DatasetDict:
 
 
 def _has_configs(folder: str) -> bool:
-    """Whether the folder's README says which file belongs to which split."""
+    """Whether the folder's README assigns files to splits."""
     from huggingface_hub import metadata_load
 
     try:
         return bool((metadata_load(os.path.join(folder, "README.md")) or {}).get("configs"))
-    except (OSError, ValueError, yaml.YAMLError):  # no README, or one of something else
+    except (OSError, ValueError, yaml.YAMLError):  # no README, or one without valid metadata
         return False
 
 
 def _names_split(file: str) -> bool:
-    """Whether a file of tables is called, or lies in a folder that is called, train, test-00000-of-00001, …"""
+    """Whether the name of a table or one of its folders denotes a split: train, test-00000-of-00001, …"""
     *folders, name = file.lower().split("/")
     words = "|".join(SPLIT_OF)
     return bool(SPLIT_OF.keys() & set(folders) or re.fullmatch(rf"({words})([-_. ]?\d+(-of-\d+.*)?)?", Path(name).stem))
 
 
 def _check_tables(listing: Listing) -> None:
-    """Refuse or count the tables and pictures that `datasets` would mix up or leave out.
+    """Warn of tables and pictures that `datasets` would leave out.
 
     Raises:
-        InputError: pictures among the tables, or a table in two splits.
+        InputError: `datasets` would read pictures as tables, or use a table in two splits.
     """
     from datasets.data_files import DataFilesDict, get_data_patterns
 
@@ -228,7 +229,7 @@ def _check_tables(listing: Listing) -> None:
     mixed = sorted(set(listing.pictures) & set(files))
     require(not mixed, "dataset", "hold pictures or tables, not both", f"{mixed[:1]} beside {listing.tables[0]!r}")
     twice = sorted(file for file in set(files) if files.count(file) > 1)
-    require(not twice, "dataset", "have each file in one split", f"{twice[:1]}, whose name says two")
+    require(not twice, "dataset", "have each file in one split", f"{twice[:1]}, whose name denotes two")
     for file in (*listing.pictures, *sorted(set(listing.tables) - set(files))):
         listing.left_out[Path(file).suffix.lower()].append(file)
     listing.warn()
@@ -271,14 +272,14 @@ def _find_image_column(table: datasets.Dataset, image_column: str | None) -> str
         for name, feature in table.features.items()
         if isinstance(feature, datasets.Image) or name in ("image", "img")
     ]
-    require(len(candidates) > 0, "image_column", f"be named: none is known to hold images among {columns}", None)
+    require(len(candidates) > 0, "image_column", f"be given: no column of images was recognised among {columns}", None)
     clear = len(candidates) == 1 or "image" in candidates
-    require(clear, "image_column", f"be named: it may be any of {', '.join(candidates)}", None)
+    require(clear, "image_column", f"be given: it may be any of {', '.join(candidates)}", None)
     return "image" if "image" in candidates else candidates[0]
 
 
 def _undecoded(table: datasets.Dataset, column: str) -> datasets.Dataset:
-    """`table` with only the image column, whose values stay encoded files: `{"bytes": …, "path": …}`."""
+    """`table` with only the image column, whose values remain encoded files: `{"bytes": …, "path": …}`."""
     import datasets
 
     try:

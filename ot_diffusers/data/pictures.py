@@ -1,16 +1,17 @@
 """A folder of pictures as a table: which files are pictures, which folders are splits, which are classes.
 
-Every file whose suffix names a format that Pillow reads is a picture, at any depth, in the order of the paths.
+Every file with the suffix of a format that Pillow reads is a picture, at any depth, sorted by path.
 
 * Splits are the top-level folders `train`, `validation` and `test` (or `training`, `valid`, `val`, `dev`, `testing`,
-  `eval`, `evaluation`), where all pictures lie in such folders. Other words in names, and such folders elsewhere, mean
-  nothing.
-* Classes are the folders of the first level, within the splits, at which the pictures part: `cat/1.png` and
-  `dog/old/2.png` are of the classes cat and dog. They are numbered in sorted order ("10" before "2").
-* `metadata.jsonl`, `metadata.csv` and `metadata.parquet` as `datasets` knows them: a row for each `file_name`, which is
-  relative to the metadata file, with further columns such as `label`. Columns like `mask_file_name` hold more pictures.
+  `eval`, `evaluation`), provided that all pictures are in such folders. Other names, and such folders at other levels,
+  do not define splits.
+* Classes are the folders at the first level below the splits that has more than one folder: `cat/1.png` and
+  `dog/old/2.png` belong to the classes cat and dog. They are numbered in sorted order ("10" before "2").
+* `metadata.jsonl`, `metadata.csv` and `metadata.parquet` have the format of `datasets`: one row for each `file_name`, a
+  path relative to the metadata file, with further columns such as `label`. Columns like `mask_file_name` contain more
+  pictures.
 
-Whatever else lies there is counted in a warning, but for hidden files, READMEs and licences.
+A warning counts all other files, except hidden files, READMEs and licences.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .splits import SPLIT_OF, SPLITS
 if TYPE_CHECKING:
     import datasets
 
-UNREADABLE_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow recognises only
+UNREADABLE_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG")  # Pillow recognises these but cannot decode them
 TABLE_SUFFIXES = (".parquet", ".arrow")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SILENT_NAMES = ("readme", "licen", "copying", "citation", "dataset_info", "desktop.ini", "thumbs.db")
@@ -44,15 +45,15 @@ GRID, FIRST_SAMPLE = "grid.png", "00000.png"
 
 @dataclass
 class Listing:
-    """The files of a folder by what they are, as paths with `/` relative to it, sorted.
+    """The files of a folder by kind, as sorted paths relative to it, with `/` as separator.
 
     Attributes:
         folder: the folder.
         pictures: files of formats that Pillow reads.
         tables: parquet and arrow files.
         metadata: files that describe pictures.
-        left_out: everything else, by its kind.
-        notes: what the user should know besides.
+        left_out: all other files, by kind.
+        notes: further remarks for the user.
     """
 
     folder: str
@@ -63,11 +64,11 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
     def path(self, file: str) -> str:
-        """The path of one of the files on this machine."""
+        """The full path of one of the files."""
         return os.path.join(self.folder, *file.split("/"))
 
     def warn(self) -> None:
-        """One line with the numbers of what is left out, and with the notes, if there is anything to say."""
+        """Warn, in one line, how many files of each kind were left out, and add the notes."""
         kinds = [f"{len(files)} × {kind} ({min(files)})" for kind, files in sorted(self.left_out.items())]
         lines = [f"left out: {', '.join(kinds)}"] if kinds else []
         if lines or self.notes:
@@ -75,10 +76,10 @@ class Listing:
 
 
 def list_folder(folder: str | Path, argument: str = "dataset") -> Listing:
-    """All files of a folder and of the folders in it, links followed. No file is opened.
+    """All files of a folder and its subfolders, including linked ones. No file is opened.
 
     Raises:
-        InputError: a folder that cannot be read.
+        InputError: the folder cannot be read.
     """
     listing = Listing(str(folder))
     suffixes = _picture_suffixes()
@@ -112,8 +113,8 @@ def _picture_suffixes() -> frozenset[str]:
 
 
 def _files(listing: Listing) -> Iterator[str]:
-    """Paths of the regular files below a folder; what is neither file nor folder goes to `left_out`."""
-    # Folders to visit, each with the real paths from the top down to it.
+    """Paths of the regular files below the folder; entries that are neither file nor folder go to `left_out`."""
+    # Folders to visit, each with the real paths of the folders above it and its own.
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(listing.folder),))]
     while pending:
         prefix, places = pending.pop()
@@ -139,10 +140,10 @@ def _files(listing: Listing) -> Iterator[str]:
 
 
 def picture_tables(listing: Listing) -> datasets.DatasetDict:
-    """The splits of a folder of pictures: columns `image`, `label` where there are classes, and those of the metadata.
+    """The splits of a folder of pictures: columns `image`, `label` if there are classes, and those of the metadata.
 
     Raises:
-        InputError: two folders for one split, or metadata that cannot be read.
+        InputError: there are two folders for one split, or the metadata cannot be read.
     """
     import datasets
 
@@ -153,7 +154,7 @@ def picture_tables(listing: Listing) -> datasets.DatasetDict:
         rows = [row | {"label": class_of[row["image"]]} for row in rows]
         outside = [picture for picture, name in class_of.items() if name is None]
         if outside:
-            listing.notes.append(f"without a label, outside the class folders: {len(outside)} ({min(outside)})")
+            listing.notes.append(f"{len(outside)} pictures outside the class folders have no label ({min(outside)})")
     by_split = {split: [row for row in rows if split_of[row["image"]] == split] for split in SPLITS}
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return datasets.DatasetDict(
@@ -162,7 +163,7 @@ def picture_tables(listing: Listing) -> datasets.DatasetDict:
 
 
 def picture_table(listing: Listing) -> datasets.Dataset:
-    """All pictures of a folder, still encoded, whatever their splits and classes."""
+    """All pictures of a folder, still encoded, without splits and classes."""
     import datasets
 
     table = _table(listing, [{"image": picture} for picture in listing.pictures], ["image"], ["image"])
@@ -179,7 +180,7 @@ def _table(
         values[column] = [None if picture is None else listing.path(picture) for picture in values[column]]
     try:
         table = datasets.Dataset.from_dict(values)
-    except (TypeError, ValueError) as error:  # of pyarrow, for values of different types
+    except (TypeError, ValueError) as error:  # pyarrow raises these for values of different types
         place = f"{listing.folder!r} ({first_line(error)})"
         raise InputError(f"`dataset` must have metadata of one type in each column, got {place}") from error
     for column in image_columns:
@@ -188,7 +189,7 @@ def _table(
 
 
 def _splits_and_classes(listing: Listing, pictures: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
-    """The split of each picture, and its class; no classes where the pictures of all splits lie in one folder."""
+    """The split and the class of each picture; there are no classes if all pictures of the splits are in one folder."""
     folders = {picture: picture.split("/")[:-1] for picture in pictures}
     tops = {"".join(parts[:1]) for parts in folders.values()}
     splits = {top: SPLIT_OF[top.lower()] for top in tops if top.lower() in SPLIT_OF}
@@ -203,21 +204,21 @@ def _splits_and_classes(listing: Listing, pictures: list[str]) -> tuple[dict[str
     different = {tuple(parts) for parts in folders.values()}
     _note_split_words(listing, {part for parts in different for part in parts if part.lower() in SPLIT_OF})
 
-    # The folders in which all pictures lie tell nothing apart.
+    # Skip the levels at which all pictures are in the same folder.
     depth = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, zip(*different, strict=False))))
     classes = {picture: parts[depth] if len(parts) > depth else None for picture, parts in folders.items()}
     return split_of, classes if any(classes.values()) else {}
 
 
 def _note_split_words(listing: Listing, names: Collection[str]) -> None:
-    """A note on folders that are called like splits but are none."""
+    """Add a note on folders that have the names of splits but are not splits."""
     if names:
-        rule = "splits are top-level folders with nothing but splits beside them"
-        listing.notes.append(f"folders called {', '.join(sorted(names))} are taken for classes, not for splits: {rule}")
+        rule = "splits are top-level folders, and all pictures must be in them"
+        listing.notes.append(f"folders called {', '.join(sorted(names))} are read as classes, not as splits: {rule}")
 
 
 def _described_rows(listing: Listing) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each picture that metadata describe, and the columns that hold pictures; no rows where none does."""
+    """One row for each picture in the metadata, and the columns that contain pictures; no rows without metadata."""
     pictures, described = set(listing.pictures), set[str | None]()
     rows, image_columns = [], {"image": True}
     for file in listing.metadata:
@@ -245,7 +246,7 @@ def _read_metadata(path: str) -> Any:
     """The arrow table of a metadata file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     from pyarrow import ArrowException, csv, json, parquet
 
@@ -257,7 +258,7 @@ def _read_metadata(path: str) -> Any:
 
 
 def _beside(file: str, name: Any) -> str | None:
-    """The path that a metadata file means by a name, relative to the listed folder."""
+    """The path of a `file_name` in a metadata file, relative to the listed folder."""
     if not isinstance(name, str):
         return None
     return posixpath.normpath(posixpath.join(posixpath.dirname(file), name.replace("\\", "/")))

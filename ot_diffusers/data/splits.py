@@ -1,4 +1,4 @@
-"""The splits of a data set: their names, and deterministic cuts where it lacks one."""
+"""The splits of a data set: their names, and deterministic partitions where a split is missing."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SPLIT_OF = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""What folders of pictures may be called."""
+"""The split of each folder name in a folder of pictures."""
 VALIDATION_NAMES = ("validation", "valid", "val")
 TEST_FRACTION = 1 / 6
 VALIDATION_FRACTION = 1 / 12
 
 
 def take_split(tables: datasets.DatasetDict, dataset: str, split: str) -> tuple[datasets.Dataset, str]:
-    """The images of `split`, and its name with a note on how it was cut, if it was.
+    """The images of `split`, and its name, with a note if the images were taken from the train split.
 
     Raises:
-        InputError: no train split to take or cut it from.
+        InputError: there is no train split from which the images could be taken.
     """
     names = list(tables)
     train_name = names[0] if len(names) == 1 and names[0] not in ("test", *VALIDATION_NAMES) else "train"
@@ -52,18 +52,18 @@ def take_split(tables: datasets.DatasetDict, dataset: str, split: str) -> tuple[
 
 
 def validation_size(num_samples: int) -> int:
-    """5,000 of 60,000, and in proportion."""
+    """Size of the validation split: 1/12, such as 5,000 of 60,000 images."""
     return round(num_samples * VALIDATION_FRACTION)
 
 
 def _cut(num_samples: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, cut), each in the original order; depends on the two numbers alone."""
+    """Indices of the remaining and of the `size` chosen images, in order; they depend on both arguments alone."""
     permutation = np.random.default_rng(0).permutation(num_samples)
     return np.sort(permutation[size:]), np.sort(permutation[:size])
 
 
 def stratified_cut(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `_cut`, every class within one image of its share of `size`."""
+    """As `_cut`, with the number of images of every class within one of its share of `size`."""
     permutation = np.random.default_rng(0).permutation(len(labels))
     quantile = np.empty(len(labels))
     for label in np.unique(labels):

@@ -1,6 +1,7 @@
 """The truncated set on disk: real images diffused to step T', as a data set in the Hub's layout.
 
-Training draws x_T' on the fly and needs none of this. It is for other programs, and for looking at what a prior learns.
+Training draws x_T' on the fly and does not need these files. They are for other programs, and for inspecting the
+training data of priors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..schedules import truncated_samples
 from . import ResidentImages, StreamedImages
 
 CHUNK = 1000
-"""Images that are held in memory at once."""
+"""Number of images in memory at once."""
 SHARD_SIZE = 10_000
 
 
@@ -35,14 +36,14 @@ def export_truncated_set(
 
     Each row has `sample` (float16 [C, H, W]), the `index` of its image, the `epoch` of its noise, and the `label` where
     there is one: the same x_T' as `truncated_samples` draws in training. A thousand images are in memory at once. The
-    folder is written aside and renamed.
+    folder is written under a temporary name and then renamed.
 
     Args:
         images: a split of a data set.
         scheduler: a truncated scheduler; its last timestep is the noise level.
-        folder: a new one.
-        num_epochs: independent noises of each image.
-        seed: of the noise.
+        folder: a new folder.
+        num_epochs: number of independent noises per image.
+        seed: random seed of the noise.
 
     Raises:
         InputError: the folder exists.

@@ -1,4 +1,4 @@
-"""Losses as functions of tensors: of denoisers here, of priors in `ot_diffusers.losses.priors`."""
+"""Losses as functions of tensors: those of denoisers here, those of priors in `ot_diffusers.losses.priors`."""
 
 from .denoising import denoising_loss, disjoint_reference_indices, image_features, ot_loss, squash_to_image
 

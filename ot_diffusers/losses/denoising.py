@@ -1,4 +1,4 @@
-"""The losses, as functions of tensors: the denoising term, and what optimal transport adds to it."""
+"""Losses of denoisers, as functions of tensors: the denoising loss and the optimal transport loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..transport import sinkhorn_divergence
 
 
 def denoising_loss(model_output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error between what the model predicts and what it should, both [B, C, H, W]; 0-d float32.
+    """Mean squared error between the model's prediction and its target, both [B, C, H, W]; 0-d float32.
 
     Reference: [Ho2020, eq. 14] for ε.
     """
@@ -20,7 +20,7 @@ def denoising_loss(model_output: Tensor, target: Tensor) -> Tensor:
 
 
 def squash_to_image(pred_original_sample: Tensor, squash: str) -> Tensor:
-    """x̂0, any range, brought into [-1, 1] by `"clamp"` or by the original study's `"tanh"`."""
+    """x̂0, any range, mapped to [-1, 1] by `"clamp"` or by the original study's `"tanh"`."""
     match squash:
         case "clamp":
             return pred_original_sample.clamp(-1, 1)
@@ -45,22 +45,23 @@ def ot_loss(
     backend: str = "native",
     num_iterations: int | None = None,
 ) -> Tensor:
-    """Sinkhorn divergence between the features of x̂0 and those of real images, up to a constant of the references.
+    """Sinkhorn divergence between the features of x̂0 and those of real images, up to a constant.
 
     With `sample_weights` w in (0, 1] the batch enters as the weighted cloud Σ w_i δ(φ_i) / Σ w, and the divergence is
-    multiplied by the mean of w, so that every image pulls with its own weight.
+    multiplied by the mean of w, so that every image contributes to the gradient in proportion to its weight.
 
     Args:
-        features: [B, D] of the predicted clean images; gradient flows.
-        reference_features: [M, D] of real images that are not in the batch; no gradient.
+        features: [B, D], of the predicted clean images; gradient flows.
+        reference_features: [M, D], of real images that are not in the batch; no gradient.
         blur: length in the units of the features.
-        scaling: ratio of successive blurs in the solver.
+        scaling: ratio of successive blurs during annealing.
         sample_weights: [B], positive; uniform if None.
-        backend: see `sinkhorn_divergence`; all but the native one include the constant.
-        num_iterations: steps of the solver, set in advance so that no step waits for a GPU; None converges.
+        backend: see `sinkhorn_divergence`; all backends but the native one include the constant.
+        num_iterations: fixed number of Sinkhorn iterations, without host–device synchronisation; None iterates to
+            convergence.
 
     Returns:
-        0-d tensor. The constant ½ OT(reference, reference) is left out by the native backend: it has no gradient.
+        0-d tensor. The native backend leaves out the constant ½ OT(reference, reference), which has no gradient.
 
     Example:
         >>> features = torch.zeros(4, 2, requires_grad=True)
@@ -86,9 +87,10 @@ def ot_loss(
 def disjoint_reference_indices(
     num_samples: int, batch_indices: Tensor, num_references: int, generator: torch.Generator
 ) -> Tensor:
-    """Uniform choice of `num_references` indices that are not in the batch, [num_references] on the generator's device.
+    """Uniformly drawn indices of `num_references` images that are not in the batch, on the generator's device.
 
-    Without replacement; with replacement only where fewer are left. `batch_indices` are distinct.
+    They are drawn without replacement, or with replacement if too few images are left. `batch_indices` must be
+    distinct.
 
     Raises:
         InputError: the batch covers the whole data set.
@@ -104,5 +106,5 @@ def disjoint_reference_indices(
     require(available > 0, "train_batch_size", f"leave references in a data set of {num_samples}", len(batch_indices))
     if available >= num_references:
         return scores.topk(num_references).indices
-    left = scores.topk(available).indices
-    return left[torch.randint(available, (num_references,), generator=generator, device=generator.device)]
+    outside_batch = scores.topk(available).indices
+    return outside_batch[torch.randint(available, (num_references,), generator=generator, device=generator.device)]

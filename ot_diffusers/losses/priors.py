@@ -1,15 +1,15 @@
-"""The losses of the learned priors: evidence bound, adversarial game, and transport without an adversary.
+"""Losses of the learned priors: the evidence bound, the adversarial losses, and transport without a discriminator.
 
-All are functions of tensors and know nothing of networks in training. Transport compares what a generator made with
-real images, both diffused to step T', by one or several of
+All are functions of tensors, independent of the networks in training. The transport losses compare generated with real
+images, both diffused to step T', by one or more of
 
     pixel      sliced Wasserstein on whole images, the original study's loss
-    patch      sliced Wasserstein on patches of several widths: fine structure
+    patch      sliced Wasserstein on patches of several widths, for fine structure
     feature    sliced Wasserstein between features of a frozen network
-    sinkhorn   Sinkhorn divergence between such features, its self-term between two independent generated batches
+    sinkhorn   Sinkhorn divergence between such features, with two independent generated batches in the self-term
 
-The features are those of a frozen network at several depths: the denoiser at step T', which has seen images of just
-this noise level and no labels, or a feature network of the losses.
+The features are those of a frozen network at several depths: the denoiser at step T', which was trained without labels
+on images of this noise level, or a feature network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..transport import sinkhorn_divergence
 from ..transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
 
 POOLED_SIZE = 4
-"""Feature maps are averaged down to this many rows and columns: they keep where things are, in few numbers."""
+"""Feature maps are averaged to this many rows and columns: few numbers that still depend on positions."""
 
 
 # --- VAE --------------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ POOLED_SIZE = 4
 
 @dataclass(frozen=True)
 class EvidenceBound:
-    """Negative evidence bound per pixel, in nats: `loss` = `reconstruction` + β · `divergence`; 0-d tensors."""
+    """Negative evidence lower bound per pixel, in nats: `loss` = `reconstruction` + β · `divergence`; 0-d tensors."""
 
     loss: Tensor
     reconstruction: Tensor
@@ -47,16 +47,16 @@ class EvidenceBound:
 def evidence_bound(
     images: Tensor, reconstructed: Tensor, mean: Tensor, log_variance: Tensor, *, beta: float = 1.0
 ) -> EvidenceBound:
-    """Negative evidence bound of a VAE whose decoder is Gaussian with one variance, the best for this batch.
+    """Negative evidence lower bound of a VAE whose Gaussian decoder has one variance, the optimal one for this batch.
 
         ½ (1 + log 2π s²) + β KL(q(z | x) ‖ N(0, I)) / D,   s² = mean squared error
 
-    The best variance weighs the two terms against each other, so β = 1 suits any data.
+    The optimal variance balances the two terms, so that β = 1 suits any data.
 
     Args:
-        images: what the decoder should give back, [B, …], D numbers each.
-        reconstructed: what it gives, of the same shape.
-        mean, log_variance: of the posterior q(z | x), [B, latent_dim].
+        images: images to reconstruct, [B, …], with D numbers each.
+        reconstructed: reconstructions of the decoder, of the same shape.
+        mean, log_variance: parameters of the posterior q(z | x), [B, latent_dim].
         beta: weight of the divergence, ≥ 0.
 
     Reference: [Kingma2014] for the divergence; [Rybkin2021] for the variance.
@@ -86,7 +86,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """−E log D(x) − E log(1 − D(G(z))) of logits [B]; 2 log 2 where nothing can be told apart.
+    """−E log D(x) − E log(1 − D(G(z))) of logits [B]; 2 log 2 if D cannot tell real from generated images.
 
     Reference: [Goodfellow2014].
     """
@@ -94,9 +94,9 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def gradient_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
-    """½ E ‖∇_x D(x)‖² at real images that require gradients: R1 for weight 1. Its gradient flows to D.
+    """½ E ‖∇_x D(x)‖² at real images that require gradients: R1 with weight 1. Its gradient flows to D.
 
-    Each logit may depend on its own image only.
+    Each logit must depend on its own image only.
 
     Reference: [Mescheder2018].
 
@@ -113,7 +113,7 @@ def gradient_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
 
 
 def pixel_transport(images: Tensor, reference: Tensor, *, num_projections: int, generator: torch.Generator) -> Tensor:
-    """Sliced Wasserstein between whole images [N, C, H, W] and [M, C, H, W]: a squared length per pixel."""
+    """Sliced Wasserstein between whole images [N, C, H, W] and [M, C, H, W], as a squared length per pixel."""
     x, y = images.flatten(1), reference.flatten(1)
     return sliced_wasserstein(x, y, num_projections=num_projections, generator=generator)
 
@@ -129,8 +129,8 @@ def patch_transport(
 ) -> Tensor:
     """Sliced Wasserstein between patches at each position, averaged over widths, in the unit of `pixel_transport`.
 
-    With a `patch_stride` only the positions of a grid are compared, which begins at a random pixel: over many calls all
-    of them, for a part of the sorts.
+    With a `patch_stride`, only the positions on a grid are compared. The grid starts at a random pixel, so that many
+    calls cover all positions at a fraction of the cost.
     """
     side = min(images.shape[2:])
     sizes = tuple(size for size in patch_sizes if size <= side)
@@ -153,7 +153,7 @@ def patch_transport(
 def feature_transport(
     features: Sequence[Tensor], reference: Sequence[Tensor], *, num_projections: int, generator: torch.Generator
 ) -> Tensor:
-    """Sliced Wasserstein between features, each level [N, D] times its D, averaged over levels."""
+    """Sliced Wasserstein between features, multiplied by their width D at each level, and averaged over levels."""
     terms = [
         x.shape[1] * sliced_wasserstein(x, y, num_projections=num_projections, generator=generator)
         for x, y in zip(features, reference, strict=True)
@@ -164,14 +164,14 @@ def feature_transport(
 def sinkhorn_transport(
     features: Sequence[Tensor], reference: Sequence[Tensor], pair: Sequence[Tensor], *, blur: float, scaling: float
 ) -> Tensor:
-    """Sinkhorn divergence between features at each level, averaged over levels; no constant of the reference.
+    """Sinkhorn divergence between features at each level, averaged over levels, without the constant of the references.
 
     Args:
-        features: of generated images, one [N, D] for each level; gradient flows.
-        reference: of real images, [M, D] each.
-        pair: of other generated images, independent of the first, [K, D] each; no gradient.
+        features: features of generated images, one [N, D] for each level; gradient flows.
+        reference: features of real images, [M, D] each.
+        pair: features of other generated images, independent of the first, [K, D] each; no gradient.
         blur: length in the units of the features.
-        scaling: ratio of successive blurs of the solver.
+        scaling: ratio of successive blurs during annealing.
 
     Reference: [Feydy2019], with an independent second sample in the self-term.
     """
@@ -183,14 +183,14 @@ def sinkhorn_transport(
 
 
 def denoiser_features(unet: Any, images: Tensor, timestep: int) -> tuple[Tensor, ...]:
-    """What the contracting half of a frozen denoiser makes of x_t, level by level: [B, D] each, float32.
+    """Features of x_t from the contracting half of a frozen denoiser, one [B, D] per level, float32.
 
     Maps are averaged to at most 4 × 4 positions. The gradient flows to the images.
 
     Args:
         unet: a `UNet2DModel` without class conditioning.
         images: x_t, [B, C, H, W].
-        timestep: t, where the denoiser has been trained.
+        timestep: t, one of the timesteps that the denoiser was trained on.
     """
     with torch.autocast(device_type=images.device.type, enabled=False):
         hidden = unet.conv_in(images.float())
@@ -205,14 +205,14 @@ def denoiser_features(unet: Any, images: Tensor, timestep: int) -> tuple[Tensor,
 
 
 def network_features(network: FeatureExtractor, images: Tensor) -> tuple[Tensor, ...]:
-    """What a frozen feature network makes of images in [-1, 1], level by level: [B, D] each, float32.
+    """Features of images from several depths of a frozen feature network, one [B, D] per level, float32.
 
     The levels are its pooled maps or residual blocks, averaged to at most 4 × 4 positions, and its penultimate layer.
-    Values outside [-1, 1], which noise makes, are passed on. The gradient flows to the images.
+    Values outside [-1, 1], which noise causes, are not clamped. The gradient flows to the images.
 
     Args:
-        network: a feature network for such images.
-        images: [B, C, H, W].
+        network: a feature network for images of this shape.
+        images: [B, C, H, W], nominally in [-1, 1].
     """
     with torch.autocast(device_type=images.device.type, enabled=False):
         hidden = images.float() / 2 + 0.5

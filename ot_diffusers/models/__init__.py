@@ -1,1 +1,1 @@
-"""What a pipeline is made of beside diffusers' own models."""
+"""Components of pipelines, in addition to diffusers' own models."""

@@ -1,4 +1,4 @@
-"""A vision backbone of transformers as the feature network of losses and guidance, or as the evaluator."""
+"""Vision backbones of transformers as feature networks for losses and guidance, or as evaluators."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from typing import Self
 
 PREPROCESSING = ("image_size", "image_mean", "image_std")
-"""What the configuration says of the images that a backbone sees."""
+"""Entries of the configuration that describe the preprocessing of images."""
 
 
 class BackboneFeatureExtractor(FeatureExtractor):
-    """DINOv2, CLIP, ViT, ConvNeXt, …: pooled features where the backbone pools, else the mean over its last tokens.
+    """DINOv2, CLIP, ViT, ConvNeXt, …: the backbone's pooled features if it pools, else the mean over its last tokens.
 
-    Images of any size, grey or RGB, are resized (bilinear, antialiased) and normalised as the backbone's processor
-    says. `from_transformers` makes one; saved with a pipeline, it is safetensors and JSON like the other parts, and
-    loads without the original repository.
+    Images of any size, grey or RGB, are resized (bilinear, antialiased) and normalised as the backbone's image
+    processor prescribes. `from_transformers` wraps a backbone. Saved with a pipeline, it consists of safetensors and
+    JSON files like the other components, and loads without the original repository.
 
     Args:
-        backbone: configuration of the backbone as transformers writes it, `model_type` among it.
-        image_size: height and width that the backbone takes, in pixels.
-        image_mean, image_std: of the channels of images in [0, 1].
+        backbone: configuration of the backbone in the format of transformers, including `model_type`.
+        image_size: height and width of the backbone's input, in pixels.
+        image_mean, image_std: mean and standard deviation of each channel, for images in [0, 1].
         feature_dim: width of the features.
-        source: what reports call the backbone: its Hub id, or the name of its folder.
-        dataset, data_fingerprint: None: a general backbone fits any data.
+        source: name of the backbone in reports: its Hub id, or the name of its folder.
+        dataset, data_fingerprint: None, because a general backbone suits any data.
 
     Example:
         >>> from transformers import ViTConfig
@@ -68,13 +68,13 @@ class BackboneFeatureExtractor(FeatureExtractor):
 
     @property
     def name(self) -> str:
-        """What reports call it: its source, or the family of its architecture."""
+        """Its name in reports: its source, or else the type of its architecture."""
         return self.config.source or self.config.backbone["model_type"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> Self:
-        """As the other networks of this package."""
-        # While diffusers loads weights, torch's initialisers return nothing; transformers 4 needs what they return.
+        """As `PortableModel.from_pretrained`."""
+        # diffusers replaces torch's initialisers while it loads weights; transformers 4 needs their return values.
         initialisers = dict(modeling_utils.TORCH_INIT_FUNCTIONS)
         modeling_utils.TORCH_INIT_FUNCTIONS.clear()
         try:
@@ -84,14 +84,14 @@ class BackboneFeatureExtractor(FeatureExtractor):
 
     @classmethod
     def from_transformers(cls, name_or_path: str, **options: Any) -> BackboneFeatureExtractor:
-        """The backbone in a folder or under a Hub id, with its weights.
+        """A backbone with its weights, from a folder or a Hub id.
 
         Args:
             name_or_path: such as `facebook/dinov2-small` or `openai/clip-vit-base-patch32`.
             options: for both of transformers' `from_pretrained`, such as `revision` and `local_files_only`.
 
         Raises:
-            InputError: no vision backbone with safetensors and an image processor there.
+            InputError: the folder or repository has no vision backbone with safetensors and an image processor.
         """
         with extra("backbones"):
             from transformers import AutoImageProcessor, AutoModel
@@ -105,7 +105,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
         network = _vision_part(network)
         size = _side_lengths(processor)
         backbone = network.config.to_dict()
-        backbone.pop("_name_or_path", None)  # a path of this machine, maybe
+        backbone.pop("_name_or_path", None)  # it may be a local path
         wrapped = cls(
             backbone=backbone,
             image_size=size,
@@ -130,7 +130,7 @@ class BackboneFeatureExtractor(FeatureExtractor):
 
 
 def _vision_part(network: Any) -> Any:
-    """That of CLIP and its kin. Before transformers 5, their models of vision alone wrap it too."""
+    """The vision model of CLIP-like networks; before transformers 5, their vision-only classes wrap it as well."""
     return getattr(network, "vision_model", network)
 
 
@@ -145,7 +145,7 @@ def _pooled(network: Any, pixels: Tensor) -> Tensor:
 
 
 def _side_lengths(processor: Any) -> tuple[int, int]:
-    """Height and width that the backbone takes: those of the crop if its processor crops."""
+    """Height and width of the backbone's input: those of the crop if its image processor crops."""
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = dict(crop or processor.size)
     if "shortest_edge" in size:

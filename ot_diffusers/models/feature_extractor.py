@@ -1,4 +1,4 @@
-"""Small frozen networks whose features the transport problems live in, and an unlike one that only evaluates."""
+"""Small frozen feature networks: one for losses and guidance, and one of a different architecture for evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FeatureExtractorOutput(BaseOutput):
     """Output of a feature network.
 
     Args:
-        features: [B, feature_dim], the penultimate activations.
+        features: [B, feature_dim], activations of the penultimate layer.
         logits: [B, num_classes].
     """
 
@@ -31,9 +31,9 @@ class FeatureExtractorOutput(BaseOutput):
 
 
 class FeatureExtractor(PortableModel, ConfigMixin):
-    """What both networks share: images in [0, 1] go in, features and class logits come out, parameters are frozen.
+    """Base class: a network with frozen parameters that maps images in [0, 1] to features and class logits.
 
-    Freezing happens in `__init__`, so it also holds after `from_pretrained`; a training script thaws with
+    Parameters are frozen in `__init__`, therefore also after `from_pretrained`; a training script unfreezes them with
     `requires_grad_(True)`. Gradients always flow to the images.
     """
 
@@ -54,8 +54,7 @@ class FeatureExtractor(PortableModel, ConfigMixin):
         return FeatureExtractorOutput(features, logits) if return_dict else (features, logits)
 
     def extract(self, images: Tensor) -> Tensor:
-        """Raw features [B, feature_dim] of images in the diffusion model's range, [-1, 1] (values outside are
-        clamped)."""
+        """Raw features [B, feature_dim] of images in [-1, 1], the range of diffusion models; values are clamped."""
         return self(to_unit_range(images), return_dict=False)[0]
 
     def logits(self, images: Tensor) -> Tensor:
@@ -68,17 +67,16 @@ class FeatureExtractor(PortableModel, ConfigMixin):
 
 
 class ConvFeatureExtractor(FeatureExtractor):
-    """The original study's network: (Conv → ReLU → Pool) × 2 and a 128-d penultimate layer. The losses and the guidance
-    see it.
+    """The original study's network, for losses and guidance: (Conv → ReLU → Pool) × 2 and a 128-d penultimate layer.
 
     Args:
         sample_size: height and width in pixels, a multiple of 4.
         in_channels: 1 or 3.
-        num_classes: of the classification it is trained by.
+        num_classes: number of classes in its training data.
         block_out_channels: channels of the two convolutions.
         feature_dim: width of the penultimate layer.
-        dataset: name of the data it was trained on.
-        data_fingerprint: content hash of that data; a loss refuses a network of other data.
+        dataset: name of its training data.
+        data_fingerprint: content hash of its training data; losses reject a network that was trained on other data.
 
     Example:
         >>> import torch
@@ -119,10 +117,10 @@ class ConvFeatureExtractor(FeatureExtractor):
 
 
 class ResidualFeatureExtractor(FeatureExtractor):
-    """A residual network: the independent evaluator, which no loss and no guidance ever sees.
+    """A residual network: the independent evaluator, not used in training or guidance.
 
-    Each stage after the first halves the resolution; features are the averaged last activations, projected to
-    `feature_dim`.
+    Each stage after the first halves the resolution. The features are the spatial mean of the last activations,
+    projected to `feature_dim`.
 
     Args: as for `ConvFeatureExtractor`, with
         block_out_channels: channels of each stage, multiples of 8.
@@ -187,7 +185,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride=stride)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The block's output for hidden states [B, C, H, W]."""
+        """Output of the block for hidden states [B, C, H, W]."""
         residual = self.conv1(F.silu(self.norm1(hidden)))
         residual = self.conv2(F.silu(self.norm2(residual)))
         return self.shortcut(hidden) + residual

@@ -1,4 +1,4 @@
-"""The field that guided one large batch, kept so that later samples can follow it one by one."""
+"""Guidance fields: the recorded guidance of one large batch, which later guides images one at a time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..transport import DivergencePotentials, divergence_gradient_at
 from .portable import PortableModel
 
 ENOUGH_SAMPLES = 1000
-"""A field of so many samples speaks for itself; in place of each that is missing, references stand with mass 2."""
+"""A guidance field of so many samples needs no completion; for each missing sample, references get a mass of 2."""
 
 
 def completed(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The cloud that a field of N samples is made of, and its weights, None for equal ones.
+    """The cloud of a guidance field of N samples, completed by references if N is small, and its weights (None: equal).
 
-    The potentials of a few samples say little of the space between them. References in their cloud stand for "already
-    right", and the less a point lies among samples, the less it is moved: N samples weigh N, all references together
+    The potentials of a few samples describe the space between them badly. References in the cloud mean "already right":
+    the fewer samples are near a point, the less the point is moved. N samples have a mass of N, all references together
     2 (1000 − N).
 
     Args:
-        features: [N, D] of the samples.
-        references: [M, D].
+        features: [N, D], of the samples.
+        references: [M, D], the reference set.
     """
     missing = 2 * (ENOUGH_SAMPLES - len(features))
     if missing <= 0:
@@ -39,12 +39,12 @@ def completed(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor | No
 
 @dataclass(frozen=True)
 class Correction:
-    """One step of a guided batch.
+    """One correction step of a guided batch.
 
     Attributes:
-        timestep: of the denoising step.
-        features: [N, D] of the batch before the step, in the units of the transport problem.
-        potentials: that determined its direction, of the `completed` cloud.
+        timestep: timestep of the denoising step.
+        features: [N, D], of the batch before the correction, in the units of the transport problem.
+        potentials: potentials of the `completed` cloud, which determine the direction of the correction.
     """
 
     timestep: int
@@ -53,28 +53,29 @@ class Correction:
 
 
 class GuidanceField(PortableModel, ConfigMixin):
-    """Features and dual potentials of a bank of samples at every step of their guided chain.
+    """Features and dual potentials of recorded samples at every step of their guided chain.
 
-    A joint batch guides itself: its images repel each other and are drawn to the references. The potentials of a large
-    batch describe that field everywhere, so a new sample can follow it alone, as one more member of the bank. Images
-    then depend neither on their companions nor on the size of the batch, and no transport problem is solved.
-    `OTGuidedDDIMPipeline.record_guidance_field` makes one. Below 1,000 samples the bank is completed by the references,
-    so that a field corrects less where it knows little.
+    In a joint batch, images repel each other and are attracted by the references. The potentials of a large batch
+    describe this field at every point, so that a new image can follow it alone, as one more member of the recorded
+    samples. The result then depends neither on other images nor on the batch size, and no transport problem is solved.
+    `OTGuidedDDIMPipeline.record_guidance_field` makes a guidance field. With fewer than 1,000 samples the references
+    complete the recorded samples, so that the correction is smaller where samples are few.
 
     Args:
-        timesteps: S of the guided denoising steps, as the scheduler had them.
-        num_correction_steps: C in each of them.
-        num_samples: N of the bank.
-        num_references: M of the reference bank.
-        feature_dim: D, the pixels beside the features included.
-        guidance_scale, blur, normalize_features, pixel_weight, step_rule: of the recorded guidance.
-        is_completed: whether the references are members of the bank's cloud, see `completed`.
+        timesteps: the S timesteps of the guided denoising steps, as in the scheduler.
+        num_correction_steps: C, correction steps in each denoising step.
+        num_samples: N, number of recorded samples.
+        num_references: M, size of the reference set.
+        feature_dim: D, width of the features, including thumbnail pixels.
+        guidance_scale, blur, normalize_features, pixel_weight, step_rule: settings of the recorded guidance.
+        is_completed: whether references complete the recorded samples, see `completed`.
 
     Example:
         >>> from ot_diffusers.transport import divergence_gradient
-        >>> bank, references = torch.randn(50, 4), torch.randn(80, 4) + 1
-        >>> _, potentials = divergence_gradient(bank, references, blur=0.3)
-        >>> field = GuidanceField.from_corrections([Correction(980, bank, potentials)], guidance_scale=1.0, blur=0.3)
+        >>> samples, references = torch.randn(50, 4), torch.randn(80, 4) + 1
+        >>> _, potentials = divergence_gradient(samples, references, blur=0.3)
+        >>> corrections = [Correction(980, samples, potentials)]
+        >>> field = GuidanceField.from_corrections(corrections, guidance_scale=1.0, blur=0.3)
         >>> field.gradient(torch.randn(2, 4), references, timestep=980, correction=0).shape
         torch.Size([2, 4])
     """
@@ -112,11 +113,13 @@ class GuidanceField(PortableModel, ConfigMixin):
         pixel_weight: float = 0.0,
         step_rule: str = "adam",
     ) -> GuidanceField:
-        """The field of a batch's chain, all its corrections in order, as many at every denoising step."""
+        """The guidance field of one chain: its corrections in order, with the same number at every denoising step."""
         timesteps = tuple(dict.fromkeys(correction.timestep for correction in corrections))
         require(len(timesteps) > 0, "corrections", "hold at least one step", len(corrections))
         whole = len(corrections) % len(timesteps) == 0
-        require(whole, "corrections", f"be as many at each of the {len(timesteps)} timesteps", len(corrections))
+        require(
+            whole, "corrections", f"have the same number at each of the {len(timesteps)} timesteps", len(corrections)
+        )
         first = corrections[0]
         num_samples, feature_dim = first.features.shape
         field = cls(
@@ -141,33 +144,33 @@ class GuidanceField(PortableModel, ConfigMixin):
         return field
 
     def check_timesteps(self, timesteps: Sequence[int]) -> None:
-        """Refuse a chain that does not pass the recorded timesteps."""
+        """Raise `InputError` for a chain without the recorded timesteps."""
         missing = sorted(set(self.config.timesteps) - set(timesteps), reverse=True)
         require(
             not missing,
             "num_inference_steps",
-            f"make the chain that the guidance field was recorded on (with timesteps {missing[:3]} …)",
+            f"give the chain of the guidance field (with timesteps {missing[:3]} …)",
             len(timesteps),
         )
 
     def gradient(self, features: Tensor, references: Tensor, *, timestep: int, correction: int) -> Tensor:
-        """The direction in which each row of `features`, [B, D], would be moved as one more member of the bank.
+        """The displacement of each row of `features`, [B, D], as one more member of the recorded samples.
 
         Args:
             features: [B, D], in the units of the transport problem.
-            references: [M, D], those of the recorded guidance.
-            timestep: one of the recorded ones.
-            correction: which of its correction steps, from 0.
+            references: [M, D], the references of the recorded guidance.
+            timestep: one of the recorded timesteps.
+            correction: index of the correction step, from 0.
 
         Returns:
             [B, D], float32; a row depends on its own features alone.
         """
         step = self.config.timesteps.index(timestep)
-        bank = self.features[step, correction].float()
-        bank, weights = completed(bank, references) if self.config.is_completed else (bank, None)
+        samples = self.features[step, correction].float()
+        samples, weights = completed(samples, references) if self.config.is_completed else (samples, None)
         return divergence_gradient_at(
             features.float(),
-            bank,
+            samples,
             references,
             self.reference_potentials[step, correction].float(),
             self.own_potentials[step, correction].float(),

@@ -1,12 +1,12 @@
-"""Priors of the truncated chain: models that make x_T', the noisy image where the last T' reverse steps start.
+"""Priors of the truncated chain: models that generate x_T', the noisy image from which the last T' reverse steps start.
 
-Every prior maps latents z, [B, latent_dim], to images in one call; z ~ N(0, I), or from a mixture of Gaussians that was
-fitted to the codes of an autoencoder. Its `prediction_type` says which images:
+Every prior maps latents z, [B, latent_dim], to images in one call; z is drawn from N(0, I), or from a mixture of
+Gaussians that was fitted to the codes of an autoencoder. The `prediction_type` states which images it generates:
 
-    "noisy_sample"   x_T' = G(z)                                  the generator makes the noise too
+    "noisy_sample"   x_T' = G(z)                                  the generator makes the noisy image
     "sample"         x_T' = α G(z) + σ ε,  ε ~ N(0, I) fresh      the generator makes the clean part; (α, σ) of step T'
 
-Options are keyword-only: diffusers forgets positional ones in `from_config`.
+Options are keyword-only, because diffusers drops positional ones in `from_config`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from ..images import require_model_range
 from .portable import PortableModel
 
 LATENT_ENTRIES = 10**9
-"""Numbers in the covariances of a mixture of latents, at most: 4 GB."""
+"""Largest number of entries in the covariances of a mixture of latents: 4 GB in float32."""
 PRIOR_PREDICTION_TYPES = ("sample", "noisy_sample")
 
 
 @dataclass
 class PriorOutput(BaseOutput):
-    """What a prior makes of latents: clean images or x_T', by its `prediction_type`; [B, C, H, W]."""
+    """Output of a prior: clean images or x_T', depending on its `prediction_type`; [B, C, H, W]."""
 
     sample: Tensor
 
 
 class PriorMixin:
-    """What the pipeline asks of a prior: the shape of its latents and images, their meaning, their cost, and draws."""
+    """Interface of priors for the pipeline: shapes of latents and images, their meaning, their cost, and sampling."""
 
     config: Any
     dtype: torch.dtype
     device: torch.device
 
-    #: Network evaluations of one call of `sample`.
+    #: Number of function evaluations (NFE) in one call of `sample`.
     nfe: int = 1
 
     @property
@@ -61,7 +61,7 @@ class PriorMixin:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images made."""
+        """(C, H, W) of the generated images."""
         return (self.config.out_channels, *_height_width(self.config.sample_size))
 
     def sample(
@@ -77,9 +77,9 @@ class PriorMixin:
 
         Args:
             batch_size: number of images B.
-            alpha, sigma: noise level of the start, scalars: `alpha_sigma(scheduler, truncation_timestep − 1)`.
-            generator: one generator, or one for each image: then an image does not depend on the batch it is drawn in.
-            device: where the noise is drawn; the prior's own device by default.
+            alpha, sigma: noise level of x_T', scalars: `alpha_sigma(scheduler, truncation_timestep − 1)`.
+            generator: one generator, or one for each image, so that an image does not depend on the rest of its batch.
+            device: where the noise is drawn; by default the device of the prior.
         """
         generator = list(generator) if isinstance(generator, Sequence) else generator
         images = self.draw(batch_size, generator=generator, device=device)
@@ -92,7 +92,7 @@ class PriorMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """What the prior makes of fresh latents, by its `prediction_type`: the first half of `sample`."""
+        """Images from new latents, clean or x_T' depending on `prediction_type`: the first half of `sample`."""
         latents = self._draw_latents(batch_size, generator, torch.device(device or self.device))
         return self(latents).sample  # type: ignore[operator]
 
@@ -110,21 +110,21 @@ class PriorMixin:
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """x_T' from what the prior makes: α G + σ ε for clean images, the input itself otherwise; differentiable."""
+        """x_T' from the output of the prior: α G + σ ε for clean images, otherwise unchanged; differentiable."""
         if self.prediction_type == "noisy_sample":
             return images
         noise = randn_tensor(tuple(images.shape), generator=generator, device=images.device, dtype=images.dtype)
         return alpha.to(images) * images + sigma.to(images) * noise
 
     def at_truncation_timestep(self, truncation_timestep: int) -> Any:
-        """A copy that starts the chain at another T'. What it makes is clean, and the pipeline diffuses it further or
-        less far.
+        """A copy for another T'. The prior must generate clean images, which the pipeline diffuses to the new noise
+        level.
 
         Raises:
-            InputError: a prior that makes x_T' itself, for its own T' only.
+            InputError: a prior that generates x_T' itself, which has a fixed T'.
         """
-        clean = self.prediction_type == "sample"
-        require(clean, "prior", 'make clean images (prediction_type "sample")', self.prediction_type)
+        is_clean = self.prediction_type == "sample"
+        require(is_clean, "prior", 'generate clean images (prediction_type "sample")', self.prediction_type)
         require(truncation_timestep >= 1, "truncation_timestep", "be at least 1", truncation_timestep)
         moved = copy.deepcopy(self)
         moved.register_to_config(truncation_timestep=truncation_timestep)  # type: ignore[attr-defined]
@@ -136,20 +136,20 @@ class PriorMixin:
 
 
 class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
-    """DCGAN-style generator: a linear layer to a small map, transposed convolutions that double it, a last convolution.
+    """DCGAN-style generator: a linear layer to a small map, upsampling by transposed convolutions, a last convolution.
 
-    All learned priors (VAE decoder, GAN, OT) share it. Clean images leave through tanh; x_T' is unbounded and leaves
-    linearly.
+    All learned priors (VAE decoder, GAN, OT) share it. The output layer is tanh for clean images and linear for x_T',
+    which is unbounded.
 
     Args:
-        truncation_timestep: T' it is made for, 1 or more.
+        truncation_timestep: T' at which its chain starts, at least 1.
         sample_size: height and width in pixels, divisible by 2^(number of blocks − 1).
         out_channels: image channels.
         latent_dim: width of z.
         block_out_channels: width of each resolution, from the smallest map to the full image.
-        norm_type: `"batch"` as in DCGAN, or `"group"`, where no image depends on its batch during training.
+        norm_type: `"batch"` as in DCGAN, or `"group"`, with which images are independent of each other during training.
         prediction_type: `"sample"` (clean images) or `"noisy_sample"` (x_T').
-        num_latent_components: Gaussians in the mixture that z is drawn from; 0 for N(0, I). `with_latents` sets it.
+        num_latent_components: number of Gaussians in the mixture of latents; 0 for N(0, I). `with_latents` sets it.
 
     Example:
         >>> prior = PriorGenerator(truncation_timestep=100, sample_size=8, latent_dim=16, block_out_channels=(32, 16))
@@ -236,20 +236,21 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
 
 
 class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
-    """Closed-form prior: the Gaussian with the mean and covariance of the data, or one such Gaussian for each class.
+    """Closed-form prior: a Gaussian with the mean and covariance of the data, or a mixture with one for each class.
 
         x0 = μ_k + Fᵀ_k z + s_k ε',   x_T' = α x0 + σ ε
 
-    F keeps the leading `rank` principal directions; s is the standard deviation of what they leave out, spread evenly,
-    so the total variance is that of the data. Build it with `from_images`. From its configuration alone
-    (`num_components=0`) it is N(0, I): the start of every ordinary chain, drawn exactly as `DDIMPipeline` draws it.
+    F contains the leading `rank` principal directions. s is the standard deviation of the remaining directions, the
+    same in all of them, so that the total variance is that of the data. `from_images` fits it to data. Built from a
+    configuration alone (`num_components=0`) it is N(0, I), the start of an ordinary chain, drawn exactly as in
+    `DDIMPipeline`.
 
     Args:
-        truncation_timestep: T' it is made for, 1 or more.
+        truncation_timestep: T' at which its chain starts, at least 1.
         sample_size: height and width in pixels.
         out_channels: image channels.
-        num_components: Gaussians in the mixture; 0 for N(0, I).
-        rank: principal directions of each Gaussian.
+        num_components: number of Gaussians in the mixture; 0 for N(0, I).
+        rank: number of principal directions of each Gaussian.
 
     Example:
         >>> prior = GaussianPrior(truncation_timestep=1000, sample_size=2, out_channels=1)
@@ -289,21 +290,21 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         labels: Tensor | None = None,
         rank: int | None = None,
     ) -> GaussianPrior:
-        """Match the moments of real images; covariances are summed in float64.
+        """A prior with the mean and covariance of real images; covariances are accumulated in float64.
 
         Args:
             images: x0 in [-1, 1], [N, C, H, W], N ≥ 2.
-            truncation_timestep: T' of the chain it starts.
-            labels: classes, [N] integers: one Gaussian for each class, weighted by its frequency. Each needs two
-                images.
-            rank: principal directions kept; all that the data has by default, at most C·H·W.
+            truncation_timestep: T' at which its chain starts.
+            labels: class labels, [N] integers: one Gaussian for each class, weighted by its frequency. Every class
+                needs at least two images.
+            rank: number of principal directions; by default all that the data have, at most C·H·W.
         """
         require(images.ndim == 4 and len(images) >= 2, "images", "be [N, C, H, W] with N ≥ 2", tuple(images.shape))
         require_model_range(images)
         labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels.cpu()
-        require(len(labels) == len(images), "labels", f"hold {len(images)} classes", len(labels))
+        require(len(labels) == len(images), "labels", f"hold {len(images)} labels", len(labels))
         classes, counts = labels.unique(return_counts=True)
-        require(bool((counts >= 2).all()), "labels", "give every class two images or more", int(counts.min()))
+        require(bool((counts >= 2).all()), "labels", "give every class at least two images", int(counts.min()))
         dim = images[0].numel()
         rank = min(dim, int(counts.max()) - 1) if rank is None else rank
         height, width = images.shape[2:]
@@ -327,17 +328,17 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
 
     @property
     def nfe(self) -> int:  # type: ignore[override]
-        """Network evaluations: none for N(0, I), one for the linear map of a fitted Gaussian."""
+        """Number of function evaluations: 0 for N(0, I), 1 for the linear map of a fitted Gaussian."""
         return int(self.config.num_components > 0)
 
     @property
     def prediction_type(self) -> str:
-        """Fitted moments are those of clean images; N(0, I) is x_T' itself."""
+        """`"sample"` with fitted moments, which are those of clean images; `"noisy_sample"` for N(0, I)."""
         return "sample" if self.config.num_components else "noisy_sample"
 
     @property
     def latent_dim(self) -> int:
-        """A number for each pixel, one for each principal direction, and one that picks the component of a mixture."""
+        """One number per pixel, one per principal direction, and one that selects the component of a mixture."""
         channels, height, width = self.image_shape
         return channels * height * width + self.config.rank + (self.config.num_components > 1)
 
@@ -349,7 +350,7 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         return PriorOutput(sample=images) if return_dict else (images,)
 
     def _transform(self, latents: Tensor) -> Tensor:
-        """μ_k + F_kᵀ z + s_k ε' with (k, z, ε') read off the latents; [B, C·H·W]."""
+        """μ_k + F_kᵀ z + s_k ε' with (k, z, ε') taken from the latents; [B, C·H·W]."""
         rank, num_components = self.config.rank, self.config.num_components
         choice, codes, noise = latents.split([int(num_components > 1), rank, self.mean.shape[1]], dim=1)
         component = _pick_component(self.weight, choice)
@@ -358,7 +359,7 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
 
 
 def _pick_component(weight: Tensor, choice: Tensor) -> Tensor:
-    """The component whose share of [0, 1] holds Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
+    """The component whose share of [0, 1] contains Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
     if not choice.shape[1]:
         return torch.zeros(len(choice), dtype=torch.long, device=choice.device)
     cumulative = weight.float().cumsum(0)
@@ -369,18 +370,18 @@ def _pick_component(weight: Tensor, choice: Tensor) -> Tensor:
 def _times_factor(codes: Tensor, component: Tensor, factor: Tensor) -> Tensor:
     """Fᵀ_k z for the component k of each row of `codes`, [B, rank] to [B, D]; `factor` is [K, rank, D].
 
-    Moments are no network, so autocast does not narrow their products.
+    Autocast is off: it is meant for networks, and would round these moments.
     """
     product = codes.new_empty(len(codes), factor.shape[2])
     with torch.autocast(codes.device.type, enabled=False):
-        for index in range(len(factor)):  # one factor at a time: B of them would not fit
+        for index in range(len(factor)):  # one factor at a time: B of them would not fit in memory
             rows = component == index
             product[rows] = codes[rows] @ factor[index]
     return product
 
 
 def smallest_map(sample_size: int | Sequence[int], num_blocks: int) -> tuple[int, int]:
-    """Height and width of the smallest of `num_blocks` maps that each double the one before, up to `sample_size`."""
+    """Height and width of the first of `num_blocks` maps, whose size doubles each time up to `sample_size`."""
     require(num_blocks >= 1, "block_out_channels", "name at least one block", num_blocks)
     height, width = _height_width(sample_size)
     factor = 2 ** (num_blocks - 1)
@@ -389,7 +390,7 @@ def smallest_map(sample_size: int | Sequence[int], num_blocks: int) -> tuple[int
 
 
 def _height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of a size that may be one number for both."""
+    """(H, W) from a size that may be a single number."""
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     require_sizes(sample_size=height)
     require_sizes(sample_size=width)
@@ -397,13 +398,13 @@ def _height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _norm(norm_type: str, channels: int) -> nn.Module:
-    """Batch normalisation, or groups of at most 8 channels."""
+    """Batch normalisation, or group normalisation with groups of at most 8 channels."""
     require(norm_type in ("batch", "group"), "norm_type", "be batch or group", norm_type)
     return nn.BatchNorm2d(channels) if norm_type == "batch" else nn.GroupNorm(max(1, channels // 8), channels)
 
 
 def _principal_moments(pixels: Tensor, rank: int, chunk_size: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [D], scaled principal directions [rank, D] and the standard deviation left out, of pixels [N, D].
+    """Mean [D], scaled principal directions [rank, D] and residual standard deviation of pixels [N, D].
 
     Reference: [Tipping1999].
     """
@@ -416,6 +417,6 @@ def _principal_moments(pixels: Tensor, rank: int, chunk_size: int = 4096) -> tup
     variances, directions = torch.linalg.eigh(covariance)  # ascending
     variances = variances.clamp(min=0)
     residual = variances[: dim - rank].sum() / max(1, dim - rank)
-    # The noise of variance `residual` fills the kept directions too.
+    # The noise of variance `residual` is added in the kept directions too.
     factor = (directions * (variances - residual).clamp(min=0).sqrt()).T[dim - rank :]
     return mean, factor, residual.sqrt()

@@ -1,4 +1,4 @@
-"""The networks that only the training of a prior needs: the encoder of the VAE and the discriminator of the GAN."""
+"""Networks that are only needed to train a prior: the encoder of the VAE and the discriminator of the GAN."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class PriorEncoderOutput(BaseOutput):
 
 
 class PriorEncoder(ModelMixin, ConfigMixin):
-    """The generator in reverse: images to the posterior of their latents.
+    """The reversed generator: it maps images to the posterior of their latents.
 
     Args:
         sample_size: height and width in pixels, divisible by 2^(number of blocks − 1).
         in_channels: image channels.
         latent_dim: width of z.
-        block_out_channels: width of each resolution, from the smallest map to the full image: the generator's own
-            tuple.
+        block_out_channels: width of each resolution, from the smallest map to the full image: the same tuple as in the
+            generator.
     """
 
     @register_to_config
@@ -69,13 +69,13 @@ class PriorEncoder(ModelMixin, ConfigMixin):
 
 
 class PriorDiscriminator(ModelMixin, ConfigMixin):
-    """DCGAN-style critic of images: one logit each, positive for real.
+    """DCGAN-style discriminator: one logit per image, positive for real images.
 
     Args:
         sample_size: height and width in pixels, divisible by 2^(number of blocks − 1).
         in_channels: image channels.
         block_out_channels: width of each resolution, from the smallest map to the full image.
-        use_spectral_norm: bound the Lipschitz constant of each layer by 1 in its weights.
+        use_spectral_norm: limit the Lipschitz constant of each layer to 1 by normalising its weights.
 
     Reference: [Miyato2018].
     """

@@ -1,4 +1,4 @@
-"""Features and thumbnails of real images, stored with a model so that sampling can be guided towards them."""
+"""Reference sets: features and thumbnails of real images, saved with a pipeline so that they can guide sampling."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ from .portable import PortableModel
 
 @dataclass
 class ReferenceBankOutput(BaseOutput):
-    """Output of a reference bank.
+    """Output of `ReferenceBank`.
 
     Args:
-        features: [N, D], as they were stored.
+        features: [N, D], as they are stored.
     """
 
     features: Tensor
 
 
 class ReferenceBank(PortableModel, ConfigMixin):
-    """A fixed cloud of reference features, if wanted with thumbnails of their images, and the lengths that make both
-    unit-sized.
+    """A reference set: features of real images, optionally with their thumbnails, and the scales that normalise both.
 
-    Both are parameters without gradient rather than buffers, so that device placement and offloading
-    treat the bank like any other model.
+    Both are parameters without gradient rather than buffers, so that device placement and offloading treat them like
+    those of any other model.
 
     Args:
-        num_samples: N, rows of the bank.
-        feature_dim: D.
-        feature_scale: features are divided by it before any transport problem: their median distance for the `scaled`
+        num_samples: N, number of reference images.
+        feature_dim: D, width of the features.
+        feature_scale: features are divided by it in every transport problem: their median distance in the `scaled`
             form, 1 for the original study's raw features.
-        dataset: name of the data the references come from.
-        data_fingerprint: content hash of that data, the same as the feature network's.
-        thumbnail_shape: (C, H, W) of the thumbnails; None for a bank of features alone.
-        pixel_scale: median distance of the thumbnails.
+        dataset: name of the data set of the reference images.
+        data_fingerprint: content hash of that data set, the same as in the configuration of the feature network.
+        thumbnail_shape: (C, H, W) of the thumbnails; None for features alone.
+        pixel_scale: median distance between thumbnails.
 
     Example:
         >>> bank = ReferenceBank.from_features(torch.randn(100, 16), feature_scale=2.0)
@@ -82,8 +81,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
         data_fingerprint: str | None = None,
         images: Tensor | None = None,
     ) -> ReferenceBank:
-        """A bank that holds `features`, [N, D], N ≥ 2, and thumbnails of the `images` they are of, [N, C, H, W] in
-        [-1, 1]."""
+        """A reference set of `features`, [N, D], N ≥ 2, with thumbnails of their `images`, [N, C, H, W] in [-1, 1]."""
         require(features.ndim == 2, "features", "have shape [N, D]", tuple(features.shape))
         require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
         small, pixels = None, {}
@@ -105,5 +103,5 @@ class ReferenceBank(PortableModel, ConfigMixin):
         return ReferenceBankOutput(features) if return_dict else (features,)
 
     def references(self) -> Tensor:
-        """The cloud in units of `feature_scale`, float32 [N, D]."""
+        """The features divided by `feature_scale`, float32 [N, D]."""
         return self.features.float() / self.config.feature_scale

@@ -1,5 +1,5 @@
-"""What the functions of this folder accept. Checks that read a tensor's values are left out where that means waiting:
-on a GPU, and in a compiled graph, where every value is yet to come."""
+"""Input checks. Checks that read a tensor's values are skipped on a GPU, where they would need a host–device
+synchronisation, and in a compiled graph, where the values do not exist yet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_clouds(
     reach: float | None = None,
     names: tuple[str, str] = ("x", "y"),
 ) -> None:
-    """Refuse what has no transport problem: wrong shapes, empty or non-finite clouds, lengths that are not positive."""
+    """Raise `InputError` for wrong shapes, empty or non-finite clouds, and lengths that are not positive."""
     for name, cloud in zip(names, (x, y), strict=True):
         shape = tuple(cloud.shape)
         require(cloud.ndim in (2, 3), name, "be a cloud of shape [N, D] or clouds of shape [P, N, D]", shape)
@@ -38,12 +38,13 @@ def check_clouds(
 
 
 def check_iterations(num_iterations: int | None) -> None:
-    """Refuse a schedule of no steps."""
+    """Raise `InputError` for a fixed number of iterations below 1."""
     require(num_iterations is None or num_iterations >= 1, "num_iterations", "be at least 1 or None", num_iterations)
 
 
 def normalised_weights(weights: Tensor | None, points: Tensor, name: str) -> Tensor:
-    """`weights` of the points [..., N, D] in their dtype, [..., N], uniform if None; positive, and with sum one."""
+    """[..., N] `weights` of the points [..., N, D], divided by their sum, in the dtype of the points; uniform if
+    None."""
     shape = points.shape[:-1]
     if weights is None:
         return points.new_full(shape, 1 / shape[-1])
@@ -59,10 +60,10 @@ def normalised_weights(weights: Tensor | None, points: Tensor, name: str) -> Ten
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all its values are, by the least and the largest: a fraction of the time of `isfinite().all()`."""
+    """Whether all values are finite, from the minimum and the maximum: much faster than `isfinite().all()`."""
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether its values are at hand, without waiting for a device."""
+    """Whether the values can be read without a host–device synchronisation."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,8 +1,8 @@
-"""Problems whose plan fits in memory: Sinkhorn's steps on stored plans, and Newton's where they do not suffice.
+"""Problems whose plan fits in memory: Sinkhorn iterations on a stored plan, then Newton's method where needed.
 
-The exponential of a plan is taken once at a temperature. A Sinkhorn step is then two products of the stored plan with a
-vector, and with Nesterov's momentum a few dozen of them do at a moderate blur, with hardly a word between host and
-device.
+The exponential of the plan is computed once for several iterations, each of which then needs two products of the stored
+plan with a vector. With Nesterov momentum a few dozen iterations suffice at a moderate blur, with few host–device
+synchronisations.
 """
 
 from __future__ import annotations
@@ -19,47 +19,56 @@ from .newton import newton_loop
 from .problem import Potentials, Problem
 from .semidual import Plan
 
-# Sinkhorn steps on one stored plan before the host looks at the error; one at each temperature above the last.
-PASSES_PER_PLAN = 10
-# Sinkhorn steps before Newton takes over. On a GPU they are nearly free, and every Newton step is a wait.
-MAX_PLAIN_PASSES = {"cpu": 60, "cuda": 400}
-# Where every row has its mass up to this share of it, Newton has so many passes to finish from there, at the last
-# temperature, before it starts at the top of the ladder.
-NEAR, FINISHING_PASSES = 0.5, 8
-# Newton gets a second ladder of half the steps where the first one left a larger `marginal_error`.
+# Sinkhorn iterations on one stored plan, after which the host reads the error.
+ITERATIONS_PER_PLAN = 10
+# Sinkhorn iterations before Newton's method takes over. On a GPU they cost almost nothing, whereas every Newton step
+# needs a host–device synchronisation.
+SINKHORN_LIMIT = {"cpu": 60, "cuda": 400}
+# Where the relative error of every row sum is below NEAR, Newton's method continues at the last temperature for at most
+# this many iterations. If that fails, it starts again at the highest temperature.
+NEAR, FINISHING_ITERATIONS = 0.5, 8
+# Where the `marginal_error` is still larger than this, Newton's method runs again with twice as many temperatures.
 STUCK = 1e-3
 
 
-def dense_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int) -> Potentials:
-    """From f, [P, N], down the ladder of temperatures until each problem is solved or has spent its passes."""
-    steps = min(max_iterations - FINISHING_PASSES, MAX_PLAIN_PASSES.get(f.device.type, MAX_PLAIN_PASSES["cpu"]))
-    steep = [*ladder[:-1:2], ladder[-1]]
-    potentials, worst_row = _plain_loop(problem, f, steep, tolerance, max(1, steps))
-    near = [one for one in _unsolved(potentials, tolerance) if worst_row[one] < NEAR]
-    potentials = _finished(potentials, near, problem, potentials.f, ladder[-1:], tolerance, FINISHING_PASSES)
-    left = max_iterations - potentials.iterations
-    if left > 0 and len(ladder) > 1:
-        potentials = _finished(potentials, _unsolved(potentials, tolerance), problem, f, ladder, tolerance, left)
-        stuck, left = _unsolved(potentials, max(tolerance, STUCK)), max_iterations - potentials.iterations
-        if stuck and left > 2 * len(ladder):
-            between = [math.sqrt(hot * cold) for hot, cold in pairwise(ladder)]
-            finer = sorted([*ladder, *between], reverse=True)
-            again = newton_loop(problem.take(stuck), f[stuck], finer, tolerance, left)
-            better = (again.marginal_error < potentials.marginal_error[stuck]).nonzero()[:, 0].tolist()
-            potentials = potentials.put([stuck[position] for position in better], again[better])
+def dense_loop(
+    problem: Problem, f: Tensor, temperatures: list[float], tolerance: float, max_iterations: int
+) -> Potentials:
+    """Solve from f, [P, N], at decreasing temperatures; each problem stops at the tolerance or at `max_iterations`."""
+    steps = min(max_iterations - FINISHING_ITERATIONS, SINKHORN_LIMIT.get(f.device.type, SINKHORN_LIMIT["cpu"]))
+    every_second = [*temperatures[:-1:2], temperatures[-1]]
+    potentials, worst_row = _sinkhorn_loop(problem, f, every_second, tolerance, max(1, steps))
+    close = [index for index in _unsolved(potentials, tolerance) if worst_row[index] < NEAR]
+    potentials = _refined(potentials, close, problem, potentials.f, temperatures[-1:], tolerance, FINISHING_ITERATIONS)
+    budget = max_iterations - potentials.iterations
+    if budget > 0 and len(temperatures) > 1:
+        potentials = _refined(potentials, _unsolved(potentials, tolerance), problem, f, temperatures, tolerance, budget)
+        stuck, budget = _unsolved(potentials, max(tolerance, STUCK)), max_iterations - potentials.iterations
+        if stuck and budget > 2 * len(temperatures):
+            between = [math.sqrt(hot * cold) for hot, cold in pairwise(temperatures)]
+            finer = sorted([*temperatures, *between], reverse=True)
+            second_attempt = newton_loop(problem.take(stuck), f[stuck], finer, tolerance, budget)
+            better = (second_attempt.marginal_error < potentials.marginal_error[stuck]).nonzero()[:, 0].tolist()
+            potentials = potentials.put([stuck[position] for position in better], second_attempt[better])
     return potentials
 
 
-def anneal(problem: Problem, f: Tensor, ladder: Sequence[Tensor | float]) -> Tensor:
-    """One Sinkhorn step at every temperature above the last, from f; what f/eps is at the last, [P, N]."""
-    u = f / ladder[0]
-    for eps, colder in pairwise(ladder):
+def anneal(problem: Problem, f: Tensor, temperatures: Sequence[Tensor | float]) -> Tensor:
+    """One Sinkhorn iteration at every temperature above the last, from f; returns f/eps at the last one, [P, N]."""
+    u = f / temperatures[0]
+    for eps, colder in pairwise(temperatures):
         u = (u + problem.semidual(eps).at(u).annealing_step().log()) * (eps / colder)
     return u
 
 
 def accelerate(plan: Plan, previous: Tensor, taken: int, count: int) -> tuple[Tensor, Tensor]:
-    """`count` Sinkhorn steps with momentum from the plan's u, to which earlier ones led by way of `previous`.
+    """`count` Sinkhorn iterations with momentum from the plan's u.
+
+    Args:
+        plan: the plan at u.
+        previous: [P, N], the iterate before u.
+        taken: number of iterations so far.
+        count: number of further iterations.
 
     Returns:
         The last iterate and the one before it, as factors of the plan's rows.
@@ -73,18 +82,18 @@ def accelerate(plan: Plan, previous: Tensor, taken: int, count: int) -> tuple[Te
     return factors, before
 
 
-def _plain_loop(
-    problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int
+def _sinkhorn_loop(
+    problem: Problem, f: Tensor, temperatures: list[float], tolerance: float, max_iterations: int
 ) -> tuple[Potentials, list[float]]:
-    """Sinkhorn steps alone. The host waits for the device once every `PASSES_PER_PLAN` steps.
+    """Sinkhorn iterations only. The host synchronises with the device once every `ITERATIONS_PER_PLAN` iterations.
 
     Returns:
-        The potentials, and for each problem the largest share of its mass that a row has too much or too little.
+        The potentials, and for each problem the largest relative error of a row sum.
     """
-    eps, count = ladder[-1], min(PASSES_PER_PLAN, max_iterations)
+    eps, count = temperatures[-1], min(ITERATIONS_PER_PLAN, max_iterations)
     dual, active = problem.semidual(eps), list(range(len(f)))
-    u = previous = anneal(problem, f, ladder)
-    potentials = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(ladder) - 1)
+    u = previous = anneal(problem, f, temperatures)
+    potentials = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(temperatures) - 1)
     worst_row, taken = [math.inf] * len(f), 0
     while active and (taken == 0 or potentials.iterations < max_iterations):
         plan = dual.at(u)
@@ -95,20 +104,20 @@ def _plain_loop(
         u, previous, v = plan.u + factors.log(), plan.u + before.log(), plan.v + column_factors.log()
         part = Potentials(eps * u, eps * v, potentials.marginal_error.new_tensor(errors), count + 1)
         potentials = potentials.put(active, part)
-        for one, share in zip(active, worst, strict=True):
-            worst_row[one] = share
-        left = [position for position, error in enumerate(errors) if error >= tolerance]
-        if len(left) < len(active):
-            u, previous, dual, active = u[left], previous[left], dual.take(left), [active[one] for one in left]
+        for index, row_error in zip(active, worst, strict=True):
+            worst_row[index] = row_error
+        kept = [position for position, error in enumerate(errors) if error >= tolerance]
+        if len(kept) < len(active):
+            u, previous, dual, active = u[kept], previous[kept], dual.take(kept), [active[index] for index in kept]
     return potentials, worst_row
 
 
 def _unsolved(potentials: Potentials, tolerance: float) -> list[int]:
-    return [one for one, error in enumerate(potentials.marginal_error.tolist()) if not error < tolerance]
+    return [index for index, error in enumerate(potentials.marginal_error.tolist()) if not error < tolerance]
 
 
-def _finished(potentials: Potentials, which: list[int], problem: Problem, f: Tensor, *options: Any) -> Potentials:
-    """What Newton's loop makes of some of the problems, from f, after the passes of an earlier attempt."""
+def _refined(potentials: Potentials, which: list[int], problem: Problem, f: Tensor, *options: Any) -> Potentials:
+    """`potentials`, with those of the problems `which` replaced by solutions of Newton's method, started from f."""
     if not which:
         return potentials
     return potentials.put(which, newton_loop(problem.take(which), f[which], *options))

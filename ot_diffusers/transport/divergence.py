@@ -2,11 +2,12 @@
 
     S(x, y) = OT(x, y) − ½ OT(x, x) − ½ OT(y, y)                                       [Feydy2019]
 
-By the envelope theorem the gradient needs the plan alone, never the path of the solver:
+By the envelope theorem the gradient needs the optimal plan only, not the derivatives of the solver's iterations:
 
     ∂OT(x, y)/∂x_i = a_i (x_i − T(x_i)),     T(x_i) = Σ_j P_ij y_j / Σ_j P_ij          [Feydy2019]
 
-so a loss costs one solve per term, holds no graph of the iterations, and is exact where the solve is.
+so a loss needs one solve per term and no autograd graph of the iterations, and its gradient is as accurate as the
+solution.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .problem import Potentials, Problem, as_batch, problems
 from .sinkhorn import solve, solve_self, warn_of_errors
 
 BACKENDS = ("native", "geomloss", "flash-sinkhorn")
-# The averaged iteration of a self-term halves its error at every step.
+# The averaged iteration for a self-term halves its error in every step.
 SELF_ITERATIONS = 20
 
 Arguments = ParamSpec("Arguments")
@@ -38,7 +39,7 @@ Result = TypeVar("Result")
 
 
 def traced_if_fixed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`torch.compile` traces calls with `num_iterations`; the others, whose course depends on values, it leaves out."""
+    """Let `torch.compile` trace calls with `num_iterations`, and skip others, whose control flow depends on values."""
     untraced = torch.compiler.disable(function)
 
     @functools.wraps(function)
@@ -66,41 +67,43 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased entropic transport cost between two clouds, for ½‖x − y‖² and eps = blur².
 
-    Computed in float32 whatever the input, with autocast and TF32 off, and in float64 for float64 clouds and where
+    Computed in float32 whatever the input, with autocast and TF32 off. float64 is used for float64 clouds, and where
     float32 does not resolve the problem: points more than 180 blurs from the centre of `y`, such as outliers, a blur
-    above twice the largest such distance, a reach below .03 blur, or lengths whose squares float32 does not hold.
-    Results come back in the dtype of the input (float32 for half precision), gradients as well. The gradient mode of
-    the caller is respected and left as it was. In float32 the value, not the gradient, is uncertain by about
-    1e-6 blur², which shows where clouds of one mean meet a large blur.
+    above twice the largest such distance, a reach below .03 blur, or lengths whose squares float32 cannot represent.
+    Values and gradients are returned in the dtype of the input (float32 for half precision). The caller's gradient mode
+    is respected and not changed. In float32 the value, unlike the gradient, has an uncertainty of about 1e-6 blur²,
+    which is noticeable for clouds with equal means and a large blur.
 
-    The value is right to a thousandth (of OT, where debiasing cancels most of it), the gradient to a cosine of .999.
-    Where the solver ends farther from the solution, a warning names the marginal error.
+    The relative error of the value is at most a thousandth (of OT, where debiasing cancels most of it), and the cosine
+    similarity of the gradient with the exact one is at least .999. If the solver stops farther from the solution, a
+    warning states the marginal error.
 
     Args:
         x: [N, D] points, or [P, N, D], the clouds of P problems; gradient flows.
-        y: [M, D] points, or [P, M, D]; gradient flows if required. One cloud beside P others belongs to all of them.
+        y: [M, D] points, or [P, M, D]; gradient flows if required. A single cloud is shared by all P problems.
         blur: length in the units of the points. Below about a third of the median nearest-neighbour distance the
             same-batch debiasing has no effect on the gradient; see `x_pair`.
-        scaling: ratio of successive blurs of the annealing, in (0, 1). The result does not depend on it: ratios below
-            .5, and ladders of more levels than the solver has time for, are replaced by the nearest that suit it.
-        debias: subtract the self-terms. `False` gives OT(x, y) alone.
-        reach: length of unbalanced transport, any positive number; `None` for balanced.
-        x_weights, y_weights: [N], [M] or [P, N], [P, M], positive, sum 1 (uniform by default); no gradient flows to
-            them.
-        x_pair: [K, D] or [P, K, D], an independent second sample of x's law, for the self-term OT(x, x_pair) instead of
-            OT(x, x). If it carries no gradient, x receives the whole gradient of the self-term, as in the same-batch
-            form.
-        y_self_cost: OT(y, y) where it is known (`self_transport_cost`), or 0 to leave it out, 0-d or [P]: it shifts the
-            value only. A `y` that requires a gradient gets that of the term all the same.
+        scaling: ratio of successive blurs during annealing, in (0, 1). It does not affect the result: a ratio below .5,
+            or so near 1 that the solver has too little time for each temperature, is replaced by the nearest suitable
+            one.
+        debias: subtract the self-terms; `False` gives OT(x, y) alone.
+        reach: length scale of unbalanced transport, any positive number; `None` for balanced transport.
+        x_weights, y_weights: [N], [M] or [P, N], [P, M], positive, sum 1 (uniform by default); they receive no
+            gradient.
+        x_pair: [K, D] or [P, K, D], an independent second sample from the distribution of x, for the self-term OT(x,
+            x_pair) instead of OT(x, x). If it requires no gradient, x receives the whole gradient of the self-term, as
+            in the same-batch form.
+        y_self_cost: OT(y, y), 0-d or [P], if it is already known (`self_transport_cost`), or 0 to leave it out: it only
+            shifts the value. A `y` that requires a gradient still receives the gradient of this term.
         backend: `"native"`; `"geomloss"` to reproduce results obtained with `SamplesLoss("sinkhorn", p=2)`, whose
-            gradient is unconverged at the usual `scaling`; or `"flash-sinkhorn"`, that library's CUDA kernels with the
-            same schedule, for clouds of tens of thousands of points on a GPU.
-        num_iterations: Sinkhorn steps, at least 1, in place of a solve to convergence: no value is read back, so that a
-            GPU does not wait and `torch.compile(fullgraph=True)` traces the call. 20 give the gradient of the converged
-            problem to a cosine of .999 from a blur of .3 of the median distance on, 100 from .1 on, and 200 from .05
-            on, there but for clusters of unequal shares. No warning says how far they got, and on a GPU and in
-            compiled code the values of the clouds do not decide the precision: pass float64 clouds where it matters,
-            such as beside outliers. None converges.
+            gradient is unconverged at the usual `scaling`; or `"flash-sinkhorn"`, CUDA kernels of the library of this
+            name with the same annealing, for clouds of tens of thousands of points on a GPU.
+        num_iterations: fixed number of Sinkhorn iterations, at least 1; `None` iterates to convergence. With a fixed
+            number no value is read back, so that a GPU never waits for the host and `torch.compile(fullgraph=True)` can
+            trace the call. The gradient reaches a cosine similarity of .999 with that of the converged problem after 20
+            iterations for blurs from .3 median distances, 100 from .1, and 200 from .05 (except for clusters of unequal
+            weights). No warning reports the marginal error. On a GPU and in compiled code the precision does not depend
+            on the values of the clouds: pass float64 clouds where that matters, for example with outliers.
 
     Returns:
         0-d tensor, or [P] for batches; float32 or float64.
@@ -127,7 +130,7 @@ def sinkhorn_divergence(
         if x.ndim != y.ndim:
             x, y, a, b = (tensor.contiguous() for tensor in as_batch(x, y, a, b))
         library = _geomloss if backend == "geomloss" else _flash_sinkhorn
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # both leave it on
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # both libraries leave it enabled
             return library(a.float(), x.float(), b.float(), y.float(), blur, scaling, debias, reach)
     if x_pair is not None:
         check_clouds(x, x_pair, blur=blur, names=("x", "x_pair"))
@@ -144,7 +147,7 @@ def sinkhorn_divergence(
 
 @dataclass(frozen=True)
 class Solver:
-    """How transport problems are solved: see `sinkhorn_divergence`."""
+    """Settings of the solver, see `sinkhorn_divergence`, and the marginal errors of what it has solved."""
 
     blur: float
     scaling: float = 0.7
@@ -162,13 +165,13 @@ class Solver:
         reach: float | None = None,
         num_iterations: int | None = None,
     ) -> tuple[Solver, torch.dtype]:
-        """A solver for problems between some clouds, with the type that resolves them, and the type of the results."""
-        looks = num_iterations is None or all(is_readable(cloud) for cloud in clouds)
-        solved_in, blur, reach = resolve(clouds, blur, reach, looks=looks)
+        """A solver with the dtype that resolves problems between these clouds, and the dtype of the results."""
+        may_read_values = num_iterations is None or all(is_readable(cloud) for cloud in clouds)
+        solved_in, blur, reach = resolve(clouds, blur, reach, may_read_values=may_read_values)
         return cls(blur, scaling, reach, num_iterations, solved_in), result_dtype(*clouds)
 
     def warn(self) -> None:
-        """Say once how far from solved the worst of the problems is, where that matters and no number was set."""
+        """Warn once of the largest marginal error if it is too large, unless the number of iterations was fixed."""
         if self.num_iterations is None:
             warn_of_errors(self.errors, 0.0, "raise blur")
 
@@ -186,7 +189,7 @@ class Solver:
     def solutions(
         self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, initial: Potentials | None = None
     ) -> Iterator[tuple[Problem, Potentials]]:
-        """The problems OT(x, y), in batches that fit in memory, with their potentials."""
+        """The problems OT(x, y), in sub-batches that fit in memory, with their potentials."""
         for part, problem in problems(x, y, a, b, self.blur, self.reach):
             start = initial[part] if initial is not None else None
             if self.num_iterations is None:
@@ -199,7 +202,7 @@ class Solver:
     def self_solutions(
         self, x: Tensor, a: Tensor, initial: Tensor | None = None
     ) -> Iterator[tuple[Problem, Potentials]]:
-        """The problems OT(x, x) likewise, from potentials [P, N]."""
+        """The problems OT(x, x) in the same way, with potentials [P, N] as the optional start."""
         for part, problem in problems(x, x, a, a, self.blur, self.reach):
             start = initial[part] if initial is not None else None
             if self.num_iterations is None:
@@ -211,7 +214,7 @@ class Solver:
 
 @dataclass(frozen=True)
 class DivergencePotentials:
-    """What determines the gradient of S(x, y) anywhere.
+    """The potentials that determine the gradient of S(x, y) at any point.
 
     Attributes:
         cross: the potentials of OT(x, y).
@@ -223,7 +226,7 @@ class DivergencePotentials:
 
     @property
     def iterations(self) -> int:
-        """Passes over the plan of OT(x, y)."""
+        """Iterations of the solver for OT(x, y)."""
         return self.cross.iterations
 
 
@@ -241,16 +244,16 @@ def divergence_gradient(
     num_iterations: int | None = None,
     initial: DivergencePotentials | None = None,
 ) -> tuple[Tensor, DivergencePotentials]:
-    """∂S/∂x_i = a_i (T_xx(x_i) − T_xy(x_i)), the direction in which each point leaves its own cloud for the other.
+    """∂S/∂x_i = a_i (T_xx(x_i) − T_xy(x_i)); a step against it moves a point towards the other cloud.
 
-    For loops that follow the field of a slowly moving cloud: the potentials of one call are the start of the next,
-    which then takes a few passes over the plan instead of a few dozen.
+    For loops in which the cloud moves slowly along this gradient: the potentials of one call are a warm start for the
+    next, which then needs a few iterations instead of a few dozen.
 
     Args:
         x: [N, D] points, or [P, N, D], the clouds of P problems.
-        y: [M, D] points, or [P, M, D]; one cloud beside P others belongs to all of them.
-        blur, scaling, reach, x_weights, y_weights, num_iterations: as in `sinkhorn_divergence`. With `initial` a fixed
-            number of steps is taken at eps = blur² alone, where a few suffice.
+        y: [M, D] points, or [P, M, D]; a single cloud is shared by all P problems.
+        blur, scaling, reach, x_weights, y_weights, num_iterations: as in `sinkhorn_divergence`. With `initial`, a fixed
+            number of iterations is performed at eps = blur² alone, where a few suffice.
         initial: the potentials that the previous call returned.
 
     Returns:
@@ -298,20 +301,20 @@ def divergence_gradient_at(
     blur: float,
     x_weights: Tensor | None = None,
 ) -> Tensor:
-    """The direction ∂S/∂x_i / a_i that a further point of the cloud x would have, for each of `points` alone.
+    """The direction ∂S/∂x_i / a_i for each of `points` if that point alone joined the cloud x.
 
-    Potentials of a solved problem S(x, y) extend to any place: with them T_xy needs one softmax over y and no solve. In
-    T_xx the point meets itself, too. Its potential f solves e^(−f/eps) = Σ_j a_j e^((f_j − C_j)/eps) + a_1 e^(f/eps), a
+    The potentials of a solved problem S(x, y) extend to any point: T_xy needs one softmax over y and no solve. T_xx
+    includes the new point itself. Its potential f solves e^(−f/eps) = Σ_j a_j e^((f_j − C_j)/eps) + a_1 e^(f/eps), a
     quadratic equation in e^(f/eps), so that it keeps as much of its own mass as the first point of x does.
 
     Args:
         points: [B, D].
-        x: [N, D], the cloud the points join.
-        y: [M, D], the cloud they move to.
+        x: [N, D], the cloud that the points join.
+        y: [M, D], the cloud that they move towards.
         reference_potential: [M], `potentials.cross.g` of `divergence_gradient(x, y)`.
         self_potential: [N], `potentials.self_potential`.
-        blur: that of the solved problem.
-        x_weights: [N], its weights a, positive, sum 1 (uniform by default).
+        blur: the blur of the solved problem.
+        x_weights: [N], the weights a of x, positive, sum 1 (uniform by default).
 
     Returns:
         [B, D]; row i depends on point i alone.
@@ -329,8 +332,8 @@ def divergence_gradient_at(
     log_size = math.log(len(x)) if x_weights is None else -x_weights[0].log()
     log_ratios = 0.0 if x_weights is None else x_weights.log() + log_size
     with full_precision(points):
-        # Not by the values: what a point gets does not depend on the others.
-        solved_in, blur, _ = resolve((points, x, y), blur, None, looks=False)
+        # The dtype must not depend on the values: the result for one point is independent of the other points.
+        solved_in, blur, _ = resolve((points, x, y), blur, None, may_read_values=False)
         eps, points, x, y = blur**2, points.to(solved_in), x.to(solved_in), y.to(solved_in)
         mean = y.mean(0)
         points, x, y = points - mean, x - mean, y - mean
@@ -345,8 +348,11 @@ def divergence_gradient_at(
 def self_transport_cost(
     y: Tensor, *, blur: float, reach: float | None = None, y_weights: Tensor | None = None
 ) -> Tensor:
-    """OT(y, y), 0-d, or [P] for clouds [P, M, D]: the term of the divergence that a fixed reference can pay once
-    (`y_self_cost`). Its gradient in y, of both arguments, flows if required."""
+    """OT(y, y), 0-d, or [P] for clouds [P, M, D]: the self-term that a fixed reference set needs only once
+    (`y_self_cost`).
+
+    If required, its gradient flows to y through both arguments.
+    """
     check_clouds(y, y, blur=blur, reach=reach)
     with full_precision(y):
         solver, dtype = Solver.of((y,), blur, reach=reach)
@@ -355,18 +361,18 @@ def self_transport_cost(
 
 
 def _half_self_term(solver: Solver, x: Tensor, a: Tensor, x_pair: Tensor | None) -> Tensor:
-    """½ OT(x, x) or ½ OT(x, x_pair), with the gradient in x of a self-term in both cases."""
+    """½ OT(x, x) or ½ OT(x, x_pair); x receives the whole gradient of the self-term unless x_pair requires one."""
     if x_pair is None:
         return solver.self_transport_cost(x, a) / 2
     x_pair = x_pair.to(x.dtype)
     half = solver.transport_cost(x, x_pair, a, normalised_weights(None, x_pair, "x_pair")) / 2
     if x_pair.requires_grad:
         return half
-    return 2 * half - half.detach()  # the value of one half, the gradient of the whole
+    return 2 * half - half.detach()  # the value of ½ OT, and the gradient of OT
 
 
 def _reference_term(solver: Solver, y: Tensor, b: Tensor, cost: Tensor | float | None, like: Tensor) -> Tensor | float:
-    """½ OT(y, y), of which a known value replaces the value and not the gradient."""
+    """½ OT(y, y); a given `cost` replaces its value but not its gradient."""
     if cost is None:
         return solver.self_transport_cost(y, b) / 2
     cost = torch.as_tensor(cost, dtype=like.dtype, device=like.device).detach()
@@ -379,7 +385,7 @@ def _reference_term(solver: Solver, y: Tensor, b: Tensor, cost: Tensor | float |
 
 
 class _TransportCost(torch.autograd.Function):
-    """OT of P problems; the gradients are computed with it, since the plan is at hand, and kept for `backward`."""
+    """OT of P problems. `forward` computes the gradients too, from the plan at hand, and saves them for `backward`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, solver: Solver) -> Tensor:
@@ -404,7 +410,7 @@ class _TransportCost(torch.autograd.Function):
 
 
 class _SelfTransportCost(torch.autograd.Function):
-    """OT(x, x) of P clouds by their symmetric potentials; its gradient is that of both arguments."""
+    """OT(x, x) of P clouds from their symmetric potentials; the gradient is that with respect to both arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, solver: Solver) -> Tensor:
@@ -425,7 +431,7 @@ class _SelfTransportCost(torch.autograd.Function):
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """A gradient that knows the points it depends on: a second derivative is refused, not taken for zero."""
+    """A gradient that depends on its points in the graph: a second derivative raises an error instead of being zero."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, points: Tensor) -> Tensor:
@@ -433,16 +439,16 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> None:
-        raise NotImplementedError("the Sinkhorn divergence has no second derivative: its plan is held fixed")
+        raise NotImplementedError("the Sinkhorn divergence has no second derivative: its plan is treated as constant")
 
 
 def check_backend(backend: str, device: torch.device, name: str = "backend") -> None:
-    """Refuse a backend that does not exist, is not installed, or does not run on a device.
+    """Raise `InputError` for a backend that does not exist, is not installed, or does not support the device.
 
     Args:
         backend: see `sinkhorn_divergence`.
         device: where the points are.
-        name: the argument that the error names.
+        name: name of the argument in the error.
     """
     require(backend in BACKENDS, name, f"be one of {', '.join(BACKENDS)}", backend)
     if backend == "geomloss":
@@ -457,7 +463,7 @@ def check_backend(backend: str, device: torch.device, name: str = "backend") -> 
 def _geomloss(
     a: Tensor, x: Tensor, b: Tensor, y: Tensor, blur: float, scaling: float, debias: bool, reach: float | None
 ) -> Tensor:
-    """The same quantity by geomloss, which computes the reference self-term at every call."""
+    """The same divergence from geomloss, which computes the reference self-term in every call."""
     from geomloss import SamplesLoss
 
     loss = SamplesLoss("sinkhorn", p=2, blur=blur, scaling=scaling, reach=reach, debias=debias, backend="tensorized")
@@ -467,10 +473,10 @@ def _geomloss(
 def _flash_sinkhorn(
     a: Tensor, x: Tensor, b: Tensor, y: Tensor, blur: float, scaling: float, debias: bool, reach: float | None
 ) -> Tensor:
-    """The same quantity by flash-sinkhorn, in float32 products and our cost ½‖x − y‖²."""
+    """The same divergence from flash-sinkhorn, with float32 products and our cost ½‖x − y‖²."""
     from flash_sinkhorn import SamplesLoss
 
-    # The library would try a hundred kernels for every new shape, which takes minutes.
+    # By default the library times a hundred kernels for every new shape, which takes minutes.
     options = {"half_cost": True, "allow_tf32": False, "autotune": False}
     loss = SamplesLoss("sinkhorn", blur=blur, scaling=scaling, reach=reach, debias=debias, **options)
     return loss(a, x, b, y)

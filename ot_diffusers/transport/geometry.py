@@ -1,5 +1,5 @@
-"""Distances between clouds: the cost ½‖x − y‖², stored where it fits. Of one cloud, the length that blurs are measured
-in, and how many directions it spreads in."""
+"""Costs ½‖x − y‖² between two point clouds, stored where they fit in memory, and two statistics of one cloud: its
+median pairwise distance and its effective rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import require
 from .precision import matmul, subtract_product
 
-# Above this many entries no N×M tensor is made: costs are recomputed block by block.
+# Above this number of entries no N×M matrix is stored: costs are recomputed block by block.
 MAX_DENSE_ENTRIES = 2**25
-# Entries of a block: what a CPU's caches hold, and what keeps a GPU busy.
+# Entries of one block: few enough for the caches of a CPU, many enough to keep a GPU busy.
 BLOCK_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
 
 
@@ -25,14 +25,14 @@ def half_squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both clouds moved so that `y` has mean zero: costs stay the same, rounding shrinks."""
+    """Both clouds, translated so that `y` has mean zero: costs do not change and rounding errors shrink."""
     mean = y.mean(-2, keepdim=True)
     return x - mean, y - mean
 
 
 class Cost:
-    """½‖x_i − y_j‖² between two clouds [..., N, D] and [..., M, D], held as one matrix where it fits and recomputed in
-    row blocks where it does not."""
+    """½‖x_i − y_j‖² between two clouds [..., N, D] and [..., M, D], stored as one matrix where it fits in memory,
+    otherwise recomputed in blocks of rows."""
 
     def __init__(self, x: Tensor, y: Tensor, matrix: Tensor | None = None) -> None:
         self.x, self.y = x, y
@@ -41,26 +41,26 @@ class Cost:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the matrix of costs is held."""
+        """Whether the cost matrix is stored."""
         return self._matrix is not None
 
     @property
     def matrix(self) -> Tensor:
-        """All costs, [..., N, M], of a dense problem."""
+        """The stored cost matrix, [..., N, M]; dense problems only."""
         assert self._matrix is not None
         return self._matrix
 
     @property
     def T(self) -> Cost:
-        """The same costs seen from the other cloud."""
+        """The same costs with both clouds exchanged."""
         return Cost(self.y, self.x, self._matrix.mT if self._matrix is not None else None)
 
     def take(self, problems: list[int]) -> Cost:
-        """The costs of some problems of a dense batch."""
+        """The costs of selected problems of a dense batch."""
         return Cost(self.x[problems], self.y[problems], self.matrix[problems])
 
     def blocks(self) -> Iterator[Tensor]:
-        """The costs of successive rows, [..., rows, M]."""
+        """Blocks of successive rows of the cost matrix, [..., rows, M]."""
         if self._matrix is not None:
             yield self._matrix
             return
@@ -68,51 +68,52 @@ class Cost:
             yield half_squared_distances(x, self.y)
 
     def softmin(self, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
-        """−eps log Σ_j b_j exp((g_j − C_ij)/eps), [..., N]: the best f given g."""
+        """−eps log Σ_j b_j exp((g_j − C_ij)/eps), [..., N]: the optimal f given g."""
         scores = (log_b + g / eps)[..., None, :]
         return torch.cat([-eps * torch.logsumexp(scores - block / eps, dim=-1) for block in self.blocks()], dim=-1)
 
     def barycentric_projection(self, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
-        """T(x_i) = Σ_j π_ij y_j with the row-normalised plan π, [..., N, D]: where each x_i is sent on average."""
+        """T(x_i) = Σ_j π_ij y_j with the row-normalised plan π, [..., N, D]: the average destination of each x_i."""
         scores = (log_b + g / eps)[..., None, :]
         sent = [matmul(torch.softmax(scores - block / eps, dim=-1), self.y) for block in self.blocks()]
         return torch.cat(sent, dim=-2)
 
     def diameter(self) -> Tensor:
-        """An upper bound of the largest distance between the clouds, [...], from their bounding box."""
+        """Upper bound of the distance between any two points of both clouds, [...], from their joint bounding box."""
         low = torch.minimum(self.x.amin(-2), self.y.amin(-2))
         high = torch.maximum(self.x.amax(-2), self.y.amax(-2))
         return (high - low).norm(dim=-1)
 
 
 def block_rows(columns: Tensor) -> int:
-    """Rows of a block whose columns belong to a cloud [..., M, D]."""
+    """Number of rows in a block of costs; its columns belong to the cloud `columns`, [..., M, D]."""
     entries = BLOCK_ENTRIES.get(columns.device.type, BLOCK_ENTRIES["cpu"])
     return max(1, entries // columns.shape[-2])
 
 
 def median_distance(features: Tensor, max_points: int = 2000) -> float:
-    """Median pairwise Euclidean distance of evenly spaced rows: the unit of length of the `scaled` presets.
+    """Median pairwise Euclidean distance between evenly spaced rows: the unit of length of the `scaled` presets.
 
     Args:
         features: [N, D], N ≥ 2.
-        max_points: at most this many rows enter.
+        max_points: at most this many rows are used.
 
     Raises:
-        InputError: fewer than two rows, or rows of which most are the same.
+        InputError: fewer than two rows, or rows that are mostly identical.
     """
     require(len(features) >= 2, "features", "hold at least two rows", tuple(features.shape))
     rows = features[:: math.ceil(len(features) / max_points)]
     median = torch.pdist(rows if rows.dtype == torch.float64 else rows.float()).median().item()
-    if not 0 < median < math.inf:  # perhaps of lengths whose squares float32 does not hold
+    if not 0 < median < math.inf:  # the squared distances may be outside the range of float32
         median = torch.pdist(rows.double()).median().item()
     require(0 < median < math.inf, "features", "differ from one another and be finite", f"median distance {median}")
     return median
 
 
 def log_effective_rank(points: Tensor) -> Tensor:
-    """Entropy of the covariance's normalised eigenvalues, of a cloud [N, D]: the log of how many directions it spreads
-    in, from 0 (on a line, or in one place) to log min(N − 1, D); 0-d, in the precision of the points.
+    """Logarithm of the effective rank of a cloud [N, D]: the entropy of the normalised eigenvalues of its covariance.
+
+    It ranges from 0 (all points on a line, or equal) to log min(N − 1, D); 0-d, in the dtype of the points.
 
     Reference: [Roy2007].
 

@@ -1,14 +1,14 @@
-"""The value of the Sinkhorn divergence between clouds of ten thousand points, by a coarse problem and a stored kernel.
+"""Value of the Sinkhorn divergence between clouds of ten thousand points, from a coarse problem and a stored kernel.
 
-`blockwise.py` takes the exponential of every cost in every pass, which is what a pass costs on large clouds. Here it is
-taken once at a temperature, around potentials (f, g) that are nearly right, and what is left to find are factors near
-one [Schmitzer2019]:
+`blockwise.py` computes the exponential of every cost in every iteration, which dominates its run time on large clouds.
+Here it is computed once per temperature, around nearly optimal potentials (f, g), and the remaining unknowns are
+factors near one [Schmitzer2019]:
 
     P_ij = u_i K_ij v_j / (NM),     K_ij = exp((f_i + g_j − C_ij)/eps),     weights 1/N and 1/M
 
-With v_j = N/(Kᵀu)_j the column sums are exact, which leaves the dual as a function of log u, with the Newton step of
-`newton.py`. Every step is a few products of K with a vector. The nearly right potentials come from every fourth point
-at a higher temperature, and from a short ladder of temperatures down to blur².
+With v_j = N/(Kᵀu)_j the column sums are exact, which leaves the dual as a function of log u, maximised by the Newton
+steps of `newton.py`. Every step is a few products of K with a vector. The nearly optimal potentials come from a problem
+with every fourth point at a higher temperature, followed by a few decreasing temperatures down to blur².
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from .precision import full_precision, resolve, result_dtype
 from .problem import Potentials, Problem
 from .sinkhorn import solve, warn_of_errors
 
-# The kernel of float32 numbers is held up to this many entries: 1 GiB; 2 GiB where they must be float64.
+# Kernels of up to this many entries are stored: 1 GiB in float32, 2 GiB in float64.
 MAX_STORED_ENTRIES = 2**28
-# From this many on it pays.
+# From this many entries on, the stored kernel is faster.
 MIN_STORED_ENTRIES = 2**22
 # Problems of at most this many entries are solved as `sinkhorn_potentials` does.
 MAX_COARSE_ENTRIES = 2**20
 COARSENING = 4
-# Blurs on the full clouds, over the one asked for; the coarse problem is solved at the first.
-LADDER = (2 * math.sqrt(2), 2.0, math.sqrt(2), 1.0)
-# Ratio of successive blurs on the way down to the coarse problem's.
+# Blurs on the full clouds, as multiples of the given one; the coarse problem is solved at the first.
+BLUR_RATIOS = (2 * math.sqrt(2), 2.0, math.sqrt(2), 1.0)
+# Ratio of successive blurs while the coarsest problem is annealed.
 SCALING = 0.7
-# `marginal_error` at which a temperature is left for the next, and Newton steps until it is left anyway.
+# The solver moves to the next temperature at this `marginal_error`, or after this many Newton steps.
 LEVEL_TOLERANCE, MAX_STEPS = 0.05, 30
-# Newton's system is solved roughly: an iteration of conjugate gradients costs as much as a new point.
+# Newton's system is solved roughly: an iteration of conjugate gradients costs as much as evaluating a new point.
 CG_TOLERANCE, CG_ITERATIONS = 0.3, 15
-# The `marginal_error` up to which the value is right to a thousandth: it enters by its square.
+# Up to this `marginal_error` the value is accurate to a thousandth: the error has a second-order effect only.
 LARGEST_ERROR = 0.01
-# log u and log v stay below this, far from float32's limit of 88; beyond it they are absorbed into f and g.
+# log u and log v stay below this, far from float32's limit of 88; larger ones are absorbed into f and g.
 MAX_LOG_FACTOR = 20.0
 MIN_EXPONENT = -80.0
 KERNEL_ROWS = 512
 
 
 def has_stored_solver(rows: int, columns: int) -> bool:
-    """Whether `divergence_value` is the way for clouds of these sizes: large ones whose kernels still fit."""
+    """Whether `divergence_value` suits clouds of these sizes: large ones whose kernels can still be stored."""
     largest = max(rows, columns) ** 2  # the self-terms have kernels too
     return rows * columns >= MIN_STORED_ENTRIES and largest <= MAX_STORED_ENTRIES
 
@@ -58,10 +58,10 @@ def has_stored_solver(rows: int, columns: int) -> bool:
 def divergence_value(x: Tensor, y: Tensor, *, blur: float) -> float:
     """S(x, y) = OT(x, y) − ½ OT(x, x) − ½ OT(y, y) for uniform weights, ½‖x − y‖² and eps = blur²: value only.
 
-    The dual is flat at its maximum: an error of the marginals enters the value by its square.
+    The dual is flat at its maximum, so that an error of the marginals has a second-order effect on the value.
 
     Args:
-        x: [N, D] points; computed in float32, or in float64 where that does not resolve them.
+        x: [N, D] points; computed in float32, or in float64 where float32 does not resolve the problem.
         y: [M, D] points.
         blur: length in the units of the points.
 
@@ -74,7 +74,7 @@ def divergence_value(x: Tensor, y: Tensor, *, blur: float) -> float:
     with torch.no_grad(), full_precision(x):
         dtype = result_dtype(x, y)
         x, y = (cloud.float() for cloud in centred(x.to(dtype), y.to(dtype)))
-        solved_in, blur, _ = resolve((x, y), blur, None, looks=True)
+        solved_in, blur, _ = resolve((x, y), blur, None, may_read_values=True)
         x, y = x.to(solved_in), y.to(solved_in)
         storage = x.new_empty(max(len(x), len(y)) ** 2)
         potentials = multiscale_potentials(x, y, blur=blur, storage=storage)
@@ -89,40 +89,42 @@ def divergence_value(x: Tensor, y: Tensor, *, blur: float) -> float:
 def multiscale_potentials(
     x: Tensor, y: Tensor, *, blur: float, tolerance: float = 0.002, storage: Tensor | None = None
 ) -> Potentials:
-    """As `sinkhorn_potentials` with uniform weights and a coarser tolerance, for clouds of N·M > 2²⁰.
+    """As `sinkhorn_potentials` with uniform weights and a looser tolerance, for clouds with N·M > 2²⁰.
 
     Args:
-        x: [N, D] points, of the type that resolves them.
-        y: [M, D] points, of the same type.
+        x: [N, D] points, in the dtype that resolves the problem.
+        y: [M, D] points, in the same dtype.
         blur: length; eps = blur².
         tolerance: stop when `marginal_error` falls below it.
-        storage: at least N·M numbers of that type to hold kernels in, overwritten; allocated here by default.
+        storage: buffer for the kernels, at least N·M numbers of that dtype, overwritten; allocated here by default.
 
     Returns:
         Potentials; `iterations` counts the Newton steps on the full clouds.
 
     Reference: [Schmitzer2019] for the absorbed kernel and the coarse start.
     """
-    if len(x) > len(y):  # Newton's unknowns live on the smaller side
+    if len(x) > len(y):  # Newton's unknowns belong to the smaller cloud
         swapped = multiscale_potentials(y, x, blur=blur, tolerance=tolerance, storage=storage)
         return Potentials(swapped.g, swapped.f, swapped.marginal_error, swapped.iterations)
     if len(x) * len(y) <= MAX_COARSE_ENTRIES:
         return _solve_densely(x, y, blur, tolerance)
     storage = x.new_empty(len(x) * len(y)) if storage is None else storage
-    few_x, few_y, eps = x[::COARSENING], y[::COARSENING], (LADDER[0] * blur) ** 2
-    coarse = multiscale_potentials(few_x, few_y, blur=LADDER[0] * blur, tolerance=LEVEL_TOLERANCE, storage=storage)
-    f = Cost(x, few_y).softmin(coarse.g, x.new_full((len(few_y),), -math.log(len(few_y))), eps)
-    g = Cost(y, few_x).softmin(coarse.f, x.new_full((len(few_x),), -math.log(len(few_x))), eps)
+    coarse_x, coarse_y, eps = x[::COARSENING], y[::COARSENING], (BLUR_RATIOS[0] * blur) ** 2
+    coarse = multiscale_potentials(
+        coarse_x, coarse_y, blur=BLUR_RATIOS[0] * blur, tolerance=LEVEL_TOLERANCE, storage=storage
+    )
+    f = Cost(x, coarse_y).softmin(coarse.g, x.new_full((len(coarse_y),), -math.log(len(coarse_y))), eps)
+    g = Cost(y, coarse_x).softmin(coarse.f, x.new_full((len(coarse_x),), -math.log(len(coarse_x))), eps)
     steps = 0
-    for ratio in LADDER:
-        enough = tolerance if ratio == LADDER[-1] else LEVEL_TOLERANCE
-        f, g, error, taken = _solve_level(x, y, f, g, (ratio * blur) ** 2, enough, storage)
-        steps += taken
+    for ratio in BLUR_RATIOS:
+        level_tolerance = tolerance if ratio == BLUR_RATIOS[-1] else LEVEL_TOLERANCE
+        f, g, error, level_steps = _solve_level(x, y, f, g, (ratio * blur) ** 2, level_tolerance, storage)
+        steps += level_steps
     return Potentials(f, g, torch.tensor(error), steps)
 
 
 def _solve_densely(x: Tensor, y: Tensor, blur: float, tolerance: float) -> Potentials:
-    """The problem as `sinkhorn_potentials` solves it."""
+    """The potentials from the solver of `sinkhorn_potentials`."""
     a, b = x.new_full((1, len(x)), 1 / len(x)), y.new_full((1, len(y)), 1 / len(y))
     problem = Problem(Cost(*(cloud[None] for cloud in centred(x, y))), a, b, blur)
     return solve(problem, SCALING, tolerance)[0]
@@ -130,8 +132,8 @@ def _solve_densely(x: Tensor, y: Tensor, blur: float, tolerance: float) -> Poten
 
 @dataclass(frozen=True)
 class _Point:
-    """An iterate: log u [N], u [N], v [M], row sums N·r [N] (1 at the solution), the dual's gain over (f, g) in eps,
-    and the marginal error."""
+    """An iterate: log u [N], u [N], v [M], row sums N·r [N] (1 at the solution), the gain of the dual over (f, g) in
+    units of eps, and the marginal error."""
 
     log_u: Tensor
     u: Tensor
@@ -142,13 +144,13 @@ class _Point:
 
     @property
     def is_moderate(self) -> bool:
-        """Whether all factors are far from what float32 can hold."""
+        """Whether all factors are well within the range of float32."""
         largest = torch.stack([self.log_u.abs().max(), self.v.log().abs().max()]).max().item()
         return math.isfinite(self.error) and largest < MAX_LOG_FACTOR
 
 
 class _Kernel:
-    """K of the module's first lines, held as one matrix in the given storage: touching new memory is slow."""
+    """The kernel K of the module docstring, as one matrix in a reused buffer: fresh memory is slow at first use."""
 
     def __init__(self, x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, storage: Tensor) -> None:
         # (f + g − C)/eps = ⟨x, y⟩/eps + (f − ½‖x‖²)/eps + (g − ½‖y‖²)/eps
@@ -176,7 +178,7 @@ class _Kernel:
     def newton_step(self, point: _Point) -> Tensor:
         """Ascent direction in log u, by conjugate gradients on I − F Fᵀ + q qᵀ, F = diag(u/q) K diag(v), q = √rows.
 
-        q spans the constant shift of log u, along which the dual does not change; both sums are means.
+        q spans the constant shift of log u, along which the dual does not change; products with K are means.
         """
         root = point.rows.sqrt()
         left, squares = point.u / root, point.v.square()
@@ -198,7 +200,7 @@ class _Kernel:
         return solution / root
 
     def improve(self, point: _Point) -> _Point:
-        """Newton's step where it raises the dual, shortened if need be, else Sinkhorn's."""
+        """A Newton step where it raises the dual, shortened if necessary, else a Sinkhorn step."""
         step = self.newton_step(point)
         longest = min(1.0, MAX_LOG_FACTOR / max(step.abs().max().item(), 1e-30))
         floor = point.gain - 1e-6 * (1 + abs(point.gain))
@@ -212,7 +214,7 @@ class _Kernel:
 def _solve_level(
     x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, tolerance: float, storage: Tensor
 ) -> tuple[Tensor, Tensor, float, int]:
-    """Newton steps at one temperature from potentials of a nearby one: f, g, the marginal error and the steps."""
+    """Newton steps at one temperature from potentials of a nearby one; returns f, g, the marginal error, the count."""
     g, kernel, point = _start(x, y, f, g, eps, storage)
     steps = 0
     while point.error >= tolerance and steps < MAX_STEPS:
@@ -225,7 +227,7 @@ def _solve_level(
 
 
 def _start(x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, storage: Tensor) -> tuple[Tensor, _Kernel, _Point]:
-    """The kernel around (f, g) and its point u = 1; where that is beyond float32, around f and the best g given it."""
+    """The kernel around (f, g) and its point u = 1; if that exceeds float32, around f and the optimal g given f."""
     zero = torch.zeros_like(f)
     kernel = _Kernel(x, y, f, g, eps, storage)
     point = kernel.at(zero)
@@ -239,7 +241,7 @@ def _start(x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, storage: Tens
 def _self_potential(
     x: Tensor, eps: float, storage: Tensor, tolerance: float = 1e-5, max_iterations: int = 50
 ) -> Tensor:
-    """f = g of a cloud against itself: u ← √(u / K u), a contraction by ½ in log u, with u in [N^-½, N^½]."""
+    """f = g of a cloud against itself: u ← √(u / K u), which halves the error of log u, with u in [N^-½, N^½]."""
     zero = x.new_zeros(len(x))
     kernel, u = _Kernel(x, x, zero, zero, eps, storage), zero + 1
     for _ in range(max_iterations):

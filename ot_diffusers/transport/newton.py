@@ -1,10 +1,11 @@
-"""Newton's method on the semi-dual: quadratic convergence where Sinkhorn's steps are slow.
+"""Newton's method on the semi-dual: quadratic convergence where Sinkhorn iterations are slow.
 
     u ← u + (diag(r) − P diag(1/c) Pᵀ)⁺ (a − r),     r and c the row and column sums of P
 
-On the smaller cloud, by factorisation or, from a few hundred points on, by conjugate gradients, falling back on
-Sinkhorn's step wherever its own does not raise the dual. The problems of a batch take their steps together and leave
-one by one as they are solved; the host waits for the device once a step.
+The unknowns belong to the smaller cloud. The linear system is solved by factorisation or, from a few hundred points on,
+by conjugate gradients; where the Newton step does not raise the dual objective, a Sinkhorn step replaces it. The
+problems of a batch take their steps together, and each leaves the batch when it has converged; the host synchronises
+with the device once per step.
 """
 
 from __future__ import annotations
@@ -18,49 +19,55 @@ from .precision import weighted_columns, weighted_rows
 from .problem import Potentials, Problem
 from .semidual import Plan
 
-# Newton's system is factorised up to this size; larger ones are solved by conjugate gradients, to a hundredth at most.
+# Newton's system is factorised up to this size; larger systems are solved by conjugate gradients, to a relative
+# residual of .01 at best.
 MAX_FACTORISED_SIZE = 384
 CG_TOLERANCE, CG_ITERATIONS = 0.01, 100
-# The `marginal_error` to which each temperature is solved before the next, so that Newton starts close to its solution.
+# Each temperature above the last is solved to this `marginal_error`, so that the next one starts close to its solution.
 LEVEL_TOLERANCE = 0.01
-# Newton stops where this many steps in a row bring no lower error: costs of 1e5 eps leave float32 little precision.
+# Newton's method stops after this many steps in a row without a lower error: costs of 1e5 eps leave float32 little
+# precision.
 PATIENCE = 20
-# No potential moves by more than this many eps in a step: between clusters that hardly exchange mass the dual is an
-# exponential, of which Newton's step knows next to nothing. Shorter ones are tried before Sinkhorn's.
+# No potential moves by more than this many eps in one step: between clusters that hardly exchange mass the dual is an
+# exponential, which Newton's quadratic model approximates badly. Shortened steps are tried before a Sinkhorn step.
 LONGEST_STEP = 8.0
 SHORTENINGS = (1.0, 0.25, 0.0625)
 
 
-def newton_loop(problem: Problem, f: Tensor, ladder: list[float], tolerance: float, max_iterations: int) -> Potentials:
-    """Follow the ladder of temperatures from f, [P, N], with at least one Newton step at each."""
-    passes = [0] * len(f)
-    for level, eps in enumerate(ladder):
-        enough = tolerance if level == len(ladder) - 1 else LEVEL_TOLERANCE
-        plan = _solve_level(problem.semidual(eps).at(f / eps), enough, passes, max_iterations)
+def newton_loop(
+    problem: Problem, f: Tensor, temperatures: list[float], tolerance: float, max_iterations: int
+) -> Potentials:
+    """Newton's method at decreasing temperatures, from f, [P, N], with at least one step at each."""
+    iterations = [0] * len(f)
+    for level, eps in enumerate(temperatures):
+        level_tolerance = tolerance if level == len(temperatures) - 1 else LEVEL_TOLERANCE
+        plan = _solve_level(problem.semidual(eps).at(f / eps), level_tolerance, iterations, max_iterations)
         f = eps * plan.u
-    return Potentials(f, eps * plan.v, plan.error.cpu(), max(passes))
+    return Potentials(f, eps * plan.v, plan.error.cpu(), max(iterations))
 
 
-def _solve_level(plan: Plan, tolerance: float, passes: list[int], max_passes: int) -> Plan:
-    """Steps at one temperature until every problem is solved, or stalls, or has spent its passes, which are counted."""
-    lowest, stalled = [math.inf] * len(passes), [0] * len(passes)
-    active = [one for one in range(len(passes)) if passes[one] < max_passes]
+def _solve_level(plan: Plan, tolerance: float, iterations: list[int], max_iterations: int) -> Plan:
+    """Steps at one temperature until each problem converges, stalls or reaches `max_iterations`; counts
+    `iterations`."""
+    lowest, stalled = [math.inf] * len(iterations), [0] * len(iterations)
+    active = [index for index in range(len(iterations)) if iterations[index] < max_iterations]
     while active:
         improved, errors, taken = _improve(plan.take(active))
         plan = plan.put(active, improved)
-        for one, error, count in zip(active, errors, taken, strict=True):
-            stalled[one] = 0 if error < lowest[one] else stalled[one] + 1
-            lowest[one] = min(lowest[one], error)
-            passes[one] += count
-        unsolved = [one for one, error in zip(active, errors, strict=True) if error >= tolerance]
-        active = [one for one in unsolved if stalled[one] < PATIENCE and passes[one] < max_passes]
+        for index, error, count in zip(active, errors, taken, strict=True):
+            stalled[index] = 0 if error < lowest[index] else stalled[index] + 1
+            lowest[index] = min(lowest[index], error)
+            iterations[index] += count
+        unsolved = [index for index, error in zip(active, errors, strict=True) if error >= tolerance]
+        active = [index for index in unsolved if stalled[index] < PATIENCE and iterations[index] < max_iterations]
     return plan
 
 
 def _improve(plan: Plan) -> tuple[Plan, list[float], list[int]]:
-    """A step to better points: Newton's where it raises the dual, shortened if need be, else Sinkhorn's.
+    """One step of every problem: Newton's where it raises the dual objective, shortened if necessary, else Sinkhorn's.
 
-    Returns the points, and for each problem its error, on the host, and the passes it took.
+    Returns:
+        The new plan, and for each problem its error, on the host, and the number of plans that were evaluated.
     """
     dual, rounding, tiny = plan.dual, torch.finfo(plan.u.dtype).eps, torch.finfo(plan.u.dtype).tiny
     log_rows = plan.rows.clamp(min=tiny).log()
@@ -68,7 +75,7 @@ def _improve(plan: Plan) -> tuple[Plan, list[float], list[int]]:
     newton_step = _newton_step(plan)
     if dual.is_balanced:
         newton_step = newton_step / (newton_step.abs().amax(-1, keepdim=True) / LONGEST_STEP).clamp(min=1)
-    else:  # a row out of reach goes on by reach² at a time, and the others do not wait for it
+    else:  # a row out of reach may move by reach² per step, and does not slow down the others
         newton_step = newton_step.clamp(-LONGEST_STEP, max(LONGEST_STEP, 1 / float(dual.relaxation)))
     step = torch.where(newton_step.isfinite().all(-1, keepdim=True), newton_step, sinkhorn_step)
     value = plan.value
@@ -80,9 +87,9 @@ def _improve(plan: Plan) -> tuple[Plan, list[float], list[int]]:
         trial = dual.take(undecided).at((plan.u + move)[undecided])
         trial_errors, better = torch.stack([trial.error, (trial.value >= floor[undecided]).to(floor)]).tolist()
         best = best.put(undecided, trial)
-        for one, error in zip(undecided, trial_errors, strict=True):
-            errors[one], taken[one] = error, taken[one] + 1
-        undecided = [one for one, is_better in zip(undecided, better, strict=True) if not is_better]
+        for index, error in zip(undecided, trial_errors, strict=True):
+            errors[index], taken[index] = error, taken[index] + 1
+        undecided = [index for index, is_better in zip(undecided, better, strict=True) if not is_better]
         if not undecided:
             break
     return best, errors, taken
@@ -91,8 +98,8 @@ def _improve(plan: Plan) -> tuple[Plan, list[float], list[int]]:
 def _newton_step(plan: Plan) -> Tensor:
     """Ascent direction from the Hessian diag(r + κ targets) − P diag(1/c) Pᵀ/(1 + κ), scaled to a unit diagonal.
 
-    For κ = 0 the constant vector, along which the dual does not change, is filled by r rᵀ; a ridge covers clusters that
-    exchange no mass. Not finite where a row has lost its mass.
+    For κ = 0 the dual does not change along the constant vector: r rᵀ makes the matrix invertible there, and a ridge
+    does so for clusters that exchange no mass. The result is not finite where a row has lost its mass.
     """
     relaxation = plan.dual.relaxation
     root = (plan.rows + relaxation * plan.targets).sqrt()
@@ -108,7 +115,7 @@ def _newton_step(plan: Plan) -> Tensor:
 
 
 def _conjugate_gradients(flow: Tensor, filling: Tensor, gradient: Tensor) -> Tensor:
-    """Approximate solution z of (I − F Fᵀ + q qᵀ) z = gradient; stopped early it is still an ascent direction."""
+    """Approximate solution z of (I − F Fᵀ + q qᵀ) z = gradient; an ascent direction even when stopped early."""
 
     def product(z: Tensor, w: Tensor) -> Tensor:
         return (z * w).sum(-1, keepdim=True)

@@ -1,5 +1,5 @@
-"""The precision of a transport problem: float32 where that resolves it, float64 where it does not, and products of
-matrices in full precision, whatever the program around them has chosen for its own."""
+"""Numerical precision of a transport problem: float32 where it resolves the problem, otherwise float64, and matrix
+products in full precision whatever autocast and TF32 settings the calling program has."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..errors import require
 
-# Costs are rounded to a share of the squared radius of the clouds. Up to so many blurs that is below .005 eps: for
-# float32 24 bits of precision, for float64 53.
+# Rounding errors of the costs are proportional to the squared radius of the clouds. Up to this ratio of radius to blur
+# they stay below .005 eps, with the 24 significant bits of float32 and the 53 bits of float64.
 MAX_BLURS = {torch.float32: 2.0**7.5, torch.float64: 2.0**22}
-# Above so many radii the value of the divergence is a small difference of numbers near eps: float64.
+# Above this ratio of blur to radius the divergence is a small difference of numbers near eps, which needs float64.
 LARGE_BLUR = 2.0
-# The solution does not change, to a share of 1e-8, where blur grows above so many radii, reach shrinks below this share
-# of blur, or reach grows above so many blurs, where mass is conserved.
+# Beyond these limits the solution changes by less than a relative 1e-8, and lengths are clipped: blur above so many
+# radii, reach below this ratio to blur, and reach above this ratio to blur, where transport is balanced.
 MAX_RADII, SMALLEST_REACH, LARGEST_REACH = 1e4, 1e-4, 1e12
-# Below this share of blur the marginals depend on digits of the potentials that float32 does not have.
+# Below this ratio of reach to blur the marginals depend on digits of the potentials that float32 cannot represent.
 SMALL_REACH = 0.03
-# Lengths whose squares are numbers of the type, with room for sums of them.
+# Range of the lengths whose squares, and sums of squares, the dtype can represent.
 LENGTHS = {torch.float32: (1e-15, 1e15), torch.float64: (1e-145, 1e145)}
 
 
@@ -33,31 +33,32 @@ def result_dtype(*clouds: Tensor) -> torch.dtype:
 
 
 def resolve(
-    clouds: Sequence[Tensor], blur: float, reach: float | None, *, looks: bool
+    clouds: Sequence[Tensor], blur: float, reach: float | None, *, may_read_values: bool
 ) -> tuple[torch.dtype, float, float | None]:
-    """The type in which a problem between clouds is solved to the documented tolerance, and its lengths, each moved to
-    where the solution stays the same and the type resolves it.
+    """The dtype that solves a problem to the documented tolerance, and blur and reach clipped to what it resolves.
+
+    Clipping does not change the solution, except that a blur too small even for float64 is raised, with a warning.
 
     Args:
-        clouds: [..., N, D] each; all costs are between two of them.
-        blur, reach: as they were given.
-        looks: whether the values of the clouds may be read. Where not, the type follows from blur and reach alone.
+        clouds: [..., N, D] each; all costs are between points of these clouds.
+        blur, reach: the lengths that the user chose.
+        may_read_values: whether the values of the clouds may be read; otherwise the dtype follows from blur and reach.
 
     Raises:
-        InputError: points or a blur whose squares no type holds.
+        InputError: points or a blur whose squares no dtype can represent.
     """
-    dtype, has_float64 = result_dtype(*clouds), clouds[0].device.type != "mps"  # Apple's GPUs lack it
-    radius = largest_radius(clouds, dtype) if looks and has_float64 else None
-    if radius == 0:  # all points are one, and no length matters
+    dtype, has_float64 = result_dtype(*clouds), clouds[0].device.type != "mps"  # Apple's GPUs lack float64
+    radius = largest_radius(clouds, dtype) if may_read_values and has_float64 else None
+    if radius == 0:  # all points coincide, so that no length matters
         return dtype, 1.0, None
     low, high = LENGTHS[torch.float64]
     if radius is not None:
-        require(low < radius < high, "points", f"be finite, at distances between {low:g} and {high:g}", radius)
+        require(low < radius < high, "points", f"be finite, with distances between {low:g} and {high:g}", radius)
         smallest = radius / MAX_BLURS[torch.float64]
         if blur < smallest:
             warnings.warn(
-                f"blur {blur:.3g} is below what float64 resolves between points {radius:.3g} apart, and {smallest:.3g} "
-                "is taken: raise blur, or look for outliers",
+                f"blur {blur:.3g} is too small for float64 with points {radius:.3g} apart; {smallest:.3g} is used "
+                "instead: raise blur, or look for outliers",
                 stacklevel=3,
             )
         blur = min(max(blur, smallest), MAX_RADII * radius)
@@ -69,7 +70,7 @@ def resolve(
 
 
 def _is_resolved(radius: float | None, blur: float, reach: float | None) -> bool:
-    """Whether float32 does."""
+    """Whether float32 resolves the problem."""
     low, high = LENGTHS[torch.float32]
     if not all(low < length < high for length in (radius, blur, reach) if length is not None):
         return False
@@ -79,7 +80,7 @@ def _is_resolved(radius: float | None, blur: float, reach: float | None) -> bool
 
 
 def largest_radius(clouds: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """The largest distance of a point from the centre of the last cloud."""
+    """The largest distance of a point of any cloud from the centre of the last one."""
     low, high = LENGTHS[dtype]
     centre = clouds[-1].to(dtype).mean(-2, keepdim=True)
     offsets = [cloud.to(dtype) - centre for cloud in clouds]
@@ -88,32 +89,32 @@ def largest_radius(clouds: Sequence[Tensor], dtype: torch.dtype) -> float:
         return radius
     if dtype != torch.float64:
         return largest_radius(clouds, torch.float64)
-    return max(offset.abs().amax().item() for offset in offsets)  # zero, or a length whose square is no number
+    return max(offset.abs().amax().item() for offset in offsets)  # zero, or its square is not representable
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A value in the type of the clouds, which may have been too narrow for the way to it."""
+    """`value` in the dtype of the clouds; an error if this dtype cannot represent it."""
     if value.dtype == dtype:
         return value
     narrow = value.to(dtype)
     is_held = narrow.device.type != "cpu" or bool(narrow.isfinite().all())
-    require(is_held, "points", f"have a transport cost that {dtype} holds", f"{value.abs().max().item():.3g}")
+    require(is_held, "points", f"have a transport cost that {dtype} can represent", f"{value.abs().max().item():.3g}")
     return narrow
 
 
 @contextmanager
 def full_precision(points: Tensor) -> Iterator[None]:
-    """Neither autocast nor TF32 inside: their rounding of the costs is larger than a typical eps.
+    """Context without autocast and TF32, whose rounding errors of the costs exceed a typical eps.
 
-    A compiled graph cannot switch TF32; there `matmul` and `weighted_rows` keep it out.
+    A compiled graph cannot switch TF32 off; there `matmul` and `weighted_rows` avoid it.
     """
     with torch.autocast(device_type=points.device.type, enabled=False):
         if torch.compiler.is_compiling():
             yield
             return
         matmul = torch.backends.cuda.matmul
-        # Where the newer of torch's two switches exists it is read: the older one raises once a program has set the
-        # newer.
+        # The newer of torch's two switches is used where it exists: the older one raises an error once a program has
+        # set the newer one.
         switch, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
         before = getattr(matmul, switch)
         setattr(matmul, switch, off)
@@ -124,14 +125,14 @@ def full_precision(points: Tensor) -> Iterator[None]:
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right; in a compiled graph on a GPU, where TF32 cannot be switched off, by way of float64."""
+    """left @ right. A compiled graph on a GPU cannot switch TF32 off and computes the product in float64."""
     if torch.compiler.is_compiling() and left.is_cuda:
         return (left.double() @ right.double()).to(left.dtype)
     return left @ right
 
 
 def subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """matrix − left @ right, of matrices or batches of them, in the place of the first."""
+    """matrix − left @ right, for matrices or batches of matrices; `matrix` may be overwritten."""
     if torch.compiler.is_compiling():
         return matrix - matmul(left, right)
     return (matrix.addmm_ if matrix.ndim == 2 else matrix.baddbmm_)(left, right, alpha=-1)
@@ -140,10 +141,10 @@ def subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def weighted_rows(weights: Tensor, matrix: Tensor) -> Tensor:
     """Σ_i w_i M_ij, [P, M], for weights [P, N] and matrices [P, N, M].
 
-    A row vector times a batch of matrices is many times faster on a CPU than a batch of matrices times a column.
+    On a CPU, a row vector times a batch of matrices is many times faster than a batch of matrices times a column.
     """
     if torch.compiler.is_compiling():
-        return (weights[..., None] * matrix).sum(-2)  # fused into one kernel, and no product that TF32 could round
+        return (weights[..., None] * matrix).sum(-2)  # one fused kernel, without a product that TF32 could round
     return torch.bmm(weights[:, None], matrix)[:, 0]
 
 

@@ -1,11 +1,11 @@
-"""The dual of dense problems as a function of one potential, and the plan at a point of it.
+"""The dual objective of dense problems as a function of one potential, and the transport plan at a given potential.
 
-In units of the temperature, u = f/eps and v = g/eps, with κ = eps/reach² (0 where mass is conserved):
+In units of the temperature, u = f/eps and v = g/eps, with κ = eps/reach² (0 for balanced transport):
 
     P_ij = a_i b_j exp(u_i + v_j − C_ij/eps)
     D(u, v) = ⟨a, φ(u)⟩ + ⟨b, φ(v)⟩ − Σ_ij P_ij,     φ(u) = (1 − exp(−κu))/κ, or u for κ = 0
 
-The best v given u is explicit, and leaves a concave function of u alone.
+The optimal v given u has a closed form, which leaves a concave function of u alone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from .precision import weighted_columns, weighted_rows
 
-# A step multiplies a row or column by no more than exp of this: three times as much, which momentum can make of it, is
-# within float32.
+# One step multiplies a row or column by at most exp of this. Momentum can triple the exponent, which stays within the
+# range of float32.
 MAX_MOVE = 29.0
 
 
 @dataclass(frozen=True)
 class SemiDual:
-    """P dual problems at one temperature each.
+    """P dual problems, each at one temperature.
 
     Attributes:
         scaled_cost: C/eps, [P, N, M].
         a, b: [P, N] and [P, M], the weights.
-        log_a: [P, N], logarithms.
+        log_a: [P, N], the logarithms of a.
         relaxation: κ, a number or [P, 1].
     """
 
@@ -42,11 +42,11 @@ class SemiDual:
 
     @property
     def is_balanced(self) -> bool:
-        """Whether both marginals are held exactly."""
+        """Whether both marginals are exact constraints."""
         return not isinstance(self.relaxation, Tensor) and self.relaxation == 0
 
     def at(self, u: Tensor) -> Plan:
-        """The plan of u, [P, N], and of the best v given it. One pass: an exponential for every entry."""
+        """The plan at u, [P, N], and the optimal v given u. It costs one exponential per entry."""
         scores = (u + self.log_a)[..., None] - self.scaled_cost
         peak = scores.amax(-2)
         matrix = scores.sub_(peak[..., None, :]).exp_()
@@ -57,7 +57,7 @@ class SemiDual:
         return Plan(self, u, v, matrix, matrix.sum(-1), columns)
 
     def take(self, problems: list[int]) -> SemiDual:
-        """Some problems of the batch."""
+        """Selected problems of the batch."""
         if len(problems) == len(self.a):
             return self
         weights = (self.a[problems], self.b[problems], self.log_a[problems])
@@ -66,17 +66,17 @@ class SemiDual:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan at a point (u, v), and by products with it what the plans at points near it sum to:
+    """The plan at a point (u, v). Products with it give the sums of plans at nearby points:
 
         Σ_i P'_ij = exp(Δv_j) Σ_i P_ij exp(Δu_i)
 
-    Points near it are told by the factors exp(Δu) and exp(Δv) of its rows and columns.
+    A nearby point is given by the factors exp(Δu) and exp(Δv) of its rows and columns.
 
     Attributes:
         dual: the problems.
         u, v: [P, N] and [P, M].
         matrix: [P, N, M].
-        rows, columns: [P, N] and [P, M], its sums.
+        rows, columns: [P, N] and [P, M], the row and column sums.
 
     Reference: [Schmitzer2019].
     """
@@ -90,17 +90,17 @@ class Plan:
 
     @property
     def targets(self) -> Tensor:
-        """What the rows should sum to, [P, N]: a exp(−κu)."""
+        """The target row sums, [P, N]: a exp(−κu)."""
         return self.dual.a if self.dual.is_balanced else self.dual.a * torch.exp(-self.dual.relaxation * self.u)
 
     @property
     def error(self) -> Tensor:
-        """‖rows − targets‖₁ over the mass of the targets, [P]."""
+        """The marginal error ‖rows − targets‖₁ / Σ targets, [P]."""
         return (self.rows - self.targets).abs().sum(-1) / self.targets.sum(-1)
 
     @property
     def value(self) -> Tensor:
-        """D(u, v), [P]."""
+        """The dual objective D(u, v), [P]."""
         dual, relaxation = self.dual, self.dual.relaxation
 
         def phi(u: Tensor) -> Tensor:
@@ -109,20 +109,20 @@ class Plan:
         return (dual.a * phi(self.u)).sum(-1) + (dual.b * phi(self.v)).sum(-1) - self.columns.sum(-1)
 
     def annealing_step(self) -> Tensor:
-        """The best rows given the columns, as factors, [P, N]: a Sinkhorn step from the point itself."""
+        """Row factors of one Sinkhorn iteration from the point itself, [P, N]."""
         return self._factors(self.dual.a, self.u, self.rows)
 
     def sinkhorn_step(self, factors: Tensor) -> Tensor:
-        """The best rows given the best columns given rows, as factors, [P, N]."""
+        """Row factors after one Sinkhorn iteration from the row factors `factors`, [P, N]."""
         sums = weighted_columns(self.matrix, self.best_columns(factors))
         return self._factors(self.dual.a, self.u, sums)
 
     def best_columns(self, factors: Tensor) -> Tensor:
-        """The best columns given rows, as factors, [P, M]."""
+        """Factors of the optimal columns given row factors, [P, M]."""
         return self._factors(self.dual.b, self.v, weighted_rows(factors, self.matrix))
 
     def _factors(self, weights: Tensor, start: Tensor, sums: Tensor) -> Tensor:
-        """What makes these sums right of rows or columns whose potentials were at `start`."""
+        """Scaling factors that bring these row (or column) sums to their target marginals."""
         ratio = weights / sums
         if self.dual.is_balanced:
             return ratio.clamp(math.exp(-MAX_MOVE), math.exp(MAX_MOVE))
@@ -130,20 +130,20 @@ class Plan:
         return ((ratio.log() - relaxation * start) / (1 + relaxation)).clamp(-MAX_MOVE, MAX_MOVE).exp()
 
     def errors_after(self, factors: Tensor, column_factors: Tensor) -> tuple[Tensor, Tensor]:
-        """The marginal error with factors of rows and columns, and its worst row's share of error; [P] each."""
+        """The marginal error after scaling rows and columns, and the largest relative error of a row; [P] each."""
         rows = factors * weighted_columns(self.matrix, column_factors)
         targets = self.targets if self.dual.is_balanced else self.targets * factors**-self.dual.relaxation
         excess = (rows - targets).abs()
         return excess.sum(-1) / targets.sum(-1), (excess / targets).amax(-1)
 
     def take(self, problems: list[int]) -> Plan:
-        """Some problems of the batch."""
+        """Selected problems of the batch."""
         if len(problems) == len(self.u):
             return self
         return Plan(self.dual.take(problems), *(tensor[problems] for tensor in self._tensors))
 
     def put(self, problems: list[int], plan: Plan) -> Plan:
-        """The batch with other points for some of its problems."""
+        """The batch with the selected problems replaced by those of `plan`."""
         if len(problems) == len(self.u):
             return plan
         index = torch.tensor(problems, dtype=torch.long, device=self.u.device)

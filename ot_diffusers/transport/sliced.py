@@ -1,9 +1,9 @@
-"""Sliced Wasserstein distances: optimal transport along random lines, where it is a sort.
+"""Sliced Wasserstein distances: optimal transport along random lines, where sorting solves it.
 
     SW(x, y) = E_θ ½ W₂²(⟨x, θ⟩, ⟨y, θ⟩),   θ uniform on the unit sphere
 
-The cost is ½(a − b)² as everywhere in this package, so two clouds that differ by a shift m in D dimensions are ‖m‖² /
-(2D) apart.
+The cost is ½(a − b)² as everywhere in this package, so the distance between two clouds that differ by a translation m
+in D dimensions is ‖m‖² / (2D).
 
 References: [Bonneel2015]; for patches [Elnekave2022].
 """
@@ -17,7 +17,7 @@ from ..errors import require
 from .checks import is_readable
 from .precision import LENGTHS, largest_radius, narrowed, result_dtype
 
-# Points whose coordinates are so many times as large as their cloud leave float32 too little for the cloud.
+# If the coordinates exceed the radius of the cloud by this factor, float32 leaves too little precision for the cloud.
 LARGE_OFFSET = 100.0
 
 
@@ -32,9 +32,8 @@ def sliced_wasserstein(
 ) -> Tensor:
     """Mean over directions of the one-dimensional transport cost ½ W₂² between two clouds.
 
-    Exact on each line for any two cloud sizes. Memory is O((N + M) · num_projections), never N × M. Half-precision
-    input is projected and sorted in float32. Images are flattened first; on features, this is the feature-space
-    distance.
+    Exact on each line for clouds of any two sizes. Memory is O((N + M) · num_projections), never N × M. Half-precision
+    input is projected and sorted in float32. Flatten images first; on features this is a distance in feature space.
 
     Args:
         x: cloud, [N, D]. The gradient flows to `x` and `y`.
@@ -42,7 +41,7 @@ def sliced_wasserstein(
         num_projections: number of random directions.
         orthogonal: draw the directions in orthogonal blocks of D, which lowers the variance.
         projections: unit directions [K, D] to use in place of random ones.
-        generator: draws the directions.
+        generator: random generator of the directions.
 
     Returns:
         Scalar ≥ 0, in squared units of the data.
@@ -57,7 +56,7 @@ def sliced_wasserstein(
     for name, cloud in (("x", x), ("y", y)):
         require(cloud.ndim == 2 and len(cloud) > 0, name, "have shape [N, D] with N ≥ 1", tuple(cloud.shape))
         require(cloud.is_cuda or bool(cloud.isfinite().all()), name, "be finite", "NaN or Inf")
-    require(x.shape[1] == y.shape[1], "y", f"have the width of x, {x.shape[1]}", y.shape[1])
+    require(x.shape[1] == y.shape[1], "y", f"have {x.shape[1]} columns like `x`", y.shape[1])
     dtype = result_dtype(x, y)
     x, y = (cloud.to(_resolving_dtype(x, y)) for cloud in (x, y))
     if projections is None:
@@ -90,11 +89,11 @@ def patch_sliced_wasserstein(
         images: [N, C, H, W]. The gradient flows to `images` and `reference`.
         reference: [M, C, H, W].
         patch_sizes: widths p of the patches in pixels.
-        stride: distance of neighbouring patches in pixels; half a patch by default.
-        per_position: compare the patches of each position with those of the same position, not all patches in one
-            cloud. It sees where things are, and costs less as the sorts are shorter.
+        stride: distance between neighbouring patches in pixels; half a patch by default.
+        per_position: compare the patches of each position with those of the same position, instead of all patches as
+            one cloud. The distance then depends on where things are, and costs less because the sorts are shorter.
         num_projections: random filters for each patch size.
-        generator: draws the filters.
+        generator: random generator of the filters.
 
     Returns:
         Scalar ≥ 0; a shift of every pixel by c costs c² / 2 on average, for any patch size.
@@ -132,7 +131,7 @@ def random_directions(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Directions uniform on the unit sphere, [num_projections, dim]; if `orthogonal`, each `dim` rows are a basis.
+    """Directions uniform on the unit sphere, [num_projections, dim]; `orthogonal` ones form bases of `dim` rows each.
 
     They are drawn on the generator's device, so a CPU generator gives the same directions on every device.
     """
@@ -149,7 +148,7 @@ def random_directions(
 
 
 def _resolving_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """float32 if it holds the squares of the points, and their offsets beside what separates them."""
+    """float32 if it can represent the squared distances and resolve the points despite their offset; else float64."""
     dtype = result_dtype(x, y)
     if not (is_readable(x) and is_readable(y)) or dtype == torch.float64:
         return dtype
@@ -160,7 +159,7 @@ def _resolving_dtype(x: Tensor, y: Tensor) -> torch.dtype:
 
 
 def _project_patches(images: Tensor, filters: Tensor, stride: int, per_position: bool) -> Tensor:
-    """Every patch on every filter: [K, N · positions], or [K · positions, N] with `per_position`."""
+    """Projections of every patch on every filter: [K, N · positions], or [K · positions, N] with `per_position`."""
     with torch.autocast(images.device.type, enabled=False):
         response = torch.nn.functional.conv2d(images, filters, stride=stride).flatten(2)  # [N, K, positions]
     return response.permute(1, 2, 0).flatten(0, 1) if per_position else response.transpose(0, 1).flatten(1)
@@ -187,5 +186,5 @@ def _quantile_pairs(n: int, m: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    """float64 stays, everything narrower becomes float32."""
+    """float64 as it is, every lower precision as float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -282,7 +282,7 @@ def test_pictures_come_back_as_they_were_written(tmp_path: Path) -> None:
         save_images(images, tmp_path / str(channels))
         assert torch.equal(read_images(tmp_path / str(channels), channels), images)
     PIL.Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "1" / "00004.png")
-    with pytest.raises(InputError, match=r"00004\.png of another size"):
+    with pytest.raises(InputError, match=r"00004\.png with shape"):
         read_images(tmp_path / "1", 1)
 
 

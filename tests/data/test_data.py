@@ -1,4 +1,4 @@
-"""The table of data sets: exact pixels, deterministic splits and order, the same images from memory and from disk."""
+"""Data sets: exact pixels, deterministic splits and order, equal images from memory and from disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_table(images: list[PIL.Image.Image], column: str = "image") -> datasets
 
 
 def write_parquet(folder: Path, **splits: datasets.Dataset) -> str:
-    """Splits as a folder in the Hub's layout."""
+    """Write splits to a folder in the Hub's layout."""
     folder.mkdir(parents=True)
     for name, table in splits.items():
         table.to_parquet(folder / f"{name}-00000-of-00001.parquet")
@@ -84,8 +84,8 @@ def test_digits_are_a_partition_of_the_embedded_images():
     assert {split: len(part) for split, part in parts.items()} == {"train": 1152, "validation": 105, "test": 540}
     raw = load_digits()
     expected = sorted(np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in raw.images)
-    found = sorted(image.numpy().tobytes() for part in parts.values() for image in part.pixels)
-    assert found == expected  # as multisets: nothing lost, nothing twice
+    actual = sorted(image.numpy().tobytes() for part in parts.values() for image in part.pixels)
+    assert actual == expected  # as multisets: no image is lost or used twice
 
 
 @pytest.mark.parametrize(("split", "others"), [("test", ["train", "validation"]), ("validation", ["train"])])
@@ -93,8 +93,8 @@ def test_digits_splits_are_stratified(split, others):
     part = torch.bincount(load_images("digits", split).labels, minlength=10)
     whole = part + sum(torch.bincount(load_images("digits", name).labels, minlength=10) for name in others)
     share = whole * part.sum() / whole.sum()
-    # Within each class the members are taken in order of their quantile (r + 1/2) / n_c, so that a class gets its share
-    # rounded to one of the two neighbouring integers.
+    # Within each class, images are chosen in the order of their quantile (r + 1/2) / n_c, so that the share of a class
+    # is rounded up or down.
     assert (part - share).abs().max() <= 1
 
 
@@ -109,7 +109,7 @@ def test_digits_labels_belong_to_their_images():
 
 
 def test_digits_test_split_is_pinned():
-    # A change of these pixels would silently change what every published number on digits was measured on.
+    # A change of these pixels would silently invalidate every published result on digits.
     fingerprint = "6bdf99a527a59fed588d48ab820c9a347589181ab0f2abbdd5810814661044a9"
     assert load_images("digits", "test").fingerprint == fingerprint
 
@@ -196,7 +196,7 @@ def test_image_column_is_found_or_named(tmp_path):
 
 
 def test_resizing_keeps_constants_and_crops_the_centre(tmp_path):
-    # 4x8: dark border columns left and right of a constant 4x4 centre, which alone is in the crop.
+    # 4×8: a constant 4×4 centre between dark columns; the crop contains only the centre.
     array = np.zeros((4, 8), np.uint8)
     array[:, 2:6] = 200
     table = make_table([PIL.Image.fromarray(array)] * 12)
@@ -206,12 +206,12 @@ def test_resizing_keeps_constants_and_crops_the_centre(tmp_path):
 
 
 def test_downscaling_is_antialiased(tmp_path):
-    # A one-pixel checkerboard of 0 and 254 averages to 127 under any smoothing kernel; sampling would give 0 or 254.
+    # A checkerboard of 0 and 254 becomes 127 under any smoothing kernel; subsampling would give 0 or 254.
     board = (np.indices((32, 32)).sum(axis=0) % 2 * 254).astype(np.uint8)
     table = make_table([PIL.Image.fromarray(board)] * 12)
     small = load_images(write_parquet(tmp_path / "hub", train=table, test=table), "test", image_size=8)
     centre = small.pixels[:, :, 1:-1, 1:-1].float()
-    assert (centre - 127).abs().max() <= 2  # Pillow rounds its 8-bit kernel weights and after each of its two passes
+    assert (centre - 127).abs().max() <= 2  # Pillow rounds the 8-bit kernel weights and the result of each pass
 
 
 def test_grey_and_rgb_convert():
@@ -219,7 +219,7 @@ def test_grey_and_rgb_convert():
     assert torch.equal(rgb.pixels, grey.pixels.expand(-1, 3, -1, -1))
 
 
-# In memory and streamed
+# In memory and on demand
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -294,13 +294,13 @@ def test_unknown_options_are_refused():
     refused(r"`image_size` must be positive, got 0", "digits", image_size=0)
     refused(r"`image_column` must be one of the columns image, label, got 'img'", "digits", image_column="img")
     refused(r"`label_column` must be one of the columns image, label, got 'y'", "digits", label_column="y")
-    refused(r"`label_column` must hold integers, texts or booleans, got 'image'", "digits", label_column="image")
+    refused(r"`label_column` must hold integers, strings or booleans, got 'image'", "digits", label_column="image")
     refused(r"`image_column` must hold images, got 'label'", "digits", image_column="label")
 
 
 def test_a_table_without_images_is_refused(tmp_path):
     table = datasets.Dataset.from_dict({"text": ["a"] * 12, "label": [0] * 12})
-    refused(r"`image_column` must be named.* text, label", write_parquet(tmp_path / "hub", train=table))
+    refused(r"`image_column` must be given.* text, label", write_parquet(tmp_path / "hub", train=table))
 
 
 def test_an_empty_split_is_refused(tmp_path):
@@ -322,14 +322,14 @@ def test_images_of_different_shape_are_refused(tmp_path, max_resident_bytes):
         folder = write_parquet(tmp_path / argument, train=table, test=table)
         with pytest.raises(InputError, match=f"`{argument}` must be given .* image 11 "):
             load_images(folder, "test", max_resident_bytes=max_resident_bytes).fetch(torch.arange(12))
-        known = {"image_size": 8} if argument == "image_size" else {"channels": 1}
-        assert load_images(folder, "test", **known).image_shape == (1, 8, 8)
+        options = {"image_size": 8} if argument == "image_size" else {"channels": 1}
+        assert load_images(folder, "test", **options).image_shape == (1, 8, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_workers_of_any_start_method(tmp_path, method):
-    """What one worker decodes is what this process decodes, and its refusal is one line."""
+    """A worker decodes the same images as this process, and its errors are one line."""
     for i in range(12):
         make_image(i).save(tmp_path / f"{i:02}.png")
     streamed, resident = (load_images(str(tmp_path), max_resident_bytes=size) for size in (0, 2**20))
@@ -378,9 +378,9 @@ def test_environment_names_the_folder_of_mnist(tmp_path, monkeypatch):
     images = [make_image(seed) for seed in range(30)]
     write_parquet(tmp_path / "mnist", train=make_table(images))
     monkeypatch.setenv("OT_DIFFUSERS_DATASETS", str(tmp_path))
-    found = load_images("mnist", "test")
-    assert found.name == "mnist" and len(found) == 5
-    with pytest.raises(InputError, match="'cifar10'"):  # not in that folder, and the Hub is out of reach
+    actual = load_images("mnist", "test")
+    assert actual.name == "mnist" and len(actual) == 5
+    with pytest.raises(InputError, match="'cifar10'"):  # not in that folder, and tests are offline
         load_images("cifar10", "test")
 
 

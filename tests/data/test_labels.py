@@ -1,4 +1,4 @@
-"""Labels of every kind: one numbering for all splits, and one line where nothing can be learned from them."""
+"""Labels of every kind: one numbering for all splits, or a one-line error if they cannot be used for training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(root: Path, feature: Any = None, column: str = "label", **splits: list
     return str(root)
 
 
-# Type, labels of train and test, expected numbers of both, names.
+# Column type, labels of train and test, expected class numbers of both, names.
 LABELS: dict[str, tuple[Any, list[Any], list[Any], list[int], list[int], tuple[str, ...]]] = {
     "integers": (None, [0, 1, 2, 1], [2, 0], [0, 1, 2, 1], [2, 0], ("0", "1", "2")),
     "from one": (None, [1, 2, 3], [3], [0, 1, 2], [2], ("1", "2", "3")),
@@ -61,7 +61,7 @@ def test_labels_are_numbered_over_all_splits(case: str, tmp_path: Path) -> None:
     assert network.config.num_classes == len(names)
 
 
-# Type, labels of train and of test, the split that cannot be used, and what the line says.
+# Column type, labels of train and of test, the split that cannot be used, and the expected message.
 PROBLEMS: dict[str, tuple[Any, list[Any], list[Any], str, str]] = {
     "no label": (None, [0, 1, -1, 1], [0, 1], "train", "must label every image, got -1 in row 2 of 'label'"),
     "no label in test": (None, [0, 1, 1], [-1, -1], "test", "must label every image, got -1 in row 0"),
@@ -69,30 +69,30 @@ PROBLEMS: dict[str, tuple[Any, list[Any], list[Any], str, str]] = {
     "null": (None, [0, 1, None], [1], "train", "must label every image, got None in row 2"),
     "null texts": (None, ["a", None, "b"], ["a"], "train", "must label every image, got None in row 1"),
     "only nulls in test": (None, ["a", "b"], [None], "test", "must label every image, got None in row 0"),
-    "one class": (None, [4, 4, 4], [4], "train", "must hold two classes or more, got [4] in 'label'"),
-    "one text": (None, ["cat"] * 3, ["cat"], "train", "must hold two classes or more, got ['cat']"),
-    "one named class": (CLASSES, [1, 1, 1], [1], "train", "must hold two classes or more, got [1]"),
+    "one class": (None, [4, 4, 4], [4], "train", "must hold at least two classes, got [4] in 'label'"),
+    "one text": (None, ["cat"] * 3, ["cat"], "train", "must hold at least two classes, got ['cat']"),
+    "one named class": (CLASSES, [1, 1, 1], [1], "train", "must hold at least two classes, got [1]"),
     "fractions": (
         None,
         [0.5, 1.0],
         [2.0],
         "train",
-        "must hold integers, texts or booleans, got 'label' of type float64",
+        "must hold integers, strings or booleans, got 'label' of type float64",
     ),
-    "lists": (None, [[0, 1], [1]], [[0]], "train", "must hold integers, texts or booleans, got 'label' of type"),
-    "structures": (None, [{"x": 1}], [{"x": 2}], "train", "must hold integers, texts or booleans, got 'label' of type"),
+    "lists": (None, [[0, 1], [1]], [[0]], "train", "must hold integers, strings or booleans, got 'label'"),
+    "structures": (None, [{"x": 1}], [{"x": 2}], "train", "must hold integers, strings or booleans, got 'label'"),
 }
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_unusable_labels_matter_only_where_labels_do(case: str, tmp_path: Path) -> None:
-    feature, train_labels, test_labels, split, said = PROBLEMS[case]
+    feature, train_labels, test_labels, split, expected = PROBLEMS[case]
     folder = table(tmp_path / "data", feature, train=train_labels, validation=train_labels, test=test_labels)
     images = load_images(folder, split)
     with pytest.raises(InputError) as refusal:
         labels_of(images)
     message = str(refusal.value)
-    assert message.startswith("`label_column` ") and said in message and "\n" not in message
+    assert message.startswith("`label_column` ") and expected in message and "\n" not in message
     assert images.labels is None or len(images.labels) == len(images)
 
 
@@ -110,13 +110,13 @@ def test_columns_of_labels(tmp_path: Path) -> None:
         load_images(folder, label_column="coarse")
     folder = table(tmp_path / "scores", column="score", train=[0.5, 1.5], validation=[0.5], test=[0.5])
     with pytest.raises(
-        InputError, match="`label_column` must hold integers, texts or booleans, got 'score' of type float"
+        InputError, match="`label_column` must hold integers, strings or booleans, got 'score' of type float"
     ):
         load_images(folder, label_column="score")
 
 
 def test_columns_of_images(tmp_path: Path) -> None:
-    """`image` is taken where there is one; between others the user decides."""
+    """The column `image` is the default; among other columns of images the user has to choose."""
     pictures = [PIL.Image.new("L", (8, 8), value) for value in (0, 1)]
     for name, columns, expected in (
         ("image", ("mask", "image"), 1),
@@ -128,17 +128,17 @@ def test_columns_of_images(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         datasets.Dataset.from_dict(values).to_parquet(tmp_path / name / "train.parquet")
         if expected is None:
-            with pytest.raises(InputError, match="`image_column` must be named: it may be any of mask, photo"):
+            with pytest.raises(InputError, match="`image_column` must be given: it may be any of mask, photo"):
                 load_images(str(tmp_path / name))
             continue
         assert load_images(str(tmp_path / name)).pixels.unique().tolist() == [expected]
 
 
-# What is given for training, and what the line says; nothing is trained.
+# Labels of train and test, and the expected message; nothing is trained.
 RUNS = {
     "a class in test without a label": ([0, 1] * 12, [0, -1], "got -1 in row 1"),
-    "one class": ([0] * 24, [0, 0], "two classes or more"),
-    "fractions": ([0.5] * 24, [1.0, 2.0], "integers, texts or booleans"),
+    "one class": ([0] * 24, [0, 0], "at least two classes"),
+    "fractions": ([0.5] * 24, [1.0, 2.0], "integers, strings or booleans"),
 }
 
 
@@ -146,11 +146,11 @@ RUNS = {
 def test_training_says_so_before_it_begins(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels, test_labels, said = RUNS[case]
+    labels, test_labels, expected = RUNS[case]
     folder = table(tmp_path / "data", train=labels, test=test_labels)
     assert exit_status("features", [f"dataset={folder}", "train_batch_size=2"], tmp_path / "run", monkeypatch) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: `label_column` must") and said in line and not (tmp_path / "run").exists()
+    assert line.startswith("error: `label_column` must") and expected in line and not (tmp_path / "run").exists()
 
 
 def test_training_by_texts(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_training_by_texts(tmp_path: Path) -> None:
 
 
 def test_commands_take_the_columns(tmp_path: Path, evaluator: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`truncated-set`, `stress` and `evaluate` know the options that their messages ask for."""
+    """`truncated-set`, `stress` and `evaluate` accept the options that their messages recommend."""
     folder = table(tmp_path / "data", column="kind", train=["a", "b"] * 12, test=["a", "b"])
     export = ["truncated-set", "--dataset", folder, "--output"]
     assert main([*export, str(tmp_path / "plain")]) == 0

@@ -1,4 +1,4 @@
-"""Folders of many shapes: which files are images, which folders are splits or classes, and what is said of the rest."""
+"""Picture folders: which files are images, which folders are splits or classes, and the warnings about the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ot_diffusers.sampling import read_images, save_images
 
 
 def write(root: Path, files: Sequence[str]) -> Path:
-    """Files by their suffix: grey 4×4 pictures of the value of their number, or a word. `x/` is an empty folder."""
+    """Write files by suffix: grey 4×4 pictures with their number as grey level, or a word. `x/` is an empty folder."""
     for index, name in enumerate(files):
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,18 +39,18 @@ def numbered(*folders: str, count: int = 6, suffix: str = ".png") -> list[str]:
 
 
 def opened(folder: Path) -> tuple[dict[str, int], tuple[str, ...] | None, list[str]]:
-    """Images of each split that the folder has or that is cut, the class names, and the warnings."""
+    """The images of each split, original or taken from train, the class names, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")  # each line once, as a user sees it
+        warnings.simplefilter("default")  # each warning once, as a user sees it
         splits = {split: load_images(str(folder), split, channels=1) for split in ("train", "validation", "test")}
     texts = [str(warning.message).removeprefix(f"{folder}: ") for warning in caught]
     return {split: len(images) for split, images in splits.items()}, splits["train"].class_names, texts
 
 
 CUT = {12: (9, 1, 2), 18: (14, 1, 3), 24: (18, 2, 4), 33: (25, 2, 6), 32: (25, 2, 5)}  # 1/6, then 1/12 of the rest
-WORDS = "taken for classes, not for splits"
+WORDS = "read as classes, not as splits"
 
-# Files; images in train, validation and test; class names; words of the one warning (None: no warning).
+# Files; images in train, validation and test; class names; pattern of the one warning (None: no warning).
 FOLDERS: dict[str, tuple[list[str], tuple[int, int, int], tuple[str, ...] | None, str | None]] = {
     "pictures": (numbered("", count=12), CUT[12], None, None),
     "classes": (numbered("car", "plane"), CUT[12], ("car", "plane"), None),
@@ -95,7 +95,7 @@ FOLDERS: dict[str, tuple[list[str], tuple[int, int, int], tuple[str, ...] | None
         numbered("train/a", "train/b") + numbered("test"),
         (11, 1, 6),
         ("a", "b"),
-        "without a label, outside the class folders: 6",
+        "6 pictures outside the class folders have no label",
     ),
     "a class of one split": (numbered("train/a", "train/b", "test/a", "test/c"), (11, 1, 12), ("a", "b", "c"), None),
     "folders in classes": (numbered("cat", "dog/old"), CUT[12], ("cat", "dog"), None),
@@ -111,7 +111,7 @@ FOLDERS: dict[str, tuple[list[str], tuple[int, int, int], tuple[str, ...] | None
         [*numbered("a", "b", count=5), "1.png", "2.png"],
         CUT[12],
         ("a", "b"),
-        r"without a label, outside the class folders: 2 \(1\.png\)",
+        r"2 pictures outside the class folders have no label \(1\.png\)",
     ),
     "captions": (
         numbered("", count=12) + numbered("", count=12, suffix=".txt"),
@@ -187,7 +187,7 @@ def test_links_are_followed_and_broken_ones_counted(tmp_path: Path) -> None:
     (other / "emu" / "round").symlink_to(other / "dog")
     (folder / os.fsdecode(b"\xff.png")).write_bytes(b"")
     counts, names, (text,) = opened(folder)
-    # 13 cats, 3 dogs, 3 emus by way of the dogs; there the walk is back at the dogs.
+    # 13 cats, 3 dogs, and 3 emus through the link in dogs; the link from there back to dogs is not followed.
     assert sum(counts.values()) == 19 and names == ("cat", "dog")
     assert text == (
         "left out: 1 × broken link (cat/gone.png), 2 × link to a folder above it (cat/round), "
@@ -196,7 +196,7 @@ def test_links_are_followed_and_broken_ones_counted(tmp_path: Path) -> None:
 
 
 def test_pictures_keep_the_order_and_the_numbers_of_imagefolder(tmp_path: Path) -> None:
-    """`datasets` sorts by path; where its guess was right, nothing may change."""
+    """`datasets` sorts by path; where its `imagefolder` is right, the result must be the same."""
     files = numbered("train/a b", "train/a", "train/a-b", "train/Z", count=3)
     folder = write(tmp_path / "data", files + [file.replace("train", "test") for file in files])
     theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), split="test", cache_dir=str(tmp_path))
@@ -241,7 +241,7 @@ def test_metadata_label_the_pictures(name: str, tmp_path: Path) -> None:
     assert sum(counts.values()) == 13 and names == ("x", "y", "z")
     assert text == "left out: 11 × picture without a metadata row (more/0.png)"
     train = load_images(str(tmp_path))
-    # Row k holds the picture 11 − k, whose pixels are of that value; the last row holds picture 12 + 3.
+    # Row k contains picture 11 − k, whose pixels have that value; the last row contains picture 12 + 3.
     expected = {11 - index: index % 3 for index in range(12)} | {15: 1}
     assert [expected[value] for value in train.pixels[:, 0, 0, 0].tolist()] == train.labels.tolist()
     assert load_images(str(tmp_path), label_column="size").class_names == tuple(map(str, range(12)))
@@ -290,7 +290,7 @@ def tables(folder: Path, files: Sequence[str]) -> Path:
     return folder
 
 
-# Files; images in train, validation and test; words of the warning. Each table holds 12 images.
+# Files; images in train, validation and test; pattern of the warning. Each table has 12 images.
 TABLES: dict[str, tuple[list[str], tuple[int, int, int], str | None]] = {
     "one table": (["data.parquet"], CUT[12], None),
     "one table with a word in its name": (["my_test_set.parquet"], CUT[12], None),
@@ -312,7 +312,7 @@ def test_tables_by_their_names(case: str, tmp_path: Path) -> None:
 
 
 def test_tables_and_pictures_do_not_mix(tmp_path: Path) -> None:
-    """With the Hub's `data/train-…-of-…` it is clear which count; otherwise the user decides."""
+    """In the Hub's layout `data/train-…-of-…` the tables count; otherwise the user has to decide."""
     hub = write(tables(tmp_path / "hub", ["data/train-00000-of-00001.parquet"]), ["thumbnail.png"])
     counts, _, (text,) = opened(hub)
     assert tuple(counts.values()) == CUT[12] and text == "left out: 1 × .png (thumbnail.png)"
@@ -325,7 +325,7 @@ def test_tables_and_pictures_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_readme_decides(tmp_path: Path) -> None:
-    """The files of each split, as the Hub's data sets state them."""
+    """The README assigns files to splits, as in data sets on the Hub."""
     write(tmp_path, numbered("a", count=12) + numbered("b", count=5))
     configs = (
         "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: a/*}\n  - {split: test, path: b/*}"
@@ -352,7 +352,8 @@ def test_a_zip_of_pictures_is_a_data_set(tmp_path: Path) -> None:
 
 
 def test_evaluate_reads_what_the_data_set_reads(tmp_path: Path) -> None:
-    """200 digits as they are, as 16-bit PNG and TIFF, lying on their side with a mark, in class folders: the same."""
+    """200 digits give the same result as 8-bit PNG, 16-bit PNG and TIFF, rotated with an EXIF orientation, or in class
+    folders."""
     import numpy as np
 
     digits = load_images("digits", "test").pixels[:200]
@@ -386,11 +387,11 @@ def test_evaluate_refuses_in_one_line(tmp_path: Path, evaluator: str, capsys: py
     PIL.Image.new("L", (5, 4)).save(tmp_path / "sizes" / "9.png")
     write(tmp_path / "damaged", numbered("a"))
     (tmp_path / "damaged" / "a" / "3.png").write_bytes(b"")
-    for name, said in {
+    for name, expected in {
         "one": "`images` must be a saved pipeline, or a folder with at least 2 pictures",
-        "sizes": "`images` must have one shape, here 1×4×4, got image 6",
+        "sizes": "`images` must hold images of one shape, here 1×4×4, got image 6",
         "damaged": "`images` must hold readable images, got image 3",
     }.items():
         assert main(["evaluate", str(tmp_path / name), "--dataset", "digits", "--evaluator", evaluator]) == 2
         line = capsys.readouterr().err
-        assert line.startswith(f"error: {said}") and line.count("\n") == 1, line
+        assert line.startswith(f"error: {expected}") and line.count("\n") == 1, line

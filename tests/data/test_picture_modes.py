@@ -1,4 +1,4 @@
-"""Pictures of every mode become what one sees of them, the same from a file and from a table, or one line."""
+"""Pictures of every mode are decoded as a viewer shows them, from files and from tables, or give a one-line error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RED, WHITE = (200, 30, 10), (255, 255, 255)
 
 
 def png(depth: int, colour: int, row: bytes, width: int, transparent: bytes | None = None) -> bytes:
-    """A PNG of two equal rows, written by hand where Pillow does not write that kind."""
+    """A PNG with two equal rows, assembled here because Pillow does not write this kind."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -39,7 +39,7 @@ def saved(picture: PIL.Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def painted(mode: str, left: Any, right: Any) -> PIL.Image.Image:
-    """2×2 pixels, the left column of one value, the right one of another."""
+    """2×2 pixels, with one value in the left column and another in the right one."""
     picture = PIL.Image.new(mode, (2, 2), left)
     picture.paste(right, (1, 0, 2, 2))
     return picture
@@ -57,9 +57,9 @@ def palette(mode: str = "P", **options: Any) -> bytes:
 
 
 def turned(form: str) -> bytes:
-    """The picture [[1, 2], [1, 2]], stored lying on its side and marked so."""
+    """The picture [[1, 2], [1, 2]], stored rotated, with an EXIF orientation that rotates it back."""
     exif = PIL.Image.Exif()
-    exif[PIL.Image.ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6  # rotate clockwise
     picture = painted("L", 10, 200).transpose(PIL.Image.Transpose.ROTATE_90)
     options = {"quality": 100} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
     return saved(picture, form, exif=exif, **options)
@@ -72,7 +72,7 @@ def animation() -> bytes:
 CLEAR = painted("RGBA", (*RED, 255), (0, 0, 0, 0))
 GREY_SIXTEEN = np.array([[0, 257 * 77], [0, 257 * 77]], np.uint16)
 
-# The file, its suffix, and the two pixels of each row.
+# The file, its suffix, and the expected two pixels of each row.
 PICTURES: dict[str, tuple[bytes, str, list[Any]]] = {
     "grey": (saved(painted("L", 10, 200)), "png", [10, 200]),
     "black and white": (saved(painted("1", 0, 1)), "png", [0, 255]),
@@ -143,15 +143,15 @@ def pixels_of(row: list[Any]) -> torch.Tensor:
 def test_pictures_are_what_one_sees(case: str, tmp_path: Path) -> None:
     content, suffix, row = PICTURES[case]
     expected = pixels_of(row)
-    found = from_files(tmp_path, content, suffix)
-    assert torch.equal(found, expected), found[0].tolist()
+    actual = from_files(tmp_path, content, suffix)
+    assert torch.equal(actual, expected), actual[0].tolist()
     assert torch.equal(from_parquet(tmp_path / "table", content), expected)
     assert torch.equal(read_images(tmp_path, expected.shape[1]), expected)
 
 
 def test_a_turned_photograph_is_upright(tmp_path: Path) -> None:
-    found = from_files(tmp_path, turned("JPEG"), "jpg").int()
-    assert (found - pixels_of([10, 200]).int()).abs().max() <= 2  # JPEG's own rounding, at the best quality
+    actual = from_files(tmp_path, turned("JPEG"), "jpg").int()
+    assert (actual - pixels_of([10, 200]).int()).abs().max() <= 2  # the loss of JPEG at the best quality
 
 
 @pytest.mark.parametrize("case", ["hidden black", "a palette with alpha", "a transparent colour"])
@@ -178,7 +178,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("case", [*DAMAGED, *UNKNOWN])
 def test_what_cannot_be_seen_is_named(case: str, tmp_path: Path) -> None:
     content, suffix = (DAMAGED | UNKNOWN)[case]
-    said = "must hold 8-bit or 16-bit images, saved as PNG" if case in UNKNOWN else "must hold readable images"
+    expected = "must hold 8-bit or 16-bit images, saved as PNG" if case in UNKNOWN else "must hold readable images"
     for argument, read in {
         "dataset": lambda: from_files(tmp_path, content, suffix),
         "images": lambda: read_images(tmp_path, 1),
@@ -186,6 +186,6 @@ def test_what_cannot_be_seen_is_named(case: str, tmp_path: Path) -> None:
         with pytest.raises(InputError) as refusal:
             read()
         message = str(refusal.value)
-        assert message.startswith(f"`{argument}` {said}") and f"0.{suffix}" in message and "\n" not in message
-    with pytest.raises(InputError, match=said):
+        assert message.startswith(f"`{argument}` {expected}") and f"0.{suffix}" in message and "\n" not in message
+    with pytest.raises(InputError, match=expected):
         from_parquet(tmp_path / "table", content)

@@ -1,4 +1,4 @@
-"""The truncated set on disk is what training draws, and opens like any data set."""
+"""The truncated set on disk equals the samples of training, and opens like any data set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_rows_are_the_samples_of_training(tmp_path: Path, monkeypatch: pytest.Mo
         rows = torch.arange(105)
         expected = truncated_samples(images.fetch(rows), rows, scheduler, epoch=epoch, seed=3)
         stored = torch.from_numpy(table["sample"][:][105 * epoch : 105 * (epoch + 1)])
-        # float16 has 11 bits: below 2 in size, half a step is 2^-11.
+        # float16 has 11 significant bits: the rounding error of values below 2 is at most 2^-11.
         assert torch.allclose(stored.float(), expected, rtol=0, atol=2**-11)
 
 

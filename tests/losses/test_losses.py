@@ -1,4 +1,4 @@
-"""The losses: closed forms, what a weight means, which references are drawn, where gradients go."""
+"""The losses: closed forms, the meaning of weights, the choice of references, and the flow of gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_denoising_loss_is_the_mean_square_in_float32():
     loss = denoising_loss(output, torch.zeros(2, 1, 4, 4))
     assert loss.dtype == torch.float32 and loss.item() == 9.0
     loss.backward()
-    assert torch.allclose(output.grad.float(), torch.full((2, 1, 4, 4), 2 * 3 / 32), rtol=4e-3)  # bfloat16 has 8 bits
+    assert torch.allclose(output.grad.float(), torch.full((2, 1, 4, 4), 2 * 3 / 32), rtol=4e-3)  # bfloat16: 8 bits
 
 
 def test_squashing():
@@ -55,9 +55,9 @@ def test_features_leave_the_callers_autocast():
     network, images = _network(), torch.rand(3, 1, 8, 8) * 2 - 1
     expected = image_features(network, images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = image_features(network, images)
+        actual = image_features(network, images)
         from_half = image_features(network, images.bfloat16())
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
     assert from_half.dtype == torch.float32
 
 
@@ -75,7 +75,7 @@ def test_ot_loss_is_the_divergence_up_to_the_references_own_cost(backend):
     loss = ot_loss(features, references, blur=0.5, backend=backend)
     divergence = sinkhorn_divergence(features, references, blur=0.5, backend=backend)
     constant = 0.5 * self_transport_cost(references, blur=0.5) if backend == "native" else 0.0
-    torch.testing.assert_close(loss, divergence + constant, rtol=1e-5, atol=1e-6)  # float32 sums
+    torch.testing.assert_close(loss, divergence + constant, rtol=1e-5, atol=1e-6)  # rounding of float32 sums
 
 
 def test_equal_weights_scale_the_loss_by_the_weight():
@@ -86,13 +86,13 @@ def test_equal_weights_scale_the_loss_by_the_weight():
 
 
 def test_a_weight_counts_as_repetition():
-    # Weights (1, ½, ½, …): the cloud in which the first image appears twice, times their mean.
+    # Weights (1, ½, ½, …): the divergence of the cloud with the first image twice, times the mean weight.
     features, references = _cloud(6, 3).requires_grad_(), _cloud(30, 3, seed=1)
     weights = torch.tensor([1.0, 0.5, 0.5, 1.0, 0.5, 0.5], dtype=torch.float64)
     loss = ot_loss(features, references, blur=0.5, sample_weights=weights)
     owner = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5])
     expected = weights.mean() * ot_loss(features[owner], references, blur=0.5)
-    # Either solve stops at marginals within 1e-4.
+    # Both solves stop at a marginal error of 1e-4.
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     gradient, expected_gradient = (torch.autograd.grad(value, features)[0] for value in (loss, expected))
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
@@ -106,7 +106,7 @@ def test_an_image_of_no_weight_neither_pulls_nor_is_pulled():
     features.requires_grad_()
     expected = torch.autograd.grad(ot_loss(features, references, blur=0.5), features)[0]
     assert gradient[-1].norm() < 1e-6  # weight · distance = 1e-8 · 90
-    # The mean of the weights is 6/7, and so is each image's share of the gradient.
+    # The gradient of each image is multiplied by the mean weight, 6/7.
     torch.testing.assert_close(gradient[:-1], 6 / 7 * expected, rtol=1e-2, atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_descending_the_loss_finds_the_references():
     features = _cloud(30, 2, shift=3.0).requires_grad_()
     references = _cloud(60, 2, seed=1)
     before = sinkhorn_divergence(features, references, blur=0.3).item()
-    for _ in range(20):  # a gradient step of N·lr = 0.5 halves the displacement
+    for _ in range(20):  # one gradient step with N·lr = 0.5 halves the displacement
         (gradient,) = torch.autograd.grad(ot_loss(features, references, blur=0.3), features)
         features.data -= 15 * gradient
     after = sinkhorn_divergence(features, references, blur=0.3).item()
@@ -144,7 +144,7 @@ def test_references_are_uniform():
     for _ in range(2000):
         counts[disjoint_reference_indices(40, batch, 10, generator)] += 1
     assert (counts[:10] == 0).all()
-    # Each of 30 is drawn with probability 1/3: 667 ± 21, and five standard deviations are not reached by chance.
+    # Each of 30 is drawn with probability 1/3: 667 ± 21; tolerance: five standard deviations.
     assert (counts[10:] - 2000 / 3).abs().max() < 5 * (2000 / 3 * 2 / 3) ** 0.5
 
 
@@ -153,7 +153,7 @@ def test_references_repeat_only_where_too_few_are_left():
     assert sorted(disjoint_reference_indices(10, batch, 4, generator).tolist()) == [6, 7, 8, 9]
     repeated = disjoint_reference_indices(10, batch, 200, generator)
     assert len(repeated) == 200
-    # 200 draws from four miss one with probability 4·(3/4)^200 = 4e-25.
+    # 200 draws from four images miss one of them with probability 4·(3/4)^200 = 4e-25.
     assert set(repeated.tolist()) == {6, 7, 8, 9}
 
 

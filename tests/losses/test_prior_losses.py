@@ -1,4 +1,4 @@
-"""The losses of the priors against closed forms."""
+"""The losses of the priors, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_evidence_bound_is_the_gaussian_likelihood_and_the_divergence_of_distrib
     expected = -Normal(reconstructed, scale).log_prob(images).mean()
     posterior = Normal(mean, (log_variance / 2).exp())
     divergence = kl_divergence(posterior, Normal(0.0, 1.0)).sum(1).mean() / images[0].numel()
-    # Float32 sums over a few hundred numbers.
+    # Rounding of float32 sums over a few hundred numbers.
     torch.testing.assert_close(bound.reconstruction, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(bound.divergence, divergence, rtol=1e-5, atol=0)
     torch.testing.assert_close(bound.loss, expected + 0.7 * divergence, rtol=1e-5, atol=0)
 
 
 def test_the_variance_of_the_decoder_is_the_best_one():
-    """No other fixed variance gives a higher likelihood."""
+    """No other fixed variance of the decoder gives a higher likelihood."""
     images, reconstructed = _images(6, 0), _images(6, 1)
     zero = torch.zeros(6, 3)
     best = evidence_bound(images, reconstructed, zero, zero).reconstruction
@@ -72,7 +72,7 @@ def test_a_perfect_reconstruction_is_finite():
 def test_adversarial_losses_at_indifference_and_certainty():
     """D = ½ costs 2 log 2 and log 2; the non-saturating loss has slope −1 where the discriminator is certain."""
     zero = torch.zeros(4)
-    # The float32 logarithm.
+    # Rounding of the float32 logarithm.
     assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2), rel=1e-6)
     assert generator_loss(zero).item() == pytest.approx(math.log(2), rel=1e-6)
     assert discriminator_loss(zero + 40, zero - 40).item() < 1e-15
@@ -107,14 +107,14 @@ def test_gradient_penalty_of_a_linear_critic_is_half_its_squared_norm_and_trains
 def test_a_shift_of_every_pixel_costs_half_its_square(transport):
     """½ E ⟨c·1, θ⟩² = c²/2 per pixel for directions uniform on the sphere."""
     images = _images(3, 0, size=4)
-    # The mean of 20,000 squared projections of relative variance below 2: standard error 1%; five of them.
+    # The mean of 20,000 squared projections with a relative variance below 2 has a standard error of 1%; tolerance: 5%.
     assert transport(images, images + 0.6).item() == pytest.approx(0.18, rel=0.05)
 
 
 def test_transport_to_itself_is_free_and_its_minimum_is_stationary():
     images = _images(6, 0).requires_grad_()
     cost = pixel_transport(images, images.detach().flip(0), num_projections=16, generator=_seeded())
-    # Projections of reordered rows may differ in their last bits.
+    # Projections of reordered rows may differ in the last bits.
     assert cost.item() < 1e-12
     assert torch.autograd.grad(cost, images)[0].abs().max() < 1e-8
 
@@ -130,19 +130,19 @@ def test_patches_wider_than_the_image_are_left_out():
 
 
 def test_a_stride_leaves_room_for_the_widest_patch():
-    """Where one position is left the grid cannot move, and the distance is that of the whole images."""
+    """With a single possible position the grid cannot move, and the distance is that between whole images."""
     x, y = _images(4, 0, size=4), _images(4, 1, size=4)
     options: dict = {"patch_sizes": (4,), "num_projections": 8}
     moved = [patch_transport(x, y, patch_stride=4, **options, generator=_seeded(seed)) for seed in range(20)]
     assert min(moved) > 0
-    # The same shift everywhere: every grid of it sees c² / 2, but for the drawn directions (5% as above).
+    # With the same shift everywhere, every grid gives c² / 2 up to the sampling of directions (5% as above).
     shifted = patch_transport(x, x + 0.6, patch_sizes=(2,), patch_stride=3, num_projections=20_000, generator=_seeded())
     assert shifted.item() == pytest.approx(0.18, rel=0.05)
 
 
 def test_the_independent_pair_takes_the_bias_out_of_the_sinkhorn_gradient():
-    """Two samples of one law, blur below the spacing of the points: with an independent second batch the pull of the
-    reference and the push of the self-term are alike in size, so that their sum is far smaller than either."""
+    """Two samples of one distribution, with a blur below the spacing of the points: with an independent second batch,
+    attraction by the references and repulsion by the self-term are equal in size and almost cancel."""
     x, y, pair = (torch.randn(200, 16, generator=_seeded(seed)) / 4 for seed in range(3))
     x.requires_grad_()
     options = {"blur": 0.3, "scaling": 0.7}
@@ -150,7 +150,7 @@ def test_the_independent_pair_takes_the_bias_out_of_the_sinkhorn_gradient():
     (self_paired,) = torch.autograd.grad(sinkhorn_transport([x], [y], [x.detach()], **options), x)
     along = (balanced * x).sum() / (x * x).sum()
     pulled = (self_paired * x).sum() / (x * x).sum()
-    # For equal laws the spread should neither shrink nor grow; the same batch contracts it.
+    # For equal distributions the spread should not change; with the same batch in the self-term it shrinks.
     assert pulled > 0
     assert abs(along) < 0.2 * pulled
 
@@ -187,7 +187,7 @@ def test_features_do_not_depend_on_the_batch_and_pass_gradients_to_the_images():
     levels = denoiser_features(unet, images, 7)
     alone = denoiser_features(unet, images[:1], 7)
     for level, single in zip(levels, alone, strict=True):
-        # Convolutions of another batch size round differently.
+        # Convolutions of different batch sizes round differently.
         torch.testing.assert_close(level[:1], single, rtol=1e-4, atol=1e-5)
     levels[-1].sum().backward()
     assert images.grad.abs().min() > 0
@@ -199,6 +199,6 @@ def test_network_features_end_in_the_penultimate_layer(network_class):
     network = network_class(sample_size=8, in_channels=2, block_out_channels=(8, 16), feature_dim=12)
     images = _images(3, 0).clamp(-1, 1)
     levels = network_features(network, images)
-    # Two stages of maps, and the same function of the same input.
+    # Two stages of feature maps, computed by the same functions from the same input.
     assert len(levels) == 3
     assert torch.equal(levels[-1], network.extract(images))

@@ -1,4 +1,4 @@
-"""transformers backbones as feature networks: the features are transformers' own, and a guided pipeline keeps them."""
+"""Backbones of transformers as feature networks: their features are unchanged, also in a saved guided pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIDE = 32
 
 @pytest.fixture(params=["dinov2", "clip"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A tiny random backbone and its processor as transformers saves them."""
+    """A folder with a tiny random backbone and its image processor, saved by transformers."""
     torch.manual_seed(0)
     vision = SMALL | {"image_size": SIDE, "patch_size": 8}
     if request.param == "dinov2":
@@ -51,7 +51,7 @@ def test_features_are_those_of_transformers(folder: Path) -> None:
     pixels = processor(np.asarray(to_unit_range(images)), **steps, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values=pixels).pooler_output
-    # No resizing here, so what is left is the rounding of the normalisation.
+    # Without resizing, only the normalisation causes rounding errors.
     torch.testing.assert_close(network.extract(images), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -68,11 +68,11 @@ def test_a_pipeline_is_guided_by_a_backbone_and_keeps_it(folder: Path, tmp_path:
         return pipe(batch_size=16, num_inference_steps=2, generator=generator, output_type="pt", **call).images
 
     assert not torch.equal(pixels(pipeline), pixels(pipeline, guidance_scale=0))
-    folder.rename(folder.with_name("gone"))  # the saved pipeline needs no other repository
+    folder.rename(folder.with_name("gone"))  # the saved pipeline must not need the original folder
     loaded = load_pipeline(tmp_path / "guided")
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.feature_extractor) is BackboneFeatureExtractor
-    # Weights that are mapped from the file may lie at other addresses, which changes the last bit of sums.
+    # Memory-mapped weights may be aligned differently, which changes the last bit of sums.
     torch.testing.assert_close(pixels(loaded), pixels(pipeline), atol=1e-3, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""Feature networks and reference banks: saved, loaded, frozen, in any dtype."""
+"""Feature networks and reference sets: saving, loading, freezing and dtypes."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def test_a_saved_network_comes_back_the_same_and_frozen(network_class, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == network_class.__name__
     assert config["dataset"] == "digits" and config["block_out_channels"] == [8, 16]
-    # Memory-mapped weights are aligned differently and shift results in the last bit.
+    # Memory-mapped weights may be aligned differently, which changes the last bit of sums.
     loaded = network_class.from_pretrained(tmp_path, disable_mmap=True)
-    expected, found = network(_images()), loaded(_images())
-    assert torch.equal(found.features, expected.features) and torch.equal(found.logits, expected.logits)
+    expected, actual = network(_images()), loaded(_images())
+    assert torch.equal(actual.features, expected.features) and torch.equal(actual.logits, expected.logits)
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
     assert loaded.config.data_fingerprint == "abc"
 
 
 def test_batch_statistics_are_frozen_and_saved(tmp_path):
-    """Once trained, an image has the same features in any company."""
+    """After training, the features of an image do not depend on the rest of the batch."""
     network = ResidualFeatureExtractor(**SMALL, norm_type="batch_norm")
     network.train()(_images(32))
     network.eval().save_pretrained(tmp_path)
     loaded = ResidualFeatureExtractor.from_pretrained(tmp_path)
     alone, together = loaded(_images()[:1]).features, loaded(_images()).features[:1]
-    # Other kernels for other batch sizes: float32 rounding.
+    # Float32 rounding: kernels differ between batch sizes.
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(alone, network(_images()[:1]).features, rtol=1e-5, atol=1e-6)
     untrained = ResidualFeatureExtractor(**SMALL, norm_type="batch_norm")
@@ -71,7 +71,7 @@ def test_gradients_reach_the_images(network_class):
 def test_extract_and_logits_take_the_models_range(network_class):
     network, images = network_class(**SMALL), _images()
     expected = network(images)
-    # 2x − 1 and back rounds in the last bits of float32.
+    # 2x − 1 and its inverse round in the last bits of float32.
     torch.testing.assert_close(network.extract(2 * images - 1), expected.features, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(network.logits(2 * images - 1), expected.logits, rtol=1e-4, atol=1e-6)
     assert torch.equal(network.extract(torch.full((1, 1, 8, 8), 7.0)), network(torch.ones(1, 1, 8, 8)).features)
@@ -82,7 +82,7 @@ def test_extract_and_logits_take_the_models_range(network_class):
 @pytest.mark.parametrize("network_class", NETWORKS)
 def test_an_image_has_the_same_features_in_any_batch(network_class):
     network, images = network_class(**SMALL), _images(6)
-    # Convolution kernels may sum in another order for another batch size.
+    # Convolutions may sum in a different order for different batch sizes.
     torch.testing.assert_close(network(images[2:3]).features, network(images).features[2:3], rtol=1e-5, atol=1e-6)
 
 
@@ -93,10 +93,10 @@ def test_half_precision(network_class, dtype, tmp_path):
     network.save_pretrained(tmp_path)
     expected = network(_images()).features
     half = network_class.from_pretrained(tmp_path, dtype=dtype)
-    found = half(_images().to(dtype)).features
-    assert found.dtype == dtype
-    # A few layers of rounding at 2^-11 and 2^-8.
-    assert (found.float() - expected).norm() / expected.norm() < (0.01 if dtype == torch.float16 else 0.05)
+    actual = half(_images().to(dtype)).features
+    assert actual.dtype == dtype
+    # The rounding errors of float16 and bfloat16, 2^-11 and 2^-8, over a few layers.
+    assert (actual.float() - expected).norm() / expected.norm() < (0.01 if dtype == torch.float16 else 0.05)
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
@@ -111,7 +111,7 @@ def test_the_networks_differ_in_what_they_compute():
     torch.manual_seed(0)
     first, second = (network_class(**SMALL) for network_class in NETWORKS)
     assert first.state_dict().keys() != second.state_dict().keys()
-    # The evaluator has a receptive field of the whole image and negative features; the other's are rectified.
+    # The evaluator sees the whole image and has negative features; those of the other network are rectified.
     assert (first(_images()).features >= 0).all() and (second(_images()).features < 0).any()
 
 
@@ -123,7 +123,7 @@ def test_bad_sizes_are_named():
             network_class(**SMALL)(torch.zeros(2, 1, 16, 16))
 
 
-# --- the bank -------------------------------------------------------------------------------------------------------
+# --- reference sets -------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_bank_comes_back(tmp_path):
@@ -135,7 +135,7 @@ def test_a_saved_bank_comes_back(tmp_path):
     assert loaded.config.feature_scale == 2.5 and loaded.config.data_fingerprint == "abc"
     assert torch.equal(loaded.references(), features / 2.5)
     assert torch.equal(loaded().features, features)
-    # A whole number is kept where float16 would round it: the references are always float32.
+    # float16 would round this integer: the references are always float32.
     assert ReferenceBank.from_pretrained(tmp_path, dtype=torch.float16).references().dtype == torch.float32
 
 
@@ -173,9 +173,9 @@ def test_bad_banks_are_refused(features, options, message):
 
 
 def test_median_distance():
-    # Distances of 0, 1, 3 on a line: 1, 2, 3.
+    # The points 0, 1 and 3 have the distances 1, 2 and 3.
     assert median_distance(torch.tensor([[0.0], [1.0], [3.0]])) == 2.0
-    # Standard normals in D dimensions are √(2D) apart; 500 rows know it to a percent.
+    # Standard normal points in D dimensions have a median distance of √(2D), to a percent with 500 rows.
     assert median_distance(torch.randn(500, 50, generator=torch.Generator().manual_seed(0))) == pytest.approx(
         10, rel=0.02
     )

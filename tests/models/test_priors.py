@@ -1,4 +1,4 @@
-"""Priors: the Gaussian against its closed form, the networks against their contracts."""
+"""Priors: the Gaussian compared with its closed form, the networks with their documented behaviour."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prior(request):
 
 
 def _affine_map(prior: GaussianPrior) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offset [D] and matrix [latents, D] of a single Gaussian, read off zero and basis latents."""
+    """Offset [D] and matrix [latents, D] of a single Gaussian, from the images of zero and basis latents."""
     offset = prior(torch.zeros(1, prior.latent_dim)).sample.flatten()
     return offset, prior(torch.eye(prior.latent_dim)).sample.flatten(1) - offset
 
@@ -71,7 +71,7 @@ def test_gaussian_has_the_moments_of_the_data():
     """x = μ + Fᵀz with FᵀF the sample covariance."""
     data = _data().flatten(1)
     offset, matrix = _affine_map(PRIORS["gaussian"]())
-    # Stored in float32, values near 1.
+    # Values near 1, stored in float32.
     torch.testing.assert_close(offset, data.mean(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(matrix.T @ matrix, data.T.cov(), rtol=0, atol=2e-6)
 
@@ -81,7 +81,7 @@ def test_low_rank_keeps_the_leading_directions_and_the_total_variance():
     variances, directions = torch.linalg.eigh(covariance)
     _, matrix = _affine_map(PRIORS["low rank"]())
     ours = matrix.T @ matrix
-    # Float32 round-off of the products.
+    # Float32 rounding of the products.
     torch.testing.assert_close(ours.trace(), covariance.trace(), rtol=1e-5, atol=0)
     for index in (-1, -2):
         explained = directions[:, index] @ ours @ directions[:, index]
@@ -100,15 +100,16 @@ def test_mixture_has_the_mean_and_the_share_of_each_class():
     images = (labels - 1.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     samples = GaussianPrior.from_images(images, 10, labels=labels)
     prior = samples(randn_tensor((6000, samples.latent_dim), generator=_seeded())).sample
-    # Every draw is one of the classes, to float32.
+    # Every draw is one of the three points, to float32 precision.
     torch.testing.assert_close(prior, prior.round(), rtol=0, atol=1e-6)
     shares = torch.bincount(prior[:, 0, 0, 0].round().long() + 1) / 6000
-    # Binomial standard deviation √(.25/6000) = .0065; four of them.
+    # Binomial standard deviation √(.25/6000) = .0065; tolerance: four times that.
     torch.testing.assert_close(shares, torch.tensor([1 / 2, 1 / 3, 1 / 6]), rtol=0, atol=0.026)
 
 
 def test_autocast_leaves_closed_forms_as_they_are():
-    """Neither a mixture of Gaussians nor fitted latents are networks: their draws are the same to the bit."""
+    """Autocast is meant for networks: samples of a mixture of Gaussians and fitted latents are bitwise equal under
+    it."""
     labels = torch.arange(len(_data())) % 2
     mixture = GaussianPrior.from_images(_data(), 10, labels=labels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +124,7 @@ def test_diffused_gaussian_has_the_moments_of_the_truncated_set():
     alpha, sigma = LEVEL
     data = _data().flatten(1)
     samples = PRIORS["gaussian"]().sample(20_000, *LEVEL, generator=_seeded()).flatten(1)
-    # Variances are near 1: standard errors 1/√20000 = .007 and, for the covariance, .01; four of each.
+    # Variances are near 1: standard errors 1/√20000 = .007 and, for the covariance, .01; tolerance: four times that.
     torch.testing.assert_close(samples.mean(0), alpha * data.mean(0), rtol=0, atol=0.03)
     expected = alpha**2 * data.T.cov() + sigma**2 * torch.eye(6)
     torch.testing.assert_close(samples.T.cov(), expected, rtol=0, atol=0.04)
@@ -143,7 +144,7 @@ def test_one_generator_per_image_makes_images_independent_of_the_batch(prior):
     together = prior.sample(5, *LEVEL, generator=[_seeded(seed) for seed in range(5)])
     for seed in (0, 3):
         alone = prior.sample(1, *LEVEL, generator=[_seeded(seed)])
-        # Matrix products of another batch size sum in another order: float32 round-off of values near 1.
+        # Matrix products may sum in a different order for different batch sizes: float32 rounding of values near 1.
         torch.testing.assert_close(alone[0], together[seed], rtol=0, atol=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_saved_prior_loads_the_same(prior, tmp_path):
         assert torch.equal(restored.state_dict()[name], tensor), name
     assert type(prior).from_config(prior.config).image_shape == prior.image_shape
     latents = torch.randn(2, prior.latent_dim, generator=_seeded())
-    # Memory-mapped weights may be aligned differently, which changes the order of sums.
+    # Memory-mapped weights may be aligned differently, which changes the last bit of sums.
     torch.testing.assert_close(restored(latents).sample, prior(latents).sample, rtol=0, atol=1e-5)
 
 
@@ -212,17 +213,17 @@ def test_gradients_reach_the_generator_through_the_diffused_sample():
 def test_group_norm_makes_training_independent_of_the_batch():
     prior = _small(norm_type="group").train()
     latents = torch.randn(6, 5, generator=_seeded())
-    # Matrix products of another batch size: float32 round-off of values below 1.
+    # Matrix products of different batch sizes: float32 rounding of values below 1.
     torch.testing.assert_close(prior(latents[:1]).sample, prior(latents).sample[:1], rtol=0, atol=1e-5)
 
 
 def test_spectral_norm_bounds_each_layer_and_survives_saving(tmp_path):
     torch.manual_seed(0)
     discriminator = PriorDiscriminator(sample_size=8, in_channels=1, block_out_channels=(16, 8))
-    for _ in range(30):  # one power iteration each
+    for _ in range(30):  # one power iteration per call
         discriminator(torch.randn(2, 1, 8, 8))
     discriminator.eval()
-    # The power iteration has converged to a few digits.
+    # The power iteration has converged to a few digits only.
     assert torch.linalg.matrix_norm(discriminator.head.weight, 2).item() == pytest.approx(1, rel=1e-3)
     for layer in discriminator.blocks:
         if hasattr(layer, "weight"):
@@ -241,7 +242,7 @@ def test_encoder_survives_saving_and_samples_its_posterior(tmp_path):
     posterior = PriorEncoder.from_pretrained(tmp_path)(images)
     torch.testing.assert_close(posterior.mean, encoder(images).mean, rtol=0, atol=1e-5)
     draws = torch.cat([posterior.sample(_seeded(seed)) for seed in range(2000)])
-    # Standard errors with 2,000 draws of a standard deviation near 1: .022 and 1.6%; four of each.
+    # Standard errors of 2,000 draws with a standard deviation near 1: .022 and 1.6%; tolerance: four times that.
     torch.testing.assert_close(draws.mean(0), posterior.mean[0], rtol=0, atol=0.09)
     torch.testing.assert_close(draws.std(0), (posterior.log_variance[0] / 2).exp(), rtol=0.064, atol=0)
 
@@ -281,26 +282,26 @@ def test_a_clean_prior_moves_to_another_step_as_a_copy():
     assert torch.equal(moved(latents).sample, prior(latents).sample)
     with pytest.raises(InputError, match=r"`truncation_timestep` must be at least 1, got 0"):
         prior.at_truncation_timestep(0)
-    with pytest.raises(InputError, match="`prior` must make clean images"):
+    with pytest.raises(InputError, match="`prior` must generate clean images"):
         _generator(prediction_type="noisy_sample").at_truncation_timestep(7)
 
 
 def test_fitted_latents_have_the_moments_of_the_mixture():
     prior = _small().with_latents(*_latents())
     weight, means, covariances = _latents()
-    found = prior._draw_latents(20_000, _seeded(), torch.device("cpu"))
-    first = found.mean(dim=1) < -4  # the two are ten apart, and their means spread by about one
+    actual = prior._draw_latents(20_000, _seeded(), torch.device("cpu"))
+    first = actual.mean(dim=1) < -4  # the components are ten apart, and each has a spread of about one
     assert first.float().mean().item() == pytest.approx(weight[0].item() / 4, abs=0.01)  # three standard errors
     for rows, mean, covariance in zip((first, ~first), means, covariances, strict=True):
-        # 5,000 draws or more: standard errors of 1/70 of a deviation, and of 1/50 of a variance.
+        # 5,000 draws or more: standard errors of 1/70 standard deviation for means, and of 1/50 for variances.
         scale = covariance.diagonal().max().item()
-        torch.testing.assert_close(found[rows].mean(0), mean, rtol=0, atol=scale**0.5 / 15)
-        torch.testing.assert_close(found[rows].T.cov(), covariance.float(), rtol=0, atol=scale / 10)
+        torch.testing.assert_close(actual[rows].mean(0), mean, rtol=0, atol=scale**0.5 / 15)
+        torch.testing.assert_close(actual[rows].T.cov(), covariance.float(), rtol=0, atol=scale / 10)
 
 
 def test_one_component_of_unit_variance_is_the_standard_normal():
     plain = _small()
     fitted = plain.with_latents(torch.ones(1), torch.zeros(1, 5), torch.eye(5)[None])
     images = [prior.draw(4, generator=_seeded()) for prior in (plain, fitted)]
-    # A product with the identity sums in another order.
+    # A product with the identity sums in a different order.
     torch.testing.assert_close(*images, rtol=0, atol=1e-6)

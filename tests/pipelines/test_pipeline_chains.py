@@ -194,10 +194,13 @@ def test_every_call_of_a_solver_is_guided_at_its_own_noise_level(kind, skip_prk_
     ("scheduler", "message"),
     [
         (HeunDiscreteScheduler(), "`scheduler` must be variance-preserving .* got 'HeunDiscreteScheduler'"),
-        (DDIMInverseScheduler(), "`scheduler` must walk from noise to images, got 'DDIMInverseScheduler'"),
+        (
+            DDIMInverseScheduler(),
+            "`scheduler` must have decreasing timesteps, got 'DDIMInverseScheduler'",
+        ),
         (RePaintScheduler(), "`scheduler` must step from a model output, a timestep and a sample"),
         (CogVideoXDPMScheduler(), "`scheduler` must step from a model output, a timestep and a sample"),
-        (LCMScheduler(original_inference_steps=4), "must be a number of steps that LCMScheduler can take, got 5"),
+        (LCMScheduler(original_inference_steps=4), "must be a number of steps that LCMScheduler allows, got 5"),
         (
             DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
             "`scheduler` must be variance-preserving",
@@ -321,7 +324,7 @@ def test_unusual_images_are_sampled(kind, channels, size):
 @both
 def test_a_feature_network_of_other_images_is_named(kind):
     pipe = _pipe(kind, unet=_unet(sample_size=(8, 16)), shape=(8, 16), **_parts())
-    message = r"`feature_extractor` must take images of shape \(1, 8, 16\), as the UNet makes them, got \(1, 8, 8\)"
+    message = r"`feature_extractor` must take images of shape \(1, 8, 16\), as the UNet generates them, got \(1, 8, 8\)"
     with pytest.raises(InputError, match=message):
         _latents(pipe)
     assert _latents(pipe, guidance_scale=0).shape == (4, 1, 8, 16)

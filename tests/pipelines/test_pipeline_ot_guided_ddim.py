@@ -439,9 +439,9 @@ def test_the_joint_batch_is_there_beside_the_field():
     [
         (
             {"num_inference_steps": 7},
-            "`num_inference_steps` must make the chain that the guidance field was recorded on",
+            "`num_inference_steps` must give the chain of the guidance field",
         ),
-        ({"blur": 0.5}, "`blur` must be 0.3, as the guidance field was recorded, got 0.5"),
+        ({"blur": 0.5}, "`blur` must be 0.3, as in the recording of the guidance field, got 0.5"),
     ],
 )
 def test_a_field_refuses_another_chain(options, message):

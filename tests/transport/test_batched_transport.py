@@ -1,4 +1,4 @@
-"""Batches of transport problems: each as it would be solved alone."""
+"""Batches of transport problems: each problem is solved as it would be alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNT, ROWS, COLUMNS, WIDTH = 4, 12, 20, 3
 
 
 def _clouds(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal points in float64, each cloud of another size and place."""
+    """Standard normal points in float64; every cloud has its own scale and position."""
     points = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     numbers = torch.arange(len(points), dtype=torch.float64)[:, None, None]
     return points * (1 + numbers) / 2 + seed * numbers
@@ -52,7 +52,7 @@ def test_a_batch_is_its_problems(blur, reach, is_swapped):
     values, gradients = _value_and_gradient(x, y, x_weights=a, y_weights=b, **options)
     for one in range(COUNT):
         value, gradient = _value_and_gradient(x[one], y[one], x_weights=a[one], y_weights=b[one], **options)
-        # Either solve stops at marginals within 1e-5, of potentials that differ by a few units of the cost.
+        # Both solves stop at a marginal error of 1e-5; the potentials differ by a few units of the cost.
         torch.testing.assert_close(values[one], value, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gradients[one], gradient, rtol=1e-3, atol=1e-4)
 
@@ -61,10 +61,10 @@ def test_an_easy_problem_does_not_wait_for_precision_and_a_hard_one_gets_it():
     far = torch.cat([_clouds(1, 6, WIDTH) * 0.1, _clouds(1, 6, WIDTH, seed=1) * 0.1 + 50], dim=1)
     x = torch.cat([_clouds(1, ROWS, WIDTH), far])
     y = torch.cat([_clouds(1, ROWS, WIDTH, seed=1), far + 0.05 * _clouds(1, ROWS, WIDTH, seed=2)])
-    found = sinkhorn_potentials(x, y, blur=0.05, tolerance=1e-8)
-    assert found.marginal_error.shape == (2,) and bool((found.marginal_error < 1e-8).all())
-    for one in range(2):
-        plan = found.f[one][:, None] + found.g[one] - torch.cdist(x[one], y[one]) ** 2 / 2
+    actual = sinkhorn_potentials(x, y, blur=0.05, tolerance=1e-8)
+    assert actual.marginal_error.shape == (2,) and bool((actual.marginal_error < 1e-8).all())
+    for index in range(2):
+        plan = actual.f[index][:, None] + actual.g[index] - torch.cdist(x[index], y[index]) ** 2 / 2
         marginal = (plan / 0.05**2).exp().sum(1) / ROWS**2
         assert (marginal - 1 / ROWS).abs().sum() < 1e-6
 
@@ -85,13 +85,13 @@ def test_one_cloud_belongs_to_all():
 def test_the_options_of_the_divergence():
     x, y = _pair()
     pair = _clouds(COUNT, 9, WIDTH, seed=3)
-    known = self_transport_cost(y, blur=0.3)
-    for options in ({"debias": False}, {"x_pair": pair}, {"x_pair": pair[0]}, {"y_self_cost": known}):
-        found = sinkhorn_divergence(x, y, blur=0.3, **options)
-        for one in range(COUNT):
-            single = {name: v[one] if isinstance(v, Tensor) and len(v) == COUNT else v for name, v in options.items()}
-            expected = sinkhorn_divergence(x[one], y[one], blur=0.3, **single)
-            torch.testing.assert_close(found[one], expected, rtol=1e-6, atol=1e-8)
+    self_cost = self_transport_cost(y, blur=0.3)
+    for options in ({"debias": False}, {"x_pair": pair}, {"x_pair": pair[0]}, {"y_self_cost": self_cost}):
+        actual = sinkhorn_divergence(x, y, blur=0.3, **options)
+        for index in range(COUNT):
+            single = {name: v[index] if isinstance(v, Tensor) and len(v) == COUNT else v for name, v in options.items()}
+            expected = sinkhorn_divergence(x[index], y[index], blur=0.3, **single)
+            torch.testing.assert_close(actual[index], expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("entries", [2 * ROWS * COLUMNS, 100])
@@ -100,11 +100,11 @@ def test_batches_that_do_not_fit_are_solved_in_parts(entries, monkeypatch):
     expected = _value_and_gradient(x, y, blur=0.5)
     potentials = self_potential(x, blur=0.5)
     monkeypatch.setattr(geometry, "MAX_DENSE_ENTRIES", entries)
-    for found, value in zip(_value_and_gradient(x, y, blur=0.5), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)  # two solvers, each to 1e-5
+    for actual, value in zip(_value_and_gradient(x, y, blur=0.5), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)  # two solvers, each to 1e-5
     torch.testing.assert_close(self_potential(x, blur=0.5), potentials, rtol=1e-5, atol=1e-6)
-    for found in (sinkhorn_potentials(x, y, blur=0.5), divergence_gradient(x, y, blur=0.5)[1].cross):
-        assert found.f.shape == (COUNT, ROWS) and found.g.shape == (COUNT, COLUMNS)
+    for actual in (sinkhorn_potentials(x, y, blur=0.5), divergence_gradient(x, y, blur=0.5)[1].cross):
+        assert actual.f.shape == (COUNT, ROWS) and actual.g.shape == (COUNT, COLUMNS)
 
 
 def test_the_gradient_for_loops_and_its_warm_start():
@@ -122,10 +122,10 @@ def test_the_gradient_for_loops_and_its_warm_start():
 
 def test_the_geomloss_backend_takes_batches():
     x, y = (cloud.float() for cloud in _pair())
-    found = sinkhorn_divergence(x, y[0], blur=0.5, scaling=0.9, backend="geomloss")
+    actual = sinkhorn_divergence(x, y[0], blur=0.5, scaling=0.9, backend="geomloss")
     alone = [sinkhorn_divergence(cloud, y[0], blur=0.5, scaling=0.9, backend="geomloss") for cloud in x]
     # geomloss starts all problems at the diameter of the largest.
-    torch.testing.assert_close(found, torch.stack(alone), rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(actual, torch.stack(alone), rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A number of steps set in advance: as right as the converged solve, and without a value read back."""
+"""A fixed number of Sinkhorn iterations: as accurate as the converged solve, and no value is read back."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ needs_newer_torch = pytest.mark.skipif(
 
 
 def _cloud(*shape: int, seed: int = 0, shift: float = 0.0) -> Tensor:
-    """Normal points with the falling spectrum of features."""
+    """Normal points with a decaying spectrum, like features."""
     points = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + shift
     return points * torch.arange(1, shape[-1] + 1).rsqrt()
 
 
 def _clustered(rows: int, width: int, seed: int) -> Tensor:
-    """Six clusters of unequal shares."""
+    """Six clusters of unequal weights."""
     generator = torch.Generator().manual_seed(seed)
     centres = 2 * torch.randn(6, width, generator=torch.Generator().manual_seed(99))
     return centres[torch.randint(6, (rows,), generator=generator)] + torch.randn(rows, width, generator=generator) / 2
@@ -40,16 +40,16 @@ def _cosine(u: Tensor, v: Tensor) -> float:
 
 
 class NoCopies(TorchDispatchMode):
-    """Copies between the host and a GPU wait for it."""
+    """Fails at every copy between the host and a GPU, which would be a synchronisation."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
+        actual = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            assert {part.device.type for part in (found, *args) if isinstance(part, Tensor)} == {found.device.type}
-        return found
+            assert {part.device.type for part in (actual, *args) if isinstance(part, Tensor)} == {actual.device.type}
+        return actual
 
 
-# What the docstring states, in blurs over the median distance. .999 is what the method asks of every gradient.
+# The claims of the docstring: blur in median distances, and iterations for a cosine similarity of .999.
 _STEPS = [(1.0, 10), (0.3, 20), (0.1, 100), (0.05, 200)]
 
 
@@ -62,19 +62,19 @@ def test_the_gradient_is_that_of_the_converged_problem(ratio, num_iterations, si
     median = torch.cdist(x, y).median().item()
     weights = (torch.arange(n) % 3 + 1.0) / (torch.arange(n) % 3 + 1.0).sum()
     options = {"blur": ratio * median, "reach": reach and reach * median, "x_weights": weights}
-    found, _ = divergence_gradient(x, y, num_iterations=num_iterations, **options)
+    actual, _ = divergence_gradient(x, y, num_iterations=num_iterations, **options)
     expected, _ = divergence_gradient(x.double(), y.double(), **options)
-    assert _cosine(found, expected) > 0.999
-    assert (found.double() - expected).norm() < 0.05 * expected.norm()  # a cosine of .999 is an angle of .045
+    assert _cosine(actual, expected) > 0.999
+    assert (actual.double() - expected).norm() < 0.05 * expected.norm()  # a cosine of .999 is an angle of .045
 
 
 @pytest.mark.parametrize("ratio, num_iterations", _STEPS[:3])
 def test_clusters_of_unequal_shares(ratio, num_iterations):
-    """Mass that has to cross the gaps between them is what Sinkhorn's steps are slow at."""
+    """Sinkhorn iterations are slow where mass has to cross the gaps between clusters."""
     x, y = _clustered(100, 8, 1), _clustered(150, 8, 2)
     blur = ratio * torch.cdist(x, y).median().item()
-    found, _ = divergence_gradient(x, y, blur=blur, num_iterations=num_iterations)
-    assert _cosine(found, divergence_gradient(x.double(), y.double(), blur=blur)[0]) > 0.999
+    actual, _ = divergence_gradient(x, y, blur=blur, num_iterations=num_iterations)
+    assert _cosine(actual, divergence_gradient(x.double(), y.double(), blur=blur)[0]) > 0.999
 
 
 def test_loss_and_field_agree_and_more_steps_are_closer():
@@ -114,7 +114,7 @@ def test_torch_compile_sees_one_graph(shape, options):
     compiled, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.compile(loss, fullgraph=True, backend="eager")(compiled, y).sum().backward()
     loss(plain, y).sum().backward()
-    torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+    torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-4, atol=1e-6)  # float32 sums in a different order
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_the_whole_loss_compiles_with_its_backward():
 @needs_newer_torch
 @pytest.mark.parametrize("entries", [2**25, 100])
 def test_nothing_is_read_from_a_gpu(entries, monkeypatch):
-    """Fake tensors of a GPU have no values: whatever would wait for one raises."""
+    """Fake tensors of a GPU have no values: reading one raises an error."""
     monkeypatch.setattr(geometry, "MAX_DENSE_ENTRIES", entries)
     with FakeTensorMode():
         x, y = (torch.empty(rows, 5, device="cuda", requires_grad=True) for rows in (20, 30))
@@ -146,7 +146,7 @@ def test_nothing_is_read_from_a_gpu(entries, monkeypatch):
             divergence_gradient(x, y, blur=0.5, num_iterations=5, initial=potentials)
             divergence_gradient_at(x[:3], x, y, potentials.cross.g, potentials.self_potential, blur=0.5)
         with pytest.raises(Exception, match=r"[Dd]ata.?dependent|_local_scalar_dense"):
-            sinkhorn_divergence(x, y, blur=0.5)  # the converged solve does look
+            sinkhorn_divergence(x, y, blur=0.5)  # the converged solve reads values
 
 
 def test_blocks_give_what_the_whole_matrix_gives(monkeypatch):
@@ -154,8 +154,8 @@ def test_blocks_give_what_the_whole_matrix_gives(monkeypatch):
     expected, _ = divergence_gradient(x, y, blur=0.5, num_iterations=40)
     monkeypatch.setattr(geometry, "MAX_DENSE_ENTRIES", 200)
     monkeypatch.setattr(geometry, "BLOCK_ENTRIES", {"cpu": 100})
-    found, _ = divergence_gradient(x, y, blur=0.5, num_iterations=40)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # 40 steps of either ladder
+    actual, _ = divergence_gradient(x, y, blur=0.5, num_iterations=40)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)  # 40 iterations with either annealing
 
 
 @pytest.mark.parametrize("ratio", [1e-3, 1e-2, 10.0, 1e2])

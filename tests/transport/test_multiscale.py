@@ -1,4 +1,4 @@
-"""The solver for large clouds against the one for small ones, and against closed forms."""
+"""The solver for large clouds, compared with the one for small clouds and with closed forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ot_diffusers.transport import divergence_value, has_stored_solver, multisca
 
 
 def clusters(rows: int, seed: int, columns: int = 24) -> Tensor:
-    """Ten clusters of unequal shares: mass that must cross the gaps between them is what makes Sinkhorn slow."""
+    """Ten clusters of unequal weights: Sinkhorn iterations are slow where mass has to cross the gaps between them."""
     generator = torch.Generator().manual_seed(seed)
     centres = 2 * torch.randn(10, columns, generator=torch.Generator().manual_seed(99))
     return centres[torch.randint(10, (rows,), generator=generator)] + torch.randn(rows, columns, generator=generator)
@@ -20,7 +20,7 @@ def clusters(rows: int, seed: int, columns: int = 24) -> Tensor:
 
 @pytest.fixture
 def small_coarse_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two coarsenings already at 600 points."""
+    """Coarsen twice already at 600 points."""
     monkeypatch.setattr(multiscale, "MAX_COARSE_ENTRIES", 50 * 50)
 
 
@@ -36,7 +36,7 @@ def test_agrees_with_the_solver_for_small_clouds(rows: int, columns: int, blur: 
     else:
         x, y = x / torch.pdist(y).median(), y / torch.pdist(y).median()
     expected = sinkhorn_divergence(x, y, blur=blur).item()
-    assert divergence_value(x, y, blur=blur) == pytest.approx(expected, rel=1e-3)  # what the docstring states
+    assert divergence_value(x, y, blur=blur) == pytest.approx(expected, rel=1e-3)  # the claim of the docstring
 
 
 @pytest.mark.usefixtures("small_coarse_problem")
@@ -56,7 +56,7 @@ def test_is_zero_for_equal_clouds_and_symmetric() -> None:
 
 @pytest.mark.usefixtures("small_coarse_problem")
 def test_repeated_points() -> None:
-    """Copies of one point against copies of another: ½‖x − y‖², whatever the blur."""
+    """Between copies of one point and copies of another the divergence is ½‖x − y‖², whatever the blur."""
     x, y = torch.zeros(200, 2), torch.tensor([[3.0, 4.0]]).repeat(300, 1)
     assert divergence_value(x, y, blur=1.0) == pytest.approx(12.5, rel=1e-4)  # float32
 
@@ -64,9 +64,9 @@ def test_repeated_points() -> None:
 @pytest.mark.usefixtures("small_coarse_problem")
 def test_potentials_solve_the_marginals() -> None:
     x, y = (cloud / 10 for cloud in (clusters(500, 1), clusters(400, 2)))
-    found = multiscale.multiscale_potentials(x, y, blur=0.1)
-    assert found.marginal_error < 0.002
-    plan = torch.exp((found.f[:, None] + found.g - torch.cdist(x, y).square() / 2) / 0.1**2).double() / (500 * 400)
+    actual = multiscale.multiscale_potentials(x, y, blur=0.1)
+    assert actual.marginal_error < 0.002
+    plan = torch.exp((actual.f[:, None] + actual.g - torch.cdist(x, y).square() / 2) / 0.1**2).double() / (500 * 400)
     assert (plan.sum(1) - 1 / 500).abs().sum() < 0.004
     assert (plan.sum(0) - 1 / 400).abs().sum() < 0.004
 
@@ -78,9 +78,9 @@ def test_large_sets_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = clusters(500, 1), clusters(500, 2)
     expected = metrics.sinkhorn_distance(x, y)
     monkeypatch.setattr(multiscale, "MIN_STORED_ENTRIES", 1)
-    found = metrics.sinkhorn_distance(x, y)
-    assert found != expected
-    assert found == pytest.approx(expected, rel=1e-3)
+    actual = metrics.sinkhorn_distance(x, y)
+    assert actual != expected
+    assert actual == pytest.approx(expected, rel=1e-3)
 
 
 def test_refuses_what_has_no_problem() -> None:

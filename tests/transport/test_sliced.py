@@ -1,4 +1,4 @@
-"""Sliced Wasserstein against closed forms: translations, sorted lines, Gaussians, exact plans of unequal clouds."""
+"""Sliced Wasserstein, compared with closed forms: translations, lines, Gaussians, and clouds of unequal sizes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ot_diffusers.transport.sliced import (
 def test_identical_clouds_are_at_distance_zero():
     x = _cloud(50, 7)
     assert sliced_wasserstein(x, x).item() == 0
-    # In another order the matrix product rounds differently: squares of 1e-15.
+    # In a different order the matrix product rounds differently: squares of 1e-15.
     assert sliced_wasserstein(x, x[torch.randperm(50)]).item() == pytest.approx(0, abs=1e-28)
 
 
 def test_translation_on_the_line_costs_half_its_square():
     x = _cloud(20, 1)
-    # Float64 round-off of sums of 20 terms near 1.
+    # Float64 rounding of sums of 20 terms near 1.
     assert sliced_wasserstein(x, x + 3).item() == pytest.approx(4.5, rel=1e-12)
 
 
@@ -36,7 +36,7 @@ def test_translation_with_whole_bases_is_exact(dim):
     x, shift = _cloud(30, dim), _cloud(dim, seed=1)
     generator = torch.Generator().manual_seed(0)
     value = sliced_wasserstein(x, x + shift, num_projections=3 * dim, orthogonal=True, generator=generator)
-    # Float64 round-off of the QR decomposition.
+    # Float64 rounding of the QR decomposition.
     assert value.item() == pytest.approx(shift.square().sum().item() / (2 * dim), rel=1e-10)
 
 
@@ -44,7 +44,7 @@ def test_translation_with_random_directions_is_right_on_average():
     """E ½⟨m, θ⟩² = ‖m‖²/(2D)."""
     x, shift = _cloud(10, 8), torch.ones(8, dtype=torch.float64)
     value = sliced_wasserstein(x, x + shift, num_projections=20_000, generator=torch.Generator().manual_seed(0))
-    # The relative standard deviation of ⟨m, θ⟩² is below √2, so 20,000 directions give 1%; four of them.
+    # The relative standard deviation of ⟨m, θ⟩² is below √2, so 20,000 directions give 1%; tolerance: four times that.
     assert value.item() == pytest.approx(0.5, rel=0.04)
 
 
@@ -52,7 +52,7 @@ def test_gaussians_of_two_scales():
     """On every line, W₂² between N(0, 1) and N(0, s²) is (s − 1)²."""
     x, y = _cloud(20_000, 3), 2.5 * _cloud(20_000, 3, seed=1)
     value = sliced_wasserstein(x, y, num_projections=32, generator=torch.Generator().manual_seed(0))
-    # Sampling error of a standard deviation from 20,000 points is .5%, of their difference 1.3%; three of it, squared.
+    # 20,000 points give a standard deviation to .5%, and the difference of two to 1.3%; tolerance: (3 × 1.3%)².
     assert value.item() == pytest.approx(1.5**2 / 2, rel=0.08)
 
 
@@ -65,11 +65,11 @@ def test_given_projection_is_the_sorted_distance():
 
 @pytest.mark.parametrize(("n", "m"), [(1, 5), (3, 4), (6, 4), (7, 21)])
 def test_unequal_clouds_match_the_repeated_clouds(n, m):
-    """Repeating each of n points m times and each of m points n times changes no measure and makes the sizes equal."""
+    """Repeating n points m times and m points n times makes the sizes equal and leaves both measures unchanged."""
     x, y = _cloud(n, 2), _cloud(m, 2, seed=1)
     directions = random_directions(9, 2, dtype=torch.float64)
     repeated = sliced_wasserstein(x.repeat_interleave(m, 0), y.repeat_interleave(n, 0), projections=directions)
-    # Same sums in another order, in float64.
+    # The same sums in a different order, in float64.
     assert sliced_wasserstein(x, y, projections=directions).item() == pytest.approx(repeated.item(), rel=1e-12)
 
 
@@ -101,7 +101,7 @@ def test_value_and_gradient_do_not_depend_on_the_order():
         leaf = cloud.clone().requires_grad_()
         sliced_wasserstein(leaf, y, projections=directions).backward()
         gradients.append(leaf.grad)
-    # Sums in another order, in float64.
+    # Sums in a different order, in float64.
     torch.testing.assert_close(gradients[1], gradients[0][order], rtol=1e-10, atol=1e-14)
 
 
@@ -113,7 +113,7 @@ def test_gradient_descent_moves_one_cloud_onto_the_other():
         loss = sliced_wasserstein(x, y, num_projections=32, generator=generator)
         # N·D·∇ is a full step on average over the directions.
         x = (x - 30 * 2 * torch.autograd.grad(loss, x)[0]).detach().requires_grad_()
-    # Descent contracts; the random directions leave a floor far below 1/1000 of the start.
+    # Gradient descent contracts; the error left by the random directions is far below 1/1000 of the start.
     assert sliced_wasserstein(x, y, generator=generator).item() < 1e-3 * before
 
 
@@ -144,7 +144,7 @@ def test_no_matrix_of_all_pairs_is_made():
 
 def test_directions_are_unit_vectors_and_blocks_are_bases():
     directions = random_directions(7, 3, orthogonal=True, dtype=torch.float64)
-    # Float64 round-off of one QR step.
+    # Float64 rounding of one QR step.
     torch.testing.assert_close(directions[:3] @ directions[:3].T, torch.eye(3, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(directions.norm(dim=1), torch.ones(7, dtype=torch.float64), atol=1e-12, rtol=0)
 
@@ -160,7 +160,7 @@ def test_brighter_images_cost_half_the_square_of_the_shift(per_position):
         per_position=per_position,
         generator=torch.Generator().manual_seed(0),
     )
-    # 4,000 filters for each of two sizes: relative error √2/√8000 = 1.6%; four of them.
+    # 4,000 filters for each of two sizes: relative error √2/√8000 = 1.6%; tolerance: four times that.
     assert value.item() == pytest.approx(0.3**2 / 2, rel=0.064)
 
 
@@ -169,18 +169,18 @@ def test_patches_of_the_whole_image_are_the_plain_distance():
     seeded = [torch.Generator().manual_seed(2) for _ in range(2)]
     patches = patch_sliced_wasserstein(x, y, patch_sizes=(4,), num_projections=6, generator=seeded[0])
     plain = sliced_wasserstein(x.flatten(1), y.flatten(1), num_projections=6, generator=seeded[1])
-    # The convolution sums 16 products in another order.
+    # The convolution sums 16 products in a different order.
     assert patches.item() == pytest.approx(plain.item(), rel=1e-10)
 
 
 def test_only_positions_tell_a_moved_pattern_apart():
-    """A dot in the upper or the lower half of a torus-like image has the same patches, elsewhere."""
+    """A dot in the upper or the lower half of an image gives the same patches at different positions."""
     upper, lower = torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8)
     upper[:, :, 2, 3], lower[:, :, 5, 3] = 1, 1
     pooled, located = (
         patch_sliced_wasserstein(upper, lower, patch_sizes=(3,), stride=1, per_position=flag) for flag in (False, True)
     )
-    # Convolution rounds the same patch alike up to float32: squares of 1e-7.
+    # The convolution of equal patches agrees to float32 precision: squares of 1e-7.
     assert pooled.item() == pytest.approx(0, abs=1e-12)
     assert located.item() > 1e-3
 

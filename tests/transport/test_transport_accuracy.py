@@ -1,4 +1,4 @@
-"""Value and gradient against float64 truth, over clouds, weights, lengths and options: right, or a warning says not."""
+"""Value and gradient over many clouds, weights, lengths and options: accurate against float64, or with a warning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def exact(
 ) -> tuple[float, Tensor, Tensor] | None:
     """OT(x, y) and its gradients in x and y, by plain log-domain Sinkhorn in float64; None where it does not converge.
 
-    It has one fixed point, so that a start near it saves time and nothing else.
+    The fixed point is unique, so that a start near it only saves time.
     """
     cost, eps = (x[:, None] - y[None]).square().sum(-1) / 2, blur**2
     share = 1.0 if reach is None else reach**2 / (reach**2 + eps)
@@ -74,7 +74,7 @@ class Case:
     scaling: float
     reach: float | None
     debias: bool
-    known: bool
+    omits_y_self_term: bool
     dtype: torch.dtype
 
 
@@ -89,7 +89,7 @@ def cases(draw: Any) -> Case:
         scaling=draw(st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])),
         reach=draw(st.one_of(st.none(), st.floats(-1, 6).map(lambda power: 10**power))),
         debias=draw(st.booleans()),
-        known=draw(st.booleans()),
+        omits_y_self_term=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
     )
 
@@ -115,11 +115,11 @@ def cloud(kind: str, count: int, width: int, generator: torch.Generator) -> Tens
 
 
 def problem(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The clouds and weights of a case in its type, and its lengths."""
+    """The clouds and weights of a case, in its dtype, and its lengths."""
     generator = torch.Generator().manual_seed(case.seed)
     n, m, width = case.sizes
     x, y = cloud(case.kinds[0], n, width, generator), cloud(case.kinds[1], m, width, generator)
-    if case.kinds[0] == "offset" and case.seed % 2:  # of both
+    if case.kinds[0] == "offset" and case.seed % 2:  # both clouds
         y = y + (x[0] - x[0].sign())
     x, y = x.to(case.dtype), y.to(case.dtype)
     a, b = (10 ** (-4 * torch.rand(count, generator=generator) * case.weights) for count in (n, m))
@@ -137,33 +137,34 @@ def truth(case: Case) -> tuple[float, float, Tensor, Tensor] | None:
     cross = exact(x, y, a, b, **lengths)
     if cross is None or not case.debias:
         return cross and (cross[0], abs(cross[0]), *cross[1:])
-    own, known = exact(x, x, a, a, **lengths), exact(y, y, b, b, **lengths)
-    if own is None or known is None:
+    x_self, y_self = exact(x, x, a, a, **lengths), exact(y, y, b, b, **lengths)
+    if x_self is None or y_self is None:
         return None
-    value = cross[0] - own[0] / 2 - (0 if case.known else known[0] / 2)
-    terms = abs(cross[0]) + abs(own[0]) / 2 + abs(known[0]) / 2
-    return value, terms, cross[1] - (own[1] + own[2]) / 2, cross[2] - (known[1] + known[2]) / 2
+    value = cross[0] - x_self[0] / 2 - (0 if case.omits_y_self_term else y_self[0] / 2)
+    terms = abs(cross[0]) + abs(x_self[0]) / 2 + abs(y_self[0]) / 2
+    return value, terms, cross[1] - (x_self[1] + x_self[2]) / 2, cross[2] - (y_self[1] + y_self[2]) / 2
 
 
-def found(case: Case) -> tuple[float, Tensor, Tensor, list[str]]:
+def actual(case: Case) -> tuple[float, Tensor, Tensor, list[str]]:
     """The package's value, its gradients, and its warnings."""
     tensors, lengths = problem(case)
     x, y = tensors["x"].requires_grad_(), tensors["y"].requires_grad_()
-    options = {"y_self_cost": 0.0} if case.known and case.debias else {}
-    with warnings.catch_warnings(record=True) as said:
+    options = {"y_self_cost": 0.0} if case.omits_y_self_term and case.debias else {}
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = sinkhorn_divergence(**tensors, **lengths, scaling=case.scaling, debias=case.debias, **options)
     value.backward()
-    return value.item(), x.grad.double(), y.grad.double(), [str(one.message) for one in said]
+    return value.item(), x.grad.double(), y.grad.double(), [str(warning.message) for warning in caught]
 
 
 def errors(case: Case) -> dict[str, float] | None:
-    """How far from the truth a case is, in units of what is documented; None where it is said."""
+    """The errors of a case in units of the documented tolerance, and whether there was a warning; None without
+    truth."""
     right = truth(case)
     if right is None:
         return None
     value, terms, *gradients = right
-    got, *got_gradients, said = found(case)
+    got, *got_gradients, messages = actual(case)
     tensors, lengths = problem(case)
     x, y = tensors["x"].double(), tensors["y"].double()
     spread = min(lengths["blur"], 2 * torch.cat([x, y]).sub(y.mean(0)).norm(dim=1).max().item())
@@ -173,20 +174,20 @@ def errors(case: Case) -> dict[str, float] | None:
         scale = (points - points.mean(0)).norm(dim=1).mean().item() + (x.mean(0) - y.mean(0)).norm().item()
         floor = 1e-4 * scale / math.sqrt(len(points))
         result[name] = ((gradient - true).norm() / (0.045 * true.norm() + floor + 1e-30)).item()
-    result["said"] = float(bool(said))
+    result["warned"] = float(bool(messages))
     return result
 
 
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(cases())
-def test_right_or_said(case: Case) -> None:
+def test_accurate_or_warned(case: Case) -> None:
     wrong = errors(case)
     assume(wrong is not None)
-    is_said = wrong.pop("said")
-    assert is_said or max(wrong.values()) <= 1, wrong
+    is_warned = wrong.pop("warned")
+    assert is_warned or max(wrong.values()) <= 1, wrong
     is_ordinary = {"outlier", "far", "offset"}.isdisjoint(case.kinds) and case.blur > 0.05
-    assert not (is_said and is_ordinary)
+    assert not (is_warned and is_ordinary)
 
 
 # --- one option or length at a time ---------------------------------------------------------------------------------
@@ -215,9 +216,9 @@ def value_and_gradient(x: Tensor, y: Tensor, **options: Any) -> tuple[float, Ten
 def test_any_scaling_converges(scaling: float, debias: bool) -> None:
     x, y = pair()
     expected, gradient = value_and_gradient(x.double(), y.double(), blur=0.05, debias=debias)
-    value, found = value_and_gradient(x, y, blur=0.05, debias=debias, scaling=scaling)
+    value, actual = value_and_gradient(x, y, blur=0.05, debias=debias, scaling=scaling)
     assert value == pytest.approx(expected, rel=1e-3)
-    assert cosine(found, gradient) > 0.999
+    assert cosine(actual, gradient) > 0.999
 
 
 @pytest.mark.filterwarnings("error")
@@ -225,7 +226,7 @@ def test_any_scaling_converges(scaling: float, debias: bool) -> None:
 @pytest.mark.parametrize("path", ["field", "potentials", "warm", "batch", "blocks"])
 def test_any_scaling_converges_by_every_path(path: str, scaling: float, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = pair()
-    blur = 0.3 if path == "blocks" else 0.05  # large clouds have no Newton, which a small blur needs
+    blur = 0.3 if path == "blocks" else 0.05  # Newton's method, which a small blur needs, does not serve large clouds
     expected, _ = divergence_gradient(x, y, blur=blur)
     if path == "blocks":
         monkeypatch.setattr(geometry, "MAX_DENSE_ENTRIES", 100)
@@ -234,25 +235,25 @@ def test_any_scaling_converges_by_every_path(path: str, scaling: float, monkeypa
             assert sinkhorn_potentials(x, y, blur=blur, scaling=scaling).marginal_error < 1e-3
         case "warm":
             far = divergence_gradient(x * 10, y, blur=blur)[1]
-            found = divergence_gradient(x, y, blur=blur, scaling=scaling, initial=far)[0]
-            assert cosine(found, expected) > 0.999
+            actual = divergence_gradient(x, y, blur=blur, scaling=scaling, initial=far)[0]
+            assert cosine(actual, expected) > 0.999
         case "batch":
-            found = divergence_gradient(torch.stack([x, 2 * x]), y, blur=blur, scaling=scaling)[0]
-            assert cosine(found[0], expected) > 0.999
+            actual = divergence_gradient(torch.stack([x, 2 * x]), y, blur=blur, scaling=scaling)[0]
+            assert cosine(actual[0], expected) > 0.999
         case _:
             assert cosine(divergence_gradient(x, y, blur=blur, scaling=scaling)[0], expected) > 0.999
 
 
-def test_what_is_not_solved_is_said_once() -> None:
+def test_what_is_not_solved_is_warned_once() -> None:
     x, y = pair()
-    with pytest.warns(UserWarning, match=r"marginal error is 0\.\d+, .* raise blur or max_iterations") as said:
-        found = sinkhorn_potentials(x, y, blur=0.05, max_iterations=5)
-    assert len(said) == 1 and found.marginal_error > 0.01
+    with pytest.warns(UserWarning, match=r"marginal error is 0\.\d+, .* raise blur or max_iterations") as caught:
+        actual = sinkhorn_potentials(x, y, blur=0.05, max_iterations=5)
+    assert len(caught) == 1 and actual.marginal_error > 0.01
     with pytest.warns(UserWarning, match="raise max_iterations"):
         self_potential(x, blur=0.5, max_iterations=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        divergence_gradient(x, y, blur=0.05, num_iterations=5)  # a number that the caller set
+        divergence_gradient(x, y, blur=0.05, num_iterations=5)  # the caller fixed the number of iterations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -260,9 +261,9 @@ def test_what_is_not_solved_is_said_once() -> None:
 def test_a_large_reach_conserves_mass(power: int, dtype: torch.dtype) -> None:
     x, y = pair(dtype)
     expected, gradient = value_and_gradient(x, y, blur=0.5)
-    value, found = value_and_gradient(x, y, blur=0.5, reach=10.0**power)
+    value, actual = value_and_gradient(x, y, blur=0.5, reach=10.0**power)
     assert value == pytest.approx(expected, rel=1e-5)  # costs of 10 in 1e6
-    torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -280,10 +281,10 @@ def test_a_small_reach_moves_what_is_near_alone(reach: float, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("blur", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("known", [0, 3.5, torch.tensor(3.5, requires_grad=True)])
-def test_a_known_self_cost_leaves_the_gradients(blur: float, known: Any) -> None:
+@pytest.mark.parametrize("self_cost", [0, 3.5, torch.tensor(3.5, requires_grad=True)])
+def test_a_given_self_cost_leaves_the_gradients(blur: float, self_cost: Any) -> None:
     (x, y), gradients = pair(), []
-    for options in ({}, {"y_self_cost": known}):
+    for options in ({}, {"y_self_cost": self_cost}):
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
         gradients.append(torch.autograd.grad(sinkhorn_divergence(x, y, blur=blur, **options), (x, y)))
     for one, other in zip(*gradients, strict=True):
@@ -301,7 +302,7 @@ def test_a_self_cost_has_its_gradient() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("distance", [1e2, 1e3, 1e4, 1e5])
 def test_an_outlier_leaves_the_gradient(distance: float) -> None:
-    """Σ ∂OT/∂x = mean(x) − mean(y), whatever the plan of right marginals."""
+    """Σ ∂OT/∂x = mean(x) − mean(y) for every plan with the right marginals."""
     x, y = pair()
     x[0, 0] = distance
     gradient = value_and_gradient(x, y, blur=0.5, debias=False)[1]
@@ -329,13 +330,13 @@ def test_a_common_offset_matters_by_its_rounding_alone(offset: float) -> None:
 def test_units_do_not_matter(power: int, dtype: torch.dtype) -> None:
     unit = 10.0**power
     x, y = ((unit * cloud).to(dtype) for cloud in pair(torch.float64))
-    if power > (18 if dtype == torch.float32 else 100):  # squares of such lengths are no numbers of this type
+    if power > (18 if dtype == torch.float32 else 100):  # the squares are out of the range of this dtype
         with pytest.raises(InputError, match=r"`(points|x)` must"):
             sinkhorn_divergence(x, y, blur=unit / 2)
         return
     value, gradient = value_and_gradient(x, y, blur=unit / 2)
     expected, right = value_and_gradient(*pair(torch.float64), blur=0.5)
-    if dtype == torch.float64 or power >= -18:  # the square is no float32 below
+    if dtype == torch.float64 or power >= -18:  # float32 cannot represent smaller squares
         assert value / unit / unit == pytest.approx(expected, rel=1e-4)
     assert cosine(gradient.double() / unit, right) > 0.9999
     assert median_distance(x) / unit == pytest.approx(median_distance(pair()[0]), rel=1e-4)
@@ -355,7 +356,7 @@ def test_an_immense_blur_compares_means(power: int, num_iterations: int | None) 
 @pytest.mark.parametrize("power", [-300, -30, -10])
 def test_a_vanishing_blur_is_the_assignment(power: int) -> None:
     x, y = pair(torch.float64)
-    with pytest.warns(UserWarning, match="below what float64 resolves"):
+    with pytest.warns(UserWarning, match="too small for float64"):
         value, gradient = value_and_gradient(x, y[:50], blur=10.0**power, debias=False)
     _, columns = linear_sum_assignment(torch.cdist(x, y[:50]).square() / 2)
     assert value == pytest.approx((x - y[columns]).square().sum(1).mean().item() / 2, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Any clouds at all: a finite number with a finite gradient, or an error that names the argument; never a wait."""
+"""Arbitrary clouds give a finite value with a finite gradient, or an error that names the argument, and end soon."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECONDS = 20.0
 
 @dataclass
 class Clouds:
-    """Two clouds of any shape, size, distance and precision, and a blur that need not suit them."""
+    """Two clouds of any shape, size, distance and precision, with a blur that may not suit them."""
 
     x: Tensor
     y: Tensor
@@ -64,7 +64,7 @@ def clouds(draw: Any) -> Clouds:
 
 
 def check(compute: Any) -> Tensor | None:
-    """Its value if that is finite; None if it was refused in one line."""
+    """The value, which must be finite; None if the input was rejected with a one-line error."""
     started = time.monotonic()
     try:
         value = compute()
@@ -94,7 +94,7 @@ def test_sinkhorn_divergence(given: Clouds, debias: bool, reach: float | None, s
 @EXAMPLES
 @given(clouds(), st.integers(0, 99))
 def test_weighted_clouds(given: Clouds, seed: int) -> None:
-    """Weights over eight orders of magnitude."""
+    """Weights that span eight orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (10 ** (-8 * torch.rand(len(cloud), generator=generator)) for cloud in (given.x, given.y))
     weights = {"x_weights": a / a.sum(), "y_weights": b / b.sum()}
@@ -111,8 +111,8 @@ def test_gradient_for_guidance(given: Clouds) -> None:
 @given(clouds())
 def test_potentials_and_self_terms(given: Clouds) -> None:
     def both() -> Tensor:
-        found = sinkhorn_potentials(given.x, given.y, blur=given.blur)
-        return torch.cat([found.f, found.g])
+        actual = sinkhorn_potentials(given.x, given.y, blur=given.blur)
+        return torch.cat([actual.f, actual.g])
 
     check(both)
     check(lambda: self_potential(given.x, blur=given.blur))
