@@ -1,4 +1,4 @@
-"""How this package refuses and fails: a single line. Bad input names the argument, the requirement and the value."""
+"""Errors of this package, each a single line. For bad input it names the argument, the requirement and the value."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from numbers import Integral, Real
 
 MOST = 10**8
 SHOWN = 300
-"""Characters of a value that a message shows."""
+"""Greatest number of characters of a value in a message."""
 
 
 class InputError(ValueError):
-    """Bad input from the user. Commands print the line and exit with status 2; libraries can catch it as
-    `ValueError`."""
+    """Bad input from the user. Commands print the line and exit with status 2; callers can catch it as `ValueError`."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, such as one whose loss is no number any more. Scripts print the line and exit with
+    """A run that cannot continue, for example because its loss is not finite. Scripts print the line and exit with
     status 1."""
 
 
@@ -40,8 +39,8 @@ def require(condition: bool, argument: str, requirement: str, value: object) -> 
 
 
 def require_sizes(least: int = 1, **sizes: object) -> None:
-    """Raise `InputError` unless every size is a whole number from `least` to a hundred million: before memory is taken
-    for what a file asks for.
+    """Raise `InputError` unless every size is a whole number from `least` to a hundred million. Sizes that files give
+    are checked so before memory is allocated.
 
     Example:
         >>> require_sizes(num_samples=10**15)
@@ -55,7 +54,7 @@ def require_sizes(least: int = 1, **sizes: object) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and short. Of an array, shape and type are shown.
+    """A value for a message: on one line, and short. Arrays are shown by shape and type.
 
     Example:
         >>> shown("ot"), shown([0.5] * 1000)[-5:]
@@ -95,7 +94,7 @@ def require_number(argument: str, value: object, at_least: float) -> None:
 
 
 def require_same(settings: Mapping[str, object], earlier: Mapping[str, object], argument: str) -> None:
-    """Raise `InputError` where the results in a folder were made with other `settings`; the line shows what differs.
+    """Raise `InputError` where the results in a folder were made with other `settings`; the message shows what differs.
 
     Example:
         >>> require_same({"seed": 1, "call": {"steps": 50}}, {"seed": 1, "call": {"steps": 20}}, "output")
@@ -144,10 +143,10 @@ def extra(group: str) -> Iterator[None]:
         raise missing((error.name or "a library").partition(".")[0], group) from error
 
 
-# What the environment can do to a run. Libraries raise many types for it, so their words are compared.
+# Failures of disk, memory or other processes. Libraries raise many types for them, so their messages are compared.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
-"""What is wrong with a path rather than with the disk."""
+"""Errors of a path rather than of the disk."""
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 _PEER = (
     "connection closed by peer",
@@ -159,7 +158,7 @@ _PEER = (
 
 
 def environment_error(error: BaseException) -> str | None:
-    """One line for a failure that is not the program's: disk, memory, another process. None for anything else.
+    """One line for a failure of disk, memory or another process; None for all other errors.
 
     Example:
         >>> environment_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints"))
@@ -180,11 +179,11 @@ def environment_error(error: BaseException) -> str | None:
             "or lower num_reference_samples or block_out_channels"
         )
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in _PEER):
-        return "another process of this run has ended"
+        return "another process of this run has stopped"
     return None
 
 
 def _number_in(text: str) -> int:
-    """The number that safetensors gives for an error of the operating system, 0 where there is none."""
+    """The number of an error of the operating system in a message of safetensors; 0 if there is none."""
     match = re.search(r"os error (\d+)", text)
     return int(match[1]) if match else 0

@@ -1,8 +1,8 @@
 """Paths that users give and files that commands write.
 
-`~` is the home folder in every path. Outputs are tried before the work begins. Files are written under another name and
-renamed when they are complete. A command that may replace files lists them, with their checksums, in a hidden file
-beside them: what it did not write, or what has changed since, is never deleted or overwritten.
+`~` is the home folder in every path. Outputs are checked before the work begins. Files are written under another name
+and renamed when they are complete. A command that may replace files lists them, with their checksums, in a hidden file
+beside them. It never deletes or overwrites files that it did not write, or that have changed since.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 from .errors import InputError, require
 
 WEIGHTS_AND_TABLES = (".bin", ".ckpt", ".json", ".pt", ".pth", ".safetensors", ".yaml", ".yml")
-"""Endings of files, which Hub ids do not have."""
+"""Endings of file names, which Hub ids do not have."""
 
 DEFAULT_FOLDER = "runs"
-"""Where commands write unless they are told otherwise, and therefore no user of the Hub."""
+"""Default folder of the commands' output. A path that begins with it is never a Hub id."""
 
 
 # --- Paths ------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def local_or_hub(path: str | Path, argument: str, requirement: str = "be a folde
     """A folder that exists, with `~` as the home folder, or a Hub id as it stands.
 
     Raises:
-        InputError: it can only be meant as a path, and nothing is there; nobody asks the Hub for it.
+        InputError: it can only be a path, and nothing exists there. The Hub is not asked.
 
     Example:
         >>> local_or_hub("google/ddpm-cifar10-32", "pipeline")
@@ -71,8 +71,8 @@ def local_or_hub(path: str | Path, argument: str, requirement: str = "be a folde
 
 
 def looks_local(text: str) -> bool:
-    """Whether a text can only be meant as a path: it is not `user/name`, has the ending of a file, or begins with a
-    folder that exists.
+    """Whether a text can only be a path: it is not `user/name`, has the ending of a file, or begins with a folder that
+    exists.
 
     Example:
         >>> [looks_local(text) for text in ("user/name", "user/v1.5", "./name", "a/b/c", "name", "user/weights.pth")]
@@ -83,11 +83,11 @@ def looks_local(text: str) -> bool:
     return a_path or not first or not rest or "/" in rest or first == DEFAULT_FOLDER or os.path.isdir(first)
 
 
-# --- Outputs, tried before the work -----------------------------------------------------------------------------------
+# --- Outputs, checked before the work ---------------------------------------------------------------------------------
 
 
 def check_folder(path: str | Path, argument: str = "output") -> Path:
-    """Try whether files can be written into a folder, which may not exist yet; leaves no trace.
+    """Check that files can be written into a folder, which may not exist yet. Nothing is left behind.
 
     Raises:
         InputError: naming the path and the reason.
@@ -134,12 +134,12 @@ def _try_to_write(file: Path) -> None:
         trial.unlink()
     finally:
         for folder in reversed(made):
-            with suppress(OSError):  # another process has begun to use it
+            with suppress(OSError):  # another process uses it by now
                 folder.rmdir()
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes, of those that a launcher has started together."""
+    """Whether this is the process that writes, among those of a launcher."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -162,7 +162,7 @@ def is_name_aside(name: str, of: str) -> bool:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write aside, sync, then rename, so that a reader never meets half a file."""
+    """Write under another name, sync, then rename, so that a reader never sees half a file."""
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
@@ -176,7 +176,7 @@ def write_text(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `file` in one step when the block ends, and vanishes where it fails."""
+    """A temporary name, whose file becomes `file` in one step when the block ends, and is deleted where it fails."""
     partial = name_aside(file)
     try:
         yield partial
@@ -200,7 +200,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file, or the list of a folder's files, is on the disk."""
+    """Wait until a file, or the directory entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -220,18 +220,18 @@ def sha256(path: str | Path) -> str:
 # --- Files that a command may replace ---------------------------------------------------------------------------------
 
 SAMPLE = "sample"
-"""Under this name `sample` and `save_images` list what they have written."""
+"""`sample` and `save_images` record their files under this name."""
 GRID_NAME = "grid.png"
 SAMPLE_NAMES = r"[0-9]{5,}[.]png|grid[.]png"
 
 
 def record_of(folder: Path, command: str) -> Path:
-    """The list of what a command has written in a folder; `sha256sum -c` checks it too."""
+    """The list of files that a command has written into a folder; `sha256sum -c` can check it."""
     return folder / f".ot-diffusers-{command}.sha256"
 
 
 def recorded(folder: Path, command: str) -> dict[str, str]:
-    """File name to checksum of what a command has written in a folder; empty where there is no such list."""
+    """File name to checksum, for the files that a command has written into a folder; empty without such a list."""
     try:
         lines = record_of(folder, command).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -240,18 +240,18 @@ def recorded(folder: Path, command: str) -> dict[str, str]:
 
 
 def is_own(file: Path, command: str) -> bool:
-    """Whether a command has recorded that it wrote this file, and the file is as it was written."""
+    """Whether a command has recorded this file, and the file has not changed since."""
     return _is_own(file, command, recorded(file.parent, command), names="(?!)")
 
 
 def not_own(folder: Path, command: str, names: str = "(?!)") -> list[Path]:
-    """What a command has not written in a folder, or what has changed since it was written.
+    """The files in a folder that a command has not written, or that have changed since.
 
     Args:
-        folder: may not exist.
-        command: that keeps a list there.
-        names: regular expression of the file names that the command writes. What it leaves under `name_aside` of such
-            a name when it is killed is its own.
+        folder: folder, which may not exist.
+        command: name of the command.
+        names: regular expression of the file names that the command writes. Temporary files of such names
+            (`name_aside`), which a killed command leaves behind, belong to the command too.
     """
     if not folder.is_dir():
         return []
@@ -268,7 +268,7 @@ def _is_own(path: Path, command: str, listed: Mapping[str, str], names: str) -> 
 
 
 def write_own(file: Path, content: str | bytes, command: str) -> None:
-    """As `write_text`, and recorded as what the command wrote."""
+    """As `write_text`; the file is recorded as one of the command."""
     write_text(file, content)
     checksums = {name: value for name, value in recorded(file.parent, command).items() if name != file.name}
     _write_record(file.parent, command, checksums | {file.name: sha256(file)})
@@ -277,13 +277,13 @@ def write_own(file: Path, content: str | bytes, command: str) -> None:
 def replace_own(folder: Path, command: str, files: Iterator[tuple[str, Callable[[Path], None]]], names: str) -> None:
     """Write files into a folder in place of those that the command has recorded there.
 
-    First all are written aside: where that fails, everything is as it was. Then the earlier ones are deleted, the list
-    of the new ones is written, and they are renamed: a file of the list that is not there tells of an interruption.
+    First all new files are written under other names; where that fails, nothing has changed. Then the earlier files are
+    deleted, the new list is written, and the new files are renamed. If a listed file is missing, this was interrupted.
 
     Args:
-        folder: exists.
-        command: that keeps a list there.
-        files: name and a function that writes the file.
+        folder: existing folder.
+        command: name of the command.
+        files: name of each file, and a function that writes it.
         names: see `not_own`.
 
     Raises:

@@ -120,7 +120,7 @@ def test_damaged_checkpoints_are_passed_over_and_kept(
         train("baseline", parts, **SEVEN)
     warned = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
     assert ["model.safetensors has changed" in warned[0], "state.json has changed" in warned[1]] == [True, True]
-    assert all(line.endswith("update-00000003 is taken") for line in warned)
+    assert all(line.endswith("the run resumes from update-00000003") for line in warned)
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names[:2] == ["damaged-00000004", "damaged-00000005"] and names[-1] == "update-00000007"
     assert_same_end(parts, whole)
@@ -238,6 +238,21 @@ def test_a_run_that_is_asked_to_stop_saves_its_model_and_draws_nothing(tmp_path:
     assert (run / "model_index.json").stat().st_mtime_ns < grid.stat().st_mtime_ns
 
 
+def test_the_last_grid_waits_until_everything_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last update ends an epoch that has a grid."""
+    saved: list[bool] = []
+    sample = DDIMPipeline.__call__
+
+    def look_and_sample(pipeline: DDIMPipeline, *arguments: Any, **options: Any) -> Any:
+        files = ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "results.json")
+        saved.append(all((tmp_path / file).is_file() for file in files))
+        return sample(pipeline, *arguments, **options)
+
+    monkeypatch.setattr(DDIMPipeline, "__call__", look_and_sample)
+    train("baseline", tmp_path, train_batch_size=576, max_train_steps=4, sample_epochs=1)
+    assert saved == [False, True]
+
+
 def test_half_a_model_is_never_taken_for_a_whole(tmp_path: Path) -> None:
     """Killed while the parts of a pipeline are written for the first time, or once more."""
     run = train("baseline", tmp_path / "run", max_train_steps=1)
@@ -304,7 +319,7 @@ def test_a_run_whose_folder_is_gone_stops_and_does_not_make_it_again(tmp_path: P
 
     meddler = threading.Thread(target=take_away)
     meddler.start()
-    with pytest.raises(TrainingError, match=r"the run's folder .* was deleted or moved while the run was going on"):
+    with pytest.raises(TrainingError, match=r"the folder .* was deleted or moved during the run"):
         train("baseline", run, max_train_steps=5000, checkpointing_steps=3)
     meddler.join()
     assert not run.exists()
@@ -431,11 +446,13 @@ def test_a_run_goes_on_with_another_split_of_its_batch(whole: Path, tmp_path: Pa
 def test_a_run_that_breaks_names_update_and_part_and_keeps_what_was_good(tmp_path: Path) -> None:
     """The first step of 1e30 leaves finite weights, with which nothing finite can be computed."""
     values: dict[str, Any] = {"learning_rate": 1e30, "checkpoints_total_limit": 1, "max_train_steps": 40}
-    with pytest.raises(TrainingError, match=r"`mse` is not finite in update 2; .* lower learning_rate") as failure:
+    with pytest.raises(
+        TrainingError, match=r"`mse` is not finite in training step 2; .* lower learning_rate"
+    ) as failure:
         train("baseline", tmp_path / "late", **values)  # found at the first record, after 20 updates
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "late" / "checkpoints").exists() and not (tmp_path / "late" / "results.json").exists()
-    with pytest.raises(TrainingError, match="in update 2;"):
+    with pytest.raises(TrainingError, match="in training step 2;"):
         train("baseline", tmp_path / "saving", **values, checkpointing_steps=1)
     (only,) = (tmp_path / "saving" / "checkpoints").iterdir()
     assert only.name == "update-00000001" and damage(only) is None
@@ -461,7 +478,7 @@ def test_updates_without_a_finite_gradient_are_left_out_as_often_as_allowed() ->
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
     assert (state.update, state.skipped_updates) == (4, 2) and state.ema is not None
     assert state.ema.optimization_step == 2
-    with pytest.raises(TrainingError, match="the gradient is not finite in update 5, and 2 updates have been skipped"):
+    with pytest.raises(TrainingError, match="the gradient is not finite in training step 5, and 2 steps have already"):
         state.backward(accelerator, state.model(inputs).sum() * math.nan, 1.0)
 
 
@@ -469,7 +486,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     state, accelerator = tiny_state()
     state.save(tmp_path / "good", accelerator)
     state.model.bias.data.fill_(math.inf)
-    with pytest.raises(TrainingError, match="the weights are not finite after update 0"):
+    with pytest.raises(TrainingError, match="the weights are not finite after training step 0"):
         state.save(tmp_path / "bad", accelerator)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
@@ -481,11 +498,11 @@ def test_the_part_that_broke_first_is_named() -> None:
         ot = torch.tensor(math.nan if update >= 5 else 1.0)
         norm = torch.tensor(math.inf if update >= 4 else 1.0)
         averages.add(update, {"loss": 1 + ot, "mse": torch.tensor(1.0), "ot": ot, "gradient_norm": norm})
-    with pytest.raises(TrainingError, match="`gradient_norm` is not finite in update 4"):
+    with pytest.raises(TrainingError, match="`gradient_norm` is not finite in training step 4"):
         averages.record(accelerator)
     averages.forget(4)
     averages.recent.pop("gradient_norm")
-    with pytest.raises(TrainingError, match="`ot` is not finite in update 5"):
+    with pytest.raises(TrainingError, match="`ot` is not finite in training step 5"):
         averages.epoch_so_far(accelerator)
 
 
@@ -522,8 +539,8 @@ def test_a_collapsing_prior_is_warned_of_once(caplog: pytest.LogCaptureFixture, 
         if update % 2 == 0:
             with caplog.at_level(logging.WARNING):
                 record.end_epoch()
-    (warning,) = [entry.getMessage() for entry in caplog.records if "collapses" in entry.getMessage()]
-    assert warning.startswith("what is generated collapses: its effective rank is ")
+    (warning,) = [entry.getMessage() for entry in caplog.records if "collapse" in entry.getMessage()]
+    assert warning.startswith("generated images collapse: their effective rank is ")
     # One direction, of at most 31.
     assert metrics(tmp_path)[0]["effective_rank"] == pytest.approx(1 / effective_rank(real).item(), rel=1e-3)
 
@@ -558,10 +575,12 @@ def test_a_signal_saves_and_leaves_with_status_0(command: list[str], number: int
     process.send_signal(number)  # as `timeout` and terminals do, to the process and to its group
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "stopped by a signal after update" in output and output.rstrip().endswith("the same command goes on")
+    assert "stopped by a signal after training step" in output
+    assert output.rstrip().endswith("rerun the same command to resume")
     assert "Traceback" not in errors
     left = results(tmp_path / "run")
     assert left["stopped_by"] == "a signal" and not left["complete"]
+    assert not (tmp_path / "run" / "samples").exists()
     assert last_checkpoint(tmp_path / "run").name == f"update-{left['updates']:08d}"
     assert damage(last_checkpoint(tmp_path / "run")) is None
 
@@ -571,7 +590,10 @@ def test_before_training_a_signal_ends_a_process_at_once(monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as leaving:
         run_script(lambda config: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1), BaselineConfig, "")
     assert leaving.value.code == 0
-    assert capsys.readouterr().err == "stopped before the first update (SIGTERM); the same command starts again\n"
+    assert (
+        capsys.readouterr().err
+        == "stopped by SIGTERM before the first training step; rerun the same command to start\n"
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -651,7 +673,7 @@ def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     status, error = leave(fill, monkeypatch, capsys)
     assert status == 1
     assert error == (
-        "error: cannot write: No space left on device; the same command goes on from the last checkpoint\n"
+        "error: cannot write: No space left on device; rerun the same command to resume from the last checkpoint\n"
     )
 
 

@@ -3,7 +3,7 @@
     accelerate launch train/train_baseline.py --config configs/mnist/baseline.yaml output_dir=runs/mnist-baseline
 
 The run's folder opens with `DDIMPipeline.from_pretrained(output_dir)`; it also holds the losses per epoch
-(`metrics.jsonl`), sample grids, checkpoints and TensorBoard logs. Started again, the same command goes on where it
+(`metrics.jsonl`), sample grids, checkpoints and TensorBoard logs. The same command, run again, resumes where it
 stopped.
 """
 
@@ -19,6 +19,7 @@ from ot_diffusers.training import (
     averaged_weights,
     check_output_dir,
     diffusion_batches,
+    end_run,
     load_splits,
     make_accelerator,
     make_coupling,
@@ -69,14 +70,15 @@ def main(config: BaselineConfig) -> None:
             held_out = images if coupling else validation_images
             validation = validation_loss(state, held_out, scheduler, config, accelerator, coupling)
             record.end_epoch(validation_loss=validation)
-            if schedule.epoch(state.update) % config.sample_epochs == 0:
-                save_sample_grid(state, scheduler, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
+        if accelerator.sync_gradients and schedule.wants_samples(state.update, config):
+            save_sample_grid(state, scheduler, config, accelerator)
         if accelerator.sync_gradients and record.should_stop():
             break
 
-    # Save.
+    # Save; the grid comes last.
+    record.close()
     save_checkpoint(state, config, accelerator)
     if accelerator.is_main_process:
         with averaged_weights(state), saved_model(config) as folder:
@@ -87,9 +89,9 @@ def main(config: BaselineConfig) -> None:
             pipeline.save_pretrained(folder)
             if coupling is not None:
                 coupling.save_pretrained(folder / "coupling")
-    save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
-    accelerator.end_training()
+    save_sample_grid(state, scheduler, config, accelerator)
+    end_run(config, accelerator, state.stopped_by)
 
 
 if __name__ == "__main__":

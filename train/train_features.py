@@ -1,12 +1,12 @@
-"""Train a feature network by classification; freeze it, and keep the features of real images beside it.
+"""Train a feature network by classification, and save it with the features of a reference set.
 
     accelerate launch train/train_features.py --config configs/mnist/features.yaml output_dir=runs/mnist-features
 
-With `architecture=conv` it is the network that losses and guidance see, with `architecture=residual` the independent
-evaluator. `ot_diffusers.features` opens the run's folder: `load_feature_extractor(output_dir)`,
-`load_reference_bank(output_dir)`; the test accuracy is in `results.json`. Expected on MNIST: at least 99.0%.
+`architecture=conv` makes the network for losses and guidance, `architecture=residual` the independent evaluator.
+`load_feature_extractor(output_dir)` and `load_reference_bank(output_dir)` of `ot_diffusers.features` open the run's
+folder; the test accuracy is in `results.json`. Expected on MNIST: at least 99.0%.
 
-CIFAR-10's evaluator wants a GPU (`accelerate launch --dynamo_backend inductor` compiles it, too).
+The evaluator of CIFAR-10 needs a GPU (`accelerate launch --dynamo_backend inductor` also compiles it).
 """
 
 import torch
@@ -27,6 +27,7 @@ from ot_diffusers.training import (
     Record,
     TrainingState,
     check_output_dir,
+    end_run,
     image_batches,
     load_splits,
     make_accelerator,
@@ -68,7 +69,7 @@ def main(config: FeaturesConfig) -> None:
 
     # Loop.
     for _, indices, part, batch in image_batches(images, config, schedule, accelerator, start=state.update):
-        batch = batch.contiguous(memory_format=torch.channels_last)  # which tensor cores want
+        batch = batch.contiguous(memory_format=torch.channels_last)  # the layout of tensor cores
         with accelerator.accumulate(state.model):
             _, logits = state.model(to_unit_range(batch), return_dict=False)
             targets = labels[indices[part].to(labels.device, non_blocking=True)]
@@ -87,8 +88,9 @@ def main(config: FeaturesConfig) -> None:
             break
 
     # Save.
+    record.close()
     save_checkpoint(state, config, accelerator)
-    # Without mixed precision: the bank is computed as it will be compared.
+    # Without mixed precision, in which the features of generated images are computed too.
     network = accelerator.unwrap_model(state.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     network.eval().requires_grad_(False)
     test_accuracy = classification_accuracy(network, test_images)
@@ -98,8 +100,8 @@ def main(config: FeaturesConfig) -> None:
             network.save_pretrained(folder / "feature_extractor")
             bank.save_pretrained(folder / "reference_bank")
     save_results(state, config, schedule, accelerator, test_accuracy=test_accuracy)
-    accelerator.print(f"test accuracy {test_accuracy:.2%}")
-    accelerator.end_training()
+    accelerator.print(f"test accuracy {test_accuracy:.2%}", flush=True)
+    end_run(config, accelerator, state.stopped_by)
 
 
 if __name__ == "__main__":

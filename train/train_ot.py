@@ -2,10 +2,10 @@
 
     accelerate launch train/train_ot.py --config configs/mnist/ot.yaml output_dir=runs/mnist-ot
 
-The method is what this file has beyond `train_baseline.py`: the loss gains λ·S, where S is the Sinkhorn divergence
-between frozen features of the predicted clean images and of real images that are not in the batch. `ot_weight=0` gives
-the baseline's weights bit for bit. The run's folder opens with `OTGuidedDDIMPipeline.from_pretrained(output_dir)`.
-Started again, the same command goes on where it stopped.
+This file is `train_baseline.py` with one more term in the loss: λ·S, where S is the Sinkhorn divergence between frozen
+features of the predicted clean images and of real images that are not in the batch. `ot_weight=0` gives the baseline's
+weights bit for bit. The run's folder opens with `OTGuidedDDIMPipeline.from_pretrained(output_dir)`.
+The same command, run again, resumes where it stopped.
 """
 
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from ot_diffusers.training import (
     averaged_weights,
     check_output_dir,
     diffusion_batches,
+    end_run,
     gather_rows,
     load_splits,
     make_accelerator,
@@ -63,7 +64,7 @@ def main(config: OTConfig) -> None:
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     scheduler = make_noise_scheduler(config)
 
-    # Frozen feature network, and its view of the training set.
+    # Frozen feature network, and its features of the training set.
     feature_extractor = load_feature_extractor(config.feature_extractor).to(accelerator.device)
     check_trained_on(feature_extractor, images)
     left = len(images) - schedule.global_batch_size
@@ -105,14 +106,15 @@ def main(config: OTConfig) -> None:
             held_out = images if coupling else validation_images
             validation = validation_loss(state, held_out, scheduler, config, accelerator, coupling)
             record.end_epoch(validation_loss=validation)
-            if schedule.epoch(state.update) % config.sample_epochs == 0:
-                save_sample_grid(state, scheduler, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
+        if accelerator.sync_gradients and schedule.wants_samples(state.update, config):
+            save_sample_grid(state, scheduler, config, accelerator)
         if accelerator.sync_gradients and record.should_stop():
             break
 
-    # Save.
+    # Save; the grid comes last.
+    record.close()
     save_checkpoint(state, config, accelerator)
     if accelerator.is_main_process:
         with averaged_weights(state), saved_model(config) as folder:
@@ -125,9 +127,9 @@ def main(config: OTConfig) -> None:
             pipeline.save_pretrained(folder)
             if coupling is not None:
                 coupling.save_pretrained(folder / "coupling")
-    save_sample_grid(state, scheduler, config, accelerator)
     save_results(state, config, schedule, accelerator)
-    accelerator.end_training()
+    save_sample_grid(state, scheduler, config, accelerator)
+    end_run(config, accelerator, state.stopped_by)
 
 
 def ot_term(
@@ -142,7 +144,7 @@ def ot_term(
     record: Record | None = None,
 ) -> Tensor:
     """S(features of x̂0, features of references), one problem over all processes."""
-    # 1. The clean images that the model's output stands for, and their features.
+    # 1. The clean images that the model's output implies, and their features.
     prediction_type = scheduler.config.prediction_type
     pred_original_sample = to_original_sample(
         model_output.float(), batch.noisy, batch.alpha, batch.sigma, prediction_type
@@ -160,7 +162,7 @@ def ot_term(
     if record is not None:
         record.compare_spread(features, references)
 
-    # 3. The divergence, in which an image counts as much as its noise level leaves of it.
+    # 3. The divergence; images are weighted by their clipped signal-to-noise ratio.
     weights = min_snr_weight(batch.alpha, batch.sigma) if config.snr_weighting else None
     return ot_loss(
         gather_rows(features, accelerator) / feature_scale,

@@ -2,10 +2,10 @@
 
     accelerate launch train/train_prior.py --config configs/mnist/prior_ot.yaml output_dir=runs/mnist-prior-ot
 
-It builds on a run of `train_baseline.py` (`denoiser=`) and, where it is told to, of `train_features.py`.
+The denoiser is a run of `train_baseline.py` (`denoiser=`); `feature_extractor=` may name a run of `train_features.py`.
 `prior=vae`, `gan` and `ot` train the same generator, whose parameters are printed; `prior=gaussian` is a closed form
-and takes a moment. Real images diffused to step T' are what a prior is held against. The run's folder opens with
-`TruncatedPriorPipeline.from_pretrained(output_dir)`. Started again, the same command goes on where it stopped.
+and takes a moment. Priors are compared with real images diffused to step T'. The run's folder opens with
+`TruncatedPriorPipeline.from_pretrained(output_dir)`. The same command, run again, resumes where it stopped.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from ot_diffusers.training import (
     TrainingState,
     averaged_weights,
     check_output_dir,
+    end_run,
     load_splits,
     make_accelerator,
     make_schedule,
@@ -71,14 +72,14 @@ def main(config: PriorConfig) -> None:
     accelerator = make_accelerator(config)
     (images,) = load_splits(config, accelerator, "train")
 
-    # Frozen denoiser, and the end of its chain.
+    # Frozen denoiser, and the last steps of its chain.
     unet, scheduler = load_denoiser(config, images, accelerator)
     if config.prior == "gaussian":
         fit_gaussian(config, images, unet, scheduler, accelerator)
         return
     schedule = make_schedule(config, accelerator, images)
 
-    # Generator, with an encoder in a VAE; averaged weights. The discriminator of a GAN has an optimizer of its own.
+    # Generator, with an encoder in a VAE; averaged weights. The discriminator of a GAN has its own optimizer.
     generator = make_generator(config, images)
     parameters = sum(parameter.numel() for parameter in generator.parameters())
     model = VariationalPrior(generator, make_encoder(config, images)) if config.prior == "vae" else generator
@@ -115,25 +116,26 @@ def main(config: PriorConfig) -> None:
 
         if accelerator.sync_gradients and schedule.ends_epoch(state.update):
             record.end_epoch()
-            if schedule.epoch(state.update) % config.sample_epochs == 0:
-                save_grid(state, unet, scheduler, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
+        if accelerator.sync_gradients and schedule.wants_samples(state.update, config):
+            save_grid(state, trained_prior(state, accelerator), unet, scheduler, config, accelerator)
         if accelerator.sync_gradients and record.should_stop():
             break
 
-    # Save.
+    # Save; the grid comes last.
+    record.close()
     save_checkpoint(state, config, accelerator)
+    prior = trained_prior(state, accelerator)
     if accelerator.is_main_process:
         with averaged_weights(state):
             prior = finished_prior(state, images, scheduler, config, accelerator)
             with saved_model(config) as folder:
                 TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
-            if wants_grid(state, config):
-                draw_grid(prior, unet, scheduler, config, f"update-{state.update:08d}")
     accelerator.wait_for_everyone()
     save_results(state, config, schedule, accelerator, parameters=parameters)
-    accelerator.end_training()
+    save_grid(state, prior, unet, scheduler, config, accelerator)
+    end_run(config, accelerator, state.stopped_by)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def load_denoiser(config: PriorConfig, images: Images, accelerator: Accelerator)
     """The frozen UNet of a saved pipeline, and its scheduler cut to T' steps.
 
     Raises:
-        InputError: no denoiser there, one of other images, or T' beyond the steps it was trained on.
+        InputError: no denoiser, one of other images, or T' beyond the steps it was trained on.
     """
     try:
         pipeline = load_pipeline(config.denoiser)
@@ -155,10 +157,10 @@ def load_denoiser(config: PriorConfig, images: Images, accelerator: Accelerator)
 
 
 def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, int]) -> None:
-    """Refuse a denoiser of other images, or one that its run trained on fewer steps than T'.
+    """Refuse a denoiser of other images, or one that was trained on fewer steps than T'.
 
     Raises:
-        InputError: naming what it should be.
+        InputError: with the requirement.
     """
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -172,8 +174,8 @@ def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, 
 
 
 def make_generator(config: PriorConfig, images: Images) -> PriorGenerator:
-    """The generator that all learned priors share; group normalisation leaves no statistics that an average or a
-    second process would have to keep in step."""
+    """The generator that all learned priors share. Its group normalisation keeps no running statistics, which averaging
+    of weights and several processes would have to handle."""
     channels, height, width = images.image_shape
     return PriorGenerator(
         truncation_timestep=config.truncation_timestep,
@@ -222,9 +224,10 @@ def trained_prior(state: TrainingState, accelerator: Accelerator) -> PriorGenera
 def finished_prior(
     state: TrainingState, images: Images, scheduler: Any, config: PriorConfig, accelerator: Accelerator
 ) -> PriorGenerator:
-    """The generator as it is saved; that of a VAE with the distribution of its latents."""
+    """The generator as it is saved; for a VAE, with the fitted distribution of its latents."""
     if config.prior != "vae" or not config.latent_components:
         return trained_prior(state, accelerator)
+    accelerator.print("fitting the distribution of the latents", flush=True)
     model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
     return with_fitted_latents(model, images, scheduler, config)
 
@@ -233,18 +236,18 @@ def finished_prior(
 
 
 def save_grid(
-    state: TrainingState, unet: Any, scheduler: Any, config: PriorConfig, accelerator: Accelerator, rows: int = 6
+    state: TrainingState, prior: Any, unet: Any, scheduler: Any, config: PriorConfig, accelerator: Accelerator
 ) -> None:
-    """`samples/update-N.png`: rows² images with the averaged weights, from the same latents every time; none where
+    """`samples/update-N.png`: images with the averaged weights, from the same latents every time. There is none where
     the run is asked to stop."""
     if accelerator.is_main_process and wants_grid(state, config):
         with averaged_weights(state):
-            draw_grid(trained_prior(state, accelerator), unet, scheduler, config, f"update-{state.update:08d}", rows)
+            draw_grid(prior, unet, scheduler, config, f"update-{state.update:08d}")
     accelerator.wait_for_everyone()
 
 
 def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: str, rows: int = 6) -> None:
-    """Save a square of samples under `samples/`."""
+    """Save a grid of rows² samples under `samples/`."""
     pipeline = TruncatedPriorPipeline(prior, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     generator = seeded_generator(config.seed)
@@ -268,12 +271,13 @@ def fit_gaussian(config: PriorConfig, images: Images, unet: Any, scheduler: Any,
         prior.to(accelerator.device)
         with saved_model(config) as folder:
             TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
-        draw_grid(prior, unet, scheduler, config, "closed-form")
         parameters = sum(parameter.numel() for parameter in prior.parameters())
         results = {"updates": 0, "complete": True, "training_seconds": round(seconds, 2), "parameters": parameters}
         write_json(Path(config.output_dir) / "results.json", results)
+        accelerator.print(f"everything is saved in {config.output_dir}", flush=True)
+        draw_grid(prior, unet, scheduler, config, "closed-form")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_run(config, accelerator)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line: `ot-diffusers demo | train | sample | evaluate | compare | report | push | info | …`.
 
-Bad input is one line on stderr and exit status 2.
+Bad input gives one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .parser import make_parser
 __all__ = ["main", "make_parser"]
 
 BAD_INPUT, BROKEN, INTERRUPTED, NOBODY_READS = 2, 1, 130, 141
-"""Exit statuses; the last is that of a program that SIGPIPE ends."""
+"""Exit statuses; the last is that of a program ended by SIGPIPE."""
 
 INPUTS = ("pipeline", "images", "run", "features", "denoiser")
 """Arguments that name a folder or a Hub id."""
 
 SHARED_OUT = ("sample", "evaluate")
-"""Commands that several processes of a launcher do together."""
+"""Commands whose work several processes of a launcher share."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
         raise InputError(f"unknown argument {unknown[0]!r}; see `ot-diffusers {arguments.name} --help`")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     alone = processes == 1 or arguments.name in SHARED_OUT
-    require(alone, "num_processes", f"be 1 for `{arguments.name}`, which is not shared out", processes)
+    require(alone, "num_processes", f"be 1 for `{arguments.name}`, which runs in one process", processes)
     if arguments.check_output is not None and arguments.output is not None:
         arguments.output = arguments.check_output(arguments.output)
     for name in INPUTS:
@@ -76,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _fail(line: str, status: int) -> int:
-    """Write the one line. Of several processes the first speaks, and the launcher ends the others."""
+    """Write the error line. Other processes than the first wait, and the launcher ends them."""
     if not is_first_process():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENCE_SECONDS)
@@ -85,6 +85,6 @@ def _fail(line: str, status: int) -> int:
 
 
 def _leave_quietly() -> int:
-    """Whoever read the output has left, as `head` does; what is still to be written goes nowhere."""
+    """The reader of the output has closed it, as `head` does: discard the rest."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return NOBODY_READS

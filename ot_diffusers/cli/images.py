@@ -21,7 +21,7 @@ EVALUATE = "evaluate"
 
 
 def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """Images of a pipeline into a folder."""
+    """Sample images of a pipeline into a folder."""
     arguments.dtype = chosen_dtype(arguments.dtype)
     output: Path = arguments.output
     if is_first_process():
@@ -40,12 +40,12 @@ def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _check_sample_folder(output: Path, overwrite: bool) -> None:
-    """Refuse a folder with anything that would be lost, or that would stand between the pictures."""
+    """Refuse a folder whose files would be lost, or would be taken for samples."""
     listed = record_of(output, SAMPLE)
     used = output.is_dir() and any(path != listed for path in output.iterdir())
-    require(overwrite or not used, "output", "be a new or empty folder without --overwrite", str(output))
+    require(overwrite or not used, "output", "be a new or empty folder, unless --overwrite is given", str(output))
     others = not_own(output, SAMPLE, SAMPLE_NAMES)
-    requirement = "hold only what `sample` wrote there and nobody has changed since, with --overwrite"
+    requirement = "hold only unchanged files of `sample` with --overwrite"
     require(not others, "output", requirement, ", ".join(map(str, others[:1])))
 
 
@@ -118,7 +118,7 @@ def _draw_samples(real: Any, images: dict[str, Any], picture: Path) -> None:
 
 
 def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int) -> tuple[Any, dict[str, Any]]:
-    """uint8 images [N, C, H, W], read or sampled, and what sampling them cost."""
+    """uint8 images [N, C, H, W], read or sampled, and the cost of sampling."""
     from ..sampling import network_calls, read_images
 
     folder = Path(arguments.images)
@@ -134,10 +134,10 @@ def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int
 
 
 def _check_complete(folder: Path) -> None:
-    """Refuse pictures of `sample` that were not all written."""
+    """Refuse a folder of `sample` that lacks some of its images."""
     missing = [name for name in recorded(folder, SAMPLE) if name != GRID_NAME and not (folder / name).exists()]
     listed = record_of(folder, SAMPLE).name
-    requirement = f"be complete: {''.join(missing[:1])} of the pictures listed in {listed} is not there"
+    requirement = f"be complete, but {''.join(missing[:1])}, which {listed} lists, is missing"
     require(not missing, "images", requirement, str(folder))
 
 

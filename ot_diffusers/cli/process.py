@@ -1,4 +1,4 @@
-"""What the commands share: their process, its device, and the arguments they pass on."""
+"""Shared by the commands: their process, its device, and the arguments that they pass on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def data_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the recipe, if asked for, and what the user gave."""
+    """Arguments of the pipeline's call: the original study's guidance, if asked for, and those that the user gave."""
     given = {name: getattr(arguments, name) for name in SAMPLING_ARGUMENTS if getattr(arguments, name) is not None}
     if not arguments.seed_recipe:
         return given
@@ -32,14 +32,19 @@ def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_dtype(name: str | None) -> str:
-    """The named dtype, or that of `accelerate launch --mixed_precision`; float32 where nobody has said anything.
+    """The named dtype, or that of `accelerate launch --mixed_precision`; float32 without either.
 
     Raises:
         InputError: the two differ.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     launched = {"no": None, "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision)
-    require(launched is None or name in (None, launched), "dtype", f"be {launched} as the launcher says", name)
+    require(
+        launched is None or name in (None, launched),
+        "dtype",
+        f"be left out or {launched}, which the launcher has set",
+        name,
+    )
     return name or launched or "float32"
 
 
@@ -53,19 +58,19 @@ def chosen_device(name: str | None) -> Any:
         return process_state().device
     try:
         device = torch.device(name)
-        float(torch.zeros(1, device=device) + 1)  # what holds no numbers cannot sample
+        float(torch.zeros(1, device=device) + 1)  # a device such as meta holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"`device` must be a device of this machine, such as cpu or cuda, got {name!r}") from error
     return device
 
 
 def stop_on_sigterm() -> None:
-    """End like an interrupt: the scripts that were started are stopped too."""
+    """Let SIGTERM exit like an interrupt, so that the scripts that were started are stopped too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def prepare_libraries() -> None:
-    """Settings that must be made before the libraries underneath are imported, and no bars but our own."""
+    """Settings that must precede the import of libraries; their progress bars are switched off."""
     # Waiting threads that spin take the core from whoever works.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

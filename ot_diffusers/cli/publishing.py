@@ -1,4 +1,4 @@
-"""`report`, `card`, `push`, `info` and `completion`: what prints or passes on what is there."""
+"""`report`, `card`, `push`, `info` and `completion`: commands that show or publish what is there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEGABYTE = 1e6
 
 
 def run_card(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """A run as the folder that goes to the Hub."""
+    """Write a run as a folder that is ready for the Hub."""
     prepare_libraries()
     from ..hub.push import export_run, repository_files
 
@@ -29,7 +29,7 @@ def run_card(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def run_push(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """A run, or a folder that `card` wrote, to the Hub."""
+    """Upload a run, or a folder that `card` wrote, to the Hub."""
     prepare_libraries()
     from huggingface_hub.utils import disable_progress_bars
 
@@ -53,11 +53,11 @@ def run_push(arguments: argparse.Namespace, _: Sequence[str]) -> int:
             repo = "/".join(urlsplit(url).path.split("/")[1:3])  # with the user, where the name came without
     if arguments.json:
         return _print([_json({"repo": repo, "pushed": url is not None, "url": url, "files": sizes})])
-    return _print(_listing(sizes, f"{repo}, nothing was pushed" if url is None else url))
+    return _print(_listing(sizes, f"{repo}; nothing was uploaded" if url is None else url))
 
 
 def is_repository(folder: Path) -> bool:
-    """Whether the folder is what goes to the Hub already: a pipeline with its card, and not a run in its own folder."""
+    """Whether the folder is ready for the Hub: a pipeline with its card, and not the folder of a run."""
     has_card = (folder / "README.md").is_file() and (folder / "model_index.json").is_file()
     return has_card and not (folder / "run.json").is_file()
 
@@ -73,7 +73,7 @@ def _listing(files: dict[str, int], where: str) -> list[str]:
 
 
 def run_info(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """What a saved pipeline is made of."""
+    """Describe a saved pipeline."""
     prepare_libraries()
     facts = describe_pipeline(arguments.pipeline)
     if arguments.json:
@@ -109,7 +109,7 @@ def describe_pipeline(path: str) -> dict[str, Any]:
 
 
 def _rows(name: str, value: Any) -> list[str]:
-    """One line, or one for each entry of a mapping."""
+    """One line, or a line for each entry of a mapping."""
     if not isinstance(value, dict):
         return [f"{name}  {'×'.join(map(str, value)) if isinstance(value, list) else value}"]
     width = max(len(key) for key in value)

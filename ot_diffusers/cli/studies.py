@@ -1,4 +1,4 @@
-"""`demo`, `train` and the studies: what runs for minutes or hours and leaves a folder."""
+"""`demo`, `train` and the studies: commands that run for minutes or hours and leave a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .process import call_arguments, chosen_device, data_options, prepare_librar
 
 
 def run_demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """Everything on digits."""
+    """All methods on the embedded digits."""
     stop_on_sigterm()
     prepare_libraries()
     from ..studies.demo import run_demo as run
@@ -32,14 +32,27 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         num_processes=arguments.num_processes,
         accelerate_config=arguments.accelerate_config,
     )
+    print(f"train {arguments.script}: importing libraries, then loading the data set", flush=True)
     return run_command(command)
 
 
+def study_options(name: str) -> type:
+    """The configuration of `compare` or `truncation`, which is imported with its libraries."""
+    prepare_libraries()
+    if name == "compare":
+        from ..studies.config import StudyConfig
+
+        return StudyConfig
+    from ..studies.truncation import TruncationConfig
+
+    return TruncationConfig
+
+
 def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
-    """Variants over paired seeds; exit status 3 where the time was over before all seeds were done."""
-    words = [expand_home(word) for word in (*arguments.arms, *unknown)]
+    """Variants over paired random seeds; the exit status is 3 where time ran out before all seeds were done."""
+    words = [expand_home(word) for word in (*arguments.variants, *unknown)]
     options = [word for word in words if word.startswith("-")]
-    require(not options, "arms", "be pipelines, names or key=value", "".join(options[:1]))
+    require(not options, "variants", "be pipelines, names or key=value", "".join(options[:1]))
     names = [word for word in words if "=" not in word or os.path.exists(word)]
     given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
     given["output_dir"] = arguments.output
@@ -56,7 +69,7 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 
 def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """Every checkpoint of the runs, in one report."""
+    """Metrics of every checkpoint of the runs, in one report."""
     prepare_libraries()
     from ..studies.tracking import track_runs
 
@@ -79,7 +92,7 @@ def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER` as it says; a folder alone by its name, and by those above where two have one name."""
+    """Name to folder: `NAME=FOLDER` gives both; a folder alone is named by the end of its path."""
     from ..outgoing import distinct_names
 
     pairs = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
@@ -90,7 +103,7 @@ def _named_folders(runs: Sequence[str]) -> dict[str, Path]:
 
 
 def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    """Damaged real images under every metric."""
+    """Every metric on damaged real images."""
     prepare_libraries()
     from ..studies.stress import run_stress_study
 
@@ -108,7 +121,7 @@ def run_stress(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def run_truncation(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The study of priors; exit status 3 where the time was over before it was done."""
+    """The study of priors; the exit status is 3 where time ran out before it was done."""
     stop_on_sigterm()
     prepare_libraries()
     from ..config import load_config

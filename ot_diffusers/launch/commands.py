@@ -1,5 +1,5 @@
-"""The training scripts as commands: where they and their presets lie, how one of them is started, and what a launcher
-has decided for it.
+"""The training scripts as commands: paths of scripts and presets, how a script is started, and the settings that a
+launcher has made for it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def training_command(
 
 
 def _environment_of(accelerate_config: str) -> dict[str, str]:
-    """What a file of `accelerate config` leaves in the scripts' environment, as far as it concerns their options."""
+    """The environment that a file of `accelerate config` gives to scripts, as far as it concerns their options."""
     require(Path(accelerate_config).is_file(), "accelerate_config", "be an existing file", accelerate_config)
     try:
         decided = yaml.safe_load(Path(accelerate_config).read_text(encoding="utf-8"))
@@ -118,11 +118,11 @@ def launched(config: C, environment: Mapping[str, str] = os.environ) -> C:
     """The configuration with the launcher's mixed precision and gradient accumulation where it leaves them open;
     without a launcher, in full precision and with one forward pass for an update.
 
-    `accelerate launch` says "no" to mixed precision wherever nobody has said anything else. So that is no decision, and
-    the configuration's prevails.
+    `accelerate launch` sets mixed precision to "no" by default. So "no" is not taken for a decision, and the
+    configuration's value applies.
 
     Raises:
-        InputError: launcher and configuration differ, or the launcher asks for what no script can do.
+        InputError: launcher and configuration differ, or the launcher has a setting that no script supports.
     """
     precision = (environment.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or None
@@ -137,7 +137,7 @@ def launched(config: C, environment: Mapping[str, str] = os.environ) -> C:
         ("gradient_accumulation_steps", decided_steps, own_steps),
     ):
         agreed = decided is None or own in (None, decided)
-        require(agreed, name, f"be left out or {decided}, which the launcher has decided", own)
+        require(agreed, name, f"be left out or {decided}, which the launcher has set", own)
     return dataclasses.replace(
         config,
         mixed_precision=decided_precision or own_precision or "no",
@@ -147,7 +147,7 @@ def launched(config: C, environment: Mapping[str, str] = os.environ) -> C:
 
 def run_command(command: Sequence[str]) -> int:
     """Run a training command to its end and return its exit status. SIGTERM and SIGINT are passed on to it: it saves
-    and leaves with status 0."""
+    and exits with status 0."""
     # In a session of its own, so that Ctrl-C reaches it once, from here.
     process = subprocess.Popen(command, start_new_session=True, env=os.environ | {"OT_DIFFUSERS_LAUNCHED": "1"})
     passed_on: set[int] = set()
@@ -163,6 +163,6 @@ def run_command(command: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    # A signal ends a process that still imports its libraries: there was nothing to save.
+    # A process that still imports its libraries is ended by the signal, and has nothing to save.
     stopped = any(status in (-number, 128 + number) for number in passed_on)
     return 0 if stopped else status

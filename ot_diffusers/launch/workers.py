@@ -1,7 +1,7 @@
 """Several processes of a script on this machine: `python -m ot_diffusers.launch.workers COUNT SCRIPT [ARGUMENT ...]`.
 
-torchrun does the work. Its SIGTERM would end the processes, and its exit status is always 1; here SIGTERM and SIGINT
-are passed on to the processes, which save and leave, and the exit status is that of the one that failed first.
+This is torchrun but for two things. SIGTERM and SIGINT are passed on to the processes, which save and exit, where
+torchrun would end them. The exit status is that of the process that failed first, where torchrun always returns 1.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import psutil
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the script in as many processes as the first argument says; returns the exit status."""
+    """Run the script in the number of processes that is the first argument; returns the exit status."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the script has said what went wrong
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the script has printed the error
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     count, *script = arguments
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         options.append("--signals-to-handle=SIGQUIT")
     try:
         torchrun.run(torchrun.parse_args([*options, *script]))
-    except SignalException as stop:  # torch 2.6 always handles them, and has waited for the processes
+    except SignalException as stop:  # torch 2.6 always handles signals, and has waited for the processes
         return 128 + stop.sigval
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """The handler: the signal goes to every process that this one has started."""
+    """The handler: pass the signal on to every child process."""
     for child in psutil.Process().children():
         child.send_signal(number)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..config import Options, load_config, option
+from ..config import Options, data_option, load_config, network_option, option_of
 from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation.extractors import load_evaluator
@@ -29,6 +29,10 @@ TABLE, CURVE, TRAINING = "table", "curve", "training"
 STEPS = "steps"
 """The axis of the curves of `steps`, see `axes.AXES`."""
 
+study_option, variant_option, training_option, sampling_option, report_option = map(
+    option_of, ("study", "variant", "training", "sampling", "report")
+)
+
 
 @dataclass
 class Variant(Options):
@@ -38,28 +42,36 @@ class Variant(Options):
     seed, `{features}` for the feature network of the study, and `{seed}` for the seed.
     """
 
-    pipeline: str | None = option(None, "folder or Hub id of a saved pipeline; none trains one")
-    train: str | None = option(None, f"script that trains the pipeline: {', '.join(SCRIPTS)}")
-    preset: str | None = option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
-    overrides: tuple[str, ...] = option((), "key=value for the script")
-    once: bool = option(False, "train once, for the first seed, and use the result for all seeds")
-    seconds_of: str | None = option(None, "variant whose training time this one gets (equal compute)")
-    max_train_seconds: float | None = option(None, "training time in seconds; none for no limit")
-    start: str | None = option(
+    pipeline: str | None = variant_option(None, "folder or Hub id of a saved pipeline; none trains one")
+    train: str | None = training_option(None, f"script that trains the pipeline: {', '.join(SCRIPTS)}")
+    preset: str | None = training_option(None, "the script's YAML file, or a preset such as digits/ot.yaml")
+    overrides: tuple[str, ...] = training_option((), "key=value for the script")
+    once: bool = training_option(False, "train once, for the first seed, and use the result for all seeds")
+    seconds_of: str | None = training_option(None, "variant whose training time this one gets (equal compute)")
+    max_train_seconds: float | None = training_option(None, "training time in seconds; none for no limit")
+    start: str | None = variant_option(
         None,
         "start of the chain: noise, real (noised training images, a bound for all priors), or a pipeline with a prior; "
         "none leaves the pipeline unchanged",
     )
-    truncation_timestep: int | None = option(None, "T' at which the chain starts; none is the full chain")
-    features: str | None = option(None, "run of train_features.py whose network and reference set guide the pipeline")
-    call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the pipeline call"})
-    steps: tuple[int, ...] = option((), "numbers of denoising steps for its curve; none are those of the study")
-    field_samples: int | None = option(
+    truncation_timestep: int | None = variant_option(None, "T' at which the chain starts; none is the full chain")
+    features: str | None = sampling_option(
+        None, "run of train_features.py whose network and reference set guide the pipeline"
+    )
+    call: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of the pipeline call", "group": "sampling"}
+    )
+    steps: tuple[int, ...] = sampling_option(
+        (), "numbers of denoising steps for its curve; none are those of the study"
+    )
+    field_samples: int | None = sampling_option(
         None, "guide images one at a time by a guidance field recorded on this many other samples"
     )
-    batch_size: int | None = option(None, "largest batch size; none for all images at once")
-    role: str = option(TABLE, "table, curve (only a point of a curve) or training (only trained, for other variants)")
-    description: str = option("", "sentence for the report")
+    batch_size: int | None = sampling_option(None, "largest batch size; none for all images at once")
+    role: str = variant_option(
+        TABLE, "table, curve (only a point of a curve) or training (only trained, for other variants)"
+    )
+    description: str = variant_option("", "sentence for the report")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,40 +103,51 @@ class Variant(Options):
 class StudyConfig(Options):
     """A study of variants, each sampled and scored with the same random seeds."""
 
-    output_dir: str = option("runs/comparison", "folder of the study")
-    title: str | None = option(None, "title of the report; none lists the variants")
-    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    evaluator: str = option(
+    output_dir: str = study_option("runs/comparison", "folder of the study")
+    title: str | None = study_option(None, "title of the report; none lists the variants")
+    dataset: str = data_option(
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder"
+    )
+    evaluator: str = network_option(
         "digits/evaluator.yaml", "evaluation network, not used in training or guidance; or a preset to train once"
     )
-    second_evaluator: str | None = option(
+    second_evaluator: str | None = network_option(
         None, "another evaluator, not trained here, such as efficientnet-lite0: adds its distances to the table"
     )
-    features: str | None = option(
+    features: str | None = network_option(
         None, "feature network for losses and guidance: a run, a Hub id, or a preset to train once"
     )
     arms: dict[str, Variant] = field(
-        default_factory=dict, metadata={"help": "name to variant, in the order of training"}
+        default_factory=dict, metadata={"help": "name to variant, in the order of training", "group": "study"}
     )
-    compare_with: str | None = option(None, "variant that the others are compared with; none is the first")
-    seeds: int = option(5, "number of random seeds: 0, 1, 2, …")
-    seed: int | None = option(None, "a single random seed, whose runs are placed beside the results")
-    num_samples: int | None = option(None, "images of each variant and seed; none is the number of test images")
-    call: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of every pipeline call"})
-    steps: tuple[int, ...] = option((), "numbers of denoising steps at which every variant is also sampled and scored")
+    compare_with: str | None = study_option(None, "variant that the others are compared with; none is the first")
+    seeds: int = study_option(5, "number of random seeds: 0, 1, 2, …")
+    seed: int | None = study_option(None, "a single random seed, whose runs are placed beside the results")
+    num_samples: int | None = sampling_option(
+        None, "images of each variant and seed; none is the number of test images"
+    )
+    call: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of every pipeline call", "group": "sampling"}
+    )
+    steps: tuple[int, ...] = sampling_option(
+        (), "numbers of denoising steps at which every variant is also sampled and scored"
+    )
     curves: dict[str, dict[str, dict[str, str]]] = field(
-        default_factory=dict, metadata={"help": "axis to method to value to the variant at that point"}
+        default_factory=dict,
+        metadata={"help": "axis to method to value to the variant at that point", "group": "sampling"},
     )
-    dtype: str = option("float32", "precision of sampling: float32, bfloat16 or float16")
-    primary_metric: str = option("frechet_distance", "metric that decides, fixed beforehand")
-    metrics: tuple[str, ...] = option(HEADLINE, "metrics whose differences are tested")
-    measured: tuple[str, ...] = option((), "metrics to compute for the variants of the table; none is all")
-    costs: tuple[str, ...] = option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(COSTS)}")
-    pictured: tuple[str, ...] = option((), "variants whose images and features are shown; none are those of the table")
-    together: tuple[tuple[str, ...], ...] = option(
+    dtype: str = sampling_option("float32", "precision of sampling: float32, bfloat16 or float16")
+    primary_metric: str = report_option("frechet_distance", "metric that decides, fixed beforehand")
+    metrics: tuple[str, ...] = report_option(HEADLINE, "metrics whose differences are tested")
+    measured: tuple[str, ...] = report_option((), "metrics to compute for the variants of the table; none is all")
+    costs: tuple[str, ...] = report_option(("nfe", "seconds_per_1000"), f"columns of the table: {', '.join(COSTS)}")
+    pictured: tuple[str, ...] = report_option(
+        (), "variants whose images and features are shown; none are those of the table"
+    )
+    together: tuple[tuple[str, ...], ...] = study_option(
         (), "groups of runs (variants, features, evaluator) that a CPU trains at the same time, sharing its cores"
     )
-    overrides: tuple[str, ...] = option((), "key=value for every training script, such as image_size=32")
+    overrides: tuple[str, ...] = study_option((), "key=value for every training script, such as image_size=32")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Options, PriorConfig, load_config, option
+from ..config import Options, PriorConfig, data_option, load_config, network_option
 from ..data import load_images
 from ..errors import require
 from ..evaluation.health import evaluator_doubt
@@ -37,7 +37,19 @@ from ..sampling import check_dtype
 from ..schedules import alpha_sigma
 from ..seeds import keyed_generator
 from .axes import AXES, TIMESTEPS
-from .config import CURVE, NOISE, REAL, TRAINING, StudyConfig, Variant, data_options, place
+from .config import (
+    CURVE,
+    NOISE,
+    REAL,
+    TRAINING,
+    StudyConfig,
+    Variant,
+    data_options,
+    place,
+    sampling_option,
+    study_option,
+    training_option,
+)
 from .pictures import NUM_SHOWN, evenly_spaced_rows
 from .run import run_study
 from .sampling import make_pipeline, real_latents, real_rows
@@ -88,41 +100,57 @@ DUEL_METRICS = ("frechet_distance", "recall_distance", "patch_sliced_wasserstein
 class TruncationConfig(Options):
     """Configuration of the study of priors."""
 
-    output_dir: str = option("runs/truncation", "folder of the study")
-    dataset: str = option("digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder")
-    presets: str = option("digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …")
-    denoiser: str | None = option(None, "folder or Hub id of a trained pipeline; none trains the baseline preset")
-    full_denoiser: str | None = option(
+    output_dir: str = study_option("runs/truncation", "folder of the study")
+    dataset: str = data_option(
+        "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder"
+    )
+    presets: str = study_option(
+        "digits", "folder of presets: baseline, evaluator, prior_gaussian, prior_vae, prior_gan, …"
+    )
+    denoiser: str | None = network_option(
+        None, "folder or Hub id of a trained pipeline; none trains the baseline preset"
+    )
+    full_denoiser: str | None = network_option(
         None,
         "pipeline or preset for the full chains, if the denoiser was trained on low noise only; none is the denoiser",
     )
-    feature_extractor: str | None = option(None, "folder of a feature network for transport; none trains the preset")
-    evaluator: str | None = option(None, "evaluation network, not used in training or guidance; none trains the preset")
-    second_evaluator: str | None = option(
+    feature_extractor: str | None = network_option(
+        None, "folder of a feature network for transport; none trains the preset"
+    )
+    evaluator: str | None = network_option(
+        None, "evaluation network, not used in training or guidance; none trains the preset"
+    )
+    second_evaluator: str | None = network_option(
         None, "another evaluator, not trained here, such as efficientnet-lite0: adds its distances to the table"
     )
-    priors: tuple[str, ...] = option(
+    priors: tuple[str, ...] = study_option(
         ("gaussian", "gaussian_classes", "vae", "gan", "ot"),
         f"priors of the table, some of {', '.join(LABELS)}",
     )
-    truncation_timestep: int = option(10, "T' of the table")
-    timesteps: tuple[int, ...] = option((10, 50, 100, 200, 300), "T' of the curves")
-    learned_timesteps: tuple[int, ...] = option((), "T' of the curves for which learned priors are trained again")
-    guided: tuple[str, ...] = option((), "priors that are also sampled with OT guidance")
-    guided_full: bool = option(True, "whether guided priors come with a guided full chain")
-    guided_curves: tuple[str, ...] | None = option(None, "guided priors with a curve; none is all of them")
-    goal_timestep: int | None = option(None, "a second T' for guided rows; none adds no such rows")
-    goal_priors: tuple[str, ...] | None = option(None, "guided priors with such a row; none is all of them")
-    num_samples: int | None = option(None, "images of each row; none is the number of test images")
-    full_steps: tuple[int, ...] = option((50, 1000), "denoising steps of the full chains")
-    curve_steps: int = option(10, "denoising steps at each point of the curves, at most T'")
-    dtype: str = option("float32", "precision of sampling: float32, bfloat16 or float16")
-    batch_size: int | None = option(None, "images sampled at once; none is up to 1,000")
-    guided_batch_size: int | None = option(None, "batch size of guided rows, which guidance moves together")
-    max_train_steps: int | None = option(None, "training steps of each learned prior; none is the number in its preset")
-    max_train_seconds: float | None = option(None, "training time of each learned prior in seconds; none for no limit")
-    seed: int = option(0, "random seed for models and starting noise", minimum=0, must="be at least 0")
-    seeds: int | None = option(None, "number of random seeds 0, 1, 2, …, instead of the one", minimum=1)
+    truncation_timestep: int = sampling_option(10, "T' of the table")
+    timesteps: tuple[int, ...] = sampling_option((10, 50, 100, 200, 300), "T' of the curves")
+    learned_timesteps: tuple[int, ...] = sampling_option(
+        (), "T' of the curves for which learned priors are trained again"
+    )
+    guided: tuple[str, ...] = sampling_option((), "priors that are also sampled with OT guidance")
+    guided_full: bool = sampling_option(True, "whether guided priors come with a guided full chain")
+    guided_curves: tuple[str, ...] | None = sampling_option(None, "guided priors with a curve; none is all of them")
+    goal_timestep: int | None = sampling_option(None, "a second T' for guided rows; none adds no such rows")
+    goal_priors: tuple[str, ...] | None = sampling_option(None, "guided priors with such a row; none is all of them")
+    num_samples: int | None = sampling_option(None, "images of each row; none is the number of test images")
+    full_steps: tuple[int, ...] = sampling_option((50, 1000), "denoising steps of the full chains")
+    curve_steps: int = sampling_option(10, "denoising steps at each point of the curves, at most T'")
+    dtype: str = sampling_option("float32", "precision of sampling: float32, bfloat16 or float16")
+    batch_size: int | None = sampling_option(None, "images sampled at once; none is up to 1,000")
+    guided_batch_size: int | None = sampling_option(None, "batch size of guided rows, which guidance moves together")
+    max_train_steps: int | None = training_option(
+        None, "training steps of each learned prior; none is the number in its preset"
+    )
+    max_train_seconds: float | None = training_option(
+        None, "training time of each learned prior in seconds; none for no limit"
+    )
+    seed: int = study_option(0, "random seed for models and starting noise", minimum=0, must="be at least 0")
+    seeds: int | None = study_option(None, "number of random seeds 0, 1, 2, …, instead of the one", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

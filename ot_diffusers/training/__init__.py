@@ -1,4 +1,4 @@
-"""What the training scripts share: the run's folder, the order of the data and the noise, checkpoints, records, sample
+"""Shared by the training scripts: the run's folder, the order of the data and the noise, checkpoints, records, sample
 grids.
 
 Randomness is a function of (seed, update) alone. One update sees one *global* batch of G = processes × accumulation ×
@@ -23,7 +23,7 @@ from .coupling import make_coupling
 from .folder import check_output_dir, load_split, load_splits, make_accelerator, open_run, saved_model, write_json
 from .models import make_noise_scheduler, make_optimizer, make_unet
 from .processes import gather_rows
-from .records import Record, averaged_weights, save_results, save_sample_grid, validation_loss, wants_grid
+from .records import Record, averaged_weights, end_run, save_results, save_sample_grid, validation_loss, wants_grid
 
 __all__ = [
     "DiffusionBatch",
@@ -36,6 +36,7 @@ __all__ = [
     "checkpoints",
     "diffusion_batches",
     "draw_noise",
+    "end_run",
     "gather_rows",
     "image_batches",
     "index_batches",

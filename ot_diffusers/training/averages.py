@@ -1,4 +1,4 @@
-"""Means of losses, and the guard over them: no value is waited for before it is written down."""
+"""Means of losses, and the check that they are finite. A training step never waits for a value."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MAX_RANK_ROWS = 256
 class Averages:
     """Means over the updates since the last record, and over the epoch so far, across all processes.
 
-    Values stay on the device until a mean is asked for: at records, epochs and checkpoints. There, every value has to
-    be finite. A run that breaks therefore makes at most `logging_steps` updates in vain, and a step never waits to
-    find out. No checkpoint is written without the look, so the last one is good.
+    Values stay on the device until a mean is needed: at records, epochs and checkpoints. There, every value is checked
+    to be finite, so that a step never waits for the device, and a run that breaks loses at most `logging_steps`
+    updates. Every checkpoint is checked before it is written, so the last one is good.
 
     Attributes:
         recent: (update, value) of each name since the last record, 0-d tensors.
@@ -38,15 +38,15 @@ class Averages:
             self.recent.setdefault(name, []).append((update, value.detach()))
 
     def forget(self, update: int) -> None:
-        """Drop the values of an update that was not made."""
+        """Drop the values of an update that was skipped."""
         kept = {name: [entry for entry in entries if entry[0] != update] for name, entries in self.recent.items()}
         self.recent = {name: entries for name, entries in kept.items() if entries}
 
     def record(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means since the last record, which now belong to the epoch's.
+        """Means since the last record, which are then added to those of the epoch.
 
         Raises:
-            TrainingError: a value that is no number, by its name and the update.
+            TrainingError: a value that is not finite, with its name and the update.
         """
         totals = self._totals(accelerator)
         means = {name: total / len(self.recent[name]) for name, total in totals.items()}
@@ -68,8 +68,8 @@ class Averages:
         return means
 
     def _totals(self, accelerator: Accelerator) -> dict[str, float]:
-        """Sums over the updates since the last record, of means over the processes. In float64, where sums of float32
-        numbers of like size are exact: they do not tell where a record or a checkpoint has parted them."""
+        """Sums over the updates since the last record, of means over the processes. In float64, sums of float32 numbers
+        of similar size are exact, so that they do not depend on when records and checkpoints are taken."""
         if not self.recent:
             return {}
         values = {name: torch.stack([value for _, value in entries]) for name, entries in self.recent.items()}
@@ -90,7 +90,7 @@ class Averages:
         return sums
 
     def _verdict(self, broken: Mapping[str, Tensor], accelerator: Accelerator) -> str:
-        """What broke first, on any process; the loss is named only where none of its terms is."""
+        """The value that was first not finite, on any process. The loss is named only where none of its terms is."""
         firsts = {}
         for name, values in broken.items():
             updates = torch.tensor([update for update, _ in self.recent[name]], device=values.device)
@@ -98,15 +98,15 @@ class Averages:
             firsts[name] = int(accelerator.gather(local.view(1)).min())
         name = min(firsts, key=lambda name: (firsts[name], name == "loss"))
         return (
-            f"`{name}` is not finite in update {firsts[name]}; the last checkpoint is from before, and the same "
-            "command would come to the same: lower learning_rate or max_grad_norm, or allow max_skipped_updates"
+            f"`{name}` is not finite in training step {firsts[name]}; the last checkpoint is from before, and would "
+            "lead to the same error: lower learning_rate or max_grad_norm, or raise max_skipped_updates"
         )
 
 
 @torch.no_grad()
 def effective_rank(rows: Tensor) -> Tensor:
-    """In how many directions rows [N, …] spread, 0-d float32: the metric of that name for any rows, on any device,
-    without a wait. Of more than 256 rows, the first 256 are looked at. Rows that are all one point have rank 1.
+    """Effective number of directions in which rows [N, …] vary, 0-d float32: the metric of that name, on any device,
+    without synchronisation. Only the first 256 rows count. Equal rows have rank 1.
 
     Example:
         >>> line = torch.arange(5.0)[:, None] * torch.ones(1, 3)

@@ -1,4 +1,4 @@
-"""The order of the data and the noise: functions of (seed, update) alone, shared out over processes and passes."""
+"""The order of the data and the noise: functions of (seed, update) alone, divided between processes and passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..config import DiffusionConfig, TrainingConfig
+from ..config import DiffusionConfig, PriorConfig, TrainingConfig
 from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
 from ..images import random_crop_and_flip
@@ -26,7 +26,7 @@ Images = ResidentImages | StreamedImages
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is: updates per epoch and in all, and the images that all processes see together, in one update
+    """The length of a run: updates per epoch and in total, and the images that all processes together see in one update
     and in one forward pass."""
 
     global_batch_size: int
@@ -43,8 +43,13 @@ class Schedule:
         return update % self.updates_per_epoch == 0 or update == self.num_updates
 
     def wants_checkpoint(self, update: int, config: TrainingConfig) -> bool:
-        """Whether to save on the way; the end of the run saves in any case."""
+        """Whether to save before the end of the run, which saves in any case."""
         return update < self.num_updates and update % (config.checkpointing_steps or self.updates_per_epoch) == 0
+
+    def wants_samples(self, update: int, config: DiffusionConfig | PriorConfig) -> bool:
+        """Whether to draw a sample grid before the end of the run, which draws one when the model is saved."""
+        epoch_ends = update < self.num_updates and update % self.updates_per_epoch == 0
+        return epoch_ends and self.epoch(update) % config.sample_epochs == 0
 
 
 def make_schedule(config: TrainingConfig, accelerator: Accelerator, images: Images) -> Schedule:

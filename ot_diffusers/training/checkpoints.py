@@ -1,4 +1,4 @@
-"""All that changes during training, and how it survives: saved whole, verified on load, the oldest deleted."""
+"""The state of training and its checkpoints: saved completely, verified on load, the oldest deleted."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """All that changes during training, saved as safetensors and JSON only.
+    """Everything that changes during training, saved as safetensors and JSON only.
 
     Attributes:
         model: the prepared model.
         optimizer: the prepared optimizer.
         lr_scheduler: stepped once per update.
-        ema: average of the model's parameters, None where a script keeps none.
+        ema: average of the model's parameters; None in scripts without one.
         discriminator: of a GAN, trained beside the model; saved in the folder `opponent` of a checkpoint.
-        max_skipped_updates: how many updates may be left out because their gradient is not finite.
-        update: updates done, with those that were left out.
-        skipped_updates: updates left out.
+        max_skipped_updates: number of updates that may be skipped because their gradient is not finite.
+        update: updates done, including skipped ones.
+        skipped_updates: updates skipped.
         earlier_seconds: training time before this process took over.
         averages: the losses since the last record and over the epoch so far.
         gradient_norm: of the last update, before clipping.
-        update_was_skipped: whether the last update was left out.
+        update_was_skipped: whether the last update was skipped.
         saved_update: the update after which the run's last checkpoint was saved; -1 before the first.
-        stopped_by: why training ended before its last update, if it did.
+        stopped_by: reason why training ended before its last update; None if it did not.
     """
 
     model: torch.nn.Module
@@ -122,18 +122,18 @@ class TrainingState:
         self.update += 1
 
     def _skips(self, accelerator: Accelerator) -> bool:
-        """Whether to leave this update out. Only a run that may do so waits for the gradient's norm at each update;
-        the processes of a run share their gradients, and so decide alike. With fp16 the loss scaler decides."""
+        """Whether to skip this update. Only a run that may skip updates waits for the gradient's norm. The processes of
+        a run share their gradients, and so decide alike. With fp16, the loss scaler decides."""
         norm = self.gradient_norm
         if self.max_skipped_updates == 0 or norm is None or accelerator.scaler is not None or bool(norm.isfinite()):
             return False
         self.skipped_updates += 1
         if self.skipped_updates > self.max_skipped_updates:
             raise TrainingError(
-                f"the gradient is not finite in update {self.update + 1}, and {self.max_skipped_updates} updates have "
-                "been skipped for that already (max_skipped_updates): lower learning_rate or max_grad_norm"
+                f"the gradient is not finite in training step {self.update + 1}, and {self.max_skipped_updates} steps "
+                "have already been skipped (max_skipped_updates): lower learning_rate or max_grad_norm"
             )
-        accelerator.print(f"update {self.update + 1} skipped: its gradient is not finite")
+        accelerator.print(f"training step {self.update + 1} skipped: its gradient is not finite", flush=True)
         return True
 
     def save(self, folder: Path, accelerator: Accelerator) -> None:
@@ -153,7 +153,7 @@ class TrainingState:
                 self.discriminator._write(partial / "opponent", accelerator, {})
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
-        """Take up the state saved in `folder`."""
+        """Load the state saved in `folder`."""
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -202,7 +202,9 @@ class TrainingState:
         models = [self.model] if self.discriminator is None else [self.model, self.discriminator.model]
         finite = [parameter.detach().isfinite().all() for model in models for parameter in model.parameters()]
         if not bool(torch.stack(finite).all()):
-            raise TrainingError(f"the weights are not finite after update {self.update}; the last checkpoint is good")
+            raise TrainingError(
+                f"the weights are not finite after training step {self.update}; the last checkpoint is good"
+            )
 
 
 # --- A run's checkpoints ----------------------------------------------------------------------------------------------
@@ -214,8 +216,7 @@ def checkpoints(config: TrainingConfig) -> list[Path]:
 
 
 def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Save into `checkpoints/update-N`, unless that is where the state comes from; then delete the oldest beyond the
-    limit.
+    """Save into `checkpoints/update-N`, unless the state was loaded from there; then delete the oldest ones.
 
     Raises:
         TrainingError: as `TrainingState.save` and `check_claim`.
@@ -236,10 +237,10 @@ def save_checkpoint(state: TrainingState, config: TrainingConfig, accelerator: A
 
 
 def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Continue from the checkpoint that the configuration names, or from the last one that is as it was written.
+    """Resume from the checkpoint that the configuration names, or from the last one that is undamaged.
 
-    What must not be taken for a continuation is kept, under another name: damaged checkpoints as `damaged-N`, and with
-    an earlier checkpoint named, the later ones in `replaced-1`, `replaced-2`, …
+    Other checkpoints are kept under another name: damaged ones as `damaged-N`, and ones later than the named checkpoint
+    in `replaced-1`, `replaced-2`, …
 
     Raises:
         InputError: all checkpoints are damaged.
@@ -253,16 +254,16 @@ def resume(state: TrainingState, config: TrainingConfig, accelerator: Accelerato
     (folder,) = broadcast_object_list(chosen)
     if folder is None:
         if (Path(config.output_dir) / "results.json").is_file():
-            accelerator.print(f"no checkpoint in {_folder(config)}: training begins with the first update")
+            accelerator.print(f"no checkpoint in {_folder(config)}: training starts from the first step")
         return
     state.load(folder, accelerator)
     if folder.resolve().parent == _folder(config).resolve():
         state.saved_update = state.update
-    accelerator.print(f"resumed after update {state.update}")
+    accelerator.print(f"resumed after training step {state.update:,}", flush=True)
 
 
 def _last_good(config: TrainingConfig) -> Path | None:
-    """The last checkpoint that is as it was written; damaged ones after it are put aside.
+    """The last undamaged checkpoint; damaged ones after it are renamed.
 
     Raises:
         InputError: there are checkpoints, and all of them are damaged.
@@ -277,9 +278,8 @@ def _last_good(config: TrainingConfig) -> Path | None:
     if damaged:
         folder, problem = damaged[0]
         raise InputError(
-            f"`output_dir` must hold a checkpoint that is as it was written, got {config.output_dir!r}, where all "
-            f"{len(damaged)} are damaged ({folder.name}: {problem}); restore one, or move {str(folder.parent)!r} away "
-            "to begin again"
+            f"`output_dir` must hold an undamaged checkpoint, got {config.output_dir!r}, where all {len(damaged)} are "
+            f"damaged ({folder.name}: {problem}); restore one, or move {str(folder.parent)!r} away to start again"
         )
     return None
 
@@ -290,11 +290,13 @@ def _put_aside_damaged(damaged: Sequence[tuple[Path, str]], good: Path) -> None:
         if aside.exists():
             delete(aside)
         folder.rename(aside)
-        logger.warning("%s is damaged (%s) and now called %s; %s is taken", folder, problem, aside.name, good.name)
+        logger.warning(
+            "%s is damaged (%s) and renamed to %s; the run resumes from %s", folder, problem, aside.name, good.name
+        )
 
 
 def _named(config: TrainingConfig) -> Path:
-    """The checkpoint that the configuration names; those of the run that it replaces are put aside."""
+    """The checkpoint that the configuration names; later ones of the run are moved to another folder."""
     named = Path(str(config.resume_from_checkpoint))
     update = json.loads((named / "state.json").read_text(encoding="utf-8"))["update"]
     own = [folder for folder in checkpoints(config) if folder.resolve() != named.resolve()]

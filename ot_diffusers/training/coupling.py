@@ -1,7 +1,7 @@
-"""Noise–image couplings: which noise an image is paired with in training.
+"""Noise–image couplings: the noise that an image is paired with in training.
 
-A denoiser learns a conditional mean given x_t however noise and images are paired; pairs that are close to each other
-leave it less to average over. Sampling stays as it is: it starts from independent noise.
+A denoiser learns a conditional mean given x_t for every pairing of noise and images. If pairs are close to each other,
+there is less to average over. Sampling does not change: it starts from independent noise.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _solved(
 def assigned_noise(clean: Tensor, noise: Tensor) -> Tensor:
     """The rows of `noise` in the order of the optimal transport from images to noise, for ‖x0 − ε‖².
 
-    The noise of a batch stays Gaussian; only who gets which changes.
+    The noise of a batch stays Gaussian; only the pairing changes.
 
     Args:
         clean: [B, C, H, W] in [-1, 1].

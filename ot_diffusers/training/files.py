@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written aside, synced to the disk, renamed when complete, and known by their checksums."""
+"""Checkpoints on disk: written under another name, synced, renamed when complete, and verified by checksums."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 CHECKSUMS = "SHA256SUMS"
-"""Name of the list of checksums in a checkpoint; `sha256sum -c SHA256SUMS` checks it too."""
+"""Name of the list of checksums in a checkpoint; `sha256sum -c SHA256SUMS` can check it."""
 
 WRITTEN = r"(update|damaged)-[0-9]+|model|(run|results|state)[.]json|metrics[.]jsonl"
-"""Names in the folder of a run, and in that of its checkpoints, that are first written under another name."""
+"""Names in the folders of a run and of its checkpoints that are first written under another name."""
 
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """As `new_folder`, with a list of checksums, and on the disk when it has its name."""
+    """As `new_folder`, with a list of checksums, and synced to the disk before it is renamed."""
     with new_folder(folder) as partial:
         yield partial
         write_checksums(partial)
@@ -44,8 +44,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def placed_in(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write into, whose files go to the same places in `folder` when the block ends, and vanish where it
-    fails. The file called `last` is absent while the others are put in place."""
+    """A folder to write into. When the block ends, its files move to the same places in `folder`; where it fails, they
+    are deleted. The file called `last` is absent while the others are moved."""
     partial = name_aside(folder / "model")
     partial.mkdir()
     try:
@@ -64,14 +64,14 @@ def placed_in(folder: Path, last: str) -> Iterator[Path]:
 
 
 def delete(folder: Path) -> None:
-    """Rename the folder, then delete it: what is half deleted never passes for the whole."""
+    """Rename the folder, then delete it, so that half a folder is never taken for a complete one."""
     doomed = name_aside(folder)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def delete_partial(folder: Path) -> None:
-    """Delete what a killed process of a run had written aside in `folder`; files of other names are left alone."""
+    """Delete the temporary files in `folder` that a killed process of a run has left behind, and no others."""
     for path in folder.glob(".*.partial"):
         if re.fullmatch(rf"\.({WRITTEN})(\.[0-9a-f]+)?\.partial", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -84,7 +84,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_checksums` has listed; None if it is as it was written."""
+    """The damage to a folder since `write_checksums`; None if there is none."""
     try:
         *lines, rest = (folder / CHECKSUMS).read_text(encoding="utf-8").split("\n")
         listed = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}

@@ -1,4 +1,4 @@
-"""The run's folder: what may be in it when a run begins, and what says afterwards which run it was."""
+"""The run's folder: what it may hold when a run begins, and the record that identifies the run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
-"""What accelerate's variables ACCELERATE_USE_… would split models by. Averages of weights and checkpoints are of whole
-models, which are small beside the memory of a GPU."""
+"""Ways to split a model over processes, from accelerate's variables ACCELERATE_USE_…. They are refused: averages of
+weights and checkpoints need whole models, which are small compared with the memory of a GPU."""
 
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
@@ -46,11 +46,11 @@ INDEX = "model_index.json"
 CLAIM_SECONDS = 60.0
 _CLAIMED: dict[str, IO[str] | None] = {}
 
-# What a run writes into its folder, whichever script it is of.
+# Names that runs of any script write into their folder.
 FILES = (LOCK, "run.json", "metrics.jsonl", "results.json", INDEX)
 FOLDERS = ("checkpoints", "samples", "logs", "unet", "scheduler", "prior", "feature_extractor", "reference_bank")
 
-# Options that may change when a run goes on; any other difference makes it another run.
+# Options that may change when a run is resumed; any other difference makes it another run.
 RESUMABLE = {
     "max_train_seconds",
     "max_train_steps",
@@ -69,7 +69,7 @@ RESUMABLE = {
 
 
 def check_output_dir(config: TrainingConfig) -> None:
-    """Refuse a folder that holds something else than this run, before anything is written.
+    """Refuse a folder that holds anything but this run, before anything is written.
 
     Raises:
         InputError: naming the option that differs from the run in the folder.
@@ -108,13 +108,13 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """An accelerator for the configuration, with the random seed set alike on every process.
 
     Raises:
-        InputError: a tracker that is not installed, processes that each hold a part of the model only, or a launcher
-            that wants what the configuration or this machine does not.
+        InputError: a tracker that is not installed, processes that each hold only a part of the model, or a launcher
+            that contradicts the configuration or this machine.
     """
     tracker = _chosen_tracker(config.report_to)
     for name in SHARDING:
         sharded = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
-        require(not sharded, "distributed_type", "leave the whole model to every process", name)
+        require(not sharded, "distributed_type", "be one that keeps the whole model in every process", name)
     # Without a GPU, accelerate joins a process group only where it is told to use the CPU.
     in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
     config = launched(config)
@@ -127,7 +127,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             project_dir=str(Path(config.output_dir) / "logs") if tracker else None,
         )
     except (ValueError, ImportError, NotImplementedError) as error:
-        raise InputError(f"accelerate does not start as it was told to: {' '.join(str(error).split())}") from error
+        raise InputError(f"accelerate does not accept its settings: {' '.join(str(error).split())}") from error
     scaled = config.mixed_precision != "fp16" or accelerator.scaler is not None
     require(scaled, "mixed_precision", f"be no or bf16 on {accelerator.device}", config.mixed_precision)
     set_seed(folded(config.seed, 32))
@@ -153,10 +153,10 @@ def open_run(
     """Create the folder, write `run.json`, start the trackers; the last place where a run can be refused.
 
     Args:
-        config: of the run.
-        accelerator: of this process.
-        images: that the run trains on.
-        frozen: the networks that the run uses as they are, by the option that names them.
+        config: configuration of the run.
+        accelerator: accelerator of this process.
+        images: training images.
+        frozen: networks that the run uses but does not train, by the option that names them.
 
     Raises:
         InputError: the folder holds a run on other images, with another batch or with other frozen networks, or is in
@@ -182,7 +182,7 @@ def open_run(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         claim(folder)
-        # Another process may have begun a run here while this one came so far.
+        # Another process may have begun a run here in the meantime.
         check_output_dir(config)
         check_record(config, record)
         delete_partial(folder)
@@ -194,8 +194,8 @@ def open_run(
 
 
 def check_record(config: TrainingConfig, record: dict[str, Any]) -> None:
-    """Refuse to go on with other images, another batch or other frozen networks than those that the run in the folder
-    began with; a run that did not write them down goes on.
+    """Refuse to resume with other images, another batch or other frozen networks than those that the run in the folder
+    began with. A run without such a record is resumed.
 
     Raises:
         InputError: naming what differs.
@@ -218,13 +218,13 @@ def batch_sizes(config: TrainingConfig, num_processes: int) -> dict[str, int]:
 
 
 def check_batch(config: TrainingConfig, batch: dict[str, int], earlier: dict[str, int], num_processes: int) -> None:
-    """Refuse to go on with a batch of another size: it belongs to the run, whatever the number of processes.
+    """Refuse to resume with a batch of another size: it belongs to the run, whatever the number of processes.
 
-    An update has the same images on any number of processes. Where a loss compares distributions, a forward pass has
-    to have them as well.
+    An update has the same images on any number of processes. Where a loss compares distributions, so must a forward
+    pass.
 
     Raises:
-        InputError: with the value to give.
+        InputError: with the value to set.
     """
     part, name, kind = "update", "train_batch_size × gradient_accumulation_steps", "an update"
     if config.compares_distributions:
@@ -241,9 +241,9 @@ def check_batch(config: TrainingConfig, batch: dict[str, int], earlier: dict[str
 
 
 def claim(folder: Path) -> None:
-    """Create the folder and keep other processes out of it for as long as this one lives, where the file system can.
+    """Create the folder and lock it for as long as this process lives, where the file system supports locks.
 
-    An earlier process of the run may be about to end; it is waited for, but not for long.
+    An earlier process of the run may be about to end, so the lock is waited for, up to `CLAIM_SECONDS`.
 
     Raises:
         InputError: the folder is in use.
@@ -260,28 +260,27 @@ def claim(folder: Path) -> None:
             time.sleep(0.2)
             continue
         except OSError:
-            logger.warning("%s cannot be locked: take care that one process uses it at a time", folder)
+            logger.warning("%s cannot be locked: make sure that only one process uses it at a time", folder)
         _CLAIMED[os.path.abspath(folder)] = file
 
 
 def check_claim(config: TrainingConfig) -> None:
-    """Refuse to write on where the folder that this process has claimed is gone, or is another run's by now.
+    """Refuse to write where the folder that this process has claimed is gone, or now belongs to another run.
 
     Raises:
-        TrainingError: saying so.
+        TrainingError: in that case.
     """
     folder = Path(config.output_dir)
     if os.path.abspath(folder) not in _CLAIMED:
         return
     if not (folder / "run.json").is_file() or ((folder / LOCK).exists() and not _is_claimed(folder)):
         raise TrainingError(
-            f"the run's folder {config.output_dir!r} was deleted or moved while the run was going on; nothing more is "
-            "written there"
+            f"the folder {config.output_dir!r} was deleted or moved during the run; nothing more is written there"
         )
 
 
 def _is_claimed(folder: Path) -> bool:
-    """Whether the folder is there, and this process holds its lock, where there are locks."""
+    """Whether the folder exists, and this process holds its lock where locks are supported."""
     path = os.path.abspath(folder)
     file = _CLAIMED.get(path)
     if path not in _CLAIMED or file is None:
@@ -292,8 +291,8 @@ def _is_claimed(folder: Path) -> bool:
 
 @contextmanager
 def saved_model(config: TrainingConfig) -> Iterator[Path]:
-    """A folder to save the run's model into. When the block ends, the files take their places in the run's folder, the
-    index of a pipeline last: what a kill leaves is never taken for a whole pipeline.
+    """A folder to save the run's model into. When the block ends, the files move into the run's folder, the index of a
+    pipeline last, so that an interrupted save is never taken for a complete pipeline.
 
     Raises:
         TrainingError: as `check_claim`.
@@ -313,7 +312,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """`run.json` of the folder; empty where there is none.
 
     Raises:
-        InputError: it is not what a script has written.
+        InputError: the file was not written by a script.
     """
     file = folder / "run.json"
     if not file.is_file():
@@ -333,12 +332,13 @@ def load_split(config: TrainingConfig, split: str, accelerator: Accelerator) -> 
 
 
 def load_splits(config: TrainingConfig, accelerator: Accelerator, *needed: str) -> list[Images]:
-    """The needed splits, as `load_split` gives them. Every other split is decoded as well, so that a damaged image is
-    found before training, wherever it is.
+    """The needed splits, as `load_split` gives them. All other splits are decoded too, so that a damaged image is found
+    before training.
 
     Raises:
         InputError: an unreadable image in any split, or needed splits with images of different shape.
     """
+    accelerator.print(f"loading {config.dataset}", flush=True)
     source = _open_images(config)
     splits = {split: source.load(split) for split in SPLITS if split in needed or source.has(split)}
     for split, images in splits.items():

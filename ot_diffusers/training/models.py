@@ -1,4 +1,4 @@
-"""What is trained, and by what: UNet, noising chain, optimizer."""
+"""UNet, noising chain and optimizer of a configuration."""
 
 from __future__ import annotations
 

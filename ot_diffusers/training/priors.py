@@ -1,4 +1,4 @@
-"""What the learned priors are trained on, and towards what: batches at step T', and the objectives of VAE, GAN and OT.
+"""Batches at step T' and the objectives of the learned priors: VAE, GAN and OT.
 
 Every loss that compares distributions is one problem over all processes.
 """
@@ -42,7 +42,7 @@ from .processes import gather_rows
 from .records import Record
 
 MAX_FITTED_IMAGES = 50_000
-"""Evenly spaced images that a closed form is fitted to, at most: they are held as float32."""
+"""Greatest number of evenly spaced images that a closed form is fitted to; they are held as float32."""
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -55,8 +55,8 @@ class PriorBatch:
     Attributes:
         clean: real images, [B, C, H, W].
         real: the same diffused to T', [B, C, H, W].
-        reference: other real x_T' to compare with, [M, C, H, W]; `real` itself where a prior asks for no others.
-        num_references: how many of the gathered references and pairs count.
+        reference: other real x_T' to compare with, [M, C, H, W]; `real` itself where a prior needs no others.
+        num_references: number of gathered references and pairs that count.
         latents, noise: of the generated images, [B, latent_dim] and [B, C, H, W].
         pair_latents, pair_noise: of an independent second draw, [M, latent_dim] and [M, C, H, W].
         alpha, sigma: noise level of T', scalars.
@@ -79,7 +79,7 @@ class PriorBatch:
 def prior_batches(
     images: Images, scheduler: Scheduler, config: PriorConfig, schedule: Schedule, accelerator: Accelerator, start: int
 ) -> Iterator[PriorBatch]:
-    """Batches from update `start` on; every draw is a function of (seed, update), and each process takes its rows."""
+    """Batches from update `start` on. Every draw is a function of (seed, update); each process takes its rows."""
     alpha, sigma = (level.to(accelerator.device) for level in alpha_sigma(scheduler, config.truncation_timestep - 1))
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
         epoch = schedule.epoch(update)
@@ -89,7 +89,7 @@ def prior_batches(
             reference, num_references, pair_rows = real, schedule.forward_batch_size, torch.arange(len(indices))[part]
             pair_latents, pair_noise = draw_latents(len(indices), clean, config, "pair", update)
         else:
-            # All processes hold equally many; beyond the last reference they begin again, and the rest is cut off.
+            # All processes hold the same number: references repeat after the last, and repeated ones are cut off.
             num_references = config.num_reference_samples
             share = math.ceil(num_references / accelerator.num_processes)
             pair_rows = (torch.arange(share) + share * accelerator.process_index) % num_references
@@ -121,7 +121,7 @@ def draw_latents(count: int, images: Tensor, config: PriorConfig, use: str, upda
 
 
 def diffused(images: Tensor, noise: Tensor, batch: PriorBatch, config: PriorConfig) -> Tensor:
-    """x_T' from what the generator makes, with the given noise."""
+    """x_T' from the output of the generator, with the given noise."""
     return images if config.prediction_type == "noisy_sample" else batch.alpha * images + batch.sigma * noise
 
 
@@ -160,9 +160,9 @@ def with_fitted_latents(
 ) -> PriorGenerator:
     """The generator of a trained VAE with the mixture of Gaussians that fits the codes of its data best.
 
-    The codes fill another distribution than N(0, I), which the evidence bound only pulls them towards: what is drawn
-    from there, the generator has not seen. The mixture is fitted afterwards, to one code of each of at most
-    `MAX_FITTED_IMAGES` images.
+    The codes are not distributed as N(0, I), which the evidence bound only favours, so the generator was not trained on
+    latents from N(0, I). The mixture is fitted after training, to one code of each of at most `MAX_FITTED_IMAGES`
+    images.
 
     Reference: [Ghosh2020].
     """
@@ -214,7 +214,7 @@ def adversarial_loss(
     accelerator: Accelerator,
     record: Record,
 ) -> Tensor:
-    """What the generator learns from the discriminator, which keeps no gradient of it."""
+    """The loss of the generator; the discriminator receives no gradient."""
     network = accelerator.unwrap_model(discriminator.model, keep_torch_compile=False).requires_grad_(False)
     return generator_loss(network(generated(batch, state, config, record)))
 
@@ -270,7 +270,7 @@ def gaussian_map(config: PriorConfig, images: Images, device: torch.device) -> G
 def warm_start_terms(
     batch: PriorBatch, state: TrainingState, gaussian: GaussianPrior, record: Record
 ) -> dict[str, Tensor]:
-    """Squared distance to where the closed-form map sends the same latents."""
+    """Squared distance to the images of the same latents under the closed-form map."""
     made = state.model(batch.latents).sample
     record.compare_spread(made, batch.clean)
     target = gaussian.mean[0] + batch.latents[:, : gaussian.config.rank] @ gaussian.factor[0]

@@ -1,4 +1,4 @@
-"""Several processes as one: a loss over all of their rows, and a decision to stop that all of them share."""
+"""Losses over the rows of all processes, and a common decision of all processes to stop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CONTINUE, OUT_OF_TIME, SIGNALLED = range(3)
 
 
 class Agreement:
-    """The greatest of what the processes propose, known to all of them at the same update.
+    """The maximum of the processes' proposals, known to all of them at the same update.
 
-    The proposals travel on the CPU beside the next update and are read after it, so that no device is waited for.
-    A single process agrees with itself at once.
+    The proposals are exchanged on the CPU during the next update and read after it, so that no process waits for a
+    device. A single process uses its own proposal at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -24,7 +24,7 @@ class Agreement:
         self._travelling: tuple[Any, Tensor] | None = None
 
     def on(self, proposal: int) -> int:
-        """The agreement on the last call's proposals; on this one's where there is one process only."""
+        """The agreement on the proposals of the last call; with a single process, of this call."""
         if self._group is None:
             return proposal
         agreed = CONTINUE
@@ -42,8 +42,8 @@ class Agreement:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All processes' rows in order; the gradient of a process' own rows times the number of processes, which averaging
-    undoes."""
+    """The rows of all processes in order. The gradient of a process' own rows is multiplied by the number of processes,
+    which the average over processes undoes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, accelerator: Accelerator) -> Tensor:

@@ -1,11 +1,14 @@
-"""What a run tells: losses, validation, sample grids, results."""
+"""Run logging: progress, losses, validation, sample grids, results, and the commands that come next."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Iterator
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import DiffusionConfig, TrainingConfig
-from ..launch import signals
+from ..config import DiffusionConfig, FeaturesConfig, TrainingConfig
+from ..data import DATA_OPTIONS, HUB_IDS
+from ..launch import preset_path, signals
 from ..losses.denoising import denoising_loss
 from ..models.semidiscrete_coupling import SemidiscreteCoupling
 from ..seeds import keyed_generator, seeded_generator
@@ -32,7 +36,57 @@ from .processes import CONTINUE, OUT_OF_TIME, SIGNALLED, Agreement
 logger = logging.getLogger(__name__)
 
 COLLAPSED_RANK = 0.1
-"""Effective rank of what is generated over that of as many real images, below which a warning is due."""
+"""A warning is due where the effective rank of generated images is below this fraction of that of real images."""
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """How far a run is: a bar on a terminal; a line every half minute where the output goes to a file."""
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self.total, self.done, self.losses = total, done, ""
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            disable=not (shown and on_terminal),
+            desc="training",
+            unit="step",
+            mininterval=1.0,
+        )
+        self._in_lines = shown and not on_terminal
+        self._first, self._started = done, time.monotonic()
+        self._next_line = self._started + SECONDS_BETWEEN_LINES
+
+    def update(self) -> None:
+        """One training step more."""
+        self.done += 1
+        self._bar.update()
+        if self._in_lines and time.monotonic() >= self._next_line:
+            self._write_line()
+
+    def show(self, losses: Mapping[str, float]) -> None:
+        """The means of the last epoch. A loss of a single term is shown once."""
+        terms = {name: value for name, value in losses.items() if name == "loss" or value != losses.get("loss")}
+        self.losses = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        self._bar.set_postfix_str(self.losses)
+
+    def close(self) -> None:
+        """Leave the last state behind, on a line of its own."""
+        if self._in_lines and self.done > self._first:
+            self._write_line()
+        self._in_lines = False
+        self._bar.close()
+
+    def _write_line(self) -> None:
+        seconds = time.monotonic() - self._started
+        left = seconds / (self.done - self._first) * (self.total - self.done)
+        line = f"training step {self.done:,} of {self.total:,}, {tqdm.format_interval(seconds)} since the start"
+        line += f", about {tqdm.format_interval(left)} left" if left else ""
+        sys.stderr.write(f"{line}{'; ' if self.losses else ''}{self.losses}\n")
+        sys.stderr.flush()
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
 class Record:
@@ -48,17 +102,18 @@ class Record:
         self._warned = False
         self._keep_until(state.update)
         self._reopen_results()
-        disable = not accelerator.is_main_process
-        self.progress = tqdm(
-            total=schedule.num_updates, initial=state.update, disable=disable, desc="updates", mininterval=1.0
+        done = f", {state.update:,} of them done" if state.update else ""
+        accelerator.print(
+            f"training: {schedule.num_updates:,} steps of {schedule.global_batch_size:,} images{done}", flush=True
         )
+        self.progress = Progress(schedule.num_updates, state.update, accelerator.is_main_process)
         signals.request.heeded = True
 
     def add(self, **values: Tensor) -> None:
         """Losses of one forward pass, 0-d tensors.
 
         Raises:
-            TrainingError: at a record, where one of its values is no number.
+            TrainingError: at a record, where one of its values is not finite.
         """
         state, ends_update = self.state, self.accelerator.sync_gradients
         if ends_update and state.update_was_skipped:
@@ -74,7 +129,7 @@ class Record:
 
     def compare_spread(self, generated: Tensor, real: Tensor) -> None:
         """At a record: the effective rank of generated rows [N, …] over that of as many real ones, as
-        `effective_rank`. Where it stays small, what is generated collapses, and a warning says so."""
+        `effective_rank`. Where it stays small, generated images collapse, and a warning says so."""
         update = self.state.update + 1
         if self.accelerator.sync_gradients and update % self.config.logging_steps == 0:
             count = min(len(generated), len(real))
@@ -99,7 +154,7 @@ class Record:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self._warn_of_collapse(means.get("effective_rank"))
-        self.progress.set_postfix({name: f"{value:.4g}" for name, value in (means | values).items()})
+        self.progress.show(means | values)
 
     def should_stop(self) -> bool:
         """Whether the processes agree to stop: after SIGTERM or SIGINT, or when `max_train_seconds` are over."""
@@ -108,8 +163,11 @@ class Record:
         agreed = self._agreement.on(_proposal(self.state, self.config))
         if agreed != CONTINUE:
             self.state.stopped_by = "a signal" if agreed == SIGNALLED else "max_train_seconds"
-            self.progress.close()
         return agreed != CONTINUE
+
+    def close(self) -> None:
+        """End the display of progress, so that what is printed next stands on a line of its own."""
+        self.progress.close()
 
     def _log(self) -> None:
         means = self.state.averages.record(self.accelerator)
@@ -122,18 +180,18 @@ class Record:
         if rank is not None and rank < COLLAPSED_RANK and begun and not self._warned:
             self._warned = True
             logger.warning(
-                "what is generated collapses: its effective rank is %.1f%% of that of as many real images", 100 * rank
+                "generated images collapse: their effective rank is %.1f%% of that of as many real images", 100 * rank
             )
 
     def _keep_until(self, update: int) -> None:
-        """Drop records of updates that a resumed run will do again, and a line that was cut short."""
+        """Drop the records of updates that a resumed run will repeat, and a line that was cut short."""
         if self.accelerator.is_main_process and self.file.is_file():
             lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= update]
             write_text(self.file, "".join(f"{line}\n" for line in kept))
 
     def _reopen_results(self) -> None:
-        """What an earlier end of the run has told is not its end where updates are left."""
+        """Where updates are left, mark the results of an earlier end of the run as incomplete."""
         file = Path(self.config.output_dir) / "results.json"
         if self.accelerator.is_main_process and self.state.update < self.schedule.num_updates and file.is_file():
             results = json.loads(file.read_text(encoding="utf-8"))
@@ -149,7 +207,7 @@ def _step_of(line: str) -> float:
 
 
 def _proposal(state: TrainingState, config: TrainingConfig) -> int:
-    """What this process would have the run do after this update."""
+    """What this process proposes for the run after this update: to continue or to stop."""
     if signals.request.signal is not None:
         return SIGNALLED
     limit = config.max_train_seconds
@@ -158,7 +216,7 @@ def _proposal(state: TrainingState, config: TrainingConfig) -> int:
 
 @contextmanager
 def averaged_weights(state: TrainingState) -> Iterator[None]:
-    """The model with its averaged weights inside, with its own again after."""
+    """In the block, the model has its averaged weights; afterwards its own again."""
     if state.ema is None:
         yield
         return
@@ -171,7 +229,7 @@ def averaged_weights(state: TrainingState) -> Iterator[None]:
 
 
 def wants_grid(state: TrainingState, config: TrainingConfig) -> bool:
-    """Whether there is time for a sample grid: nobody asks the run to stop, or has made it."""
+    """Whether there is time for a sample grid: the run has not been stopped, and nobody asks it to stop."""
     return state.stopped_by is None and _proposal(state, config) == CONTINUE
 
 
@@ -212,8 +270,8 @@ def validation_loss(
 def save_sample_grid(
     state: TrainingState, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
 ) -> None:
-    """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time; none
-    where the run is asked to stop, which should not wait for them, or learns the end of the chain only."""
+    """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time. There is
+    none where the run is asked to stop, or where it trains on the end of the chain only."""
     if accelerator.is_main_process and config.max_timestep is None and wants_grid(state, config):
         check_claim(config)
         with averaged_weights(state):
@@ -232,7 +290,7 @@ def save_sample_grid(
 def save_results(
     state: TrainingState, config: TrainingConfig, schedule: Schedule, accelerator: Accelerator, **values: float
 ) -> None:
-    """`results.json` of the run: what it cost and where it ended."""
+    """`results.json` of the run: its cost and its last records."""
     if accelerator.is_main_process:
         check_claim(config)
         folder = Path(config.output_dir)
@@ -250,9 +308,54 @@ def save_results(
         }
         write_json(folder / "results.json", results)
     accelerator.wait_for_everyone()
-    if state.stopped_by is not None:
-        latest = "" if config.resume_from_checkpoint == "latest" else " with resume_from_checkpoint=latest"
-        accelerator.print(
-            f"stopped by {state.stopped_by} after update {state.update} of {schedule.num_updates}; all is saved, and "
-            f"the same command{latest} goes on"
-        )
+    if state.stopped_by is None:
+        accelerator.print(f"everything is saved in {config.output_dir}", flush=True)
+        return
+    latest = "" if config.resume_from_checkpoint == "latest" else " with resume_from_checkpoint=latest"
+    accelerator.print(
+        f"stopped by {state.stopped_by} after training step {state.update:,} of {schedule.num_updates:,}; everything "
+        f"is saved in {config.output_dir}; rerun the same command{latest} to resume",
+        flush=True,
+    )
+
+
+def end_run(config: TrainingConfig, accelerator: Accelerator, stopped_by: str | None = None) -> None:
+    """Close the trackers; after a complete run, print the commands that come next."""
+    if stopped_by is None:
+        accelerator.print("\n  ".join(["next:", *next_commands(config)]), flush=True)
+    accelerator.end_training()
+
+
+def next_commands(config: TrainingConfig) -> list[str]:
+    """Command lines that use a finished run, ready for a shell.
+
+    Example:
+        >>> from ot_diffusers.config import BaselineConfig
+        >>> for command in next_commands(BaselineConfig(dataset="a/photos", image_size=32)):
+        ...     print(command)
+        ot-diffusers sample runs/baseline --output runs/baseline-images
+        ot-diffusers evaluate runs/baseline --dataset a/photos --image-size 32 --evaluator efficientnet-lite0
+    """
+    run, dataset = config.output_dir, config.dataset
+    given = [(name, getattr(config, name)) for name in DATA_OPTIONS if getattr(config, name) is not None]
+    keys = [f"{name}={value}" for name, value in [("dataset", dataset), *given]]
+    flags = ["--dataset", dataset, *(word for name, value in given for word in (f"--{name.replace('_', '-')}", value))]
+    has_presets = dataset in HUB_IDS
+    if isinstance(config, FeaturesConfig):
+        if config.architecture == "residual":
+            commands = [["stress", *flags, "--evaluator", run, "--output", f"{run}-stress"]]
+        else:
+            preset = f"{dataset}/ot.yaml"
+            options = ["--config", preset] if has_presets and preset_path(preset).is_file() else []
+            commands = [["train", "ot", *options, f"feature_extractor={run}", *keys]]
+    elif isinstance(config, DiffusionConfig) and config.max_timestep is not None:
+        commands = [["train", "prior", "prior=gaussian", f"denoiser={run}", *keys]]
+    else:
+        commands = [["sample", run, "--output", f"{run}-images"]]
+        evaluator = "efficientnet-lite0"
+        if has_presets:
+            evaluator = f"{run}-evaluator" if given else f"runs/{dataset}/evaluator"
+            options = [*keys, f"output_dir={evaluator}"] if given else []
+            commands += [["train", "features", "--config", f"{dataset}/evaluator.yaml", *options]]
+        commands += [["evaluate", run, *flags, "--evaluator", evaluator]]
+    return [shlex.join(["ot-diffusers", *map(str, command)]) for command in commands]

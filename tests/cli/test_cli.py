@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +53,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["train", "ot", "--help"], *([name, "--help"] for name in ("sample", "compare"))],
+    [["--help"], ["train", "--help"], ["train", "ot", "--help"], *([name, "--help"] for name in ("sample", "push"))],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -72,6 +75,30 @@ def test_help_of_a_script_shows_every_key_with_its_default(capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert all(f"\n  {field.name}=" in shown for field in dataclasses.fields(OTConfig))
     assert "dataset=digits" in shown
+
+
+def all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of its commands."""
+    yield parser
+    for action in parser._subparsers._group_actions if parser._subparsers else ():
+        for command in action.choices.values():
+            yield from all_parsers(command)
+
+
+@pytest.mark.parametrize("parser", list(all_parsers(cli.make_parser())), ids=lambda parser: parser.prog)
+def test_every_help_has_a_description_and_an_example_that_is_valid(parser: argparse.ArgumentParser) -> None:
+    shown = parser.format_help()
+    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith("  metrics="))
+    description, example = shown.split("\n\n")[1], shown.split("\nexample:\n")[1]
+    assert description.endswith(".") and 20 < len(description) < 300
+    program, *words = shlex.split(example.replace("\\\n", ""))
+    assert program == "ot-diffusers"
+    arguments, overrides = cli.make_parser().parse_known_args(words)
+    assert arguments.name in parser.prog.split() or parser.prog == "ot-diffusers"
+    if arguments.name == "train":
+        training_command(arguments.script, overrides, config=arguments.config)
+    else:
+        assert not overrides
 
 
 # Arguments, and what the one line must hold: the argument and the offending value.

@@ -117,7 +117,7 @@ def test_a_dry_run_lists_what_would_go_and_asks_nobody(
     assert push(run, *evaluated(run), "--dry-run", "--json") == 0
     assert json.loads(capfd.readouterr().out)["files"].keys() == EXPECTED
     assert push(run, "--dry-run") == 0
-    assert "nothing was pushed" in capfd.readouterr().out
+    assert "nothing was uploaded" in capfd.readouterr().out
     assert hub.requests == [] and hub.repositories == {}
 
 

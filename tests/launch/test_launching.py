@@ -63,7 +63,9 @@ def test_the_dtype_of_sampling_is_the_launchers_or_the_commands(
     decided = {"fp16": "float16", "BF16": "bfloat16"}.get(launcher or "")
     expected = either(decided, own, "float32")
     if expected is InputError:
-        with pytest.raises(InputError, match=f"`dtype` must be {decided} as the launcher says, got '{own}'"):
+        with pytest.raises(
+            InputError, match=f"`dtype` must be left out or {decided}, which the launcher has set, got '{own}'"
+        ):
             chosen_dtype(own)
     else:
         assert chosen_dtype(own) == expected
@@ -82,7 +84,7 @@ def test_precision_is_the_launchers_or_the_configurations(launcher: str | None, 
         with pytest.raises(InputError) as refusal:
             launched(BaselineConfig(mixed_precision=own), environment)
         assert str(refusal.value) == (
-            f"`mixed_precision` must be left out or {told}, which the launcher has decided, got {own!r}"
+            f"`mixed_precision` must be left out or {told}, which the launcher has set, got {own!r}"
         )
     else:
         assert launched(BaselineConfig(mixed_precision=own), environment).mixed_precision == expected
@@ -110,11 +112,14 @@ def test_accumulation_is_the_launchers_or_the_configurations(launcher: str | Non
             for steps in ("0", "-4", "2.5", "auto", "four")
         ],
         *[
-            ({f"ACCELERATE_USE_{name}": "true"}, "`distributed_type` must leave the whole model to every process")
+            (
+                {f"ACCELERATE_USE_{name}": "true"},
+                "`distributed_type` must be one that keeps the whole model in every process",
+            )
             for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
         ],
-        ({"ACCELERATE_DYNAMO_BACKEND": "nonsense"}, "accelerate does not start as it was told to: 'NONSENSE'"),
-        ({"ACCELERATE_USE_CPU": "perhaps"}, "accelerate does not start as it was told to: invalid truth value"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "nonsense"}, "accelerate does not accept its settings: 'NONSENSE'"),
+        ({"ACCELERATE_USE_CPU": "perhaps"}, "accelerate does not accept its settings: invalid truth value"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
@@ -200,7 +205,7 @@ def test_a_file_of_accelerate_is_compared_before_anything_is_started(
     if agrees:
         assert "mixed_precision=bf16" in training_command("ot", **arguments)
     else:
-        with pytest.raises(InputError, match="must be left out or fp16, which the launcher has decided, got 'bf16'"):
+        with pytest.raises(InputError, match="must be left out or fp16, which the launcher has set, got 'bf16'"):
             training_command("ot", **arguments)
 
 

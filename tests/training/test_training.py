@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler
-from makers import snapshot
+from makers import command, snapshot
 from makers.runs import (
     TINY,
     assert_same_end,
@@ -34,12 +35,12 @@ from makers.runs import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ot_diffusers import OTGuidedDDIMPipeline, SemidiscreteCoupling, truncated_scheduler
+from ot_diffusers import OTGuidedDDIMPipeline, SemidiscreteCoupling, cli, truncated_scheduler
 from ot_diffusers.config import BaselineConfig, OTConfig, make_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.features import cached_features, load_feature_extractor
-from ot_diffusers.launch import run_script
+from ot_diffusers.launch import run_script, training_command
 from ot_diffusers.losses.denoising import disjoint_reference_indices
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
@@ -53,6 +54,7 @@ from ot_diffusers.training import (
     make_noise_scheduler,
     make_schedule,
     make_unet,
+    records,
 )
 from ot_diffusers.training.coupling import assigned_noise
 from ot_diffusers.transport import median_distance
@@ -493,6 +495,40 @@ def test_steps_of_the_solver_set_in_advance_train_alike(features: Path, tmp_path
 def test_a_backend_that_is_not_there_is_refused_before_anything_is_read(features: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`ot_backend` must be native or geomloss for points that are on cpu"):
         train("ot", tmp_path / "run", feature_extractor=str(features), ot_backend="flash-sinkhorn")
+
+
+@pytest.mark.parametrize("script", ["features", "baseline", "ot"])
+def test_what_a_run_prints_into_a_file(
+    script: str,
+    features: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lines without carriage returns, each loss once, and at the end commands that work as they are printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, "SECONDS_BETWEEN_LINES", 0.0)
+    more = {"feature_extractor": str(features)} if script == "ot" else {}
+    train(script, "a run", max_train_steps=3, **more)
+    printed, progress = capsys.readouterr()
+    assert "\r" not in printed + progress
+    first, training, *_ = printed.splitlines()
+    assert (first, training) == ("loading digits", "training: 3 steps of 8 images")
+    steps = [line for line in progress.splitlines() if line.startswith("training step ")]
+    assert [line.split(",")[0] for line in steps] == [f"training step {step} of 3" for step in (1, 2, 3, 3)]
+    assert ("mse" in steps[-1]) == (script == "ot") and "; loss " in steps[-1]
+    assert "\neverything is saved in a run\n" in printed
+    commands = [shlex.split(line) for line in printed.partition("\nnext:\n")[2].splitlines()]
+    assert len(commands) == (1 if script == "features" else 3)
+    for _, name, *words in commands:
+        if name == "sample":
+            assert command(name, *words) == 0 and len(list((tmp_path / "a run-images").glob("0*.png"))) == 64
+        elif name == "train":
+            parsed, overrides = cli.make_parser().parse_known_args([name, *words])
+            training_command(parsed.script, overrides, config=parsed.config)
+        else:
+            words[words.index("--evaluator") + 1] = str(features)  # in place of the one that is trained before
+            assert command(name, *words, "--num-samples", 20, "--num-inference-steps", 2) == 0
 
 
 def test_sample_grids_and_tensorboard(tmp_path: Path) -> None:
