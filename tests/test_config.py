@@ -233,7 +233,7 @@ def test_range(bounds: dict[str, Any], inside: Any, outside: Any, shown: str, re
         ("ot_backend=pot", "`ot_backend` must be one of native, geomloss, flash-sinkhorn, got 'pot'"),
         (
             "noise_coupling=hungarian",
-            "`noise_coupling` must be one of independent, assignment, semidiscrete, got 'hungarian'",
+            "`noise_coupling` must be independent, assignment or semidiscrete, got 'hungarian'",
         ),
         ("ot_iterations=0", "`ot_iterations` must be at least 1 or none, got 0"),
         ("snr_weighting=1", "`snr_weighting` must be true or false, got 1"),
