@@ -73,36 +73,32 @@ def _check_flips(coupling: SemidiscreteCoupling, config: DiffusionConfig) -> Non
 def _solved(
     config: DiffusionConfig, images: ResidentImages | StreamedImages, pixels: Tensor, accelerator: Accelerator
 ) -> SemidiscreteCoupling:
-    """The coupling for these images and options, solved once and kept in the cache folder."""
-    options = {"flips": config.random_flip, "tolerance": config.coupling_tolerance, "seed": config.seed}
-    settings = f"{images.fingerprint} {sorted(options.items())} {config.coupling_max_seconds}"
-    solved: list[SemidiscreteCoupling] = []
+    """The coupling for these images and options, solved once and kept in the cache folder, whatever the run's seed."""
+    flips, tolerance = config.random_flip, config.coupling_tolerance
+    settings = f"{images.fingerprint} flips={flips} tolerance={tolerance} seconds={config.coupling_max_seconds}"
 
     def solve() -> dict[str, Tensor]:
-        shown = accelerator.is_main_process
-        title = f"coupling of {len(pixels):,} images (χ² ≤ {config.coupling_tolerance:g})"
-        with tqdm(desc=title, unit=" draws", unit_scale=True, disable=not shown) as bar:
+        accelerator.print(f"solving for the coupling of {len(pixels):,} images until χ² ≤ {tolerance:g}", flush=True)
+        with tqdm(unit=" draws", unit_scale=True, disable=None if accelerator.is_main_process else True) as bar:
 
-            def progress(draws: int, chi_squared: float | None) -> None:
-                bar.update(draws - bar.n)
+            def progress(num_draws: int, chi_squared: float | None) -> None:
+                bar.update(num_draws - bar.n)
                 if chi_squared is not None:
-                    bar.set_postfix_str(f"χ² {chi_squared:.3g}")
+                    bar.clear()
+                    accelerator.print(f"coupling: χ² {chi_squared:.3g} after {num_draws:,} draws", flush=True)
 
-            solved.append(
-                SemidiscreteCoupling.from_images(
-                    pixels.to(accelerator.device),
-                    max_seconds=config.coupling_max_seconds,
-                    dataset=images.name,
-                    progress=progress,
-                    **options,
-                )
+            coupling = SemidiscreteCoupling.from_images(
+                pixels.to(accelerator.device),
+                flips=flips,
+                tolerance=tolerance,
+                max_seconds=config.coupling_max_seconds,
+                dataset=images.name,
+                progress=progress,
             )
-        config_bytes = torch.tensor(list(solved[0].to_json_string().encode()), dtype=torch.uint8)
-        return {"config": config_bytes, **solved[0].state_dict()}
+        config_bytes = torch.tensor(list(coupling.to_json_string().encode()), dtype=torch.uint8)
+        return {"config": config_bytes, **coupling.state_dict()}
 
     tensors = remembered("couplings", hashlib.sha256(settings.encode()).hexdigest(), solve)
-    if solved:
-        return solved[0]
     coupling = SemidiscreteCoupling.from_config(json.loads(bytes(tensors.pop("config").tolist())))
     coupling.load_state_dict(tensors)
     return coupling.with_images(pixels)
