@@ -279,8 +279,13 @@ class DiffusionConfig(TrainingConfig):
     noise_coupling: str = diffusion_option(
         "independent",
         "how noise and images are paired: independent: at random; semidiscrete: by optimal transport between noise and "
-        "the whole data set; assignment: by optimal transport within a batch",
+        "the whole data set; assignment: by optimal transport within coupling_batch_size images",
         choices=NOISE_COUPLINGS,
+    )
+    coupling_batch_size: int = diffusion_option(
+        512,
+        "assignment: number of images that are paired at a time; those of several training steps where they have fewer",
+        minimum=1,
     )
     coupling: str | None = diffusion_option(
         None, "semidiscrete: folder of a saved coupling of these images, or of a run with one; none solves for one"
@@ -316,11 +321,6 @@ class DiffusionConfig(TrainingConfig):
             "be none with a noise coupling: a truncated chain begins with fresh noise, which the coupling excludes",
             self.max_timestep,
         )
-
-    @property
-    def compares_distributions(self) -> bool:
-        """Whether noise is assigned within the batch."""
-        return self.noise_coupling == "assignment"
 
 
 @dataclass
@@ -404,8 +404,8 @@ class OTConfig(BaselineConfig):
 
     @property
     def compares_distributions(self) -> bool:
-        """Whether the loss has a transport term, or noise is assigned within the batch."""
-        return self.ot_weight > 0 or super().compares_distributions
+        """Whether the loss has a transport term."""
+        return self.ot_weight > 0
 
 
 @dataclass

@@ -165,17 +165,48 @@ def diffusion_batches(
     start: int = 0,
     coupling: SemidiscreteCoupling | None = None,
 ) -> Iterator[DiffusionBatch]:
-    """Noised batches from update `start` on, the same for any split of the global batch over processes and
-    accumulation, but for `noise_coupling="assignment"`, which pairs a process' own images with their noise.
+    """Noised batches from update `start` on, which do not depend on the split over processes and accumulation.
 
     With a semi-discrete coupling the noise is drawn first and decides the images; without one, images come in the order
     of `training_order`.
     """
+    assigned = AssignedNoise(images, config, schedule, accelerator) if config.noise_coupling == "assignment" else None
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start, coupling):
         noise, timesteps = update_noise(len(indices), clean.shape[1:], config, accelerator, update)
-        own = assigned_noise(clean, noise[part]) if config.noise_coupling == "assignment" else noise[part]
+        if assigned is not None:
+            noise = assigned.of_update(update)
         torch.manual_seed(key(config.seed, "dropout", update, part.start))
-        yield noised_batch(clean, own, timesteps[part], scheduler, indices, indices[part], update)
+        yield noised_batch(clean, noise[part], timesteps[part], scheduler, indices, indices[part], update)
+
+
+class AssignedNoise:
+    """The noise of every update, assigned to the images of a whole pool of updates by optimal transport.
+
+    A pool has `coupling_batch_size` images, or those of one update if it has more. Every process solves the same
+    problem, so that the pairs do not depend on the number of processes.
+    """
+
+    def __init__(self, images: Images, config: DiffusionConfig, schedule: Schedule, accelerator: Accelerator) -> None:
+        self._arguments = images, config, schedule.global_batch_size, accelerator
+        self._num_updates = max(1, config.coupling_batch_size // schedule.global_batch_size)
+        self._first, self._noise = -1, tuple[Tensor, ...]()
+
+    def of_update(self, update: int) -> Tensor:
+        """The noise of all images of the update, [G, C, H, W], in their order."""
+        first = update - update % self._num_updates
+        if first != self._first:
+            self._first, self._noise = first, self._assigned_from(first)
+        return self._noise[update - first]
+
+    def _assigned_from(self, first: int) -> tuple[Tensor, ...]:
+        images, config, size, accelerator = self._arguments
+        clean, noise = [], []
+        order = training_order(len(images), size, seed=config.seed, start=first)
+        for update, indices in zip(range(first, first + self._num_updates), order, strict=False):
+            batch = images.fetch(indices).to(accelerator.device)
+            clean.append(augmented(batch, config, update, size, slice(None)))
+            noise.append(update_noise(size, batch.shape[1:], config, accelerator, update)[0])
+        return assigned_noise(torch.cat(clean), torch.cat(noise)).split(size)
 
 
 def update_noise(

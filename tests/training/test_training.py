@@ -395,24 +395,35 @@ def test_assignment_is_the_optimal_one() -> None:
     assert torch.equal(assigned_noise(clean, noise), noise[list(best)])
 
 
-def test_assignment_brings_noise_closer_and_leaves_images_and_timesteps() -> None:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (64, 1, 4, 4), generator=generator, dtype=torch.uint8)
+@pytest.mark.parametrize("pool", [32, 64, 70])
+def test_assignment_brings_noise_closer_and_leaves_images_and_timesteps(pool: int) -> None:
+    """A pool of 64 or 70 images is two updates of 32, which exchange their noise; so are the two processes of each."""
+    pixels = torch.randint(0, 256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = ResidentImages("noise", "train", None, pixels)
-    scheduler, schedule = DDPMScheduler(), Schedule(32, 32, updates_per_epoch=2, num_updates=4)
+    schedule = Schedule(32, 32, updates_per_epoch=2, num_updates=4)
 
-    def batches(coupling: str) -> Any:
-        config = BaselineConfig(noise_coupling=coupling, train_batch_size=32)
-        return diffusion_batches(images, scheduler, config, schedule, process(0, 1))
+    def batches(coupling: str, start: int = 0, rank: int = 0, ranks: int = 1) -> list[Any]:
+        config = BaselineConfig(noise_coupling=coupling, coupling_batch_size=pool, train_batch_size=32 // ranks)
+        return list(diffusion_batches(images, DDPMScheduler(), config, schedule, process(rank, ranks), start))
 
-    for batch, plain in zip(batches("assignment"), batches("independent"), strict=True):
-        assert torch.equal(batch.indices, plain.indices) and torch.equal(batch.timesteps, plain.timesteps)
+    assigned, plain = batches("assignment"), batches("independent")
+    for batch, other in zip(assigned, plain, strict=True):
+        assert torch.equal(batch.indices, other.indices) and torch.equal(batch.timesteps, other.timesteps)
         clean = images.fetch(batch.indices)
-        near, far = (torch.nn.functional.mse_loss(found.target, clean) for found in (batch, plain))
+        near, far = (torch.nn.functional.mse_loss(each.target, clean) for each in (batch, other))
         assert near < 0.95 * far
-        # The same noise, in another order.
-        assert torch.equal(*(found.target.flatten(1).sort(dim=0).values for found in (batch, plain)))
-    assert BaselineConfig(noise_coupling="assignment").compares_distributions
+    updates = 1 if pool == 32 else 2
+    for first in range(0, 4, updates):  # the same noise, in another order
+        sorted_noise = (
+            torch.cat([batch.target for batch in run[first : first + updates]]).flatten(1).sort(dim=0).values
+            for run in (assigned, plain)
+        )
+        assert torch.equal(*sorted_noise)
+    halves = [batches("assignment", rank=rank, ranks=2) for rank in range(2)]
+    for batch, *parts in zip(assigned, *halves, strict=True):
+        assert torch.equal(batch.noisy, torch.cat([part.noisy for part in parts]))
+    assert torch.equal(assigned[3].noisy, batches("assignment", start=3)[0].noisy)
+    assert not BaselineConfig(noise_coupling="assignment").compares_distributions
 
 
 def coupled_case(random_flip: bool = False) -> tuple[ResidentImages, SemidiscreteCoupling]:
