@@ -117,14 +117,16 @@ def step_rows(quick: bool, device: torch.device) -> list[Row]:
         "plain": step.run,
         "with our term": lambda: step.run(step.ours),
         "with 20 steps": lambda: step.run(partial(step.ours, num_iterations=20)),
-        "with the source's term": lambda: step.run(step.original),
+        "with the original study's term": lambda: step.run(step.original),
     }
     seconds = interleave(candidates, 3 if quick or device.type == "cpu" else 20)
     target = 1.05 if device.type == "cuda" else 1.15
     return [
         ratio_row("OT training step / plain step", seconds, "with our term", "plain", target=target),
         ratio_row("OT training step with ot_iterations=20 / plain step", seconds, "with 20 steps", "plain"),
-        ratio_row("the source's training step / plain step", seconds, "with the source's term", "plain"),
+        ratio_row(
+            "the original study's training step / plain step", seconds, "with the original study's term", "plain"
+        ),
     ]
 
 
