@@ -8,7 +8,7 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-oldest lint bench faults docs gpu-cifar10 clean
+.PHONY: help demo test test-fast test-oldest lint bench faults docs hero gpu-cifar10 clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
@@ -20,6 +20,7 @@ help:
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
 	@echo "make gpu-cifar10  the original study of priors on CIFAR-10 at its own sizes, for one GPU, in slices of nine minutes"
 	@echo "make docs   the documentation as a site, into build/site"
+	@echo "make hero   the picture of the README, from the models in this repository; minutes, into docs/hero.png"
 	@echo "make clean  remove the environments and caches, keep runs/"
 
 demo: $(INSTALLED)
@@ -49,6 +50,9 @@ docs: $(INSTALLED)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[docs]"
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
 	@echo "Open build/site/index.html"
+
+hero: $(INSTALLED)
+	$(VENV)/bin/python docs/hero.py
 
 # Exit status 3 says that a slice's time is over. Every network's configuration says what it gives.
 gpu-cifar10: $(INSTALLED)

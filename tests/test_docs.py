@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}
 PAGES["../model_cards/README.md"] = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-            for line in block.splitlines()]  # fmt: skip
+            for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
 
 
 def snippets(page: str) -> str:
@@ -40,11 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small untrained models and pictures where the pages find trained ones, and those of the Hub."""
     folder = tmp_path_factory.mktemp("docs")
     guided = make_guided(**digits())
-    for place in ("runs/demo/ot", "ot-diffusers/digits-ot-guided", "model_cards/digits-ot-guided"):
+    for place in ("runs/demo/ot", "ot-diffusers/digits-ot-guided"):
         guided.save_pretrained(folder / place)
+    for name in ("digits-ot-guided", "mnist-ot-guided"):
+        guided.save_pretrained(folder / "model_cards" / name)
     save_pipeline(folder / "runs/demo/baseline", guided.unet)
     guided.feature_extractor.save_pretrained(folder / "runs/demo/evaluator")
-    make_truncated().save_pretrained(folder / "ot-diffusers/digits-truncated-prior")
+    make_truncated().save_pretrained(folder / "model_cards/digits-truncated-prior")
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     transformers.Dinov2Model(transformers.Dinov2Config(**small)).save_pretrained(folder / "facebook/dinov2-small")
@@ -79,7 +81,7 @@ def test_the_snippets_of_a_page_run(page: str, hub: LoopbackHub) -> None:
 @pytest.mark.parametrize("command", [line for line in COMMANDS if re.match(r"accelerate launch .*train/", line)])
 def test_a_launch_of_a_script_is_a_valid_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     script = next(index for index, word in enumerate(words) if word.startswith("train/"))
     configs = {f"train/{file}": config for file, config in SCRIPTS.values()}
     load_config(configs[words[script]], words[script + 1 :])
@@ -104,5 +106,5 @@ def test_pages_link_to_what_exists() -> None:
 
 def test_pages_quote_their_results_as_they_are() -> None:
     quoting = [str(DOCS / name) for name, text in PAGES.items() if "<!-- results: " in text]
-    assert {str(DOCS / "index.md"), str(DOCS / "howto/truncated.md")} <= set(quoting)
+    assert {str(DOCS / name) for name in ("results.md", "choose.md", "howto/truncated.md")} <= set(quoting)
     assert quote(["--check", *quoting]) == 0

@@ -10,7 +10,7 @@ from makers import ROOT
 
 PACKAGE = ROOT / "ot_diffusers"
 
-# A file or folder may import those of its own line and of the lines above. README and CONTRIBUTING show the same order.
+# A file or folder may import those of its own line and of the lines above. CONTRIBUTING shows the same order.
 LAYERS = (
     ("errors",),
     ("images", "seeds", "files"),

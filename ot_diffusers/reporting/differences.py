@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from ..errors import require
@@ -18,7 +19,7 @@ from ..evaluation.health import evaluator_doubt
 from ..evaluation.intervals import PairedDifference, holm, mean_interval, paired_difference
 from ..evaluation.metric_table import METRICS
 from .page import Rows
-from .report import format_number
+from .report import column_title, format_number
 
 SIGNIFICANCE = 0.05
 MIN_SEEDS = 3
@@ -134,7 +135,7 @@ def difference_rows(results: Mapping[str, Any], arm: str) -> Rows:
 def interval_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> Rows:
     """Methods by metrics as mean ± half of the 95% interval, with the real-vs-real score last."""
     entries = results["arms"] | {"real vs real": results["floor"]}
-    header = ["", *(METRICS[metric].label for metric in metrics)]
+    header = ["", *map(column_title, metrics)]
     return [header, *([arm, *(_plus_minus(entry, metric) for metric in metrics)] for arm, entry in entries.items())]
 
 
@@ -149,7 +150,8 @@ def _plus_minus(entry: Mapping[str, Any], metric: str) -> str:
     mean, interval = entry["metrics"].get(metric), entry.get("intervals", {}).get(metric)
     if mean is None or interval is None:
         return format_number(mean)
-    return f"{format_number(mean)} ± {(interval['high'] - interval['low']) / 2:.2g}"
+    half = Decimal(f"{(interval['high'] - interval['low']) / 2:.2g}")
+    return f"{format_number(mean)} ± {half:f}"
 
 
 def _percent(difference: float, base: float) -> str:

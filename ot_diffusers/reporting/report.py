@@ -158,6 +158,11 @@ def format_number(value: float | None) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
+def column_title(metric: str) -> str:
+    """The metric's label, and an arrow for the direction that is better."""
+    return f"{_label(metric)}\N{NO-BREAK SPACE}{_arrow(metric)}"
+
+
 def best_arms(results: Mapping[str, Any], metric: str) -> set[str]:
     """The methods whose printed value of `metric` is the best.
 
@@ -190,8 +195,7 @@ def _cells(
     names = metrics or results.get("headline", HEADLINE)
     metrics = [name for name in names if any(name in entry["metrics"] for entry in arms.values())]
     costs = results.get("costs", ("nfe", "seconds"))
-    labels = [f"{_label(name)}\N{NO-BREAK SPACE}{_arrow(name)}" for name in metrics]
-    header = ["", *labels, *(COSTS[name] for name in costs)]
+    header = ["", *map(column_title, metrics), *(COSTS[name] for name in costs)]
     rows = [
         [
             arm,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from makers import ROOT
 
+from ot_diffusers.config import BaselineConfig, DiffusionConfig, FeaturesConfig
 from ot_diffusers.errors import InputError
 from ot_diffusers.reporting.differences import differences, summarise, summary
-from ot_diffusers.reporting.quoting import main, quote, render_quotes
+from ot_diffusers.reporting.quoting import main, markdown_options, quote, render_quotes
 from ot_diffusers.reporting.report import markdown_table
 
 RESULTS = {
@@ -65,13 +67,53 @@ def test_a_comparison_is_quoted_with_its_verdict_and_intervals() -> None:
     assert "| a | 1.05 ± 0.21 |" in quoted and "| b | 0.575 ± 0.15 |" in quoted
 
 
+def test_some_rows_are_quoted_with_the_verdict_on_them_alone(tmp_path: Path) -> None:
+    values = {
+        name: {"frechet_distance": [shift, shift + 0.1, shift]} for name, shift in (("a", 1.0), ("b", 3.0), ("c", 2.0))
+    }
+    results = {
+        "arms": {arm: summarise(found) | {"nfe": 50} for arm, found in values.items()},
+        "floor": summarise({"frechet_distance": [0.1, 0.1, 0.2]}),
+        "differences": differences(values, primary="frechet_distance", family=()),
+        "primary_metric": "frechet_distance",
+        "seeds": [0, 1, 2],
+    }
+    (tmp_path / "r.json").write_text(json.dumps(results | {"summary": summary(results)}))
+    page = PAGE.replace("r.json", "r.json | rows: a; c | columns: frechet_distance; nfe")
+    (tmp_path / "page.md").write_text(page)
+    rendered = render_quotes(tmp_path / "page.md")
+    assert "c: worse" in rendered and "b: worse" not in rendered and "| b |" not in rendered
+    assert "| c | 2.03 ± 0.14 | 50 |" in rendered and rendered.count("\n| ") == 5  # header, ruler, a, c, real vs real
+    (tmp_path / "page.md").write_text(page.replace("a; c", "a; d"))
+    with pytest.raises(InputError, match="`rows` must be among a; b; c"):
+        render_quotes(tmp_path / "page.md")
+
+
+def test_rows_of_a_table_are_quoted_as_they_stand() -> None:
+    results = {"table": {"header": ["figure", "median"], "rows": [["one", "1×"], ["two", "2×"]]}}
+    assert quote(results, ["two"]).splitlines()[2:] == ["| two | 2× |"]
+
+
+def test_the_columns_of_one_run_are_chosen() -> None:
+    assert quote(RESULTS, columns=["frechet_distance"]).splitlines()[0].count("|") == 3
+
+
+def test_a_configuration_is_a_table_of_what_it_adds_or_changes() -> None:
+    rows = markdown_options(FeaturesConfig)
+    assert "| `num_train_epochs` | `10` | whole number ≥ 1 |" in rows  # 35 elsewhere
+    assert "| `block_out_channels` | `32,64` | whole numbers |" in rows
+    assert "| `label_smoothing` | `0.0` | number in [0, 1) |" in rows and "train_batch_size" not in rows
+    assert "| `max_timestep` | `none` | whole number ≥ 1 or `none` |" in markdown_options(DiffusionConfig)
+    assert "`linear`, `scaled_linear`" in markdown_options(BaselineConfig)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(PAGE)
     with pytest.raises(InputError, match=r"r\.json"):
         render_quotes(tmp_path / "page.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/launch.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/launch.md", "docs/benchmarks.md", "docs/configuration.md"])
 def test_a_page_quotes_its_results_as_they_are(page: str) -> None:
-    assert "<!-- results: " in (ROOT / page).read_text(encoding="utf-8")
+    assert re.search("<!-- (results|options): ", (ROOT / page).read_text(encoding="utf-8"))
     assert main(["--check", str(ROOT / page)]) == 0
