@@ -132,8 +132,9 @@ class TruncationConfig(Options):
     learned_timesteps: tuple[int, ...] = sampling_option(
         (), "T' of the curves for which learned priors are trained again"
     )
-    guided: tuple[str, ...] = sampling_option((), "priors that are also sampled with OT guidance")
-    guided_full: bool = sampling_option(True, "whether guided priors come with a guided full chain")
+    guided: tuple[str, ...] = sampling_option(
+        (), "priors that are also sampled with OT guidance; any adds a guided full chain"
+    )
     guided_curves: tuple[str, ...] | None = sampling_option(None, "guided priors with a curve; none is all of them")
     goal_timestep: int | None = sampling_option(None, "a second T' for guided rows; none adds no such rows")
     goal_priors: tuple[str, ...] | None = sampling_option(None, "guided priors with such a row; none is all of them")
@@ -308,7 +309,7 @@ def table_rows(config: TruncationConfig, priors: Sequence[str], guided: Sequence
         steps = min(goal_timestep, config.curve_steps)
         chosen = guided if config.goal_priors is None else [name for name in guided if name in config.goal_priors]
         rows |= {goal_label(config, name): (name, goal_timestep, steps, True) for name in chosen}
-    rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided and config.guided_full else {}
+    rows |= {f"{full_label(shortest)}, guided": (NOISE, None, shortest, True)} if guided else {}
     return rows | {ORACLE: (REAL, main, main, False)}
 
 
