@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from torch import Tensor
 
@@ -43,7 +44,7 @@ PICTURE = (
 
 
 def main() -> None:
-    figure = Figure(figsize=(13, 3.75 * len(PICTURE)), layout="constrained")
+    figure = Figure(figsize=(13, 3.75 * len(PICTURE)), layout=ConstrainedLayoutEngine(wspace=0.04))
     for line, row in enumerate(PICTURE):
         scores = json.loads((ROOT / row.results).read_text(encoding="utf-8"))["arms"]
         for column, (name, arm, options) in enumerate(
