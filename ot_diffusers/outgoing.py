@@ -1,8 +1,8 @@
-"""What leaves this machine: configurations, results and repositories, without the places where files lie here.
+"""Removal of local paths from what leaves this machine: configurations, results and repositories.
 
-A local path tells who works where and on what, and means nothing elsewhere. `outgoing_files` is the door that every
-repository passes: a path in a text is replaced by its last name, and a file that cannot be rewritten stays here.
-`without_local_paths` does the same to a configuration that goes to a tracker or into results.
+A local path shows who works where and on what, and it is useless elsewhere. Every repository passes `outgoing_files`: a
+path in a text file is replaced by its last part, and a file that cannot be rewritten is left out. `without_local_paths`
+does the same for a configuration that goes to a tracker or into results.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ PATH_OPTIONS = {
     "pipeline",
     "resume_from_checkpoint",
 }
-"""Options whose values name places on this machine, unless they are known to be on the Hub."""
+"""Options whose values are local paths, unless they are known to be Hub ids."""
 HUB_ID_KEYS = ("hub_id", "dataset_hub_id")
-"""Where records keep the Hub id of a data set."""
+"""Keys under which records keep the Hub id of a data set."""
 
 HOMES = ("home", "Users", "root")
 VOLUMES = ("mnt", "media", "Volumes", "tmp", "scratch", "storage")
 SHORT = ("data", "work", "workspace", "content", "kaggle", "srv", "opt", "var", "export", "private", "nfs")
-"""Top-level folders under which people keep their files; the short words only count as the beginning of a path."""
+"""Top-level folders in which people keep files; the short words count only at the beginning of a path."""
 SYSTEM = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "usr"}
 
 STRUCTURED = (".json", ".ipynb", ".jsonl", ".yaml", ".yml")
@@ -73,16 +73,16 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What the libraries raise for damaged pictures, tables and archives."""
+"""Exceptions of the libraries for damaged pictures, tables and archives."""
 EVENTS = re.compile(r"(events\.out\.tfevents\.\d+)\..*[A-Za-z_-].*?((?:\.\d+)?)$")
-"""File names of tensorboard: time, host, process and number."""
+"""File names of TensorBoard: time, host, process and number."""
 
 _PART = r"[^\s\"'`<>|*?:;,()\[\]{}\\/]+"
 _REST = rf"(?:[\\/]+(?:{_PART})?)*"
 
 
 def last_name(path: str) -> str:
-    """The last part of a path or `file://` address; `~` for somebody's home.
+    """The last part of a path or `file://` address; `~` for a home folder.
 
     Example:
         >>> last_name("/home/me/clients/scans/"), last_name("/home/me"), last_name("data\\\\scans")
@@ -95,7 +95,7 @@ def last_name(path: str) -> str:
 
 
 def public_name(path_or_id: str | Path) -> str:
-    """The last part of a local path; what is no path here, such as a Hub id, as it stands.
+    """The last part of a local path; other texts, such as a Hub id, stay as they are.
 
     Example:
         >>> public_name("user/model")
@@ -107,7 +107,7 @@ def public_name(path_or_id: str | Path) -> str:
 
 
 def distinct_names(paths: Iterable[str | Path]) -> list[str]:
-    """The last parts of paths, as many as tell them apart, joined by hyphens.
+    """The last parts of paths, as many as are needed to tell the paths apart, joined by hyphens.
 
     Example:
         >>> distinct_names(["/home/me/a/model", "/home/me/b/model"]), distinct_names(["runs/ot", "runs/baseline"])
@@ -122,11 +122,11 @@ def distinct_names(paths: Iterable[str | Path]) -> list[str]:
 
 
 def without_local_paths(value: Any, hub_ids: Iterable[str] = ()) -> Any:
-    """A configuration, or any other JSON value, with the last name in place of every local path.
+    """A configuration, or any other JSON value, with every local path replaced by its last part.
 
     Args:
         value: mappings, lists, texts and numbers.
-        hub_ids: values that are ids on the Hub, beside those that `value` itself records.
+        hub_ids: values that are Hub ids, in addition to those that `value` itself records.
 
     Example:
         >>> without_local_paths({"dataset": "clients/scans", "output_dir": "/home/me/run", "seed": 1})
@@ -139,11 +139,11 @@ def without_local_paths(value: Any, hub_ids: Iterable[str] = ()) -> Any:
 
 
 class LocalPaths:
-    """Finds and replaces local paths: those of this process, those that `records` name, and what looks like one.
+    """Finds and replaces local paths: those of this process, those named in `records`, and texts that look like one.
 
     Args:
         records: configurations, as JSON values.
-        places: further folders, whose parents are local paths as well.
+        places: further folders; their parents are local paths as well.
     """
 
     def __init__(self, records: Iterable[Any] = (), places: Iterable[Path] = ()) -> None:
@@ -156,7 +156,7 @@ class LocalPaths:
         self.places = {str(folder) for place in here for folder in (place, *place.parents) if len(folder.parts) > 2}
 
     def replaced(self, value: Any) -> Any:
-        """A JSON value with the last name in place of every path, in keys as well."""
+        """A JSON value with every path replaced by its last part, in keys as well."""
         if isinstance(value, Mapping):
             return {self.replaced(key): self.replaced(entry) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
@@ -166,11 +166,11 @@ class LocalPaths:
         return last_name(value) if value in self.named or _is_absolute(value) else self.replace(value)
 
     def replace(self, text: str, *, prose: bool = False) -> str:
-        """A text with the last name in place of every path. What could as well be a Hub id stays in `prose`."""
+        """A text with every path replaced by its last part. In `prose`, a text that could be a Hub id stays."""
         return (self._in_prose if prose else self._in_records).sub(lambda match: last_name(match[0]), text)
 
     def find(self, content: Any) -> str | None:
-        """A path in what is no text: bytes, or a map of a file."""
+        """A path in bytes or in a memory map of a file."""
         return next((text for text, code in self._codes if content.find(code) >= 0), None)
 
     @cached_property
@@ -183,9 +183,11 @@ class LocalPaths:
 
     @cached_property
     def _codes(self) -> list[tuple[str, bytes]]:
-        """Texts that only a path holds, each with its bytes."""
+        """Texts that occur only in paths, each with its bytes."""
         roots = [f"/{name}/" for name in (*HOMES, *VOLUMES)] + [r":\Users" + "\\", r":\\Users" + r"\\", "file:///"]
-        above = {str(Path(*Path(place).parts[:3])) for place in self.places}  # every longer path begins with one
+        above = {
+            str(Path(*Path(place).parts[:3])) for place in self.places
+        }  # every longer path begins with one of them
         texts = [*above, *(text for text in self.named if len(_parts(text)) > 1), *roots]
         forms = [(text, form) for text in texts for form in _spellings(text)]
         return [(text, form.encode(code)) for text, form in forms for code in ("utf-8", "utf-16-le", "utf-32-le")]
@@ -210,18 +212,18 @@ class LocalPaths:
 
 
 def _either(texts: Iterable[str]) -> str:
-    """A pattern of any of the texts in any of their spellings, the longest first; of nothing where there is none."""
+    """A pattern that matches any spelling of any of the texts, the longest first; without texts it matches nothing."""
     forms = {form for text in texts for form in _spellings(text)}
     return "|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or "(?!)"
 
 
 def _spellings(text: str) -> set[str]:
-    """How plain text, JSON, addresses and HTML write a path."""
+    """The spellings of a path in plain text, JSON, URLs and HTML."""
     return {text, json.dumps(text)[1:-1], quote(text), html.escape(text)}
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value with the key that it stands under; the right side of `key=value` as well."""
+    """Every text in a JSON value with its key; the right side of `key=value` as well."""
     if isinstance(value, Mapping):
         for name, entry in value.items():
             yield from _texts(entry, str(name))
@@ -236,7 +238,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _is_local(text: str, hub_ids: set[str]) -> bool:
-    """Whether the value of a path option tells where something lies here; a bare name does not."""
+    """Whether the value of a path option is a local path; a bare name is not."""
     if len(_parts(text)) < 2:
         return re.match(r"[\\/~]|\.{1,2}[\\/]|[A-Za-z]:", text) is not None
     if "\n" in text or max(map(len, _parts(text))) > 255:
@@ -248,12 +250,12 @@ def _is_local(text: str, hub_ids: set[str]) -> bool:
 
 
 def _is_cached(repo_id: str) -> bool:
-    """Whether something was loaded from that repository of the Hub."""
+    """Whether the local cache holds that repository of the Hub."""
     return (Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}").is_dir()
 
 
 def _is_absolute(text: str) -> bool:
-    """Whether a text as a whole is an absolute path of two or more parts, of whatever operating system."""
+    """Whether a whole text is an absolute path of two or more parts, on any operating system."""
     return re.fullmatch(r"(?:/[^/\s]+){2,}/?|[A-Za-z]:[\\/][^\n]+|\\\\[^\\\n]+\\[^\n]+|~[\\/][^\n]+", text) is not None
 
 
@@ -266,37 +268,37 @@ def _parts(text: str) -> list[str]:
 
 
 def _core(path: str) -> str:
-    """A relative path without the dots before it and the slash behind it."""
+    """A relative path without leading dots and trailing slashes."""
     return re.sub(r"^(?:\.{1,2}[\\/]+)+", "", path).rstrip("\\/")
 
 
 def _home() -> Path:
-    return Path(os.path.expanduser("~"))  # as it stands where the system knows no home
+    return Path(os.path.expanduser("~"))  # stays `~` where the system knows no home
 
 
 def _own_names() -> set[str]:
-    """Names of the user, as far as the system knows any."""
+    """Names of the user that the system knows."""
     try:
         return {getpass.getuser(), _home().name} - {""}
     except (KeyError, OSError, ImportError):
         return {_home().name} - {""}
 
 
-# --- The door ---------------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def outgoing_files(folder: str | Path, *sources: Path) -> dict[str, Path | bytes]:
-    """Everything in a folder that may leave this machine: path in the repository to the file, or to what it becomes.
+    """Every file of a folder that may leave this machine: path in the repository to the file, or to its new content.
 
-    Hidden files and folders stay here. In texts, local paths become their last names; any other file that holds one
-    is left out with a warning, weights apart.
+    Hidden files and folders are left out. In text files, local paths are replaced by their last parts. Any other file
+    with a local path is left out with a warning, except weights, which are an error.
 
     Args:
         folder: a model repository.
-        sources: folders that its files come from.
+        sources: folders that the files come from.
 
     Raises:
-        InputError: a link out of the folder, a file that cannot be read, or weights with a local path in their header.
+        InputError: a link that leaves the folder, an unreadable file, or weights with a local path in their header.
     """
     folder = Path(folder)
     files = dict(_files(folder))
@@ -325,13 +327,13 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _records(file: Path, name: str) -> list[Any]:
-    """The JSON values in a configuration or record; none in other files, or where they cannot be read."""
+    """The JSON values in a configuration or record; an empty list for other or unreadable files."""
     text = _text(file) if name.endswith(STRUCTURED) else None
     return [] if text is None else _parsed(text, name) or []
 
 
 def _parsed(text: str, name: str) -> list[Any] | None:
-    """The JSON values of a text, one of each line in `.jsonl`; None where it cannot be read."""
+    """The JSON values of a text, one for each line in `.jsonl`; None if it cannot be parsed."""
     try:
         if name.endswith((".yaml", ".yml")):
             return list(yaml.safe_load_all(text))
@@ -341,10 +343,10 @@ def _parsed(text: str, name: str) -> list[Any] | None:
 
 
 def _checked(file: Path, name: str, paths: LocalPaths) -> Path | bytes | None:
-    """What may go of a file: itself, what it becomes, or nothing."""
+    """The file itself, its new content, or None where it must be left out."""
     if name.endswith(".safetensors"):
         path = _in_header(file, paths)
-        cure = "hold weights without local paths in their header; load them and save them anew"
+        cure = "hold weights without local paths in their header; load them and save them again"
         require(path is None, "folder", cure, f"{name} with {path}")
         return file
     text = _text(file)
@@ -357,12 +359,12 @@ def _checked(file: Path, name: str, paths: LocalPaths) -> Path | bytes | None:
     if cleaned == text:
         return file
     if not name.endswith(STRUCTURED):
-        logger.warning("%s goes without its local paths: their last names take their place", name)
+        logger.warning("%s: local paths were replaced by their last parts", name)
     return cleaned.encode("utf-8")
 
 
 def _rewritten(text: str, name: str, paths: LocalPaths) -> str:
-    """A text without local paths; the very same text where there is none."""
+    """A text without local paths; exactly the same text if it has none."""
     values = _parsed(text, name) if name.endswith(STRUCTURED) else None
     if values is None:
         return paths.replace(text, prose=not name.endswith(STRUCTURED))
@@ -376,7 +378,7 @@ def _rewritten(text: str, name: str, paths: LocalPaths) -> str:
 
 
 def _text(file: Path) -> str | None:
-    """The text of a file; None for one that holds something else."""
+    """The text of a file; None for a file that is not text."""
     with file.open("rb") as stream:
         start = stream.read(8192)
         utf16 = start.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -405,16 +407,16 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _in_layers(file: Path, paths: LocalPaths) -> str | None:
-    """Why a file cannot go: a local path in its bytes, in what it compresses, or no way to look into it."""
+    """Why a file must be left out: it holds a local path, compressed or not, or cannot be read; None if it may go."""
     try:
         path = next((path for layer in _layers(file) if (path := paths.find(layer)) is not None), None)
     except UNREADABLE as error:
-        return f"it cannot be looked into ({type(error).__name__})"
+        return f"its content cannot be read ({type(error).__name__})"
     return None if path is None else f"it holds the local path {path}"
 
 
 def _layers(file: Path) -> Iterator[Any]:
-    """The bytes of a file, and those of what it compresses."""
+    """The bytes of a file, and those of its compressed contents."""
     if file.stat().st_size:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield content
@@ -440,6 +442,6 @@ def _layers(file: Path) -> Iterator[Any]:
 
 
 def _without_host(name: str) -> str:
-    """A file's path in the repository; the names that tensorboard gives tell the host's."""
+    """A file's path in the repository; the names that TensorBoard gives would show the host's name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + EVENTS.sub(r"\1\2", file)

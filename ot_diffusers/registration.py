@@ -1,7 +1,7 @@
-"""`DiffusionPipeline.from_pretrained` finds the pipelines of this package, whichever of the two was imported first.
+"""Registration of the pipelines with `DiffusionPipeline.from_pretrained`, whichever package is imported first.
 
-diffusers looks a pipeline's class up among its own attributes. It is put there when diffusers' own pipelines are
-imported, so that importing this package alone imports nothing else.
+diffusers looks up a pipeline's class among its own attributes. The class is added there when diffusers imports its own
+pipelines, so that importing this package alone imports nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIFFUSERS_PIPELINES = "diffusers.pipelines.pipeline_utils"
 
 
 def register_pipelines() -> None:
-    """Import the pipelines, which register themselves: now if those of diffusers are loaded, else right after them."""
+    """Import the pipelines, which register themselves: now if diffusers has imported its own, else right after that."""
     if DIFFUSERS_PIPELINES in sys.modules:
         import_module(PIPELINES)
     else:
@@ -26,7 +26,7 @@ def register_pipelines() -> None:
 
 
 class _AfterDiffusersPipelines(MetaPathFinder):
-    """Finds one module as Python would, and imports ours once that has run."""
+    """Finds one module of diffusers as Python would, and imports the pipelines after it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

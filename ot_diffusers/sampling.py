@@ -1,4 +1,4 @@
-"""Saved pipelines to images: load, sample with one generator per image, write pictures and read them back."""
+"""From saved pipelines to images: load, sample with one generator per image, write images and read them back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from .data.decode import Decoder
@@ -41,21 +41,21 @@ INDEXED = "be a folder with a model_index.json, or a Hub id"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAX_BATCH_SIZE = 1000
 GRID_IMAGES = 400
-GRID_TILE = 48
+GRID_TILE = 64
 
 
 class Pipeline(Protocol):
-    """What sampling asks of a pipeline, this package's or diffusers' own: one of `PIPELINES`."""
+    """What sampling needs of a pipeline of this package or of diffusers: one of `PIPELINES`."""
 
     unet: Any
     scheduler: Scheduler
 
     @property
     def device(self) -> torch.device:
-        """Where its networks are."""
+        """Device of its networks."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Images, as the attribute of that name of what is returned."""
+        """Generate images; the result has them as its attribute `images`."""
 
 
 # --- Pipelines --------------------------------------------------------------------------------------------------------
@@ -67,11 +67,11 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Diffu
     Args:
         path: folder or Hub id of an `OTGuidedDDIMPipeline`, a `TruncatedPriorPipeline` or diffusers' `DDIMPipeline` or
             `DDPMPipeline`. Weights are read as safetensors only; nothing in the folder is executed.
-        features: folder of a `train_features.py` run. With its network and reference bank the pipeline at `path` is
-            guided: a `TruncatedPriorPipeline` as one, any other as an `OTGuidedDDIMPipeline`.
+        features: folder of a `train_features.py` run, whose network and reference bank guide the pipeline. A
+            `TruncatedPriorPipeline` keeps its class; any other becomes an `OTGuidedDDIMPipeline`.
 
     Raises:
-        InputError: no such pipeline, or feature network and UNet do not fit.
+        InputError: no such pipeline, or a feature network that does not fit the UNet.
     """
     place = local_or_hub(path, "pipeline", INDEXED)
     name = pipeline_class_name(place)
@@ -87,10 +87,10 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Diffu
 
 
 def with_guidance(pipeline: DiffusionPipeline, features: str) -> GuidedPipeline:
-    """The parts of a pipeline as a guided one, with network and references of the `train_features.py` run `features`.
+    """A guided pipeline from the parts of `pipeline` and the network and reference bank of the run `features`.
 
     Raises:
-        InputError: no such run, or a network of other images.
+        InputError: no such run, or a network for other images.
     """
     network, bank = load_feature_extractor(features), load_reference_bank(features)
     truncated = isinstance(pipeline, TruncatedPriorPipeline)
@@ -101,22 +101,22 @@ def with_guidance(pipeline: DiffusionPipeline, features: str) -> GuidedPipeline:
 
 
 def accelerate_networks(pipeline: Pipeline, *, channels_last: bool = False, compile: bool = False) -> None:
-    """Lay the denoiser's weights out for convolutions, or compile it, in place; its images change by rounding only.
+    """Speed up the denoiser in place; its images change by rounding only.
 
     Args:
-        pipeline: on its device.
-        channels_last: PyTorch's memory format of that name.
-        compile: by `torch.compile`, at the first step of each new batch size.
+        pipeline: the pipeline, on its device.
+        channels_last: store the weights in PyTorch's memory format of that name.
+        compile: use `torch.compile`, which compiles at the first step of each new batch size.
 
     Raises:
-        InputError: nothing can be compiled on this machine.
+        InputError: this machine cannot compile.
     """
     if channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
     if compile:
         try:
             torch.compile(torch.sin)(torch.ones(2, device=pipeline.device))
-        except Exception as error:  # whatever the compilers underneath raise
+        except Exception as error:  # compilers raise exceptions of many types
             raise InputError(f"`compile` needs a compiler for {pipeline.device}, got {_one_line(error)}") from error
         pipeline.unet.compile()
 
@@ -150,26 +150,26 @@ def sample_images(
 ) -> Tensor:
     """Generate images, each from its own generator.
 
-    Image i starts from noise drawn from (`seed`, i) alone. Without guidance it is therefore the same image in any batch
-    (up to rounding in the network, whose kernels depend on the batch size), and on any number of processes that
-    accelerate has launched: each makes its share, and all get all images. OT guidance couples the images of a batch:
-    there the batch is part of the result, and the larger it is, the better.
+    The noise of image i depends on (`seed`, i) alone. Without guidance an image is therefore the same in any batch (up
+    to rounding, because the network's kernels depend on the batch size) and on any number of processes that accelerate
+    has launched: each process generates its share and receives all images. OT guidance couples the images of a batch:
+    there the batch is part of the result, and a larger batch is better.
 
     Args:
-        pipeline: one that `load_pipeline` returns; its own progress bar shows the steps.
-        num_images: N.
-        batch_size: images generated at once, at most; a process' share is cut into equal parts. Default: all, up to
-            1,000, and half as many each time the memory does not suffice, unless guidance couples them.
-        seed: of the starting noise.
-        dtype: of the networks' products, by autocast: `"float32"`, `"bfloat16"` or `"float16"`. Noise, steps and
-            guidance stay in float32, so an image stays the same but for rounding.
-        call_arguments: passed on to the pipeline, such as `num_inference_steps` and `guidance_scale`.
+        pipeline: a pipeline that `load_pipeline` returns; its own progress bar shows the steps.
+        num_images: number of images, N.
+        batch_size: largest number of images generated at once; the share of a process is divided evenly. By default all
+            images up to 1,000; the number is halved whenever memory runs out, unless guidance couples the images.
+        seed: random seed of the starting noise.
+        dtype: dtype of the networks by autocast: `"float32"`, `"bfloat16"` or `"float16"`. Noise, scheduler steps and
+            guidance stay in float32, so that images change by rounding only.
+        call_arguments: arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
 
     Returns:
         uint8 [N, C, H, W], on the CPU.
 
     Raises:
-        InputError: an argument out of range, one that this pipeline does not take, or a batch beyond the memory.
+        InputError: an argument out of range or unknown to this pipeline, or too little memory for the batch.
     """
     require(num_images >= 1, "num_images", "be at least 1", num_images)
     require(batch_size is None or batch_size >= 1, "batch_size", "be at least 1", batch_size)
@@ -197,30 +197,30 @@ def sample_images(
 
 
 def process_state() -> PartialState:
-    """accelerate's state of this process. On a machine without a GPU, accelerate joins the processes that a launcher
-    has started only where it is told to use the CPU."""
+    """accelerate's state of this process. Without a GPU, accelerate joins the processes of a launcher only if it is
+    told to use the CPU."""
     in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return PartialState(cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()))
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse what is no `dtype` of `sample_images`."""
+    """Refuse a dtype that `sample_images` does not know."""
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
 
 
 def networks_in(dtype: str, device: torch.device) -> torch.autocast:
-    """A context in which networks multiply in that dtype."""
+    """A context in which networks compute in that dtype, by autocast."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def couples_batch(pipeline: Pipeline, call_arguments: dict[str, Any]) -> bool:
-    """Whether an image depends on the others of its batch: with OT guidance that follows no field."""
+    """Whether an image depends on the others of its batch, as it does with OT guidance without a field."""
     guided = getattr(pipeline, "reference_bank", None) is not None and call_arguments.get("guidance_scale") != 0
     return guided and (getattr(pipeline, "guidance_field", None) is None or bool(call_arguments.get("joint_batch")))
 
 
 def _sample_rows(pipeline: Pipeline, rows: Tensor, seed: int, call_arguments: dict[str, Any]) -> Tensor | None:
-    """The images of these numbers; None where the memory does not suffice."""
+    """The images with these indices; None if memory runs out."""
     generators = [keyed_generator("cpu", seed, "image", row) for row in rows.tolist()]
     try:
         pixels = pipeline(batch_size=len(rows), generator=generators, output_type="np", **call_arguments).images
@@ -228,15 +228,17 @@ def _sample_rows(pipeline: Pipeline, rows: Tensor, seed: int, call_arguments: di
         if should_reduce_batch_size(error):
             return None
         raise
-    require(bool(np.isfinite(pixels).all()), "pipeline", "make finite images", "NaN")  # stock pipelines do not look
+    require(
+        bool(np.isfinite(pixels).all()), "pipeline", "make finite images", "NaN"
+    )  # the pipelines of diffusers do not check
     return torch.from_numpy(pixels).mul(255).round().to(torch.uint8).permute(0, 3, 1, 2).contiguous()
 
 
 def check_call_arguments(pipeline: Pipeline, call_arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the pipeline's call does not know, and numbers of steps that no chain has.
+    """Refuse arguments that the pipeline's call does not have, and numbers of steps out of range.
 
     Raises:
-        InputError: naming the argument.
+        InputError: such an argument, by its name.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
     guided = inspect.signature(OTGuidedDDIMPipeline.__call__).parameters
@@ -255,7 +257,7 @@ def best_device() -> str:
 
 
 def network_calls(pipeline: Pipeline) -> int:
-    """Calls of the denoiser, and of the prior where there is one, per image in the pipeline's last run."""
+    """Number of network calls per image in the pipeline's last run: of the denoiser and of any prior."""
     return pipeline.nfe if hasattr(pipeline, "nfe") else len(pipeline.scheduler.timesteps)
 
 
@@ -265,11 +267,11 @@ def network_calls(pipeline: Pipeline) -> int:
 def save_images(images: Tensor, folder: str | Path) -> Path:
     """Write uint8 images [N, C, H, W] as `00000.png`, `00001.png`, … and `grid.png`; returns the grid's path.
 
-    What an earlier call wrote into the folder is replaced, once all new pictures are on the disk. A hidden file lists
-    the pictures and their checksums: others are left alone.
+    Files that an earlier call wrote are replaced after all new ones are on the disk. A hidden file lists the names and
+    checksums; no other file is touched.
 
     Raises:
-        InputError: a picture of one of these names that this function did not write, or that has changed since.
+        InputError: a file of one of these names that this function did not write, or that has changed since.
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +280,7 @@ def save_images(images: Tensor, folder: str | Path) -> Path:
 
 
 def _pictures(images: Tensor) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """File name of each picture and of the grid, with what writes it."""
+    """File name of each image and of the grid, with the function that writes it."""
     for index, image in enumerate(images):
         yield f"{index:05d}.png", partial(_to_picture(image).save, format="PNG")
     yield GRID_NAME, partial(image_grid(images).save, format="PNG")
@@ -291,27 +293,29 @@ def save_grid(images: Tensor, file: Path) -> Path:
 
 
 def image_grid(images: Tensor) -> PIL.Image.Image:
-    """The first 400 of uint8 images [N, C, H, W] as one near-square picture, small ones enlarged without smoothing.
+    """The first 400 of uint8 images [N, C, H, W] as one near-square picture; small ones are enlarged by bicubic
+    interpolation.
 
     Example:
         >>> image_grid(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)).size
-        (152, 152)
+        (200, 200)
     """
     shown = images[:GRID_IMAGES]
     enlargement = max(1, GRID_TILE // max(images.shape[2:]))
-    large = shown.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
+    large = nn.functional.interpolate(shown.float(), scale_factor=enlargement, mode="bicubic")
+    large = large.round().clamp(0, 255).to(torch.uint8)
     return _to_picture(make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255))
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:
-    """All pictures of a folder in the order of their paths, uint8 [N, C, H, W], read as those of a data set.
+    """All images of a folder in the order of their paths, uint8 [N, C, H, W], read like those of a data set.
 
     Args:
-        folder: what `save_images` wrote, without its `grid.png`, or any folder with pictures of one size.
+        folder: folder that `save_images` wrote (its `grid.png` is left out), or any folder with images of one size.
         channels: 1 converts to grey, 3 to RGB.
 
     Raises:
-        InputError: fewer than two pictures, an unreadable one, or one of another size.
+        InputError: fewer than two images, an unreadable image, or one of another size.
     """
     listing = list_folder(folder, "images")
     enough = len(listing.pictures) >= 2
@@ -321,7 +325,7 @@ def read_images(folder: str | Path, channels: int) -> Tensor:
 
 
 def _to_picture(image: Tensor) -> PIL.Image.Image:
-    """uint8 [C, H, W] as a grey or RGB picture."""
+    """uint8 [C, H, W] as a grey or RGB image."""
     return PIL.Image.fromarray(image.permute(1, 2, 0).squeeze(-1).cpu().numpy())
 
 

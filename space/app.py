@@ -1,4 +1,4 @@
-"""The same noise three ways: plain DDIM, OT guidance, and a chain that starts late from a prior.
+"""The same noise with and without optimal-transport guidance, on MNIST and CIFAR-10.
 
 python space/app.py
 """
@@ -6,82 +6,123 @@ python space/app.py
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import PIL.Image
 
-from ot_diffusers import OTGuidedDDIMPipeline, TruncatedPriorPipeline, truncated_scheduler
+from ot_diffusers import OTGuidedDDIMPipeline, TruncatedPriorPipeline
 from ot_diffusers.sampling import image_grid, network_calls, sample_images
 
-NUM_IMAGES = 64
-TRUNCATED_STEPS = 10
+NUM_IMAGES = 36
 MODELS = Path(__file__).parent.parent / "model_cards"
+MNIST, CIFAR10 = "Digits (MNIST, 28×28)", "Photographs (CIFAR-10, 32×32)"
 
 
-def source(name: str) -> str:
+@dataclass(frozen=True)
+class Model:
+    """A published pipeline and the steps that it is offered with: the first number is the default."""
+
+    pipeline: Any
+    steps: tuple[int, ...]
+    about: str
+
+
+def load(kind: type[Any], name: str) -> Any:
     """The model in a clone of the repository, else on the Hub."""
-    return str(MODELS / name) if (MODELS / name).is_dir() else f"ot-diffusers/{name}"
-
-
-guided = OTGuidedDDIMPipeline.from_pretrained(source("digits-ot-guided"))
-truncated = TruncatedPriorPipeline.from_pretrained(source("digits-truncated-prior"))
-for loaded in (guided, truncated):
-    loaded.set_progress_bar_config(disable=True)
-
-
-def truncated_at(truncation_timestep: int) -> TruncatedPriorPipeline:
-    """The chain from step T' of the full one; the prior makes clean images, so it serves any T'."""
-    prior = truncated.prior.at_truncation_timestep(truncation_timestep)
-    pipeline = TruncatedPriorPipeline(prior, truncated.unet, truncated_scheduler(guided.scheduler, truncation_timestep))
+    pipeline = kind.from_pretrained(str(MODELS / name) if (MODELS / name).is_dir() else f"ot-diffusers/{name}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def picture(pipeline: Any, seed: int, **call: Any) -> tuple[PIL.Image.Image, str]:
+MODEL_OF = {
+    MNIST: Model(
+        load(OTGuidedDDIMPipeline, "mnist-ot-guided"),
+        (20, 10, 50),
+        "A small UNet, sampled by DDIM from pure noise.",
+    ),
+    CIFAR10: Model(
+        load(TruncatedPriorPipeline, "cifar10-truncated-prior"),
+        (10, 5, 20),
+        "A prior generates rough images in one network call, noise is added up to step T', and the denoiser takes the "
+        "steps from there. Both networks are small and were trained for minutes on a CPU, so the pictures are far from "
+        "photographs.",
+    ),
+}
+LONGEST = MODEL_OF[CIFAR10].pipeline.truncation_timestep
+SPACING = max(MODEL_OF[CIFAR10].steps)  # every offered number of steps divides every offered T'
+
+
+def generate(name: str, seed: float, steps: int, guidance_scale: float, start: float) -> Iterator[list[Any]]:
+    """Picture and cost without guidance, then those with guidance as well."""
+    pipeline = MODEL_OF[name].pipeline
+    if name == CIFAR10:
+        pipeline = pipeline.at_truncation_timestep(int(start))
+        pipeline.set_progress_bar_config(disable=True)
+    plain = sample(pipeline, int(seed), int(steps), 0)
+    yield [*plain, None, "Guided images follow."]
+    yield [*plain, *sample(pipeline, int(seed), int(steps), guidance_scale)]
+
+
+def sample(pipeline: Any, seed: int, steps: int, guidance_scale: float) -> tuple[PIL.Image.Image, str]:
     """A grid of samples, and what they cost."""
     started = time.monotonic()
-    images = sample_images(pipeline, NUM_IMAGES, seed=seed, **call)
+    images = sample_images(pipeline, NUM_IMAGES, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale)
     seconds = time.monotonic() - started
-    return image_grid(images), f"{network_calls(pipeline)} network calls an image, {seconds:.1f} s for {NUM_IMAGES}"
+    cost = f"{network_calls(pipeline)} network calls for each image, {seconds:.1f} s for {NUM_IMAGES} images"
+    return image_grid(images), cost
 
 
-def generate(seed: float, num_inference_steps: int, guidance_scale: float, truncation_timestep: int) -> list[Any]:
-    """Grid and cost of each of the three."""
-    seed = int(seed)
-    steps = {"num_inference_steps": int(num_inference_steps)}
+def choose(name: str) -> list[Any]:
+    """The controls of a model, with its defaults."""
+    model = MODEL_OF[name]
     return [
-        *picture(guided, seed, guidance_scale=0, **steps),
-        *picture(guided, seed, guidance_scale=guidance_scale, **steps),
-        *picture(truncated_at(int(truncation_timestep)), seed, num_inference_steps=TRUNCATED_STEPS),
+        gr.Radio(choices=sorted(model.steps), value=model.steps[0]),
+        gr.Slider(visible=name == CIFAR10),
+        model.about,
     ]
 
 
 with gr.Blocks(title="Optimal transport in diffusion models") as app:
     gr.Markdown(
         "# Optimal transport in diffusion models\n"
-        "Handwritten digits of 8×8 pixels from the same noise. **OT-guided** moves the predicted clean images of the "
-        "whole batch towards the distribution of real digits; **truncated** starts at step T' from a prior that makes "
-        "an image in one call."
+        "Both pictures start from the same noise. With guidance, the predicted clean images of the whole batch are "
+        "moved towards the distribution of real images during sampling. The time includes the feature network, which "
+        "guidance calls in addition."
     )
+    model = gr.Radio([MNIST, CIFAR10], value=MNIST, label="Model", elem_id="model")
+    about = gr.Markdown(MODEL_OF[MNIST].about, elem_id="about")
     with gr.Row():
-        seed = gr.Slider(0, 100, value=0, step=1, label="Seed", elem_id="seed")
-        steps = gr.Slider(5, 100, value=50, step=5, label="Steps (baseline, OT-guided)", elem_id="steps")
-        scale = gr.Slider(0, 3, value=1, step=0.1, label="Guidance scale (OT-guided)", elem_id="scale")
-        start = gr.Slider(10, 300, value=10, step=10, label="T' (truncated)", elem_id="start")
+        offered = MODEL_OF[MNIST].steps
+        steps = gr.Radio(sorted(offered), value=offered[0], label="Denoising steps", elem_id="steps", min_width=240)
+        scale = gr.Slider(0, 3, value=1, step=0.1, label="Guidance scale", elem_id="scale", min_width=240)
+        start = gr.Slider(
+            SPACING, LONGEST, value=LONGEST, step=SPACING, label="First step T'", elem_id="start", visible=False,
+            min_width=240,
+        )  # fmt: skip
+        seed = gr.Slider(0, 100, value=0, step=1, label="Random seed", elem_id="seed", min_width=240)
     button = gr.Button("Generate", variant="primary", elem_id="generate")
     outputs: list[Any] = []
     with gr.Row():
-        for name in ("Baseline", "OT-guided", "Truncated"):
-            key = name.lower()
-            with gr.Column(min_width=240):
-                gr.Markdown(f"### {name}")
-                plain = {"show_label": False, "buttons": [], "interactive": False}
-                outputs.append(gr.Image(label=name, elem_id=key, format="png", **plain))
-                outputs.append(gr.Markdown(elem_id=f"{key}-cost"))
-    button.click(generate, inputs=[seed, steps, scale, start], outputs=outputs)
-    app.load(generate, inputs=[seed, steps, scale, start], outputs=outputs)
+        for key, title in {"plain": "Without guidance", "guided": "With guidance"}.items():
+            with gr.Column(min_width=320):
+                gr.Markdown(f"### {title}")
+                picture = gr.Image(
+                    show_label=False,
+                    elem_id=key,
+                    format="png",
+                    buttons=[],
+                    interactive=False,
+                    height="min(400px, 88vw)",
+                )
+                outputs += [picture, gr.Markdown(elem_id=f"{key}-cost")]
+    controls = [model, seed, steps, scale, start]
+    chosen = model.change(choose, inputs=model, outputs=[steps, start, about])
+    for event in (button.click, chosen.then, app.load):
+        event(generate, inputs=controls, outputs=outputs)
 
 if __name__ == "__main__":
     app.launch()

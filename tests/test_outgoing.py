@@ -261,7 +261,7 @@ def test_weights_are_refused_for_a_path_in_their_header(home: Path, tmp_path: Pa
     save_file(weights, file, metadata={"format": "pt"})
     assert outgoing_files(tmp_path / ".").keys() >= {"unet.safetensors"}
     save_file(weights, file, metadata={"training": json.dumps({"data": str(home / "scans")})})
-    with pytest.raises(InputError, match=r"`folder` must hold weights without local paths .* save them anew"):
+    with pytest.raises(InputError, match=r"`folder` must hold weights without local paths .* save them again"):
         outgoing_files(tmp_path)
 
 

@@ -1,5 +1,5 @@
 """For `DiffusionPipeline.from_pretrained(…, custom_pipeline="pipeline", trust_remote_code=True)`."""
 
-from ot_diffusers import OTGuidedDDIMPipeline as Pipeline
+from ot_diffusers import OTGuidedDDIMPipeline as Pipeline  # pip install ot-diffusers
 
 __all__ = ["Pipeline"]

@@ -419,14 +419,31 @@ def _add_push(commands: Any) -> None:
 def _add_card_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("model card")
     options.add_argument("--features", metavar="RUN", help="run of train_features.py whose features guide the pipeline")
+    options.add_argument(
+        "--denoiser", metavar="RUN", help="run of the denoiser of a truncated chain, if the folder was moved"
+    )
     options.add_argument("--results", metavar="FILE", help="results.json of an evaluation, study or demo")
     options.add_argument("--arm", metavar="NAME", help="variant in the results that is this pipeline")
+    options.add_argument(
+        "--beside",
+        metavar="NAME",
+        nargs="+",
+        default=(),
+        help="variants that the card shows beside it (default: the first one)",
+    )
+    options.add_argument("--hardware", metavar="TEXT", help='hardware of the recorded times, such as "two CPU cores"')
+    options.add_argument(
+        "--truncation-timestep", type=whole(1), metavar="N", help="another T' for a truncated chain (default: its own)"
+    )
     options.add_argument("--dtype", default="float32", help=f"type of the stored weights: float32 or float16 {DEFAULT}")
     options.add_argument(
-        "--num-images", type=whole(0), default=64, metavar="N", help=f"sample images on the card; 0: none {DEFAULT}"
+        "--num-images", type=whole(0), default=36, metavar="N", help=f"sample images on the card; 0: none {DEFAULT}"
     )
     options.add_argument(
-        "--num-inference-steps", type=whole(1), metavar="N", help="their denoising steps (default: the pipeline's own)"
+        "--num-inference-steps",
+        type=whole(1),
+        metavar="N",
+        help="denoising steps of the card (default: the pipeline's own)",
     )
 
 

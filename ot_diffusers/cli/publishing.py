@@ -63,7 +63,8 @@ def is_repository(folder: Path) -> bool:
 
 
 def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("features", "results", "arm", "dtype", "num_images", "num_inference_steps")
+    names = ["features", "denoiser", "results", "arm", "beside", "hardware", "truncation_timestep"]
+    names += ["dtype", "num_images", "num_inference_steps"]
     return {"repo_id": arguments.repo} | {name: getattr(arguments, name) for name in names}
 
 

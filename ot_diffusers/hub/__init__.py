@@ -1,4 +1,4 @@
-"""The Hub: a run as a repository in a folder, its card, and the push."""
+"""The Hub: writes a run and its card as a repository in a folder, and pushes it."""
 
 from .push import (
     check_repo_id,

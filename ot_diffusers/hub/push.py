@@ -1,4 +1,4 @@
-"""A finished run as a model repository: written into a folder, and pushed to the Hub in one commit."""
+"""A finished run as a model repository: writes it into a folder, and pushes it to the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,14 +29,15 @@ from ..errors import InputError, require
 from ..files import check_folder, local_or_hub, user_path
 from ..outgoing import outgoing_files
 from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
-from ..sampling import load_pipeline, sample_images, save_grid
-from .cards import DATA, KINDS, MARK, CardFacts, Records, render_card, render_part_card
+from ..sampling import load_pipeline, network_calls, sample_images, save_grid
+from .cards import DATA, KINDS, MARK, CardFacts, Picture, Records, render_card, render_part_card
 
 CARD = "README.md"
-PICTURE = "samples.png"
+PICTURE, PLAIN_PICTURE = "samples.png", "samples_plain.png"
+TRAINING = "training"
 RECORDS = ("run.json", "results.json", "metrics.jsonl")
 PICTURES_AND_LOGS = ("samples/update-*.png", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml")
-"""What a training script writes about a run."""
+"""Pictures and logs that a training script writes."""
 
 Files = Mapping[str, Path | bytes]
 """Path in the repository to content."""
@@ -55,24 +56,33 @@ def export_run(
     *,
     repo_id: str | None = None,
     features: str | Path | None = None,
+    denoiser: str | Path | None = None,
     results: str | Path | None = None,
     arm: str | None = None,
+    beside: Sequence[str] = (),
+    hardware: str | None = None,
+    truncation_timestep: int | None = None,
     dtype: str = "float32",
-    num_images: int = 64,
+    num_images: int = 36,
     num_inference_steps: int | None = None,
 ) -> Path:
     """Write what goes to the Hub: weights, card, samples, evaluation, training configuration and logs.
 
     Args:
-        run: folder of a `train_*.py` run, or any saved pipeline that `load_pipeline` reads.
+        run: folder of a `train_*.py` run, any saved pipeline that `load_pipeline` reads, or a folder that this function
+            wrote, whose training records are then copied.
         output: a new or empty folder.
         repo_id: `user/name` for the card's snippet; the default is the folder's name.
-        features: run of `train_features.py` that makes it an `OTGuidedDDIMPipeline`.
+        features: folder of a `train_features.py` run, which adds OT guidance.
+        denoiser: run that trained the denoiser of a truncated chain, if it is not where `run` recorded it.
         results: `results.json` of an evaluation, comparison, demo or study, for the card.
-        arm: the arm of `results` that is this pipeline; needed where there are several.
+        arm: the method in `results` that is this pipeline; needed where there are several.
+        beside: methods in `results` that the card shows beside it; the first one by default.
+        hardware: what the times in `results` and in the training records were measured on, for the card.
+        truncation_timestep: T' of a `TruncatedPriorPipeline`, where it is not that of the run.
         dtype: `"float32"`, or `"float16"` for half the size; such weights load as float32 by default.
-        num_images: pictures in `samples.png`; 0 for none.
-        num_inference_steps: denoising steps of the pictures; the pipeline's default otherwise.
+        num_images: images in `samples.png`, sampled as one batch; 0 writes no picture.
+        num_inference_steps: denoising steps of the picture and the snippet; the pipeline's default otherwise.
 
     Returns:
         The folder.
@@ -99,22 +109,61 @@ def export_run(
     with scratch as name:
         folder = Path(name)
         pipeline = load_pipeline(run, features)
+        behind = _runs_behind(run, features=features, denoiser=denoiser)
+        if truncation_timestep is not None:
+            pipeline = _restarted(pipeline, behind.get("denoiser"), truncation_timestep)
         _cast(pipeline, DTYPES[dtype])
-        runs = _copy_training(run, Path(features) if features else None, folder)
-        picture = PICTURE if num_images else None
-        title = repo_id or output.resolve().name
-        write_repository(pipeline, folder, title, runs=runs, results=evaluation, arm=arm, picture=picture)
-        if num_images:
-            _cast(pipeline, torch.float32)
-            pipeline.set_progress_bar_config(disable=True)
-            steps: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-            save_grid(sample_images(pipeline, num_images, **steps), folder / PICTURE)
+        runs = _copy_training(run, behind, folder)
+        picture = _write_pictures(pipeline, folder, num_images, num_inference_steps) if num_images else None
+        write_repository(
+            pipeline,
+            folder,
+            repo_id or output.resolve().name,
+            runs=runs,
+            results=evaluation,
+            arm=arm,
+            beside=beside,
+            hardware=hardware,
+            picture=picture,
+            num_inference_steps=num_inference_steps,
+        )
         _move(outgoing_files(folder, run), output)
     return output
 
 
+def _restarted(pipeline: Any, denoiser: Path | None, truncation_timestep: int) -> TruncatedPriorPipeline:
+    """The pipeline from another T', by the schedule of its denoiser's run where that is a saved pipeline.
+
+    Raises:
+        InputError: a pipeline without T', or a T' out of range.
+    """
+    truncated = isinstance(pipeline, TruncatedPriorPipeline)
+    requirement = "be left out unless the run is a TruncatedPriorPipeline"
+    require(truncated, "truncation_timestep", requirement, truncation_timestep)
+    saved = denoiser is not None and (denoiser / "model_index.json").is_file()
+    full_scheduler = load_pipeline(str(denoiser)).scheduler if saved else None
+    return pipeline.at_truncation_timestep(truncation_timestep, full_scheduler)
+
+
+def _write_pictures(pipeline: Any, folder: Path, num_images: int, num_inference_steps: int | None) -> Picture:
+    """Write a grid of samples in float32, and of a guided pipeline the one without guidance from the same noise."""
+    stored = pipeline.unet.dtype
+    _cast(pipeline, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    steps: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    images = sample_images(pipeline, num_images, **steps)
+    save_grid(images, folder / PICTURE)
+    guided = getattr(pipeline, "reference_bank", None) is not None
+    if guided:
+        save_grid(sample_images(pipeline, num_images, guidance_scale=0, **steps), folder / PLAIN_PICTURE)
+    _cast(pipeline, stored)
+    height, width = images.shape[2:]
+    plain_file = PLAIN_PICTURE if guided else None
+    return Picture(PICTURE, plain_file, (height, width), num_images, network_calls(pipeline))
+
+
 def _move(files: Files, output: Path) -> None:
-    """Write files into a folder; those that lie elsewhere are moved there."""
+    """Write files into a folder; files on the disk are moved there."""
     for name, content in files.items():
         target = output / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,25 +181,24 @@ def write_repository(
     variant: str | None = None,
     runs: Records = MappingProxyType({}),
     results: Mapping[str, Any] | None = None,
-    arm: str | None = None,
-    picture: str | None = None,
+    **facts: Any,
 ) -> None:
-    """Write weights, evaluation and card of a pipeline into a folder; arguments as in `CardFacts`."""
+    """Write weights, evaluation and card of a pipeline into a folder; arguments and `facts` as in `CardFacts`."""
     name = type(pipeline).__name__
     require(name in KINDS, "pipeline", f"be one of {', '.join(KINDS)}", name)
-    facts = CardFacts(
-        repo_id=repo_id,
-        class_name=name,
-        parameters=parameters(pipeline),
-        dataset=_hub_data_set(runs, results, getattr(pipeline, "reference_bank", None)),
-        config=scheduler_facts(pipeline),
-        runs=runs,
-        results=results,
-        arm=arm,
-        picture=picture,
-        weights_dtype=str(pipeline.unet.dtype).removeprefix("torch."),
+    card = render_card(
+        CardFacts(
+            repo_id=repo_id,
+            class_name=name,
+            parameters=parameters(pipeline),
+            dataset=_hub_data_set(runs, results, getattr(pipeline, "reference_bank", None)),
+            config=scheduler_facts(pipeline),
+            runs=runs,
+            results=results,
+            weights_dtype=str(pipeline.unet.dtype).removeprefix("torch."),
+            **facts,
+        )
     )
-    card = render_card(facts)
     pipeline.save_pretrained(output, variant=variant)
     if results is not None:
         (output / "results.json").write_text(_json(results), encoding="utf-8")
@@ -175,10 +223,10 @@ def read_results(file: str | Path) -> dict[str, Any]:
 
 
 def choose_arm(results: Mapping[str, Any], arm: str | None) -> str:
-    """The named arm, or the only one.
+    """The named method of the results, or the only one.
 
     Raises:
-        InputError: no such arm, or several and none named.
+        InputError: no such method, or several and no name.
     """
     arms = list(results["arms"])
     arm = arms[0] if arm is None and len(arms) == 1 else arm
@@ -187,20 +235,20 @@ def choose_arm(results: Mapping[str, Any], arm: str | None) -> str:
 
 
 def _cast(pipeline: Any, dtype: torch.dtype) -> None:
-    """Every part in another precision; diffusers' own `to` warns of it."""
+    """Cast every part; the method `to` of diffusers would warn about float16 on a CPU."""
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, dtype=dtype)
 
 
 def parameters(pipeline: Any) -> dict[str, int]:
-    """Number of parameters of each part that has any."""
+    """Number of parameters of each part that is a network."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
 def scheduler_facts(pipeline: Any) -> dict[str, Any]:
-    """What a reader wants to know of a pipeline's scheduler."""
+    """What a card says about a pipeline's scheduler."""
     config = pipeline.scheduler.config
     facts = {
         "scheduler": type(pipeline.scheduler).__name__,
@@ -212,11 +260,11 @@ def scheduler_facts(pipeline: Any) -> dict[str, Any]:
     return facts
 
 
-def _copy_training(run: Path, features: Path | None, output: Path) -> Records:
-    """Copy what the run and those it builds on recorded."""
+def _copy_training(run: Path, behind: Mapping[str, Path], output: Path) -> Records:
+    """Copy the records of the run and of those that it builds on."""
     records = {}
-    for name, folder in _runs_behind(run, features).items():
-        target = output / "training" / name.replace(" ", "_")
+    for name, folder in behind.items():
+        target = _records_folder(output, name)
         target.mkdir(parents=True)
         for file in (file for file in RECORDS if (folder / file).is_file()):
             shutil.copyfile(folder / file, target / file)
@@ -229,20 +277,30 @@ def _copy_training(run: Path, features: Path | None, output: Path) -> Records:
 
 
 def _pictures_and_logs(run: Path) -> Iterator[Path]:
-    """What training wrote into the run's folder, and nothing that somebody else has put beside it."""
+    """The pictures and logs that training wrote into the run's folder, and no other files."""
     for file in sorted(path for pattern in PICTURES_AND_LOGS for path in run.glob(pattern)):
         if file.is_symlink() or not file.is_file():
-            logger.warning("%s is left out: it is no file of the run", file.relative_to(run))
+            logger.warning("%s is left out: it is not a file of the run", file.relative_to(run))
         else:
             yield file
 
 
-def _runs_behind(run: Path, features: Path | None) -> dict[str, Path]:
-    """The run itself, its denoiser and its feature network, where they lie on this machine and are complete."""
-    complete = {"pipeline": run} if _is_run(run) else {}
-    config = _read_json(run / "run.json")["config"] if complete else {}
-    sources = {"denoiser": config.get("denoiser"), "feature network": features or config.get("feature_extractor")}
-    return complete | {name: Path(path) for name, path in sources.items() if path and _is_run(Path(path))}
+def _runs_behind(run: Path, *, features: str | Path | None, denoiser: str | Path | None) -> dict[str, Path]:
+    """Folders with the records of the run itself, its denoiser and its feature network, as far as they are on this
+    machine and complete; of a folder that `export_run` wrote, those that it copied. Given folders come first."""
+    if _is_run(run):
+        config = _read_json(run / "run.json")["config"]
+        recorded = {"pipeline": run, "denoiser": config.get("denoiser")}
+        recorded["feature network"] = config.get("feature_extractor")
+    else:
+        recorded = {name: _records_folder(run, name) for name in ("pipeline", "denoiser", "feature network")}
+    given = {"feature network": features, "denoiser": denoiser}
+    folders = recorded | {name: folder for name, folder in given.items() if folder is not None}
+    return {name: Path(folder) for name, folder in folders.items() if folder and _is_run(Path(folder))}
+
+
+def _records_folder(repository: Path, name: str) -> Path:
+    return repository / TRAINING / name.replace(" ", "_")
 
 
 def _is_run(folder: Path) -> bool:
@@ -254,9 +312,9 @@ def _read_json(file: Path) -> Any:
 
 
 def _hub_data_set(runs: Records, results: Mapping[str, Any] | None, bank: Any) -> str | None:
-    """Hub id of the training data, where it came from the Hub: as the records have it, or as the bank's images tell.
+    """Hub id of the training data, if it came from the Hub: from the records, or from the reference bank's fingerprint.
 
-    Records without the entry know data sets of the Hub by the names that this package gives them.
+    Records without a Hub id name such a data set as this package does.
     """
     data = [run.get("data", {}) for run, _ in runs.values()]
     candidates = [(entry.get("name"), entry, "hub_id") for entry in data]
@@ -304,7 +362,8 @@ def push_part(
     commit_message: str | None = None,
     **options: Any,
 ) -> str:
-    """Push one part of a pipeline, with a short card unless it goes into a subfolder; `options` as of `push_files`."""
+    """Push one part of a pipeline, with a short card unless it goes into a subfolder; `options` are those of
+    `push_files`."""
     check_repo_id(repo_id)
     name = type(part).__name__
     with tempfile.TemporaryDirectory() as folder:
@@ -319,7 +378,7 @@ def push_part(
 
 
 def repository_files(folder: str | Path) -> dict[str, int]:
-    """Path in the repository to size in bytes of everything in a folder that a push sends, see `outgoing_files`."""
+    """Path in the repository to size in bytes of each file in a folder that a push sends; see `outgoing_files`."""
     return file_sizes(outgoing_files(user_path(folder)))
 
 
@@ -333,7 +392,7 @@ def file_sizes(files: Files) -> dict[str, int]:
 def push_folder(folder: str | Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> str:
     """Push a folder as one commit: what `export_run` wrote, or any saved pipeline.
 
-    `outgoing_files` says what of it goes; `options` are those of `push_files`.
+    `outgoing_files` selects the files; `options` are those of `push_files`.
 
     Raises:
         InputError: as `outgoing_files` and `push_files`, or a folder without a pipeline.
@@ -356,25 +415,25 @@ def push_files(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Push files as one commit. Those that an interrupted push has left on the Hub are not sent again.
+    """Push files as one commit. Files that an interrupted push already sent are not sent again.
 
-    A card in the repository that was not made by this package stays as it is.
+    A card in the repository that this package did not write is kept.
 
     Args:
         files: as `outgoing_files` returns them.
-        repo_id: `user/name`, or a name among the repositories of the token's owner; it is created where it does not
+        repo_id: `user/name`, or a name alone for a repository of the token's owner; it is created if it does not
             exist.
         commit_message: first line of the commit's message.
         private: create it private. An existing public repository is refused.
-        token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
-        revision: branch to commit to, created where it does not exist.
-        create_pr: open a pull request in place of a commit.
+        token: access token; by default the one that `hf auth login` stored or `HF_TOKEN` holds.
+        revision: branch to commit to; it is created if it does not exist.
+        create_pr: open a pull request instead of a commit.
 
     Returns:
         Address of the commit.
 
     Raises:
-        InputError: no token, no permission, no network, no such name; the repository has no half of the files then.
+        InputError: no token, no permission, no network or no such name; no file is committed then.
     """
     check_repo_id(repo_id)
     api = HfApi(token=find_token(token))
@@ -408,10 +467,10 @@ def push_files(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what the Hub cannot take for a repository's name.
+    """Refuse a name that the Hub does not accept for a repository.
 
     Raises:
-        InputError: naming it.
+        InputError: such a name.
     """
     try:
         validate_repo_id(repo_id)
@@ -423,17 +482,17 @@ def find_token(token: str | None = None) -> str:
     """The token to push with: the given one, or the one that `hf auth login` stored or `HF_TOKEN` holds.
 
     Raises:
-        InputError: there is none, or one that no request can carry.
+        InputError: there is no token, or it has characters that a request cannot carry.
     """
     token = token or get_token()
-    require(token is not None, "token", "be there to push: run `hf auth login`, or set HF_TOKEN", None)
+    require(token is not None, "token", "be given to push: run `hf auth login`, or set HF_TOKEN", None)
     sendable = token is not None and token.isascii() and token.isprintable()
     require(sendable, "token", "have ASCII letters and digits only", "one with others")
     return str(token)
 
 
 def _addressed(card: Path | bytes, repo_id: str) -> bytes:
-    """A card of this package as it loads from where it is pushed to; any other as it is."""
+    """A card of this package with the repository's id in its snippet; any other card unchanged."""
     content = card.read_bytes() if isinstance(card, Path) else card
     if MARK.encode() not in content:
         return content
@@ -441,15 +500,15 @@ def _addressed(card: Path | bytes, repo_id: str) -> bytes:
 
 
 def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether the repository's card was written by someone else.
+    """Whether the repository has a card that this package did not write.
 
     Raises:
-        HfHubHTTPError, OSError: the Hub does not tell.
+        HfHubHTTPError, OSError: the Hub gave no answer.
     """
-    with tempfile.TemporaryDirectory() as fresh:  # what an earlier call cached is not what is there
+    with tempfile.TemporaryDirectory() as fresh:  # an earlier call may have cached an older card
         try:
             file = api.hf_hub_download(repo_id, CARD, revision=revision, cache_dir=fresh)
-        except LocalEntryNotFoundError as error:  # nothing was heard from the Hub
+        except LocalEntryNotFoundError as error:  # the Hub did not answer
             raise ConnectionError(str(error)) from error
         except EntryNotFoundError:
             return False
@@ -457,7 +516,7 @@ def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool
 
 
 def _reason(error: HfHubHTTPError) -> str:
-    """What the Hub said, or what its status means, in one line."""
+    """The message of the Hub, or the meaning of its status, in one line."""
     status = error.response.status_code if error.response is not None else None
     meaning = {401: "the token is not valid", 403: "the token has no permission to write there"}.get(status or 0)
     return meaning or error.server_message or _first_line(error)

@@ -1,4 +1,4 @@
-"""The parts of `__call__` that both pipelines share: input checks, evaluation mode, finite values, pictures."""
+"""The parts of `__call__` that both pipelines share: input checks, evaluation mode, finite values, output types."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def check_call(
     batch_size: int, generator: Generators, eta: float, output_type: str, callback_tensors: Sequence[str] | None
 ) -> torch.Generator | list[torch.Generator] | None:
-    """The checks of arguments that every call needs; the generator, or those of the images as a list."""
+    """Check the arguments of a call; returns the generator, or the list of one generator per image."""
     require_integer("batch_size", batch_size, at_least=1)
     several = isinstance(generator, Sequence)
     generators: list[Any] = list(generator) if several else [generator]  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def check_call(
 
 
 def check_networks(unet: Any, scheduler: Scheduler, image_shape: Sequence[int]) -> None:
-    """Refuse a denoiser or a scheduler that does not walk from noise to images of `image_shape`, [C, H, W], alone."""
+    """Refuse a denoiser or a scheduler that cannot turn noise alone into images of `image_shape`, [C, H, W]."""
     name = type(scheduler).__name__
     variance_preserving = "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)"
     require(preserves_variance(scheduler), "scheduler", variance_preserving, name)
@@ -72,28 +72,27 @@ def unet_image_shape(unet: Any) -> tuple[int, int, int]:
 
 
 def learns_variance(scheduler: Scheduler) -> bool:
-    """Whether steps take a variance from the second half of the model output, as those of `DDPMScheduler` can."""
+    """Whether the scheduler reads a variance from the second half of the model output, as `DDPMScheduler` can."""
     return str(vars(scheduler).get("variance_type")).startswith("learned")
 
 
 def extra_step_arguments(scheduler: Scheduler, **arguments: Any) -> dict[str, Any]:
-    """Those of `arguments` that `scheduler.step` knows."""
+    """Those of `arguments` that `scheduler.step` accepts."""
     parameters = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _needed(function: Any) -> list[str]:
-    """The parameters that a call of `function` has to give."""
+    """Names of the required parameters of `function`."""
     parameters = inspect.signature(function).parameters.values()
     fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [one.name for one in parameters if one.default is one.empty and one.kind in fixed]
 
 
 class FiniteValues:
-    """A context whose tensors have to be finite: NaN and Inf become an error that says where they came from.
+    """A context in which watched tensors must be finite: NaN and Inf raise an error that says where they came from.
 
-    On the CPU a tensor is looked at where it is made. Tensors on a GPU are all looked at on the way out, with a single
-    wait.
+    A tensor on the CPU is checked at once. Tensors on a GPU are checked together at the end, with one synchronisation.
     """
 
     def __init__(self) -> None:
@@ -101,7 +100,7 @@ class FiniteValues:
         self._largest: list[Tensor] = []
 
     def watch(self, name: str, tensor: Tensor, place: str = "") -> None:
-        """Take note of a tensor; the error says that `name` is not finite, and where."""
+        """Watch a tensor; the error gives its name and place."""
         self._lines.append(f"{name} is not finite{place}")
         self._largest.append(torch.linalg.vector_norm(tensor.detach(), math.inf).float())
         if tensor.device.type == "cpu":
@@ -120,13 +119,13 @@ class FiniteValues:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, InputError):  # which may be a consequence
+        if error is None or isinstance(error, InputError):  # which a value that is not finite may have caused
             self._check()
 
 
 @contextmanager
 def evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Every module in evaluation mode inside, each in its own mode again after."""
+    """Put all modules into evaluation mode, and restore the mode of each afterwards."""
     present = [model for model in models if model is not None]
     was_training = [module for model in present for module in model.modules() if module.training]
     try:
@@ -141,7 +140,7 @@ def evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
 def postprocess(latents: Tensor, output_type: str) -> Any:
     """Latents in [-1, 1] as `"pt"` [B, C, H, W] or `"np"` [B, H, W, C] in [0, 1], or as a list of `"pil"` images.
 
-    `"latent"` gives them back as they are.
+    `"latent"` returns them unchanged.
     """
     if output_type == "latent":
         return latents

@@ -1,4 +1,4 @@
-"""What both pipelines share: the loop over the chain, and of OT guidance its parts, its arguments and its field."""
+"""What both pipelines share: the denoising loop, and the components, arguments and field of OT guidance."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ logger = logging.get_logger(__name__)
 
 Callback = Callable[..., dict[str, Any] | None]
 
-# Share of the chain that stays unguided at its end by default, so that the model itself cleans up what is left there:
-# where guidance does not see the pixels, or in thumbnails whose pixels are more than so many of the image's on a side.
+# Fraction of final steps left unguided when there are no thumbnails, or when one thumbnail pixel covers more than 2×2
+# image pixels: the model itself removes the artefacts that guidance cannot see.
 CLEAN_SHARE, FINE_BLOCK = 0.08, 2
-# Below this joint batch the transport problem says little about the distribution.
+# A joint batch smaller than this says little about the distribution.
 SMALL_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What one call does: the scheduler with its timesteps, and the steps at which x̂0 is corrected.
+    """The chain of one call: the scheduler with its timesteps, and the steps at which x̂0 is corrected.
 
     Attributes:
-        scheduler: prepared by `set_timesteps`.
-        timesteps: one for each call of the denoiser.
-        step_arguments: of the scheduler's steps, besides the usual three.
-        guidance: the correction, None for plain sampling.
-        guided: positions of the guided steps.
+        scheduler: the scheduler after `set_timesteps`.
+        timesteps: timestep of each call of the denoiser.
+        step_arguments: optional arguments of `scheduler.step`.
+        guidance: the correction; None for plain sampling.
+        guided: indices of the guided steps.
     """
 
     scheduler: Scheduler
@@ -58,13 +58,13 @@ class Chain:
     guided: set[int]
 
     def check_field(self, timesteps_before: Sequence[int] = ()) -> None:
-        """Refuse a chain that does not pass the timesteps of the guidance field, if there is one."""
+        """Refuse a chain that does not visit the timesteps of the guidance field, if there is one."""
         if self.guidance and self.guidance.guidance_field is not None:
             self.guidance.guidance_field.check_timesteps([*timesteps_before, *self.timesteps])
 
 
 class GuidedPipeline(PortablePipeline):
-    """A pipeline whose x̂0 can be corrected; see `OTGuidance`."""
+    """A pipeline that can correct x̂0 by OT guidance; see `OTGuidance`."""
 
     unet: Any
 
@@ -78,7 +78,7 @@ class GuidedPipeline(PortablePipeline):
         reference_bank: ReferenceBank | None,
         guidance_field: GuidanceField | None,
     ) -> None:
-        """Take in the three parts, each of them optional."""
+        """Register the three parts of guidance, each of them optional."""
         self.register_modules(
             feature_extractor=feature_extractor, reference_bank=reference_bank, guidance_field=guidance_field
         )
@@ -98,37 +98,35 @@ class GuidedPipeline(PortablePipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which leaves out the rest of the chain."""
+        """Whether a callback has set `_interrupt`, which skips the remaining steps."""
         return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of the last call's chain, one for each call of the denoiser."""
+        """Number of timesteps in the last call's chain, one for each call of the denoiser."""
         return self._num_timesteps
 
     @property
     def nfe(self) -> int:
-        """Evaluations per image in the last call: denoiser calls plus prior calls, not those of the feature network.
-
-        0 before the first call.
-        """
+        """Number of function evaluations (NFE) per image in the last call: those of the denoiser and of the prior, but
+        not those of the feature network. 0 before the first call."""
         return self._nfe
 
     def record_guidance_field(
         self, num_samples: int = 1000, generator: torch.Generator | None = None, **call_arguments: Any
     ) -> GuidanceField:
-        """Guide a joint batch and keep the field that moved it, as this pipeline's `guidance_field`.
+        """Guide one joint batch, and keep its displacements as this pipeline's `guidance_field`.
 
         Args:
-            num_samples: images of the batch; the field is as good as the batch is large.
-            generator: of its noise, another one than that of the samples to come.
-            call_arguments: those of the call; later calls have to make the same chain.
+            num_samples: number of images in the batch; a larger batch gives a better field.
+            generator: generator of the batch's noise; later samples should use another one.
+            call_arguments: arguments of the call; later calls must use the same chain.
 
         Returns:
             The field; it is saved with the pipeline.
 
         Raises:
-            InputError: see the call; a batch too small to show the distribution.
+            InputError: as the call, or a batch that is too small.
 
         Example:
             >>> from diffusers import DDIMScheduler, UNet2DModel
@@ -142,7 +140,7 @@ class GuidedPipeline(PortablePipeline):
             >>> field = pipe.record_guidance_field(32, num_inference_steps=4)
             >>> field.config.timesteps
             (750, 500, 250)
-            >>> len(pipe(batch_size=1, num_inference_steps=4).images)  # guided alone
+            >>> len(pipe(batch_size=1, num_inference_steps=4).images)  # guided by itself
             1
         """
         require(num_samples >= SMALL_BATCH, "num_samples", f"be at least {SMALL_BATCH}", num_samples)
@@ -160,10 +158,10 @@ class GuidedPipeline(PortablePipeline):
         return field
 
     def _is_guided(self) -> bool:
-        """Whether the pipeline has what guidance needs.
+        """Whether the pipeline has the parts that guidance needs.
 
         Raises:
-            InputError: it has a part of it only.
+            InputError: it has only some of them.
         """
         names = self._optional_components
         present = [name for name in names if getattr(self, name) is not None]
@@ -183,10 +181,10 @@ class GuidedPipeline(PortablePipeline):
         joint_batch: bool | None,
         **asked: Any,
     ) -> OTGuidance | None:
-        """The correction that the arguments of a call ask for, None for plain sampling.
+        """The correction that the arguments of a call ask for; None for plain sampling.
 
         Raises:
-            InputError: guidance without the parts, or another one than that of the field.
+            InputError: guidance without its parts, or other guidance than that of the field.
         """
         follows_field = self.guidance_field is not None and not joint_batch
         require(follows_field or joint_batch is not False, "joint_batch", "be true without a guidance field", False)
@@ -214,7 +212,7 @@ class GuidedPipeline(PortablePipeline):
         self._guidance = guidance if self._records else None
         if not follows_field and batch_size < SMALL_BATCH:
             logger.warning(
-                f"OT guidance couples the batch; `batch_size` {batch_size} is too small to show it the distribution."
+                f"OT guidance compares the batch with real images; `batch_size` {batch_size} is too small for that."
             )
         return guidance
 
@@ -236,12 +234,12 @@ class GuidedPipeline(PortablePipeline):
         guided = guided_steps(guidance, image_shape[1:], scheduler, timesteps, num_guidance_steps, guidance_start_step)
         passed = [timesteps[step] for step in guided]
         once = not self._records or len(set(passed)) == len(passed)
-        require(once, "scheduler", "pass a timestep once where a field is recorded", type(scheduler).__name__)
+        require(once, "scheduler", "visit each timestep once where a field is recorded", type(scheduler).__name__)
         return Chain(scheduler, timesteps, extra_step_arguments(scheduler, **step_arguments), guidance, guided)
 
     @contextmanager
     def _sampling(self, chain: Chain, *networks: Any) -> Iterator[FiniteValues]:
-        """A call's one chain: networks in evaluation mode, potentials of this chain alone, values that are finite."""
+        """The context of one chain: evaluation mode, potentials of this chain only, and checks of finite values."""
         self._interrupt, self._nfe, self._num_timesteps = False, 0, len(chain.timesteps)
         potentials = chain.guidance.chain() if chain.guidance else nullcontext()
         with evaluation_mode(*networks, self.unet, self.feature_extractor), potentials, FiniteValues() as finite:
@@ -255,7 +253,7 @@ class GuidedPipeline(PortablePipeline):
         callback: Callback | None,
         callback_tensors: Sequence[str] | None,
     ) -> Tensor:
-        """x_0 of the chain that begins with `latents`; each step is a call of the denoiser, x_t → x_{t−1}."""
+        """x_0 of the chain that begins with `latents`; each step, x_t → x_{t−1}, is one call of the denoiser."""
         scheduler, timesteps = chain.scheduler, chain.timesteps
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             if self.interrupt:
@@ -278,7 +276,7 @@ class GuidedPipeline(PortablePipeline):
         return latents
 
     def _guided_output(self, chain: Chain, model_output: Tensor, latents: Tensor, step: int) -> Tensor:
-        """The model output that stands for the corrected x̂0, in the scheduler's prediction type; a learned variance
+        """The model output that corresponds to the corrected x̂0, in the scheduler's prediction type; a learned variance
         in its second half is kept."""
         guidance, timestep = chain.guidance, chain.timesteps[step]
         assert guidance is not None
@@ -300,8 +298,10 @@ def guided_steps(
     num_guidance_steps: int | None,
     guidance_start_step: int,
 ) -> set[int]:
-    """The steps of a chain that are guided: by default all, but for its end where guidance does not see the pixels, or
-    coarsely in images of this height and width; and never a step whose model output says nothing of x̂0.
+    """Indices of the guided steps of a chain.
+
+    By default these are all steps, or all but the last ones where guidance sees the pixels of images of this height and
+    width coarsely or not at all. A step whose model output does not determine x̂0 is never guided.
 
     Raises:
         InputError: a negative number.
@@ -318,7 +318,7 @@ def guided_steps(
 
 
 def _sees_all(guidance: OTGuidance | None, image_size: tuple[int, ...]) -> bool:
-    """Whether guidance may go on to the last step; a field does to the last that it was recorded at."""
+    """Whether guidance may run to the last step; a field runs to the last step that it was recorded at."""
     if guidance is None or guidance.guidance_field is not None:
         return True
     fine = all(size <= FINE_BLOCK * small for size, small in zip(image_size, guidance.thumbnail_size, strict=True))
@@ -326,7 +326,7 @@ def _sees_all(guidance: OTGuidance | None, image_size: tuple[int, ...]) -> bool:
 
 
 def _replaced(latents: Tensor, changed: dict[str, Any] | None) -> Tensor:
-    """The latents that a callback returned, or those that it was given.
+    """The latents that a callback returned, or those that it received.
 
     Raises:
         InputError: it returned something else.

@@ -1,4 +1,4 @@
-"""DDIM sampling in which x̂0 is corrected towards the reference distribution during an interval of steps."""
+"""DDIM sampling in which x̂0 is corrected towards the distribution of real images during an interval of steps."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ ORIGINAL_GUIDANCE: dict[str, Any] = {
 class OTGuidedDDIMPipeline(GuidedPipeline):
     """Unconditional image generation with optimal-transport guidance.
 
-    At a guided step the scheduler's own x̂0 is formed from the model output, corrected (`OTGuidance`), and turned back
-    into a model output, so that any scheduler and any prediction type takes its usual step from there: x_t
-    stays, and the noise it is taken to hold changes (as with DDIM's `use_clipped_model_output`). Without guidance
-    (scale 0, or no feature network) the images are those of diffusers' `DDIMPipeline`, bit for bit, wherever that makes
-    a proper chain: for 62 of the 1,000 step counts, such as 61, its trailing spacing ends in a surplus timestep −1 and
-    in noise; see `ot_diffusers.schedules.set_timesteps`. The networks are sampled in evaluation mode.
+    A guided step computes x̂0 from the model output, corrects it (`OTGuidance`) and turns it back into a model output,
+    so that schedulers of any prediction type take their usual step: x_t stays, and its noise component changes (as with
+    DDIM's `use_clipped_model_output`). Without guidance (scale 0, or no feature network) the images are those of
+    diffusers' `DDIMPipeline`, bit for bit, except for 62 of the 1,000 step counts: for 61 steps, for example, trailing
+    spacing in diffusers adds a timestep −1 and ends in noise; see `ot_diffusers.schedules.set_timesteps`. Networks are
+    in evaluation mode during the call.
 
     Args:
         unet: `UNet2DModel`.
         scheduler: DDIM, DDPM, DPM-Solver++, UniPC or another variance-preserving scheduler. It is not converted to
-            DDIM; as with diffusers' pipelines, `scheduler.timesteps` are those of the last call.
+            DDIM; as in diffusers' pipelines, `scheduler.timesteps` are those of the last call.
         feature_extractor: frozen feature network, optional.
-        reference_bank: features of real images by that network, optional.
-        guidance_field: the field that `record_guidance_field` makes, optional. With it images are guided one by one:
-            the same image in any batch, down to a batch of one.
+        reference_bank: features of real images (the reference set) by that network, optional.
+        guidance_field: the field that `record_guidance_field` returns, optional. With it each image is guided by itself
+            and does not depend on its batch.
 
     Reference: DDIM [Song2021]; the guidance is described in `ot_diffusers.guidance`.
 
@@ -102,45 +102,45 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         """Generate images.
 
         Args:
-            batch_size: number of images. Without a guidance field they are guided as one joint batch, so that more is
-                better.
-            generator: one generator, or a sequence with one per image.
+            batch_size: number of images. Without a guidance field they are guided as one joint batch, and a larger
+                batch is guided better.
+            generator: one generator, or a sequence of one per image.
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
-            num_inference_steps: denoising steps, 1 … `num_train_timesteps`. A solver of several calls per step has
-                more timesteps than that (PNDM: 19 for 10 steps); guidance counts those.
+            num_inference_steps: denoising steps, 1 … `num_train_timesteps`. A solver with several calls per step
+                has more timesteps (PNDM: 19 for 10 steps); guidance counts timesteps.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]), `"pt"` ([B, C, H, W] in [0, 1]), or `"latent"` for
-                what the last step left.
+                the result of the last step.
             return_dict: `False` returns a tuple.
-            guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 where the
-                pipeline has the parts for it, else 0.
-            num_guidance_steps: how many steps are guided; the default is all from `guidance_start_step`, but for the
-                last 8% where guidance does not see what it leaves in the pixels: with `pixel_weight` 0, or where a
-                pixel of the thumbnails is more than 2 of the image's on a side. A guidance field guides those of them
-                that it was recorded at. The first step of an ε prediction with zero terminal SNR is never guided:
-                it says nothing of x̂0.
-            guidance_start_step: first guided step, counted from the start of the chain.
+            guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 if the
+                pipeline has the parts that guidance needs, else 0.
+            num_guidance_steps: number of guided steps. The default is all from `guidance_start_step`, without the last
+                8% of the chain where guidance cannot see pixel artefacts: with `pixel_weight` 0, or where one thumbnail
+                pixel covers more than 2×2 image pixels. A guidance field guides only steps that it was recorded at.
+                The first step of an ε prediction with zero terminal SNR is never guided: its output does not
+                determine x̂0.
+            guidance_start_step: first guided step, counted from 0 at the start of the chain.
             num_correction_steps: correction steps per guided step; 3 by default.
             blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
             normalize_features: `False` takes raw features, as the original study does (`ORIGINAL_GUIDANCE`).
-            pixel_weight: of thumbnails beside the features in the distance that is transported by; 0 for features
-                alone. The default is 1 where the reference bank holds thumbnails and features are normalised.
-            step_rule: `"displacement"` moves an image by `guidance_scale` / 2 of what the transport plan asks for in
-                each correction step, `"adam"` every pixel by about `guidance_scale` · 0.02. The default is the first
-                where pixels take part, else the second.
-            joint_batch: guide the batch by its own transport problem (`True`) or each image by the guidance field
-                (`False`), which is the default where there is one. The field brings its own guidance: arguments that
-                ask for another are refused.
-            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": …})` after each step; what it
-                returns under `"latents"` replaces them. `pipe._interrupt = True` leaves out the steps to come.
+            pixel_weight: weight of thumbnails beside the features in the transport cost; 0 for features alone. The
+                default is 1 where the reference bank holds thumbnails and features are normalised.
+            step_rule: in each correction step, `"displacement"` moves an image by `guidance_scale` / 2 of the
+                displacement in the transport plan, and `"adam"` moves every pixel by about `guidance_scale` · 0.02. The
+                default is `"displacement"` where `pixel_weight` is above 0, else `"adam"`.
+            joint_batch: guide the batch by its own transport problem (`True`), or each image by the guidance field
+                (`False`); the default is `False` where there is a field. Arguments of guidance that contradict those
+                of the field are refused.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": …})` after each step; the tensor
+                that it returns under `"latents"` replaces them. `pipe._interrupt = True` skips the remaining steps.
             callback_on_step_end_tensor_inputs: `["latents"]`.
 
         Returns:
             `ImagePipelineOutput` with `images`.
 
         Raises:
-            InputError: an argument out of range, guidance asked for without the parts, networks or a scheduler that
-                do not fit, or a network's output that is not finite, with the step.
+            InputError: an argument out of range, guidance without its parts, networks or a scheduler that do not fit,
+                or a network output that is not finite; the message names the step.
         """
         # 1. Check the inputs, prepare the chain.
         generator = check_call(batch_size, generator, eta, output_type, callback_on_step_end_tensor_inputs)

@@ -1,10 +1,10 @@
-"""Generation by the last T' reverse steps only, from the noisy images that a one-call prior makes."""
+"""Generation by the last T' reverse steps only, from noisy images that a prior generates in one call."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin, UNet2DModel
@@ -18,35 +18,38 @@ from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.prior import PriorMixin
 from ..models.reference_bank import ReferenceBank
-from ..schedules import Scheduler, alpha_sigma
+from ..schedules import Scheduler, alpha_sigma, truncated_scheduler
 from .call import FiniteValues, Generators, check_call, check_networks, postprocess
 from .guided import Callback, Chain, GuidedPipeline
 from .portable import register
 
+if TYPE_CHECKING:
+    from typing import Self
+
 logger = logging.get_logger(__name__)
 
-# Corrections of the prior's own images in a guided call that does not say otherwise.
+# Default number of corrections of the prior's images in a guided call.
 PRIOR_GUIDANCE_STEPS = 5
 
 
 @register
 class TruncatedPriorPipeline(GuidedPipeline):
-    """Truncated diffusion: the prior makes x_T', the denoiser walks the T' steps from there to x_0.
+    """Truncated diffusion: the prior generates x_T', and the denoiser takes the T' steps from there to x_0.
 
-    With the prior N(0, I) and T' = T it is diffusers' own pipeline, bit for bit wherever that makes a proper chain (see
-    `ot_diffusers.schedules.set_timesteps`). Components are left as they were: mode, dtype, gradients and the state of
-    the scheduler, of which each call takes a copy.
+    With the prior N(0, I) and T' = T it is diffusers' own pipeline, bit for bit wherever that has a proper chain (see
+    `ot_diffusers.schedules.set_timesteps`). A call does not change the components: it restores the mode of the networks
+    and works on a copy of the scheduler.
 
-    With a feature network and its reference bank the chain is guided as `OTGuidedDDIMPipeline` guides it, and the
-    prior's own clean images are corrected before they are diffused.
+    With a feature network and its reference bank the chain is guided as by `OTGuidedDDIMPipeline`, and the clean images
+    of the prior are corrected before they are diffused.
 
     Args:
         prior: `PriorGenerator`, `GaussianPrior`, or another `PriorMixin`.
         unet: an unconditional `UNet2DModel`, trained on all steps or on those below T' only.
         scheduler: `truncated_scheduler(full_scheduler, T')`.
         feature_extractor: frozen feature network, optional.
-        reference_bank: features of real images by that network, optional.
-        guidance_field: the field that `record_guidance_field` makes, optional.
+        reference_bank: features of real images (the reference set) by that network, optional.
+        guidance_field: the field that `record_guidance_field` returns, optional.
 
     Example:
         >>> from ot_diffusers.models.prior import GaussianPrior
@@ -88,6 +91,20 @@ class TruncatedPriorPipeline(GuidedPipeline):
         """T', the length of the chain."""
         return self.scheduler.config.num_train_timesteps
 
+    def at_truncation_timestep(self, truncation_timestep: int, full_scheduler: SchedulerMixin | None = None) -> Self:
+        """A pipeline of the same parts whose chain starts at another T', without the guidance field of this chain.
+
+        Args:
+            truncation_timestep: T' of the new pipeline.
+            full_scheduler: scheduler of the whole chain; needed for a T' above that of this pipeline.
+
+        Raises:
+            InputError: T' out of range, or a prior that generates x_T' itself, for its own T' only.
+        """
+        scheduler = truncated_scheduler(full_scheduler or self.scheduler, truncation_timestep)
+        prior = self.prior.at_truncation_timestep(truncation_timestep)
+        return type(self)(prior, self.unet, scheduler, self.feature_extractor, self.reference_bank)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -117,18 +134,18 @@ class TruncatedPriorPipeline(GuidedPipeline):
 
         Args:
             batch_size: number of images.
-            generator: one generator, or one for each image: then an image is the same in any batch.
+            generator: one generator, or one for each image, which makes an image independent of its batch.
             eta: η of DDIM in [0, 1]; other schedulers ignore it.
             num_inference_steps: reverse steps, 1 … T'; T' by default. Prefer a divisor of T'.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` (floats in [0, 1], [B, H, W, C]), `"pt"` (tensor in [0, 1],
-                [B, C, H, W]) or `"latent"` (x_0 as the chain leaves it).
-            return_dict: return an `ImagePipelineOutput`, or a tuple of the images alone.
-            latents: x_T' to start from in place of the prior's, [B, C, H, W]. Real x_T' make it the oracle.
+                [B, C, H, W]) or `"latent"` (the result of the last step).
+            return_dict: return an `ImagePipelineOutput`; `False` returns a tuple.
+            latents: x_T' that replaces the prior's, [B, C, H, W]; with noisy real images the chain is the oracle.
             guidance_scale, num_guidance_steps, guidance_start_step: as in `OTGuidedDDIMPipeline`.
             num_correction_steps, blur, normalize_features, pixel_weight, step_rule, joint_batch: likewise.
-            num_prior_guidance_steps: corrections of the prior's own images before they are diffused, each as in a
-                guided step; 5 by default where there is guidance and a prior of clean images.
+            num_prior_guidance_steps: number of corrections of the prior's clean images before they are diffused, each
+                as in a guided step; 5 by default where there is guidance and the prior generates clean images.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in `OTGuidedDDIMPipeline`.
 
         Raises:
@@ -141,7 +158,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         expected, given = (batch_size, *shape), None if latents is None else tuple(latents.shape)
         require(given in (None, expected), "latents", f"have shape {expected}", given)
         chain = self._prepare_chain(
-            copy.deepcopy(self.scheduler),  # sampling leaves marks on a scheduler
+            copy.deepcopy(self.scheduler),  # sampling changes the state of a scheduler
             shape,
             batch_size,
             self.truncation_timestep if num_inference_steps is None else num_inference_steps,
@@ -201,7 +218,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
     def _prior_timesteps(
         self, guidance: OTGuidance | None, latents: Tensor | None, num_prior_guidance_steps: int | None
     ) -> list[int]:
-        """The corrections of the prior's images as steps before the chain, T' + n − 1 … T': so a field knows them."""
+        """Timesteps T' + n − 1 … T' for the corrections of the prior's images, at which a field can record them."""
         first, clean = self.truncation_timestep, latents is None and self.prior.prediction_type == "sample"
         if guidance is None or (num_prior_guidance_steps is None and not clean):
             count = 0
@@ -212,7 +229,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         else:
             count = PRIOR_GUIDANCE_STEPS
         require_integer("num_prior_guidance_steps", count, at_least=0)
-        requirement = "be 0 where the prior makes no clean images"
+        requirement = "be 0 where the prior does not generate clean images"
         require(clean or count == 0, "num_prior_guidance_steps", requirement, count)
         return list(reversed(range(first, first + count)))
 

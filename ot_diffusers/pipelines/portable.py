@@ -1,9 +1,8 @@
-"""What both pipelines add to saving and loading: repositories that open with diffusers alone, and never by a pickle.
+"""Saving and loading of both pipelines: repositories load without this package too, and weights are never pickled.
 
-In `model_index.json`, a part whose class is this package's stands without a library, as `[null, "ReferenceBank"]`.
-diffusers takes that for an absent part, so that a guided repository is a plain `DDIMPipeline` for people who do not
-have the package (a repository with a library that it does not know, it refuses whole). The pipelines here know the
-class.
+In `model_index.json`, a part whose class belongs to this package has no library: `[null, "ReferenceBank"]`. diffusers
+treats such a part as absent, so that a guided repository loads as a plain `DDIMPipeline` where this package is not
+installed; diffusers would refuse a repository that names an unknown library. The pipelines here find the class.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ PARTS = (
 )
 """Parts that a repository may name."""
 
-# diffusers asks the module that a part is loaded from, which is this one, for the base class of models as well.
+# diffusers looks up the base class of models in the module that a part is loaded from, which is this one.
 __all__ = ["PARTS", "ModelMixin", "PortablePipeline", "register", *(part.__name__ for part in PARTS)]
 
 CODE_NAME = "pipeline.py"
@@ -53,16 +52,16 @@ from ot_diffusers import {name} as Pipeline  # pip install ot-diffusers
 
 __all__ = ["Pipeline"]
 '''
-# One name for all: diffusers runs the code of all local folders in one module, and wants one pipeline there.
+# The same name everywhere: diffusers runs the code of all local folders in one module, which must hold one pipeline.
 
 
 class PortablePipeline(DiffusionPipeline):
-    """A `DiffusionPipeline` whose folder is the same bytes wherever it was loaded from."""
+    """A `DiffusionPipeline` whose saved folder does not depend on where it was loaded from."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id; weights are read as safetensors unless
-        `use_safetensors=False` asks for others."""
+        """As `DiffusionPipeline.from_pretrained`, from a folder or a Hub id; weights must be safetensors unless
+        `use_safetensors=False` is given."""
         if not kwargs.get("trust_remote_code"):
             check_holds_no_code(pretrained_model_name_or_path)
         if kwargs.get("use_safetensors") is None:
@@ -80,17 +79,17 @@ class PortablePipeline(DiffusionPipeline):
     ) -> Self:
         """A pipeline that shares the parts of another one.
 
-        diffusers' own drops parts whose class is not exactly that of the annotation, and makes all that are left
-        float32, in the other pipeline as well; here they stay what they are.
+        The method of diffusers drops parts whose class is not exactly the annotated one, and casts the others to
+        float32, in the other pipeline too. Here all parts stay as they are.
 
         Args:
             pipeline: any pipeline whose UNet is a `UNet2DModel`.
-            dtype: of all parts, which changes them in `pipeline` as well; by default each keeps its own.
+            dtype: dtype of all parts, which are cast in `pipeline` too; by default each keeps its own.
             torch_dtype: an older name of `dtype`.
-            parts: by their names, in place of those of `pipeline`.
+            parts: parts by name that replace those of `pipeline`.
 
         Raises:
-            InputError: a part that this pipeline does not have, or one that it needs and does not get.
+            InputError: an unknown part, or a required part that is missing.
         """
         needed = {name: one for name, one in inspect.signature(cls.__init__).parameters.items() if name != "self"}
         unknown = [name for name in parts if name not in needed]
@@ -109,8 +108,8 @@ class PortablePipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for interpreters that have not imported the
-        package; weights are safetensors, whatever `safe_serialization` says."""
+        """As `DiffusionPipeline.save_pretrained`, with a `pipeline.py` for programs that do not import this package;
+        weights are always safetensors, and `safe_serialization` has no effect."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_NAME).write_text(CODE.format(name=type(self).__name__), encoding="utf-8")
@@ -138,17 +137,17 @@ class PortablePipeline(DiffusionPipeline):
         """Push weights and a model card as one commit; returns the commit's address.
 
         Args:
-            repo_id: `user/name`, or a name among the token's owner's repositories; it is created where it does not
+            repo_id: `user/name`, or a name alone for a repository of the token's owner; it is created if it does not
                 exist.
             commit_message: first line of the commit's message.
             private: create it private. An existing public repository is refused.
-            token: by default, the one that `hf auth login` stored or `HF_TOKEN` holds.
-            create_pr: open a pull request in place of a commit.
-            safe_serialization: as diffusers has it, without effect: weights are safetensors.
-            variant: such as `"fp16"`, for the names of the weights' files.
-            revision: branch to commit to, created where it does not exist.
+            token: access token; by default the one that `hf auth login` stored or `HF_TOKEN` holds.
+            create_pr: open a pull request instead of a commit.
+            safe_serialization: without effect, weights are always safetensors.
+            variant: part of the weight files' names, such as `"fp16"`.
+            revision: branch to commit to; it is created if it does not exist.
             results: `results.json` of an evaluation, comparison or demo, for the card.
-            arm: the arm of `results` that is this pipeline; needed where there are several.
+            arm: the method in `results` that is this pipeline; needed where there are several.
 
         Raises:
             InputError: no token, no permission, no network; the repository is then as it was.
@@ -168,14 +167,14 @@ class PortablePipeline(DiffusionPipeline):
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
-        """The classes that each part may have. diffusers 0.33 reads no annotations that are texts, and no `A | B`."""
+        """The classes that each part may have. diffusers 0.33 cannot read string annotations or `A | B`."""
         kinds = get_type_hints(cls.__init__)
         parameters = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         return {name: get_args(kinds[name]) or (kinds[name],) for name in parameters}
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As diffusers', with the module of each part of this package."""
+        """As in diffusers, with the module of each part of this package."""
         located = {name: _located(entry) for name, entry in config_dict.items()}
         return super().extract_init_dict(located, **kwargs)
 
@@ -186,10 +185,10 @@ class PortablePipeline(DiffusionPipeline):
 
 
 def check_holds_no_code(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder whose index names Python code in it, for a part or for the whole: diffusers 0.33 runs it unasked.
+    """Refuse a folder whose index names Python code for a part or the whole pipeline: diffusers 0.33 runs it unasked.
 
     Raises:
-        InputError: naming the files. Those of a repository on the Hub, diffusers refuses.
+        InputError: such code, with the names of its files. Code in a repository on the Hub is refused by diffusers.
     """
     if os.path.isfile(os.path.join(path, "model_index.json")):
         index = DiffusionPipeline.load_config(path)
@@ -200,28 +199,28 @@ def check_holds_no_code(path: str | os.PathLike[str]) -> None:
 
 
 def register(kind: type[Pipeline]) -> type[Pipeline]:
-    """Class decorator: an attribute of `diffusers`, where `DiffusionPipeline.from_pretrained` looks for the class."""
+    """Class decorator: make the class an attribute of `diffusers`, where `from_pretrained` looks it up."""
     setattr(diffusers, kind.__name__, kind)
     return kind
 
 
 def _fits(part: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a pipeline takes over a part: one of these classes or a derived one, or a wrapped module."""
+    """Whether a pipeline can take over a part: one of these classes or a derived one, or a wrapped module."""
     return isinstance(part, (*kinds, type(None))) or (isinstance(part, nn.Module) and not isinstance(part, ModelMixin))
 
 
 def _located(entry: Any) -> Any:
-    """`[None, class]` as `[this module, class]`, where it is one of ours."""
+    """`[None, class]` as `[this module, class]` for a class of this package."""
     return [__name__, entry[1]] if _names_part(entry) else entry
 
 
 def _unlocated(entry: Any) -> Any:
-    """`[module, class]` as `[None, class]`, where it is one of ours."""
+    """`[module, class]` as `[None, class]` for a class of this package."""
     return [None, entry[1]] if _names_part(entry) else entry
 
 
 def _names_part(entry: Any) -> bool:
-    """Whether an entry of `model_index.json` is a part of this package, with its module or without."""
+    """Whether an entry of `model_index.json` names a class of this package, with its module or without."""
     if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
         return False
     library, name = entry

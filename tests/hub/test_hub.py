@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -23,6 +24,7 @@ from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipe
 from ot_diffusers.errors import InputError
 from ot_diffusers.hub.cards import CardFacts, _metric_arguments, render_card
 from ot_diffusers.hub.push import push_folder, repository_files
+from ot_diffusers.reporting.differences import verdict
 from ot_diffusers.reporting.quoting import quote
 from ot_diffusers.studies.config import read_config
 
@@ -72,7 +74,8 @@ def evaluated(run: Path) -> tuple[object, ...]:
 
 
 EXPECTED = {
-    "README.md", "model_index.json", "pipeline.py", "results.json", "samples.png", "samples/update-00001400.png",
+    "README.md", "model_index.json", "pipeline.py", "results.json", "samples.png", "samples_plain.png",
+    "samples/update-00001400.png",
     "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json",
     "feature_extractor/config.json", "feature_extractor/diffusion_pytorch_model.safetensors",
     "reference_bank/config.json", "reference_bank/diffusion_pytorch_model.safetensors",
@@ -280,7 +283,7 @@ def test_a_card_holds_the_numbers_of_its_files(run: Path, tmp_path: Path) -> Non
     assert found["recall"].dataset_type == "sklearn-docs/digits" and card.data.datasets == ["sklearn-docs/digits"]
     assert card.data.metrics == list(found) and card.data.license == "apache-2.0"
     assert quote(RESULTS) in card.text
-    assert "1,400 updates of 32 images" in card.text and "float16" in card.text
+    assert "1,400 training steps of 32 images" in card.text and "float16" in card.text
 
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert snippet is not None and len([line for line in snippet[1].splitlines() if line]) <= 5
@@ -288,9 +291,58 @@ def test_a_card_holds_the_numbers_of_its_files(run: Path, tmp_path: Path) -> Non
     assert torch.equal(weights, make_guided().unet.conv_in.weight.half())
 
 
+def test_a_card_shows_the_model_beside_others_with_verdicts(run: Path, tmp_path: Path) -> None:
+    differences = {
+        "frechet_distance": {"mean": -1.0, "low": -1.2, "high": -0.8, "p_value": 0.001, "p_holm": 0.001, "shown": True},
+        "recall": {"mean": 0.125, "low": -0.2, "high": 0.45, "p_value": 0.3, "p_holm": 0.3, "shown": False},
+    }
+    results = RESULTS | {"seeds": [0, 1, 2], "differences": {"OT-guided": differences}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    options = ("--results", tmp_path / "results.json", "--arm", "OT-guided", "--hardware", "an abacus")
+    assert command("card", run, "--output", tmp_path / "card", *options, "--num-images", 4) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "| Fréchet (lower is better) | 0.500 ± 0.1 | 1.50 | 0.250 |" in card
+    assert "better in Fréchet; " in card and f"{verdict('recall', differences['recall'])} in Recall." in card
+    assert card.count("Times were measured on an abacus.") == 2
+    assert "3 random seeds" in card and "![Samples without guidance](samples_plain.png)" in card
+    plain, guided = (PIL.Image.open(tmp_path / "card" / f"{name}.png") for name in ("samples_plain", "samples"))
+    assert plain.size == guided.size and plain.tobytes() != guided.tobytes()
+
+
+def test_a_card_is_written_again_from_its_folder(run: Path, tmp_path: Path) -> None:
+    cards = tmp_path / "first", tmp_path / "second"
+    for source, output in zip((run, cards[0]), cards, strict=True):
+        options = ("--num-images", 4, "--num-inference-steps", 2, "--repo", "a/b", "--dtype", "float16")
+        assert command("card", source, "--output", output, *evaluated(run), *options) == 0
+    first, second = ({path: (card / path).read_bytes() for path in repository_files(card)} for card in cards)
+    assert "training/pipeline/run.json" in first and "logs/train_ot/events.out.tfevents.1" in first
+    assert second == first
+
+
+def test_a_truncated_card_may_start_at_another_timestep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_truncated().save_pretrained(tmp_path / "run")
+    config = {"train_batch_size": 32, "learning_rate": 1e-3, "lr_scheduler": "cosine", "seed": 0}
+    for part, script in (("run", "train_prior"), ("denoiser", "train_baseline")):
+        if part == "denoiser":
+            DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path / part)
+        record = {"script": f"train/{script}.py", "config": config, "data": {}}
+        (tmp_path / part / "run.json").write_text(json.dumps(record))
+        (tmp_path / part / "results.json").write_text(json.dumps({"updates": 7, "training_seconds": 2.0}))
+    options = ("--truncation-timestep", 50, "--num-inference-steps", 2, "--num-images", 4)
+    assert command("card", tmp_path / "run", "--output", tmp_path / "card", *options) == 2
+    assert "`truncation_timestep`" in capfd.readouterr().err
+    moved = (*options, "--denoiser", tmp_path / "denoiser")
+    assert command("card", tmp_path / "run", "--output", tmp_path / "card", *moved) == 0
+    assert TruncatedPriorPipeline.from_pretrained(tmp_path / "card").truncation_timestep == 50
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "step T' = 50" in card and "3 network calls" in card
+    assert "The prior was trained by `train_prior.py`" in card
+    assert "The denoiser was trained by `train_baseline.py`" in card
+
+
 def test_a_card_without_an_evaluation_says_so() -> None:
     card = render_card(CardFacts("user/model", "OTGuidedDDIMPipeline", {"unet": 10}))
-    assert "None yet" in card.text and card.data.eval_results is None
+    assert "has not been evaluated" in card.text and card.data.eval_results is None
 
 
 BAD_INPUT = {
@@ -304,6 +356,11 @@ BAD_INPUT = {
     "card into a file": ("card {run} --output {run}/run.json/card", "output"),
     "card for no repository": ("card {run} --output {new} --repo a/b/c", "a/b/c"),
     "unknown precision": ("card {run} --output {new} --dtype int3", "int3"),
+    "compared with no such arm": (
+        "card {run} --output {new} --results {run}/../results.json --arm baseline --num-images 0 --beside best",
+        "'best'",
+    ),
+    "another timestep of a whole chain": ("card {run} --output {new} --truncation-timestep 5", "truncation_timestep"),
     "negative pictures": ("card {run} --output {new} --num-images -1", "-1"),
     "info of nothing": ("info {new}", "new"),
     "report of nothing": ("report {new}", "new"),
@@ -382,8 +439,22 @@ def test_a_published_model_loads_from_a_clone_and_its_card_is_valid(folder: Path
     arms = [entry["metrics"] for entry in results["arms"].values()]
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert any(values.items() <= metrics.items() for metrics in arms)
-    assert quote(results) in card.text
+    assert quote({key: value for key, value in results.items() if key != "summary"}) in card.text
+    if "reference_bank" in card.text:
+        assert (folder / "samples_plain.png").is_file() and "(samples_plain.png)" in card.text
     assert folder.name in re.findall(r'from_pretrained\(".+/(.+)"\)', card.text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder", [folder for folder in PUBLISHED if "digits" in folder.name], ids=lambda one: one.name
+)
+def test_the_snippet_of_a_card_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    exec(snippet[1].replace(f"ot-diffusers/{folder.name}", str(folder)), {})
+    assert PIL.Image.open("sample.png").size == (8, 8)
 
 
 def test_published_models_are_small() -> None:

@@ -221,7 +221,9 @@ def test_a_field_is_recorded_where_a_timestep_is_passed_once(kind):
     assert len(field.config.timesteps) == 13 and min(field.config.timesteps) == 0
     for scheduler in (PNDMScheduler(), DPMSolverMultistepScheduler(use_beta_sigmas=True)):
         pipe = _pipe(kind, scheduler, **_parts())
-        message = f"`scheduler` must pass a timestep once where a field is recorded, got '{type(scheduler).__name__}'"
+        message = (
+            f"`scheduler` must visit each timestep once where a field is recorded, got '{type(scheduler).__name__}'"
+        )
         with pytest.raises(InputError, match=message):
             pipe.record_guidance_field(16, num_inference_steps=60)
         assert pipe.guidance_field is None and not pipe._records

@@ -136,6 +136,24 @@ def test_image_does_not_depend_on_its_batch(eta):
     torch.testing.assert_close(alone[0], together[2], rtol=0, atol=1e-5)
 
 
+def test_the_same_parts_start_at_another_timestep():
+    pipe, full = _pipeline(), DDIMScheduler()
+    for truncation_timestep, scheduler in ((4, None), (20, full)):
+        moved = pipe.at_truncation_timestep(truncation_timestep, scheduler)
+        moved.set_progress_bar_config(disable=True)
+        expected = _pipeline(
+            pipe.prior.at_truncation_timestep(truncation_timestep),
+            pipe.unet,
+            truncated_scheduler(full, truncation_timestep),
+        )
+        options = {"batch_size": 2, "num_inference_steps": 2, "output_type": "pt"}
+        images = [one(generator=_seeded(3)[0], **options).images for one in (moved, expected)]
+        assert torch.equal(*images) and moved.unet is pipe.unet
+    assert pipe.truncation_timestep == 10
+    with pytest.raises(InputError, match="`truncation_timestep` must be an integer from 1 to 10, got 20"):
+        pipe.at_truncation_timestep(20)
+
+
 def test_components_are_left_as_they_were():
     pipe = _pipeline()
     pipe.prior.train()
@@ -405,7 +423,7 @@ def test_guided_pipeline_loads_with_its_parts_and_plain_without_them(tmp_path):
         ({"num_prior_guidance_steps": -1}, "`num_prior_guidance_steps` must be at least 0, got -1"),
         (
             {"latents": torch.zeros(1, 1, 8, 8), "num_prior_guidance_steps": 1},
-            "`num_prior_guidance_steps` must be 0 where the prior makes no clean images, got 1",
+            "`num_prior_guidance_steps` must be 0 where the prior does not generate clean images, got 1",
         ),
         ({"joint_batch": False}, "`joint_batch` must be true without a guidance field"),
     ],
