@@ -59,7 +59,7 @@ def _load(path: str) -> SemidiscreteCoupling:
     folder = Path(path)
     folder = folder / "coupling" if (folder / "coupling").is_dir() else folder
     try:
-        return SemidiscreteCoupling.from_pretrained(folder)
+        return SemidiscreteCoupling.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"`coupling` must be the folder of a saved semidiscrete coupling, got {path!r}") from error
 

@@ -190,8 +190,8 @@ def test_sample_writes_pictures_and_a_grid(pipeline: Path, tmp_path: Path, capfd
         "grid.png",
     ]
     assert PIL.Image.open(output / "00000.png").size == (8, 8)
-    # Three columns and two rows of 48 pixels, and 2 pixels around each.
-    assert PIL.Image.open(output / "grid.png").size == (3 * 50 + 2, 2 * 50 + 2)
+    # Three columns and two rows of 64 pixels, and 2 pixels around each.
+    assert PIL.Image.open(output / "grid.png").size == (3 * 66 + 2, 2 * 66 + 2)
 
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     assert run("sample", pipeline, *options) == 2
@@ -403,5 +403,5 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
 def test_demo_shows_the_end_of_the_log_of_a_script_that_failed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(RuntimeError, match=r"training 'features' failed:\n +error: `train_batch_size` must"):
+    with pytest.raises(RuntimeError, match=r"training 'features' failed:\n(.*\n)* +error: `train_batch_size` must"):
         run_demo(tmp_path / "demo", overrides=("train_batch_size=5000",), log=lambda line: None)
