@@ -49,8 +49,8 @@ STEP_RULES = ("displacement", "adam")
 # Fixed Sinkhorn iterations on a GPU: for the first correction, and for warm-started ones. They suffice from this blur
 # on, in units of the median distance.
 COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 20, 10, 0.3
-# Number of images in one pass of the feature network on a CPU.
-CPU_PART = 50
+# Pixel values that pass through the feature network at once on a CPU: 50 images of 32 × 32 in colour.
+CPU_VALUES = 153_600
 # Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
@@ -258,7 +258,8 @@ class OTGuidance:
     def features(self, images: Tensor) -> Tensor:
         """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + D'] with pixels."""
         # On a CPU, small parts reuse caches and memory and are faster; an accelerator takes the whole batch.
-        parts = images.to(self.feature_extractor.dtype).split(CPU_PART if images.device.type == "cpu" else len(images))
+        rows = max(1, CPU_VALUES // images[0].numel()) if images.device.type == "cpu" else len(images)
+        parts = images.to(self.feature_extractor.dtype).split(rows)
         features = torch.cat([self.feature_extractor.extract(part) for part in parts]).float()
         return self._beside_pixels(features, thumbnails(images.float()) if self.pixel_weight > 0 else None)
 

@@ -147,7 +147,7 @@ def test_autocast_does_not_reach_inside(parts):
 def test_parts_of_a_batch_on_a_cpu_change_nothing(parts, monkeypatch):
     images = _blurred(33)
     whole = OTGuidance(*parts).correct(images)
-    monkeypatch.setattr(guidance, "CPU_PART", 8)
+    monkeypatch.setattr(guidance, "CPU_VALUES", 8 * 64)
     torch.testing.assert_close(OTGuidance(*parts).correct(images), whole, rtol=0, atol=1e-5)
 
 
