@@ -5,8 +5,10 @@ Stored images are uint8 in 0 … 255, diffusion models use [-1, 1], feature netw
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,14 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     _require_floats(images)
     return (to_unit_range(images.float()) * 255).round().to(torch.uint8)
+
+
+def content_hash(shape: Sequence[int], chunks: Iterable[Tensor]) -> str:
+    """SHA-256 over the shape [N, C, H, W] and the bytes of uint8 images on the CPU, which come in chunks."""
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for chunk in chunks:
+        digest.update(chunk.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _require_floats(images: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, require
-from ..images import to_model_range, to_uint8
+from ..images import content_hash, to_model_range, to_uint8
 from .decode import DECODE_CHUNK, Decoder, chunks
 
 
@@ -51,7 +50,7 @@ class ResidentImages:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of shape and pixels: equal images have equal fingerprints, whatever their source."""
-        return _content_hash(len(self), self.image_shape, [self.pixels.cpu()])
+        return content_hash(self.pixels.shape, [self.pixels.cpu()])
 
     def to(self, device: torch.device | str) -> ResidentImages:
         """Move the uint8 images to `device`; returns self."""
@@ -93,7 +92,7 @@ class StreamedImages:
     def fingerprint(self) -> str:
         """The same value as with `ResidentImages`. The first use decodes the whole split."""
         decoded = (self.decoder.decode(chunk) for chunk in chunks(len(self)))
-        return _content_hash(len(self), self.image_shape, decoded)
+        return content_hash((len(self), *self.image_shape), decoded)
 
     def to(self, device: torch.device | str) -> StreamedImages:
         """Return images on `device` from now on; returns self."""
@@ -163,10 +162,3 @@ def _training_order(num_samples: int, batch_size: int, seed: int, start: int) ->
         for batch in range(first, batches_per_epoch):
             yield permutation[batch * batch_size : (batch + 1) * batch_size]
         epoch, first = epoch + 1, 0
-
-
-def _content_hash(num_samples: int, image_shape: tuple[int, int, int], chunks: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256(repr((num_samples, *image_shape)).encode())
-    for chunk in chunks:
-        digest.update(chunk.contiguous().numpy().data)
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..errors import require, require_number, require_sizes
-from ..images import require_model_range, to_model_range, to_uint8
+from ..images import content_hash, require_model_range, to_model_range, to_uint8
 from ..seeds import key
-from ..transport.semidiscrete import assign, semidiscrete_potentials
+from ..transport.semidiscrete import assign, in_float64, semidiscrete_potentials
 from .portable import PortableModel
 
 if TYPE_CHECKING:
@@ -98,6 +97,7 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             shape = (num_components, math.prod(image_shape))
             self.components = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.register_buffer("points", None, persistent=False)
+        self.register_buffer("longest", None, persistent=False)
 
     @classmethod
     def from_images(
@@ -148,12 +148,12 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             round(solved.seconds, 2),
             seed,
             dataset,
-            content_hash(images),
+            _fingerprint(images),
         )
         coupling.potentials.data = solved.values
         if coupling.components is not None and components is not None:
             coupling.components.data = components
-        coupling.points = points
+        coupling._keep(points)
         return coupling
 
     def with_images(self, images: Tensor) -> Self:
@@ -167,10 +167,13 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         expected = (self.config.num_points // (1 + self.config.flips), *self.config.image_shape)
         require(shape == expected, "images", f"have the shape {expected} of those it was made for", shape)
         known = self.config.data_fingerprint
-        same = known is None or known == content_hash(images)
+        same = known is None or known == _fingerprint(images)
         require(same, "images", f"be those of {self.config.dataset or 'the data set'} it was made for", "other images")
-        self.points = _points(images, self.components, self.config.flips).to(self.potentials.device)
+        self._keep(_points(images, self.components, self.config.flips).to(self.potentials.device))
         return self
+
+    def _keep(self, points: Tensor) -> None:
+        self.points, self.longest = points, points.norm(dim=1).max()
 
     def assign(self, noise: Tensor) -> Tensor:
         """The image that each noise is paired with, int64 [B]; from N on, mirrored images of a coupling with flips.
@@ -185,7 +188,10 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         sizes = ", ".join(map(str, shape))
         require(tuple(noise.shape[1:]) == shape, "noise", f"have shape [B, {sizes}]", tuple(noise.shape))
         require(self.points is not None, "images", "be given by `with_images` to a coupling that was loaded", None)
-        return assign(_projected(noise.float(), self.components), self.points, self.potentials.float())
+        rows = noise.flatten(1).float()
+        if self.components is not None:  # in float64, so that the batch's shape does not show in the rounding
+            rows = (in_float64(rows) @ in_float64(self.components).T).to(noise.device, torch.float32)
+        return assign(rows, self.points, self.potentials.float(), longest=self.longest)
 
     def pick(self, images: Tensor, indices: Tensor) -> Tensor:
         """The images of `assign`'s indices, mirrored where they say so.
@@ -208,12 +214,10 @@ def mirrored(images: Tensor, which: Tensor) -> Tensor:
     return torch.where(which.to(images.device)[:, None, None, None], images.flip(3), images)
 
 
-def content_hash(images: Tensor) -> str:
-    """SHA-256 over shape and bytes of images as uint8."""
+def _fingerprint(images: Tensor) -> str:
+    """The `fingerprint` that a data set of these images has."""
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
-    digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
-    digest.update(pixels.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    return content_hash(pixels.shape, [pixels.cpu()])
 
 
 def _check_images(images: Tensor) -> None:
@@ -227,7 +231,7 @@ def _floats(images: Tensor) -> Tensor:
 
 
 def _projected(images: Tensor, components: Tensor | None) -> Tensor:
-    """Images or noise [B, C, H, W] as points [B, K]; the components are orthonormal, so noise stays standard normal."""
+    """Images [B, C, H, W] as points [B, K]; the components are orthonormal, so noise stays standard normal."""
     rows = images.flatten(1)
     return rows if components is None else rows @ components.float().T
 

@@ -124,7 +124,7 @@ def semidiscrete_potentials(
 
 
 @torch.no_grad()
-def assign(noise: Tensor, points: Tensor, potentials: Tensor) -> Tensor:
+def assign(noise: Tensor, points: Tensor, potentials: Tensor, *, longest: Tensor | None = None) -> Tensor:
     """The point that each noise vector is sent to, argmax_j ⟨ε, x_j⟩ + h_j: int64 [B].
 
     The result for a row does not depend on the other rows: where two scores are so close that float32 might decide by
@@ -134,17 +134,23 @@ def assign(noise: Tensor, points: Tensor, potentials: Tensor) -> Tensor:
         noise: [B, D].
         points: [N, D], on the device of the noise.
         potentials: [N].
+        longest: largest length of a point, 0-d, for callers that know it; computed by default.
     """
-    farthest = points.square().sum(dim=1).max().sqrt()
+    longest = points.norm(dim=1).max() if longest is None else longest
     parts = []
     for rows in noise.split(_rows_at_a_time(len(points), noise.device)):
         winners, margin = _winners(torch.addmm(potentials, rows, points.T), want_margin=True)
-        doubtful = (margin <= TIE * rows.norm(dim=1) * farthest).nonzero()[:, 0]
+        doubtful = (margin <= TIE * rows.norm(dim=1) * longest).nonzero()[:, 0]
         if len(doubtful):
-            exact = rows[doubtful].double() @ points.T.double() + potentials.double()
-            winners[doubtful] = exact.argmax(dim=1)
+            exact = torch.addmm(in_float64(potentials), in_float64(rows[doubtful]), in_float64(points).T)
+            winners[doubtful] = exact.argmax(dim=1).to(winners.device)
         parts.append(winners)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=noise.device)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """`values` in float64, on the CPU where the device is an Apple GPU, which lacks it."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ot_diffusers import SemidiscreteCoupling
+from ot_diffusers.data import ResidentImages
 from ot_diffusers.errors import InputError
 from ot_diffusers.images import to_uint8
 
@@ -36,6 +37,7 @@ def test_it_comes_back_from_disk_with_its_images(tmp_path: Path) -> None:
     loaded = SemidiscreteCoupling.from_pretrained(tmp_path)
     assert (loaded.config.dataset, loaded.config.seed, loaded.config.num_components) == ("bars", 3, None)
     assert 0 < loaded.config.chi_squared <= 0.02
+    assert loaded.config.data_fingerprint == ResidentImages("bars", "train", None, images).fingerprint
     with pytest.raises(InputError, match="`images` must be given by `with_images`"):
         loaded.assign(noise)
     assert torch.equal(loaded.with_images(images).assign(noise), coupling.assign(noise))
@@ -75,6 +77,7 @@ def test_large_images_are_compared_in_principal_components() -> None:
     assert components is not None and whole.components is None
     assert coupling.config.num_components == len(components) < 120
     assert coupling.config.kept_share >= 0.9
+    assert torch.equal(coupling.assign(noise), torch.cat([coupling.assign(row) for row in noise.split(1)]))
     torch.testing.assert_close(components @ components.T, torch.eye(len(components)), atol=1e-4, rtol=0)
     costs = [(each.pick(images, each.assign(noise)) - noise).square().mean() for each in (coupling, whole)]
     independent = (images.repeat(5, 1, 1, 1)[:500] - noise).square().mean()
