@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .models.prior import GaussianPrior, PriorGenerator
     from .models.reference_bank import ReferenceBank
     from .models.semidiscrete_coupling import SemidiscreteCoupling
+    from .pipelines.pipeline_flow_match import FlowMatchPipeline
     from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
     from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
     from .schedules import truncated_scheduler
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BackboneFeatureExtractor": ".models.backbone_extractor",
     "ConvFeatureExtractor": ".models.feature_extractor",
+    "FlowMatchPipeline": ".pipelines.pipeline_flow_match",
     "GaussianPrior": ".models.prior",
     "GuidanceField": ".models.guidance_field",
     "OTGuidance": ".guidance",
@@ -45,6 +47,7 @@ _MODULES = {
 __all__ = [
     "BackboneFeatureExtractor",
     "ConvFeatureExtractor",
+    "FlowMatchPipeline",
     "GaussianPrior",
     "GuidanceField",
     "OTGuidance",

@@ -34,7 +34,8 @@ C = TypeVar("C")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 PRECISIONS = ("no", "fp16", "bf16")
 HELP_COLUMN, NO_BREAK = 36, "\N{NO-BREAK SPACE}"
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW = "flow_prediction"
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", FLOW)
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 OT_BACKENDS = ("native", "geomloss", "flash-sinkhorn")
@@ -268,10 +269,16 @@ class DiffusionConfig(TrainingConfig):
     """Options of the scripts that train a denoiser."""
 
     num_train_timesteps: int = diffusion_option(1000, "T: number of timesteps of the noising chain", minimum=1)
+    prediction_type: str = diffusion_option(
+        "epsilon",
+        "what the UNet predicts: the noise, the velocity or the clean image of DDIM, or the velocity of flow matching",
+        choices=PREDICTION_TYPES,
+    )
     timestep_sampler: str = diffusion_option(
         "uniform",
-        "distribution of timesteps in training; quadratic (t = T·u²) and log_uniform (t = T^u) favour low noise",
-        choices=("uniform", "quadratic", "log_uniform"),
+        "distribution of timesteps in training; quadratic (t = T·u²) and log_uniform (t = T^u) favour low noise, "
+        "logit_normal (t = T·sigmoid(z), z normal) the middle",
+        choices=("uniform", "quadratic", "log_uniform", "logit_normal"),
     )
     max_timestep: int | None = diffusion_option(
         None, "train on t < max_timestep only, for truncated chains; none: on all", minimum=1
@@ -309,6 +316,8 @@ class DiffusionConfig(TrainingConfig):
         for name in ("num_inference_steps", "max_timestep"):
             value = getattr(self, name)
             require(value is None or value <= length, name, f"lie in 1 … {length}", value)
+        whole = self.prediction_type != FLOW or self.max_timestep is None
+        require(whole, "max_timestep", f"be none for prediction_type={FLOW}", self.max_timestep)
         coupled = self.noise_coupling == "semidiscrete"
         unused = not coupled and self.coupling is not None
         require(not unused, "coupling", "be none without noise_coupling=semidiscrete", self.coupling)
@@ -338,9 +347,6 @@ class BaselineConfig(DiffusionConfig):
     norm_num_groups: int = network_option(32, "groups of the UNet's group normalisation", minimum=1)
     dropout: float = network_option(0.0, "dropout of the UNet", minimum=0, below=1)
     beta_schedule: str = diffusion_option("linear", "noise schedule, by its name in diffusers", choices=BETA_SCHEDULES)
-    prediction_type: str = diffusion_option(
-        "epsilon", "what the UNet predicts: the noise, the velocity or the clean image", choices=PREDICTION_TYPES
-    )
     timestep_spacing: str = diffusion_option(
         "leading",
         "timesteps of short chains, by its name in diffusers; trailing begins at pure noise, as chains of a few steps "
@@ -553,7 +559,7 @@ def options_by_group(config_class: type) -> dict[str, list[dataclasses.Field[Any
 
     Example:
         >>> [entry.name for entry in options_by_group(OTConfig)["diffusion"]][:2]
-        ['num_train_timesteps', 'timestep_sampler']
+        ['num_train_timesteps', 'prediction_type']
     """
     entries = dataclasses.fields(config_class)
     present = dict.fromkeys(entry.metadata.get("group", OTHER) for entry in entries)

@@ -63,7 +63,7 @@ class OTGuidance:
 
     Without a guidance field the transport problem couples the batch: an image depends on the other images, and guidance
     improves with the batch size (a batch of one is pulled towards the mean of the data). With a guidance field, each
-    image moves independently, and only at the timesteps of the field.
+    image moves independently, and only at times near those of the field.
 
     Args:
         feature_extractor: frozen network; its parameters and their gradients are not changed.
@@ -150,13 +150,13 @@ class OTGuidance:
         finally:
             self._potentials, self._in_chain = None, False
 
-    def correct(self, pred_original_sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+    def correct(self, pred_original_sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The corrected batch.
 
         Args:
             pred_original_sample: x̂0, [B, C, H, W], floating point, nominally in [-1, 1].
-            timestep: timestep of the denoising step, needed to follow or record a guidance field. At a timestep that is
-                not in the field, the images are returned unchanged.
+            timestep: time of the denoising step, as the denoiser is given it, needed to follow or record a guidance
+                field. Far from all times of the field (`GuidanceField.index_of`) the images are returned unchanged.
 
         Returns:
             [B, C, H, W] in [-1, 1], same dtype, detached. The method works inside `no_grad` and `inference_mode`, and
@@ -174,8 +174,11 @@ class OTGuidance:
             "be given to follow or record a guidance field",
             timestep,
         )
-        step = int(timestep) if timestep is not None and needs_timestep else None
-        is_outside_field = self.guidance_field is not None and step not in self.guidance_field.config.timesteps
+        step: float | None = None
+        if timestep is not None and needs_timestep:
+            step = timestep.item() if isinstance(timestep, Tensor) else timestep
+        field = self.guidance_field
+        is_outside_field = field is not None and step is not None and field.index_of(step) is None
         if self.guidance_scale == 0 or is_outside_field:
             return pred_original_sample
         if not self._in_chain:
@@ -226,7 +229,7 @@ class OTGuidance:
         progress = self._step_size * pull / distance.clamp(min=torch.finfo(distance.dtype).tiny)
         return gradient / (progress / LONGEST_STEP).clamp(min=1)[:, None, None, None]
 
-    def _displacement(self, features: Tensor, references: Tensor, step: int | None, correction: int) -> Tensor:
+    def _displacement(self, features: Tensor, references: Tensor, step: float | None, correction: int) -> Tensor:
         """The displacement of each point from its destination, [B, D]: from the batch's plan or the guidance field."""
         if self.guidance_field is not None:
             assert step is not None

@@ -28,6 +28,7 @@ from .files import GRID_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, u
 from .guidance import check_takes
 from .pipelines.call import unet_image_shape
 from .pipelines.guided import GuidedPipeline
+from .pipelines.pipeline_flow_match import FlowMatchPipeline
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .pipelines.portable import check_holds_no_code
@@ -35,7 +36,8 @@ from .schedules import Scheduler
 from .seeds import keyed_generator
 
 PIPELINES: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (OTGuidedDDIMPipeline, TruncatedPriorPipeline, DDIMPipeline, DDPMPipeline)
+    kind.__name__: kind
+    for kind in (OTGuidedDDIMPipeline, FlowMatchPipeline, TruncatedPriorPipeline, DDIMPipeline, DDPMPipeline)
 }
 INDEXED = "be a folder with a model_index.json, or a Hub id"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -65,10 +67,11 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Diffu
     """The saved pipeline at `path`, ready to sample.
 
     Args:
-        path: folder or Hub id of an `OTGuidedDDIMPipeline`, a `TruncatedPriorPipeline` or diffusers' `DDIMPipeline` or
-            `DDPMPipeline`. Weights are read as safetensors only; nothing in the folder is executed.
+        path: folder or Hub id of an `OTGuidedDDIMPipeline`, a `FlowMatchPipeline`, a `TruncatedPriorPipeline` or
+            diffusers' `DDIMPipeline` or `DDPMPipeline`. Weights are read as safetensors only; nothing in the folder is
+            executed.
         features: folder of a `train_features.py` run, whose network and reference bank guide the pipeline. A
-            `TruncatedPriorPipeline` keeps its class; any other becomes an `OTGuidedDDIMPipeline`.
+            pipeline of diffusers becomes an `OTGuidedDDIMPipeline`; the others keep their class.
 
     Raises:
         InputError: no such pipeline, or a feature network that does not fit the UNet.
@@ -97,7 +100,8 @@ def with_guidance(pipeline: DiffusionPipeline, features: str) -> GuidedPipeline:
     check_takes(network, pipeline.prior.image_shape if truncated else unet_image_shape(pipeline.unet), "features")
     if truncated:
         return TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
-    return OTGuidedDDIMPipeline(pipeline.unet, pipeline.scheduler, network, bank)
+    kind = type(pipeline) if isinstance(pipeline, OTGuidedDDIMPipeline) else OTGuidedDDIMPipeline
+    return kind(pipeline.unet, pipeline.scheduler, network, bank)
 
 
 def accelerate_networks(pipeline: Pipeline, *, channels_last: bool = False, compile: bool = False) -> None:

@@ -1,16 +1,24 @@
-"""Noise levels, and the algebra between ε, x0 and v predictions, for every variance-preserving diffusers scheduler.
+"""Noise levels, and the algebra between x̂0 and what a denoiser predicts, for the schedulers of diffusers.
 
-Symbols (as in DDIM, arXiv 2010.02502, and progressive distillation, arXiv 2202.00512):
+A denoiser receives z = α x0 + σ ε, and its prediction is linear in x0 and ε (DDIM, arXiv 2010.02502; progressive
+distillation, arXiv 2202.00512; flow matching, arXiv 2210.02747):
 
-    x_t = α_t x0 + σ_t ε,   α_t = √ᾱ_t,   σ_t = √(1 − ᾱ_t),   v_t = α_t ε − σ_t x0
+    variance-preserving      α² + σ² = 1      ε, x0, or v = α ε − σ x0
+    flow matching            α = 1 − σ        ε − x0
+
+Euler and Heun schedulers keep x = x0 + (σ/α) ε, which is z before their `scale_model_input`. EDM schedulers do so as
+well, and scale z and the prediction by the standard deviation of the data (arXiv 2206.00364, table 1).
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +28,11 @@ from .seeds import keyed_normal
 
 STOCHASTIC = ("DDPM", "Ancestral", "SDE", "LCM", "TCD")
 """Parts of the names of diffusers' schedulers that add noise in every step."""
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 class Scheduler(Protocol):
-    """Interface of diffusers schedulers, common to all variance-preserving ones; solvers have `sigmas` as well."""
+    """Interface of diffusers schedulers. Variance-preserving ones have these attributes, solvers `sigmas` as well."""
 
     timesteps: Tensor
     betas: Tensor
@@ -56,10 +64,12 @@ def set_timesteps(
 ) -> list[int]:
     """Prepare `scheduler` for a chain and return its timesteps, one for each call of the denoiser.
 
-    The chain is that of diffusers, except for two rounding errors, which are corrected: the surplus timestep −1 of some
-    trailing spacings (61 of 1,000 steps, 13 of 15) is dropped, and a solver that would visit one noise level twice
-    (1,000 of 1,000 steps in DPM-Solver++ or UniPC), which is a division by zero, performs one step fewer. A solver that
-    calls the denoiser more than once per step has more timesteps than steps (PNDM: 19 for 10 steps).
+    The chain is that of diffusers, except for three corrections. The surplus timestep −1 of some trailing spacings (61
+    of 1,000 steps, 13 of 15) is dropped. A solver that would visit one noise level twice (1,000 of 1,000 steps in
+    DPM-Solver++ or UniPC), which is a division by zero, performs one step fewer. The steps of a flow-matching scheduler
+    are equal, σ = 1, (n − 1)/n, …, 1/n, as if these `sigmas` were given; diffusers spends the last of n steps between
+    σ = .001 and 0. A solver that calls the denoiser more than once per step has more timesteps than steps (PNDM and
+    Heun: 19 for 10 steps).
 
     Args:
         scheduler: a diffusers scheduler; its state is changed.
@@ -79,37 +89,55 @@ def set_timesteps(
     require_integer("num_inference_steps", num_inference_steps, at_least=1)
     require(num_inference_steps <= length, "num_inference_steps", f"be from 1 to {length}", num_inference_steps)
     try:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        _set_timesteps(scheduler, num_inference_steps, device)
         timesteps = scheduler.timesteps.tolist()
     except (ArithmeticError, IndexError, ValueError):  # LCM allows at most 50 steps, PNDM at least 4
         timesteps = []
-    exists = bool(timesteps) and timesteps[0] < length
+    exists = bool(timesteps) and (timesteps[0] < length or matches_flow(scheduler))
     require(exists, "num_inference_steps", f"be a number of steps that {name} allows", num_inference_steps)
     decreases = all(later <= earlier for earlier, later in pairwise(timesteps))
     require(decreases, "scheduler", "have decreasing timesteps", name)
-    if timesteps[-1] < 0:
+    if _has_betas(scheduler) and timesteps[-1] < 0:
         _drop_surplus(scheduler, num_inference_steps, sum(timestep >= 0 for timestep in timesteps))
     sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and bool((sigmas[1:-1] == sigmas[:-2]).any()):
+    once = getattr(scheduler, "order", 1) == 1
+    if once and sigmas is not None and bool((sigmas[1:-1] == sigmas[:-2]).any()):
         return set_timesteps(scheduler, num_inference_steps - 1, device)
     return scheduler.timesteps.tolist()
 
 
 def preserves_variance(scheduler: Scheduler) -> bool:
-    """Whether x_t = α_t x0 + σ_t ε and x_T ~ N(0, I); Euler, Heun and flow-matching schedulers use another scaling."""
+    """Whether x_t = α_t x0 + σ_t ε with α_t² + σ_t² = 1 and x_T ~ N(0, I)."""
     return _has_betas(scheduler) and float(getattr(scheduler, "init_noise_sigma", 1.0)) == 1.0
 
 
-def reversible_steps(scheduler: Scheduler, timesteps: Sequence[int]) -> set[int]:
+def matches_flow(scheduler: Scheduler) -> bool:
+    """Whether x_t = (1 − σ_t) x0 + σ_t ε: a flow-matching scheduler, or a solver with `use_flow_sigmas`."""
+    return type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas", False)
+
+
+def is_known(scheduler: Scheduler) -> bool:
+    """Whether the noise levels of the scheduler's chain are known here, see `alpha_sigma`."""
+    between = getattr(scheduler, "sigmas_interpol", None) is not None or "KDPM2" in type(scheduler).__name__
+    return not between and (_has_betas(scheduler) or matches_flow(scheduler) or _preconditions(scheduler))
+
+
+def prediction_type_of(scheduler: Scheduler) -> str:
+    """What the denoiser of this scheduler predicts: one of `PREDICTION_TYPES`."""
+    return str(scheduler.config.get("prediction_type", "flow_prediction" if matches_flow(scheduler) else "epsilon"))
+
+
+def reversible_steps(scheduler: Scheduler, timesteps: Sequence[float]) -> set[int]:
     """Indices of the steps of a chain at which the model output and x̂0 determine each other.
 
     An ε prediction does not determine x̂0 where α = 0, at the start of a schedule with zero terminal SNR. Where σ = 0,
     x_t is already the image.
     """
-    levels = alpha_sigma(scheduler, torch.tensor(timesteps), torch.arange(len(timesteps)))
-    alpha, sigma = (level.tolist() for level in levels)
-    divisors = {"epsilon": (alpha, sigma), "v_prediction": (sigma,)}.get(scheduler.config.prediction_type, ())
-    return {step for step in range(len(timesteps)) if all(divisor[step] > 0 for divisor in divisors)}
+    return {
+        step
+        for step, timestep in enumerate(timesteps)
+        if 0 < abs(float(prediction_coefficients(scheduler, timestep, step)[1])) < math.inf
+    }
 
 
 def record_coupling(scheduler: S, noise_coupling: str) -> None:
@@ -142,37 +170,61 @@ def check_deterministic(scheduler: Scheduler, eta: float = 0.0) -> None:
     if eta > 0:
         require_independent(scheduler, "eta", "be 0", eta)
     name, algorithm = type(scheduler).__name__, str(scheduler.config.get("algorithm_type", ""))
-    if algorithm.startswith("sde") or any(part in name for part in STOCHASTIC):
+    noisy = scheduler.config.get("stochastic_sampling", False) or algorithm.startswith("sde")
+    if noisy or any(part in name for part in STOCHASTIC):
         require_independent(scheduler, "scheduler", "be deterministic, such as DDIMScheduler", name)
 
 
 def alpha_sigma(
-    scheduler: Scheduler, timestep: Tensor | int, step_index: Tensor | int | None = None
+    scheduler: Scheduler, timestep: Tensor | float, step_index: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Signal and noise level (α_t, σ_t) that `scheduler` itself uses at `timestep`.
+    """Signal and noise level (α, σ) of what the denoiser receives at `timestep`, as `scheduler` itself uses them.
 
-    Multistep solvers (DPM-Solver++, UniPC) place their noise levels on a grid of sigmas σ_t/α_t that need not coincide
-    with `alphas_cumprod` at the rounded timestep (Karras sigmas, for example). During sampling, pass `step_index` to
-    read that grid.
+    Solvers (DPM-Solver++, UniPC, Euler, Heun) place their noise levels on a grid that need not coincide with
+    `alphas_cumprod` at the rounded timestep (Karras sigmas, for example). During sampling, pass `step_index` to read
+    that grid; EDM schedulers have no other.
 
     Args:
-        scheduler: a diffusers scheduler with `alphas_cumprod`.
-        timestep: integer timestep(s), 0 … `num_train_timesteps` − 1; any shape.
+        scheduler: a diffusers scheduler.
+        timestep: timestep(s), integers in 0 … `num_train_timesteps` − 1, or 0 … `num_train_timesteps` for flow
+            matching; any shape.
         step_index: index in the solver's grid, of the shape of `timestep`.
 
     Returns:
-        α_t and σ_t, float32, of the shape of `timestep`, on its device if it is a tensor, otherwise on the CPU.
+        α and σ, float32, of the shape of `timestep`, on its device if it is a tensor, otherwise on the CPU. Of EDM
+        schedulers they are those of images in units of `sigma_data`.
+
+    Raises:
+        InputError: a scheduler of another kind.
     """
-    require(hasattr(scheduler, "alphas_cumprod"), "scheduler", "have `alphas_cumprod`", type(scheduler).__name__)
+    known = is_known(scheduler) and (step_index is not None or not _preconditions(scheduler))
+    require(known, "scheduler", "have known noise levels (`alphas_cumprod` or flow)", type(scheduler).__name__)
     sigmas = getattr(scheduler, "sigmas", None)
-    if step_index is not None and sigmas is not None:
-        ratio = sigmas[step_index].float()
+    grid = None if step_index is None or sigmas is None else sigmas[step_index].float()
+    if matches_flow(scheduler):
+        times = torch.as_tensor(timestep, dtype=torch.float32)
+        sigma = times / scheduler.config.num_train_timesteps if grid is None else grid
+        return 1 - sigma, sigma
+    if grid is not None:
+        ratio = grid / scheduler.config.get("sigma_data", 1.0)
         alpha = torch.rsqrt(1 + ratio**2)
         return alpha, ratio * alpha
-    device = timestep.device if isinstance(timestep, Tensor) else torch.device("cpu")
-    to_device = device.type != "cpu"  # a copy to the host must be synchronous
-    alphas_cumprod = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32, non_blocking=to_device)[timestep]
+    indices = torch.as_tensor(timestep, dtype=torch.long)
+    to_device = indices.device.type != "cpu"  # a copy to the host must be synchronous
+    alphas_cumprod = scheduler.alphas_cumprod.to(indices.device, torch.float32, non_blocking=to_device)[indices]
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def prediction_coefficients(scheduler: Scheduler, timestep: float, step_index: int) -> tuple[Tensor, Tensor]:
+    """(a, b) of x̂0 = a z + b · model output in this step of the scheduler's chain, where z is what the denoiser
+    receives: `scheduler.scale_model_input(x_t)`, or x_t itself. Both are 0-d tensors on the CPU."""
+    alpha, sigma = alpha_sigma(scheduler, timestep, step_index)
+    if _preconditions(scheduler):
+        # EDM's network predicts −v, or v, of images in units of `sigma_data`.
+        unit = scheduler.config.sigma_data
+        sign = 1.0 if scheduler.config.prediction_type == "epsilon" else -1.0
+        return unit * alpha, sign * unit * sigma
+    return _coefficients(alpha, sigma, prediction_type_of(scheduler))
 
 
 def to_original_sample(
@@ -182,44 +234,45 @@ def to_original_sample(
 
     Args:
         model_output: the model's prediction, [B, C, H, W].
-        sample: x_t, [B, C, H, W].
+        sample: x_t = α x0 + σ ε, [B, C, H, W].
         alpha, sigma: signal and noise level, scalar or [B].
-        prediction_type: `"epsilon"`, `"v_prediction"` or `"sample"`.
+        prediction_type: `"epsilon"`, `"v_prediction"`, `"sample"` or `"flow_prediction"`.
 
     Example:
         >>> x0, noise = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
         >>> alpha, sigma = torch.tensor(0.6), torch.tensor(0.8)
-        >>> to_original_sample(noise, alpha * x0 + sigma * noise, alpha, sigma, "epsilon").abs().max().item()
-        0.0
+        >>> found = to_original_sample(noise, alpha * x0 + sigma * noise, alpha, sigma, "epsilon")
+        >>> torch.allclose(found, x0, atol=1e-6)
+        True
     """
-    alpha, sigma = _like(alpha, sample), _like(sigma, sample)
-    match prediction_type:
-        case "epsilon":
-            return (sample - sigma * model_output) / alpha
-        case "v_prediction":
-            return alpha * sample - sigma * model_output
-        case "sample":
-            return model_output
-    raise InputError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+    a, b = (_like(factor, sample) for factor in _coefficients(alpha, sigma, prediction_type))
+    return a * sample + b * model_output
 
 
 def from_original_sample(
     pred_original_sample: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
     """The model output that corresponds to `pred_original_sample` at x_t: the inverse of `to_original_sample`."""
-    alpha, sigma = _like(alpha, sample), _like(sigma, sample)
+    a, b = (_like(factor, sample) for factor in _coefficients(alpha, sigma, prediction_type))
+    return (pred_original_sample - a * sample) / b
+
+
+def _coefficients(alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """(a, b) of x̂0 = a x_t + b · prediction; b is infinite where the prediction does not determine x̂0."""
     match prediction_type:
         case "epsilon":
-            return (sample - alpha * pred_original_sample) / sigma
+            return 1 / alpha, -sigma / alpha
         case "v_prediction":
-            return (alpha * sample - pred_original_sample) / sigma
+            return alpha, -sigma
         case "sample":
-            return pred_original_sample
+            return torch.zeros_like(alpha), torch.ones_like(alpha)
+        case "flow_prediction":
+            return torch.ones_like(alpha), -sigma
     raise InputError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
 
 
 def training_target(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """Target of the model: ε, v = α ε − σ x0, or x0; [B, C, H, W]. `alpha` and `sigma` are scalars or [B]."""
+    """Target of the model: ε, v = α ε − σ x0, x0, or ε − x0; [B, C, H, W]. `alpha` and `sigma` are scalars or [B]."""
     alpha, sigma = _like(alpha, clean), _like(sigma, clean)
     match prediction_type:
         case "epsilon":
@@ -228,7 +281,14 @@ def training_target(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, 
             return alpha * noise - sigma * clean
         case "sample":
             return clean
+        case "flow_prediction":
+            return noise - clean
     raise InputError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+
+
+def diffused(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = α x0 + σ ε, [B, C, H, W]. `alpha` and `sigma` are scalars or [B]."""
+    return _like(alpha, clean) * clean + _like(sigma, clean) * noise.to(clean)
 
 
 def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
@@ -315,10 +375,26 @@ def truncated_samples(
     device = "cpu" if images.device.type == "mps" else images.device
     noise = keyed_normal((seed, "truncated", epoch), indices.to(device), images.shape[1:])
     alpha, sigma = alpha_sigma(scheduler, scheduler.config.num_train_timesteps - 1)
-    return _like(alpha, images) * images + _like(sigma, images) * noise.to(images)
+    return diffused(images, noise, alpha, sigma)
 
 
 _SIGMA_SPACINGS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"}
+
+
+def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device | str | None) -> None:
+    """`scheduler.set_timesteps`, with equal steps of a flow-matching scheduler."""
+    options: dict[str, Any] = {}
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            options["sigmas"] = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        else:  # Heun's steps run from sigma_max to sigma_min
+            scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_inference_steps
+    scheduler.set_timesteps(num_inference_steps, device=device, **options)
+
+
+def _preconditions(scheduler: Scheduler) -> bool:
+    """Whether the scheduler scales images and predictions as EDM does."""
+    return hasattr(scheduler, "precondition_outputs")
 
 
 def _drop_surplus(scheduler: Any, num_inference_steps: int, count: int) -> None:
@@ -332,7 +408,7 @@ def _drop_surplus(scheduler: Any, num_inference_steps: int, count: int) -> None:
 def _has_betas(scheduler: Scheduler) -> bool:
     """Whether the noise levels are defined by betas, not by a flow-matching grid."""
     has_betas = getattr(scheduler, "betas", None) is not None and hasattr(scheduler, "alphas_cumprod")
-    return has_betas and not scheduler.config.get("use_flow_sigmas", False)
+    return has_betas and not matches_flow(scheduler)
 
 
 def _like(level: Tensor, images: Tensor) -> Tensor:

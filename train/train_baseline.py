@@ -2,12 +2,11 @@
 
     accelerate launch train/train_baseline.py --config configs/mnist/baseline.yaml output_dir=runs/mnist-baseline
 
-The run's folder opens with `DDIMPipeline.from_pretrained(output_dir)`; it also holds the losses per epoch
-(`metrics.jsonl`), sample grids, checkpoints and TensorBoard logs. The same command, run again, resumes where it
-stopped.
+The run's folder opens with `DDIMPipeline.from_pretrained(output_dir)`, or with `FlowMatchPipeline` after
+`prediction_type=flow_prediction`; it also holds the losses per epoch (`metrics.jsonl`), sample grids, checkpoints and
+TensorBoard logs. The same command, run again, resumes where it stopped.
 """
 
-from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.training_utils import EMAModel
 
 from ot_diffusers.config import BaselineConfig
@@ -24,6 +23,7 @@ from ot_diffusers.training import (
     make_accelerator,
     make_coupling,
     make_noise_scheduler,
+    make_pipeline,
     make_schedule,
     make_unet,
     open_run,
@@ -82,11 +82,8 @@ def main(config: BaselineConfig) -> None:
     save_checkpoint(state, config, accelerator)
     if accelerator.is_main_process:
         with averaged_weights(state), saved_model(config) as folder:
-            pipeline = DDIMPipeline(
-                accelerator.unwrap_model(state.model, keep_torch_compile=False),
-                DDIMScheduler.from_config(scheduler.config),
-            )
-            pipeline.save_pretrained(folder)
+            unet = accelerator.unwrap_model(state.model, keep_torch_compile=False)
+            make_pipeline(unet, scheduler).save_pretrained(folder)
             if coupling is not None:
                 coupling.save_pretrained(folder / "coupling")
     save_results(state, config, schedule, accelerator)

@@ -9,18 +9,16 @@ The same command, run again, resumes where it stopped.
 """
 
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ot_diffusers import OTGuidedDDIMPipeline
 from ot_diffusers.config import OTConfig
 from ot_diffusers.errors import require
 from ot_diffusers.features import cached_features, check_trained_on, load_feature_extractor, make_reference_bank
 from ot_diffusers.launch import launched, run_script
 from ot_diffusers.losses.denoising import denoising_loss, disjoint_reference_indices, image_features, ot_loss
 from ot_diffusers.models.feature_extractor import FeatureExtractor
-from ot_diffusers.schedules import min_snr_weight, to_original_sample
+from ot_diffusers.schedules import Scheduler, min_snr_weight, prediction_type_of, to_original_sample
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     DiffusionBatch,
@@ -35,6 +33,7 @@ from ot_diffusers.training import (
     make_accelerator,
     make_coupling,
     make_noise_scheduler,
+    make_pipeline,
     make_schedule,
     make_unet,
     open_run,
@@ -119,12 +118,8 @@ def main(config: OTConfig) -> None:
     if accelerator.is_main_process:
         with averaged_weights(state), saved_model(config) as folder:
             bank = make_reference_bank(feature_extractor, images, config.num_reference_samples)
-            unet, ddim = (
-                accelerator.unwrap_model(state.model, keep_torch_compile=False),
-                DDIMScheduler.from_config(scheduler.config),
-            )
-            pipeline = OTGuidedDDIMPipeline(unet, ddim, feature_extractor, bank)
-            pipeline.save_pretrained(folder)
+            unet = accelerator.unwrap_model(state.model, keep_torch_compile=False)
+            make_pipeline(unet, scheduler, feature_extractor, bank).save_pretrained(folder)
             if coupling is not None:
                 coupling.save_pretrained(folder / "coupling")
     save_results(state, config, schedule, accelerator)
@@ -135,7 +130,7 @@ def main(config: OTConfig) -> None:
 def ot_term(
     model_output: Tensor,
     batch: DiffusionBatch,
-    scheduler: DDPMScheduler,
+    scheduler: Scheduler,
     feature_extractor: FeatureExtractor,
     training_features: Tensor,
     feature_scale: float,
@@ -145,7 +140,7 @@ def ot_term(
 ) -> Tensor:
     """S(features of x̂0, features of references), one problem over all processes."""
     # 1. The clean images that the model's output implies, and their features.
-    prediction_type = scheduler.config.prediction_type
+    prediction_type = prediction_type_of(scheduler)
     pred_original_sample = to_original_sample(
         model_output.float(), batch.noisy, batch.alpha, batch.sigma, prediction_type
     )

@@ -93,11 +93,17 @@ KINDS = {
         None,
         ("zheng2022truncated", "lyu2022accelerating", "feydy2019interpolating"),
     ),
+    "FlowMatchPipeline": Kind(
+        "An unconditional flow-matching pipeline.",
+        ("flow-matching",),
+        50,
+        ("lipman2023flow",),
+    ),
     "DDIMPipeline": Kind("An unconditional DDIM pipeline.", ("ddim",), 50, ("song2021denoising",)),
     "DDPMPipeline": Kind("An unconditional DDPM pipeline.", ("ddpm",), None, ("ho2020denoising",)),
 }
 
-OWN = ("OTGuidedDDIMPipeline", "TruncatedPriorPipeline")
+OWN = ("OTGuidedDDIMPipeline", "FlowMatchPipeline", "TruncatedPriorPipeline")
 """Pipeline classes of this package; the others are those of diffusers."""
 
 NOTES = {
@@ -115,6 +121,8 @@ PAPERS = {
     "ho2020denoising": "J. Ho and A. Jain and P. Abbeel|"
     "Denoising Diffusion Probabilistic Models|NeurIPS|2020|2006.11239",
     "song2021denoising": "J. Song and C. Meng and S. Ermon|Denoising Diffusion Implicit Models|ICLR|2021|2010.02502",
+    "lipman2023flow": "Y. Lipman and R. T. Q. Chen and H. Ben-Hamu and M. Nickel and M. Le|"
+    "Flow Matching for Generative Modeling|ICLR|2023|2210.02747",
     "feydy2019interpolating": "J. Feydy and T. Séjourné and F.-X. Vialard and S. Amari and A. Trouvé and G. Peyré|"
     "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences|AISTATS|2019|1810.08278",
     "zheng2022truncated": "H. Zheng and P. He and W. Chen and M. Zhou|"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -42,12 +43,12 @@ class Correction:
     """One correction step of a guided batch.
 
     Attributes:
-        timestep: timestep of the denoising step.
+        timestep: time of the denoising step, as the denoiser is given it.
         features: [N, D], of the batch before the correction, in the units of the transport problem.
         potentials: potentials of the `completed` cloud, which determine the direction of the correction.
     """
 
-    timestep: int
+    timestep: float
     features: Tensor
     potentials: DivergencePotentials
 
@@ -61,8 +62,11 @@ class GuidanceField(PortableModel, ConfigMixin):
     `OTGuidedDDIMPipeline.record_guidance_field` makes a guidance field. With fewer than 1,000 samples the references
     complete the recorded samples, so that the correction is smaller where samples are few.
 
+    A field serves chains of other lengths and other schedulers as well. The time that a denoiser is given tells its
+    noise level, whatever the scheduler, and each step follows the nearest recorded time, see `index_of`.
+
     Args:
-        timesteps: the S timesteps of the guided denoising steps, as in the scheduler.
+        timesteps: the S times of the guided denoising steps, as the denoiser is given them, from high to low.
         num_correction_steps: C, correction steps in each denoising step.
         num_samples: N, number of recorded samples.
         num_references: M, size of the reference set.
@@ -83,7 +87,7 @@ class GuidanceField(PortableModel, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        timesteps: tuple[int, ...] = (0,),
+        timesteps: tuple[float, ...] = (0,),
         num_correction_steps: int = 3,
         num_samples: int = 1000,
         num_references: int = 2000,
@@ -143,29 +147,34 @@ class GuidanceField(PortableModel, ConfigMixin):
             stored.data.copy_(torch.stack(values).view_as(stored))
         return field
 
-    def check_timesteps(self, timesteps: Sequence[int]) -> None:
-        """Raise `InputError` for a chain without the recorded timesteps."""
-        missing = sorted(set(self.config.timesteps) - set(timesteps), reverse=True)
-        require(
-            not missing,
-            "num_inference_steps",
-            f"give the chain of the guidance field (with timesteps {missing[:3]} …)",
-            len(timesteps),
-        )
+    def index_of(self, timestep: float) -> int | None:
+        """Index of the recorded time that is nearest to `timestep`, if it is nearer than the widest gap between two
+        recorded times; None elsewhere, where the recorded chain was not guided.
 
-    def gradient(self, features: Tensor, references: Tensor, *, timestep: int, correction: int) -> Tensor:
+        Example:
+            >>> field = GuidanceField(timesteps=(999, 749, 499))
+            >>> [field.index_of(timestep) for timestep in (999, 800, 400, 100)]
+            [0, 1, 2, None]
+        """
+        times = self.config.timesteps
+        widest = max((earlier - later for earlier, later in pairwise(times)), default=1)
+        nearest = min(range(len(times)), key=lambda index: abs(times[index] - timestep))
+        return nearest if abs(times[nearest] - timestep) < widest else None
+
+    def gradient(self, features: Tensor, references: Tensor, *, timestep: float, correction: int) -> Tensor:
         """The displacement of each row of `features`, [B, D], as one more member of the recorded samples.
 
         Args:
             features: [B, D], in the units of the transport problem.
             references: [M, D], the references of the recorded guidance.
-            timestep: one of the recorded timesteps.
+            timestep: a time for which `index_of` finds a recorded one.
             correction: index of the correction step, from 0.
 
         Returns:
             [B, D], float32; a row depends on its own features alone.
         """
-        step = self.config.timesteps.index(timestep)
+        step = self.index_of(timestep)
+        require(step is not None, "timestep", f"be near the recorded {self.config.timesteps}", timestep)
         samples = self.features[step, correction].float()
         samples, weights = completed(samples, references) if self.config.is_completed else (samples, None)
         return divergence_gradient_at(

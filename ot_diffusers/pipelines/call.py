@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..errors import InputError, require, require_integer
-from ..schedules import Scheduler, preserves_variance
+from ..schedules import Scheduler, is_known
 
 if TYPE_CHECKING:
     from typing import Self
@@ -47,8 +48,8 @@ def check_call(
 def check_networks(unet: Any, scheduler: Scheduler, image_shape: Sequence[int]) -> None:
     """Refuse a denoiser or a scheduler that cannot turn noise alone into images of `image_shape`, [C, H, W]."""
     name = type(scheduler).__name__
-    variance_preserving = "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)"
-    require(preserves_variance(scheduler), "scheduler", variance_preserving, name)
+    known = "have known noise levels, as DDIM, DPM-Solver++, UniPC, Euler, Heun, EDM and flow-matching schedulers do"
+    require(is_known(scheduler), "scheduler", known, name)
     require(len(_needed(scheduler.step)) <= 3, "scheduler", "step from a model output, a timestep and a sample", name)
     channels, predicted = image_shape[0], unet.config.get("out_channels", image_shape[0])
     either = f"predict {channels} channels, or {2 * channels} with learned variances"
@@ -69,6 +70,23 @@ def unet_image_shape(unet: Any) -> tuple[int, int, int]:
     require(size is not None, "unet", "have a sample_size", size)
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
+
+
+def initial_latents(
+    latents: Tensor | None, shape: Sequence[int], scheduler: Scheduler, generator: Generators, like: Tensor
+) -> Tensor:
+    """x_T of the prepared scheduler, on the device and in the dtype of `like`: noise of unit variance, given or drawn
+    in `shape`, that is scaled to the first noise level.
+
+    Raises:
+        InputError: `latents` of another shape.
+    """
+    if latents is None:
+        latents = randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+    require(tuple(latents.shape) == tuple(shape), "latents", f"have shape {tuple(shape)}", tuple(latents.shape))
+    scale = getattr(scheduler, "init_noise_sigma", 1.0)
+    latents = latents.to(like)
+    return latents if float(scale) == 1.0 else latents * scale
 
 
 def learns_variance(scheduler: Scheduler) -> bool:

@@ -18,12 +18,10 @@ from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
 from ..schedules import (
     Scheduler,
-    alpha_sigma,
     check_deterministic,
-    from_original_sample,
+    prediction_coefficients,
     reversible_steps,
     set_timesteps,
-    to_original_sample,
 )
 from .call import CALLBACK_TENSORS, FiniteValues, evaluation_mode, extra_step_arguments, learns_variance
 from .portable import PortablePipeline
@@ -45,22 +43,17 @@ class Chain:
 
     Attributes:
         scheduler: the scheduler after `set_timesteps`.
-        timesteps: timestep of each call of the denoiser.
+        timesteps: time that each call of the denoiser is given.
         step_arguments: optional arguments of `scheduler.step`.
         guidance: the correction; None for plain sampling.
         guided: indices of the guided steps.
     """
 
     scheduler: Scheduler
-    timesteps: list[int]
+    timesteps: Sequence[float]
     step_arguments: dict[str, Any]
     guidance: OTGuidance | None
     guided: set[int]
-
-    def check_field(self, timesteps_before: Sequence[int] = ()) -> None:
-        """Refuse a chain that does not visit the timesteps of the guidance field, if there is one."""
-        if self.guidance and self.guidance.guidance_field is not None:
-            self.guidance.guidance_field.check_timesteps([*timesteps_before, *self.timesteps])
 
 
 class GuidedPipeline(PortablePipeline):
@@ -120,7 +113,8 @@ class GuidedPipeline(PortablePipeline):
         Args:
             num_samples: number of images in the batch; a larger batch gives a better field.
             generator: generator of the batch's noise; later samples should use another one.
-            call_arguments: arguments of the call; later calls must use the same chain.
+            call_arguments: arguments of the call. Later calls may have other numbers of steps and another scheduler:
+                each of their steps follows the nearest recorded time (`GuidanceField.index_of`). Record a long chain.
 
         Returns:
             The field; it is saved with the pipeline.
@@ -255,17 +249,19 @@ class GuidedPipeline(PortablePipeline):
     ) -> Tensor:
         """x_0 of the chain that begins with `latents`; each step, x_t → x_{t−1}, is one call of the denoiser."""
         scheduler, timesteps = chain.scheduler, chain.timesteps
+        scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             if self.interrupt:
                 continue
             place = f" at step {step + 1} of {len(timesteps)}"
-            model_output = self.unet(latents, timestep).sample
+            model_input = scale_model_input(latents, timestep)
+            model_output = self.unet(model_input, timestep).sample
             self._nfe += 1
             finite.watch("the denoiser's output", model_output, place)
             if not learns_variance(scheduler):
                 model_output = model_output[:, : latents.shape[1]]
             if chain.guidance and self._guidance_scale > 0 and step in chain.guided:
-                model_output = self._guided_output(chain, model_output, latents, step)
+                model_output = self._guided_output(chain, model_output, model_input, step)
                 finite.watch("the output of the guidance", model_output, place)
             latents = scheduler.step(model_output, timesteps[step], latents, **chain.step_arguments).prev_sample
             finite.watch("the result of the scheduler", latents, place)
@@ -275,26 +271,24 @@ class GuidedPipeline(PortablePipeline):
                 finite.watch("the callback's `latents` tensor", latents, place)
         return latents
 
-    def _guided_output(self, chain: Chain, model_output: Tensor, latents: Tensor, step: int) -> Tensor:
+    def _guided_output(self, chain: Chain, model_output: Tensor, model_input: Tensor, step: int) -> Tensor:
         """The model output that corresponds to the corrected x̂0, in the scheduler's prediction type; a learned variance
         in its second half is kept."""
         guidance, timestep = chain.guidance, chain.timesteps[step]
         assert guidance is not None
-        prediction_type = chain.scheduler.config.prediction_type
-        alpha, sigma = alpha_sigma(chain.scheduler, timestep, step_index=step)
-        sample, predicted = latents.float(), model_output[:, : latents.shape[1]].float()
-        pred_original_sample = to_original_sample(predicted, sample, alpha, sigma, prediction_type).clamp(-1, 1)
+        channels, a, b = model_input.shape[1], *prediction_coefficients(chain.scheduler, timestep, step)
+        sample, predicted = model_input.float(), model_output[:, :channels].float()
         guidance.guidance_scale = self._guidance_scale
-        corrected = guidance.correct(pred_original_sample, timestep)
-        guided = from_original_sample(corrected, sample, alpha, sigma, prediction_type).to(model_output.dtype)
-        return torch.cat([guided, model_output[:, latents.shape[1] :]], dim=1)
+        corrected = guidance.correct((a * sample + b * predicted).clamp(-1, 1), timestep)
+        guided = ((corrected - a * sample) / b).to(model_output.dtype)
+        return torch.cat([guided, model_output[:, channels:]], dim=1)
 
 
 def guided_steps(
     guidance: OTGuidance | None,
     image_size: tuple[int, ...],
     scheduler: Scheduler,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     num_guidance_steps: int | None,
     guidance_start_step: int,
 ) -> set[int]:

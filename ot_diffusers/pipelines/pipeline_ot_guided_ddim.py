@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
-from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
-from .call import Generators, check_call, check_networks, postprocess, unet_image_shape
+from .call import Generators, check_call, check_networks, initial_latents, postprocess, unet_image_shape
 from .guided import Callback, GuidedPipeline
 from .portable import register
 
@@ -34,16 +34,17 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
     """Unconditional image generation with optimal-transport guidance.
 
     A guided step computes x̂0 from the model output, corrects it (`OTGuidance`) and turns it back into a model output,
-    so that schedulers of any prediction type take their usual step: x_t stays, and its noise component changes (as with
-    DDIM's `use_clipped_model_output`). Without guidance (scale 0, or no feature network) the images are those of
+    so that every scheduler takes its usual step: x_t stays, and its noise component changes (as with DDIM's
+    `use_clipped_model_output`). Without guidance (scale 0, or no feature network) the images are those of
     diffusers' `DDIMPipeline`, bit for bit, except for 62 of the 1,000 step counts: for 61 steps, for example, trailing
     spacing in diffusers adds a timestep −1 and ends in noise; see `ot_diffusers.schedules.set_timesteps`. Networks are
     in evaluation mode during the call.
 
     Args:
         unet: `UNet2DModel`.
-        scheduler: DDIM, DDPM, DPM-Solver++, UniPC or another variance-preserving scheduler. It is not converted to
-            DDIM; as in diffusers' pipelines, `scheduler.timesteps` are those of the last call.
+        scheduler: DDIM, DPM-Solver++, UniPC, Euler, Heun, EDM or flow matching (see `FlowMatchPipeline`), of any
+            prediction type. It is not converted to DDIM; as in diffusers' pipelines, `scheduler.timesteps` are those
+            of the last call.
         feature_extractor: frozen feature network, optional.
         reference_bank: features of real images (the reference set) by that network, optional.
         guidance_field: the field that `record_guidance_field` returns, optional. With it each image is guided by itself
@@ -87,6 +88,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        latents: Tensor | None = None,
         guidance_scale: float | None = None,
         num_guidance_steps: int | None = None,
         guidance_start_step: int = 0,
@@ -107,16 +109,18 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             generator: one generator, or a sequence of one per image.
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
             num_inference_steps: denoising steps, 1 … `num_train_timesteps`. A solver with several calls per step
-                has more timesteps (PNDM: 19 for 10 steps); guidance counts timesteps.
+                has more timesteps (PNDM and Heun: 19 for 10 steps); guidance counts timesteps.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]), `"pt"` ([B, C, H, W] in [0, 1]), or `"latent"` for
                 the result of the last step.
             return_dict: `False` returns a tuple.
+            latents: starting noise of unit variance, [B, C, H, W]; by default it is drawn from `generator`.
             guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 if the
                 pipeline has the parts that guidance needs, else 0.
             num_guidance_steps: number of guided steps. The default is all from `guidance_start_step`, without the last
                 8% of the chain where guidance cannot see pixel artefacts: with `pixel_weight` 0, or where one thumbnail
-                pixel covers more than 2×2 image pixels. A guidance field guides only steps that it was recorded at.
+                pixel covers more than 2×2 image pixels. A guidance field guides only steps near those that it was
+                recorded at.
                 The first step of an ε prediction with zero terminal SNR is never guided: its output does not
                 determine x̂0.
             guidance_start_step: first guided step, counted from 0 at the start of the chain.
@@ -164,11 +168,10 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 "joint_batch": joint_batch,
             },
         )
-        chain.check_field()
 
         # 2. Prepare latents, denoise.
-        device, dtype = self._execution_device, self.unet.dtype
-        latents = randn_tensor((batch_size, *shape), generator=generator, device=device, dtype=dtype)
+        like = torch.empty(0, device=self._execution_device, dtype=self.unet.dtype)
+        latents = initial_latents(latents, (batch_size, *shape), self.scheduler, generator, like)
         with self._sampling(chain) as finite:
             latents = self._denoise(latents, chain, finite, callback_on_step_end, callback_on_step_end_tensor_inputs)
 

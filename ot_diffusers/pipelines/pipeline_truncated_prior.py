@@ -18,7 +18,7 @@ from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.prior import PriorMixin
 from ..models.reference_bank import ReferenceBank
-from ..schedules import Scheduler, alpha_sigma, truncated_scheduler
+from ..schedules import Scheduler, alpha_sigma, preserves_variance, truncated_scheduler
 from .call import FiniteValues, Generators, check_call, check_networks, postprocess
 from .guided import Callback, Chain, GuidedPipeline
 from .portable import register
@@ -176,7 +176,6 @@ class TruncatedPriorPipeline(GuidedPipeline):
             },
         )
         prior_timesteps = self._prior_timesteps(chain.guidance, latents, num_prior_guidance_steps)
-        chain.check_field(prior_timesteps)
         self._warn_of_remainder(chain)
 
         # 2. Prepare latents, denoise.
@@ -243,6 +242,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         unet_size = unet.config.sample_size
         expected = [unet_size, unet_size] if isinstance(unet_size, int) else list(unet_size or size)
         require(size == expected, "prior", f"make images of size {expected} like the unet", size)
+        name, requirement = type(self.scheduler).__name__, "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)"
+        require(preserves_variance(self.scheduler), "scheduler", requirement, name)
         check_networks(unet, self.scheduler, prior.image_shape)
 
     def _warn_of_remainder(self, chain: Chain) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +33,6 @@ from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..files import sha256, user_path, write_json
-from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..reporting import plots
 from ..reporting.page import (
     Picture,
@@ -49,7 +47,7 @@ from ..reporting.page import (
 )
 from ..reporting.report import NEXT, format_number
 from ..sampling import sample_images
-from ..training import make_noise_scheduler, make_unet
+from ..training import make_noise_scheduler, make_pipeline, make_unet
 from .study import Log, check_study_folder
 
 RECORD_NAME = "tracking.json"
@@ -219,12 +217,8 @@ def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str
     with torch.no_grad():
         for index, parameter in enumerate(unet.parameters()):
             parameter.copy_(averaged[str(index)])
-    scheduler = DDIMScheduler.from_config(make_noise_scheduler(config).config)
-    pipeline = (
-        DDIMPipeline(unet, scheduler)
-        if features is None
-        else OTGuidedDDIMPipeline(unet, scheduler, load_feature_extractor(features), load_reference_bank(features))
-    )
+    parts = () if features is None else (load_feature_extractor(features), load_reference_bank(features))
+    pipeline = make_pipeline(unet, make_noise_scheduler(config), *parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..config import DiffusionConfig, PriorConfig, TrainingConfig
+from ..config import FLOW, DiffusionConfig, PriorConfig, TrainingConfig
 from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
 from ..images import random_crop_and_flip
 from ..models.semidiscrete_coupling import SemidiscreteCoupling, mirrored
-from ..schedules import alpha_sigma, training_target
+from ..schedules import Scheduler, alpha_sigma, diffused, prediction_type_of, training_target
 from ..seeds import key, keyed_generator
 from .coupling import assigned_noise
 
@@ -158,7 +157,7 @@ def augmented(images: Tensor, config: TrainingConfig, update: int, count: int, p
 
 def diffusion_batches(
     images: Images,
-    scheduler: DDPMScheduler,
+    scheduler: Scheduler,
     config: DiffusionConfig,
     schedule: Schedule,
     accelerator: Accelerator,
@@ -221,22 +220,23 @@ def noised_batch(
     clean: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    scheduler: DDPMScheduler,
+    scheduler: Scheduler,
     global_indices: Tensor,
     indices: Tensor,
     update: int,
 ) -> DiffusionBatch:
     """x_t = α_t x0 + σ_t ε and the target of the scheduler's prediction type."""
     alpha, sigma = alpha_sigma(scheduler, timesteps)
-    target = training_target(clean, noise, alpha, sigma, scheduler.config.prediction_type)
-    noisy = scheduler.add_noise(clean, noise, timesteps)
+    target = training_target(clean, noise, alpha, sigma, prediction_type_of(scheduler))
+    noisy = diffused(clean, noise, alpha, sigma)
     return DiffusionBatch(indices, global_indices, noisy, timesteps, target, alpha, sigma, update)
 
 
 def draw_noise(
     num_samples: int, image_shape: torch.Size, config: DiffusionConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """ε [N, C, H, W] and timesteps [N] by the configuration's distribution, on the generator's device."""
+    """ε [N, C, H, W] and timesteps [N] by the configuration's distribution, on the generator's device. Timesteps are
+    integers below T, or real numbers up to T for flow matching."""
     device = generator.device
     noise = torch.randn((num_samples, *image_shape), generator=generator, device=device)
     uniform = torch.rand(num_samples, generator=generator, device=device)
@@ -246,6 +246,10 @@ def draw_noise(
             position = length * uniform**2
         case "log_uniform":
             position = (length**uniform).ceil() - 1
+        case "logit_normal":
+            position = length * torch.special.ndtri(uniform).sigmoid()
         case _:
             position = length * uniform
+    if config.prediction_type == FLOW:
+        return noise, position
     return noise, position.long().clamp(max=length - 1)

@@ -1,13 +1,23 @@
-"""UNet, noising chain and optimizer of a configuration."""
+"""UNet, noising chain and optimizer of a configuration, and the pipeline that samples."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
-from ..config import BaselineConfig, TrainingConfig
+from ..config import FLOW, BaselineConfig, TrainingConfig
 from ..errors import require
-from ..schedules import record_coupling
+from ..models.feature_extractor import FeatureExtractor
+from ..models.reference_bank import ReferenceBank
+from ..pipelines import FlowMatchPipeline, OTGuidedDDIMPipeline
+from ..schedules import Scheduler, matches_flow, record_coupling
 
 
 def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet2DModel:
@@ -36,17 +46,36 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet
     )
 
 
-def make_noise_scheduler(config: BaselineConfig) -> DDPMScheduler:
-    """The noising chain."""
-    scheduler = DDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        timestep_spacing=config.timestep_spacing,
-    )
+def make_noise_scheduler(config: BaselineConfig) -> Scheduler:
+    """The noising chain: variance-preserving, or the straight lines of flow matching."""
+    if config.prediction_type == FLOW:
+        scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps)
+    else:
+        scheduler = DDPMScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_schedule=config.beta_schedule,
+            prediction_type=config.prediction_type,
+            timestep_spacing=config.timestep_spacing,
+        )
     if config.noise_coupling != "independent":
         record_coupling(scheduler, config.noise_coupling)
     return scheduler
+
+
+def make_pipeline(
+    unet: UNet2DModel,
+    scheduler: Scheduler,
+    feature_extractor: FeatureExtractor | None = None,
+    reference_bank: ReferenceBank | None = None,
+) -> DiffusionPipeline:
+    """The pipeline that samples with a denoiser of this noising chain, by DDIM or along its straight lines; with the
+    parts of guidance it is guided."""
+    if matches_flow(scheduler):
+        return FlowMatchPipeline(unet, type(scheduler).from_config(scheduler.config), feature_extractor, reference_bank)
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    if feature_extractor is None:
+        return DDIMPipeline(unet, ddim)
+    return OTGuidedDDIMPipeline(unet, ddim, feature_extractor, reference_bank)
 
 
 def make_optimizer(config: TrainingConfig, model: torch.nn.Module) -> torch.optim.AdamW:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from ..data import DATA_OPTIONS, HUB_IDS
 from ..launch import preset_path, signals
 from ..losses.denoising import denoising_loss
 from ..models.semidiscrete_coupling import SemidiscreteCoupling
+from ..schedules import Scheduler
 from ..seeds import keyed_generator, seeded_generator
 from .averages import effective_rank
 from .batches import Images, Schedule, draw_noise, noised_batch
@@ -31,6 +31,7 @@ from .checkpoints import TrainingState
 from .coupling import coupled_images
 from .files import write_json, write_text
 from .folder import check_claim
+from .models import make_pipeline
 from .processes import CONTINUE, OUT_OF_TIME, SIGNALLED, Agreement
 
 logger = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ def wants_grid(state: TrainingState, config: TrainingConfig) -> bool:
 def validation_loss(
     state: TrainingState,
     images: Images,
-    scheduler: DDPMScheduler,
+    scheduler: Scheduler,
     config: DiffusionConfig,
     accelerator: Accelerator,
     coupling: SemidiscreteCoupling | None = None,
@@ -268,15 +269,15 @@ def validation_loss(
 
 
 def save_sample_grid(
-    state: TrainingState, scheduler: DDPMScheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
+    state: TrainingState, scheduler: Scheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
 ) -> None:
-    """`samples/update-N.png`: rows² images by DDIM with the averaged weights, from the same noise every time. There is
-    none where the run is asked to stop, or where it trains on the end of the chain only."""
+    """`samples/update-N.png`: rows² images with the averaged weights, from the same noise every time. There is none
+    where the run is asked to stop, or where it trains on the end of the chain only."""
     if accelerator.is_main_process and config.max_timestep is None and wants_grid(state, config):
         check_claim(config)
         with averaged_weights(state):
             model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
-            pipeline = DDIMPipeline(model.eval(), DDIMScheduler.from_config(scheduler.config))
+            pipeline = make_pipeline(model.eval(), scheduler)
             pipeline.set_progress_bar_config(disable=True)
             generator = seeded_generator(config.seed)
             images = pipeline(rows**2, generator=generator, num_inference_steps=config.num_inference_steps).images

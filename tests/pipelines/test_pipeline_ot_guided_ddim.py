@@ -12,8 +12,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from makers.draws import seeded as _seeded
@@ -389,13 +387,6 @@ def test_guidance_needs_its_parts():
         )
 
 
-@pytest.mark.parametrize("scale", [0, 1])
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
-def test_schedulers_of_another_scaling_are_refused(scheduler, scale):
-    with pytest.raises(InputError, match=f"`scheduler` must be variance-preserving .* got '{scheduler.__name__}'"):
-        _images(_pipeline(scheduler()), guidance_scale=scale)
-
-
 # --- a guidance field -----------------------------------------------------------------------------------------------
 
 
@@ -434,19 +425,19 @@ def test_the_joint_batch_is_there_beside_the_field():
     np.testing.assert_array_equal(_images(pipe, joint_batch=True), _images(_pipeline()))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"num_inference_steps": 7},
-            "`num_inference_steps` must give the chain of the guidance field",
-        ),
-        ({"blur": 0.5}, "`blur` must be 0.3, as in the recording of the guidance field, got 0.5"),
-    ],
-)
-def test_a_field_refuses_another_chain(options, message):
-    with pytest.raises(InputError, match=message):
-        _images(_with_field(), **options)
+def test_a_field_guides_chains_of_other_lengths_at_the_nearest_recorded_level(monkeypatch):
+    pipe, moved, correct = _with_field(10, num_guidance_steps=8), [], OTGuidance.correct
+    assert tuple(pipe.guidance_field.config.timesteps) == tuple(range(900, 100, -100))
+    monkeypatch.setattr(OTGuidance, "correct", lambda *given: moved.append(correct(*given) is not given[1]) or given[1])
+    for steps, expected in ((4, [True, True, True, False]), (2, [True, False]), (10, [True] * 8 + [False] * 2)):
+        moved.clear()
+        _images(pipe, num_inference_steps=steps)
+        assert moved == expected
+
+
+def test_a_field_refuses_other_guidance():
+    with pytest.raises(InputError, match=r"`blur` must be 0\.3, as in the recording of the guidance field, got 0\.5"):
+        _images(_with_field(), blur=0.5)
 
 
 def test_a_field_has_to_be_recorded_first():

@@ -35,13 +35,15 @@ from makers.runs import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ot_diffusers import OTGuidedDDIMPipeline, SemidiscreteCoupling, cli, truncated_scheduler
+from ot_diffusers import FlowMatchPipeline, OTGuidedDDIMPipeline, SemidiscreteCoupling, cli, truncated_scheduler
 from ot_diffusers.config import BaselineConfig, OTConfig, make_config
 from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.features import cached_features, load_feature_extractor
 from ot_diffusers.launch import run_script, training_command
 from ot_diffusers.losses.denoising import disjoint_reference_indices
+from ot_diffusers.sampling import load_pipeline
+from ot_diffusers.schedules import prediction_type_of
 from ot_diffusers.seeds import keyed_generator
 from ot_diffusers.training import (
     Schedule,
@@ -336,6 +338,7 @@ def test_record_of_an_ot_run_adds_up(features: Path, tmp_path: Path) -> None:
         ("uniform", lambda count, length: count / length),
         ("quadratic", lambda count, length: (count / length) ** 0.5),
         ("log_uniform", lambda count, length: count.log() / math.log(length)),
+        ("logit_normal", lambda count, length: torch.special.ndtr((count / length).logit())),
     ],
 )
 def test_timesteps_are_distributed_as_named(sampler: str, below: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
@@ -348,6 +351,14 @@ def test_timesteps_are_distributed_as_named(sampler: str, below: Callable[[torch
     reached = torch.searchsorted(timesteps.sort().values, edges) / count
     expected = below(edges.float(), length)
     assert (reached - expected).abs().max() < 1.95 / count**0.5 + 1e-4
+    # Flow matching takes the same draws without rounding.
+    _, times = draw_noise(
+        count,
+        torch.Size([1]),
+        BaselineConfig(timestep_sampler=sampler, prediction_type="flow_prediction"),
+        torch.Generator().manual_seed(0),
+    )
+    assert times.is_floating_point() and ((times - timesteps).abs() <= 1).all()
     # ε is standard normal: mean and variance within 4 standard errors, √(1/N) and √(2/N).
     assert abs(noise.mean().item()) < 4 / count**0.5
     assert abs(noise.var().item() - 1) < 4 * (2 / count) ** 0.5
@@ -371,7 +382,7 @@ def test_max_timestep_ends_the_chain_early() -> None:
     assert timesteps.unique().tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow_prediction"])
 def test_other_predictions_train_and_are_remembered(prediction_type: str, features: Path, tmp_path: Path) -> None:
     run = train(
         "ot",
@@ -383,7 +394,9 @@ def test_other_predictions_train_and_are_remembered(prediction_type: str, featur
         feature_extractor=str(features),
     )
     pipeline = OTGuidedDDIMPipeline.from_pretrained(run)
-    assert pipeline.scheduler.config.prediction_type == prediction_type
+    assert prediction_type_of(pipeline.scheduler) == prediction_type
+    kind = FlowMatchPipeline if prediction_type == "flow_prediction" else OTGuidedDDIMPipeline
+    assert type(load_pipeline(run)) is kind
     assert pipeline.unet.dtype == torch.float32
     assert np.isfinite(metrics(run)[0]["loss"])
 
@@ -432,13 +445,15 @@ def coupled_case(random_flip: bool = False) -> tuple[ResidentImages, Semidiscret
     return images, SemidiscreteCoupling.from_images(pixels, flips=random_flip, tolerance=0.05)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
 @pytest.mark.parametrize("random_flip", [False, True])
-def test_a_semidiscrete_coupling_pairs_free_noise_with_its_images(random_flip: bool) -> None:
+def test_a_semidiscrete_coupling_pairs_free_noise_with_its_images(random_flip: bool, prediction_type: str) -> None:
     """The noise is that of an uncoupled run, and the images are those that it is assigned to, whatever the split of an
     update over processes and forward passes, and wherever the run resumes."""
     images, coupling = coupled_case(random_flip)
-    config = BaselineConfig(noise_coupling="semidiscrete", random_flip=random_flip, train_batch_size=32)
-    scheduler = DDPMScheduler()
+    options = {"random_flip": random_flip, "train_batch_size": 32, "prediction_type": prediction_type}
+    config = BaselineConfig(noise_coupling="semidiscrete", **options)
+    scheduler = make_noise_scheduler(config)
 
     def batches(forward: int, start: int = 0, rank: int = 0, ranks: int = 1) -> list[Any]:
         schedule = Schedule(32, forward, updates_per_epoch=2, num_updates=4)
@@ -451,10 +466,15 @@ def test_a_semidiscrete_coupling_pairs_free_noise_with_its_images(random_flip: b
         noise, timesteps = draw_noise(32, images.pixels.shape[1:], config, generator)
         points = coupling.assign(noise)
         clean = coupling.pick(images.fetch(torch.arange(64)), points)
-        assert torch.equal(batch.target, noise)
         assert torch.equal(batch.timesteps, timesteps)
         assert torch.equal(batch.indices, points % 64)
-        assert torch.equal(batch.noisy, scheduler.add_noise(clean, noise, timesteps))
+        if prediction_type == "flow_prediction":
+            time = timesteps[:, None, None, None] / 1000
+            assert torch.equal(batch.target, noise - clean)
+            assert torch.equal(batch.noisy, (1 - time) * clean + time * noise)
+        else:
+            assert torch.equal(batch.target, noise)
+            assert torch.equal(batch.noisy, scheduler.add_noise(clean, noise, timesteps))
     for others in (batches(8), batches(16)):
         for name in ("noisy", "target", "timesteps", "indices"):
             assert torch.equal(*(torch.cat([getattr(one, name) for one in run]) for run in (whole, others))), name
