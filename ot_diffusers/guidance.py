@@ -13,6 +13,9 @@ image. With w = 0 the objective cannot see pixel artefacts left by guidance; thu
 `step_rule="adam"` is the original study's form: Adam divides the gradient by its own magnitude, so that every pixel
 moves by about `guidance_scale` · 0.02 in each step. At 0.5 this is the original study's learning rate of 0.01.
 
+`metric="mmd"` follows the gradient of a kernel discrepancy in place of the divergence, as MMD guidance does
+(`ot_diffusers.transport.mmd_displacement`); it is there for comparison.
+
 The gradient comes either from a transport problem of the batch, solved anew at every step, or from a `GuidanceField`,
 which was recorded on a large batch and moves every image independently.
 """
@@ -32,7 +35,7 @@ from .images import thumbnails
 from .models.feature_extractor import FeatureExtractor
 from .models.guidance_field import Correction, GuidanceField, completed
 from .models.reference_bank import ReferenceBank
-from .transport import DivergencePotentials, divergence_gradient
+from .transport import DivergencePotentials, divergence_gradient, mmd_displacement
 
 if TYPE_CHECKING:
     from typing import Self
@@ -46,6 +49,7 @@ LONGEST_STEP = 1.5
 # Images without negative pixels and with a pixel above this are taken for images in [0, 255].
 FARTHEST_PIXEL = 2.0
 STEP_RULES = ("displacement", "adam")
+METRICS = ("sinkhorn", "mmd")
 # Fixed Sinkhorn iterations on a GPU: for the first correction, and for warm-started ones. They suffice from this blur
 # on, in units of the median distance.
 COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 20, 10, 0.3
@@ -75,8 +79,9 @@ class OTGuidance:
             the original study's form.
         pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
             thumbnails and features are normalised, else 0.
+        metric: `"sinkhorn"`, the Sinkhorn divergence, or `"mmd"`, for which there is no guidance field and no blur.
         step_rule: `"displacement"` or `"adam"`; by default the first if `pixel_weight` is positive, else the second.
-        guidance_field: follow this guidance field; the six arguments above must be those of its recording.
+        guidance_field: follow this guidance field; the arguments above must be those of its recording.
         history: a list to which every correction of a joint batch is appended.
 
     Raises:
@@ -103,6 +108,7 @@ class OTGuidance:
         normalize_features: bool = True,
         pixel_weight: float | None = None,
         step_rule: str | None = None,
+        metric: str = "sinkhorn",
         guidance_field: GuidanceField | None = None,
         history: list[Correction] | None = None,
     ) -> None:
@@ -110,7 +116,11 @@ class OTGuidance:
         require_integer("num_correction_steps", num_correction_steps, at_least=1)
         require_number("blur", blur, at_least=0)
         require(blur > 0, "blur", "be a positive length", blur)
+        require(metric in METRICS, "metric", f"be one of {', '.join(METRICS)}", metric)
+        plan = metric == "sinkhorn" or (guidance_field is None and history is None)
+        require(plan, "metric", "be sinkhorn where a guidance field is recorded or followed", metric)
         check_same_data(feature_extractor, reference_bank)
+        self.metric = metric
         self.feature_extractor = feature_extractor
         self.guidance_field = guidance_field
         self.history = history
@@ -234,6 +244,8 @@ class OTGuidance:
         if self.guidance_field is not None:
             assert step is not None
             return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
+        if self.metric == "mmd":
+            return mmd_displacement(features, references)
         cloud, weights = (features, None) if self.history is None else completed(features, references)
         initial = self._warm_start(len(cloud), features.device)
         num_iterations = self._num_iterations(features.device, initial is not None)

@@ -13,7 +13,7 @@ from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
 from ot_diffusers.models.guidance_field import Correction, GuidanceField, completed
 from ot_diffusers.models.reference_bank import ReferenceBank
-from ot_diffusers.transport import divergence_gradient, median_distance, sinkhorn_divergence
+from ot_diffusers.transport import divergence_gradient, median_distance, mmd_displacement, sinkhorn_divergence
 
 
 def _images(count: int, seed: int) -> torch.Tensor:
@@ -349,6 +349,23 @@ def test_displacements_leave_alone_what_is_right(parts_with_images):
         for rule in ("displacement", "adam")
     }
     assert moved["displacement"] < 0.2 * moved["adam"]
+
+
+def test_the_kernel_discrepancy_is_followed_instead(parts_with_images):
+    """Both move a batch towards the references, by displacements of their own; a field is a plan's alone."""
+    sinkhorn, mmd = (OTGuidance(*parts_with_images, metric=metric) for metric in ("sinkhorn", "mmd"))
+    images = _blurred(32)
+    references = mmd._references
+
+    def discrepancy(batch):
+        return mmd_displacement(mmd.features(batch), references).square().sum(1).mean()
+
+    assert discrepancy(mmd.correct(images)) < 0.9 * discrepancy(images)
+    assert (mmd.correct(images) - sinkhorn.correct(images)).abs().max() > 1e-3
+    with pytest.raises(InputError, match="`metric` must be one of sinkhorn, mmd, got 'energy'"):
+        OTGuidance(*parts_with_images, metric="energy")
+    with pytest.raises(InputError, match="`metric` must be sinkhorn where a guidance field is recorded or followed"):
+        OTGuidance(*parts_with_images, metric="mmd", history=[])
 
 
 def test_step_rules(parts, parts_with_images):

@@ -97,6 +97,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         normalize_features: bool | None = None,
         pixel_weight: float | None = None,
         step_rule: str | None = None,
+        metric: str | None = None,
         joint_batch: bool | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
@@ -132,6 +133,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             step_rule: in each correction step, `"displacement"` moves an image by `guidance_scale` / 2 of the
                 displacement in the transport plan, and `"adam"` moves every pixel by about `guidance_scale` · 0.02. The
                 default is `"displacement"` where `pixel_weight` is above 0, else `"adam"`.
+            metric: `"sinkhorn"`, the default, or `"mmd"`, a kernel discrepancy for comparison (MMD guidance).
             joint_batch: guide the batch by its own transport problem (`True`), or each image by the guidance field
                 (`False`); the default is `False` where there is a field. Arguments of guidance that contradict those
                 of the field are refused.
@@ -165,6 +167,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 "normalize_features": normalize_features,
                 "pixel_weight": pixel_weight,
                 "step_rule": step_rule,
+                "metric": metric,
                 "joint_batch": joint_batch,
             },
         )

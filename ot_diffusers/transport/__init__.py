@@ -9,6 +9,7 @@ from .divergence import (
     sinkhorn_divergence,
 )
 from .geometry import median_distance
+from .kernel import mmd_displacement
 from .multiscale import divergence_value, has_stored_solver
 from .problem import Potentials
 from .sinkhorn import self_potential, sinkhorn_potentials
@@ -22,6 +23,7 @@ __all__ = [
     "divergence_value",
     "has_stored_solver",
     "median_distance",
+    "mmd_displacement",
     "self_potential",
     "self_transport_cost",
     "sinkhorn_divergence",
