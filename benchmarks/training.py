@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ from train.train_ot import ot_term
 from .timing import Row, interleave, ratio_row
 
 NUM_IMAGES = 10_000
+TERM: dict[str, Any] = {"prediction_type": "epsilon", "noise_coupling": "independent", "ot_weight": 0.03}
+"""The transport term beside noise prediction, whose cost is measured."""
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
@@ -42,9 +45,9 @@ def configuration(quick: bool) -> OTConfig:
     """UNet and batch size of the MNIST preset, or small ones with `quick`."""
     if quick:
         return OTConfig(
-            block_out_channels=(32, 32), attention_levels=(), train_batch_size=16, num_reference_samples=500
+            block_out_channels=(32, 32), attention_levels=(), train_batch_size=16, num_reference_samples=500, **TERM
         )
-    return OTConfig(block_out_channels=(64, 128, 256), train_batch_size=128, num_reference_samples=2000)
+    return OTConfig(block_out_channels=(64, 128, 256), train_batch_size=128, num_reference_samples=2000, **TERM)
 
 
 def images_like_mnist(count: int = NUM_IMAGES) -> ResidentImages:
@@ -136,7 +139,7 @@ def loading_row(quick: bool, device: torch.device) -> Row:
     On a CPU with a small UNet, which is the harder case; on a GPU with the UNet of the MNIST preset, because kernel
     launches would leave it idle with a small one.
     """
-    small = OTConfig(block_out_channels=(32, 32), attention_levels=(), layers_per_block=1, train_batch_size=128)
+    small = OTConfig(block_out_channels=(32, 32), attention_levels=(), layers_per_block=1, train_batch_size=128, **TERM)
     step = Step(small if device.type == "cpu" else configuration(quick), device)
     resident = next(step.batches)
 

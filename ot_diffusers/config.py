@@ -126,6 +126,19 @@ def option_of(group: str) -> Callable[..., Any]:
 ) = map(option_of, GROUPS)
 
 
+PREDICTION_HELP = (
+    "what the UNet predicts: the noise, the velocity or the clean image of DDIM, or the velocity of flow matching"
+)
+COUPLING_HELP = (
+    "how noise and images are paired: independent: at random; semidiscrete: by optimal transport between noise and "
+    "the whole data set; assignment: by optimal transport within coupling_batch_size images"
+)
+SPACING_HELP = (
+    "timesteps of short chains, by its name in diffusers; trailing begins at pure noise, as chains of a few "
+    "steps should"
+)
+
+
 @dataclass
 class Options:
     """A configuration. In every text, `~` at the beginning of a path is the home folder.
@@ -269,11 +282,7 @@ class DiffusionConfig(TrainingConfig):
     """Options of the scripts that train a denoiser."""
 
     num_train_timesteps: int = diffusion_option(1000, "T: number of timesteps of the noising chain", minimum=1)
-    prediction_type: str = diffusion_option(
-        "epsilon",
-        "what the UNet predicts: the noise, the velocity or the clean image of DDIM, or the velocity of flow matching",
-        choices=PREDICTION_TYPES,
-    )
+    prediction_type: str = diffusion_option("epsilon", PREDICTION_HELP, choices=PREDICTION_TYPES)
     timestep_sampler: str = diffusion_option(
         "uniform",
         "distribution of timesteps in training; quadratic (t = T·u²) and log_uniform (t = T^u) favour low noise, "
@@ -283,12 +292,7 @@ class DiffusionConfig(TrainingConfig):
     max_timestep: int | None = diffusion_option(
         None, "train on t < max_timestep only, for truncated chains; none: on all", minimum=1
     )
-    noise_coupling: str = diffusion_option(
-        "independent",
-        "how noise and images are paired: independent: at random; semidiscrete: by optimal transport between noise and "
-        "the whole data set; assignment: by optimal transport within coupling_batch_size images",
-        choices=NOISE_COUPLINGS,
-    )
+    noise_coupling: str = diffusion_option("independent", COUPLING_HELP, choices=NOISE_COUPLINGS)
     coupling_batch_size: int = diffusion_option(
         512,
         "assignment: number of images that are paired at a time; those of several training steps where they have fewer",
@@ -347,12 +351,7 @@ class BaselineConfig(DiffusionConfig):
     norm_num_groups: int = network_option(32, "groups of the UNet's group normalisation", minimum=1)
     dropout: float = network_option(0.0, "dropout of the UNet", minimum=0, below=1)
     beta_schedule: str = diffusion_option("linear", "noise schedule, by its name in diffusers", choices=BETA_SCHEDULES)
-    timestep_spacing: str = diffusion_option(
-        "leading",
-        "timesteps of short chains, by its name in diffusers; trailing begins at pure noise, as chains of a few steps "
-        "should",
-        choices=TIMESTEP_SPACINGS,
-    )
+    timestep_spacing: str = diffusion_option("leading", SPACING_HELP, choices=TIMESTEP_SPACINGS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -371,7 +370,12 @@ class OTConfig(BaselineConfig):
     feature_extractor: str = transport_option(
         "runs/features", "folder or Hub id of a feature network that was trained on the same data"
     )
-    ot_weight: float = transport_option(0.03, "λ: weight of the transport term; 0: the baseline", minimum=0)
+    prediction_type: str = diffusion_option(FLOW, PREDICTION_HELP, choices=PREDICTION_TYPES)
+    timestep_spacing: str = diffusion_option("trailing", SPACING_HELP, choices=TIMESTEP_SPACINGS)
+    noise_coupling: str = diffusion_option("semidiscrete", COUPLING_HELP, choices=NOISE_COUPLINGS)
+    ot_weight: float = transport_option(
+        0.0, "λ: weight of the transport term between features of x̂0 and of real images; 0: no such term", minimum=0
+    )
     num_reference_samples: int = transport_option(
         2000,
         "number of real images that a batch is compared with; none of them is in the batch",

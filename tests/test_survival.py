@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -419,7 +420,7 @@ def test_a_run_goes_on_with_the_same_images_in_an_update_on_any_number_of_proces
     assert message is not None and message.startswith("`num_processes` must be a divisor of 12")
 
 
-@pytest.mark.parametrize("config_class", [OTConfig, PriorConfig])
+@pytest.mark.parametrize("config_class", [functools.partial(OTConfig, ot_weight=0.03), PriorConfig])
 def test_where_distributions_are_compared_a_forward_pass_keeps_its_images(config_class: Any) -> None:
     began = batch_sizes(config_class(train_batch_size=12, gradient_accumulation_steps=2), 1)
     again = config_class(train_batch_size=6, gradient_accumulation_steps=2)

@@ -1,11 +1,16 @@
-"""Train a diffusion model with the optimal-transport term and save an OT-guided pipeline.
+"""Train a diffusion model with optimal transport and save a pipeline that can be guided.
 
     accelerate launch train/train_ot.py --config configs/mnist/ot.yaml output_dir=runs/mnist-ot
 
-This file is `train_baseline.py` with one more term in the loss: λ·S, where S is the Sinkhorn divergence between frozen
-features of the predicted clean images and of real images that are not in the batch. `ot_weight=0` gives the baseline's
-weights bit for bit. The run's folder opens with `OTGuidedDDIMPipeline.from_pretrained(output_dir)`.
-The same command, run again, resumes where it stopped.
+By default noise and images are paired by optimal transport between noise and the whole data set
+(`noise_coupling=semidiscrete`), and the network learns the straight paths between them (`flow_prediction`), so that a
+few calls are enough to sample. The run's folder opens with `FlowMatchPipeline.from_pretrained(output_dir)`, or with
+`OTGuidedDDIMPipeline` for the other predictions; its feature network and reference set guide it.
+
+With `ot_weight` λ > 0 the loss has one more term than in `train_baseline.py`: λ·S, where S is the Sinkhorn divergence
+between frozen features of the predicted clean images and of real images that are not in the batch, as in the original
+study (`configs/mnist/ot_original.yaml`). Without it and with the same pairs and prediction, the weights are those of
+`train_baseline.py` bit for bit. The same command, run again, resumes where it stopped.
 """
 
 from accelerate import Accelerator
@@ -63,15 +68,16 @@ def main(config: OTConfig) -> None:
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     scheduler = make_noise_scheduler(config)
 
-    # Frozen feature network, and its features of the training set.
+    # Frozen feature network, and for the transport term its features of the training set.
     feature_extractor = load_feature_extractor(config.feature_extractor).to(accelerator.device)
     check_trained_on(feature_extractor, images)
-    left = len(images) - schedule.global_batch_size
-    require(left > 0, "train_batch_size", f"leave references in a data set of {len(images)}", config.train_batch_size)
-    training_features = cached_features(feature_extractor, images, squash=config.squash)
-    finite = bool(training_features.isfinite().all())
-    require(finite, "feature_extractor", "give finite features of the training images", config.feature_extractor)
-    feature_scale = median_distance(training_features) if config.normalize_features else 1.0
+    if config.ot_weight > 0:
+        left, size = len(images) - schedule.global_batch_size, config.train_batch_size
+        require(left > 0, "train_batch_size", f"leave references in a data set of {len(images)}", size)
+        training_features = cached_features(feature_extractor, images, squash=config.squash)
+        finite = bool(training_features.isfinite().all())
+        require(finite, "feature_extractor", "give finite features of the training images", config.feature_extractor)
+        feature_scale = median_distance(training_features) if config.normalize_features else 1.0
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)

@@ -373,7 +373,9 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
     lines: list[str] = []
     short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "log": lines.append}
     results = run_demo(tmp_path / "demo", **short)
-    assert list(results["arms"]) == ["baseline", "OT-trained", "OT-guided", "original guidance"]
+    coupled = ["coupled, 4 calls", "coupled and guided, 4 calls"]
+    assert list(results["arms"]) == ["baseline", coupled[0], "OT-guided", coupled[1], "original guidance"]
+    assert [results["arms"][arm]["nfe"] for arm in coupled] == [4, 4]
     assert json.loads((tmp_path / "demo" / "results.json").read_text())["arms"].keys() == results["arms"].keys()
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page.split("Provenance")[0]

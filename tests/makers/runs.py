@@ -35,7 +35,9 @@ TINY_UNET: dict[str, Any] = {
 TINY: dict[str, dict[str, Any]] = {
     "features": COMMON | {"block_out_channels": [4, 8], "feature_dim": 16, "num_reference_samples": 50},
     "baseline": COMMON | TINY_UNET,
-    "ot": COMMON | TINY_UNET | {"num_reference_samples": 50, "ot_weight": 0.1},
+    "ot": COMMON
+    | TINY_UNET
+    | {"num_reference_samples": 50, "ot_weight": 0.1, "prediction_type": "epsilon", "noise_coupling": "independent"},
     # A generator of 4,000 parameters.
     "prior": COMMON
     | {
