@@ -29,9 +29,11 @@ CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**26
 """Scores that are held at a time."""
 SCORE_BLOCK = 64
 """Points of which the largest score is taken first: PyTorch's `amax` is over ten times faster than its `argmax`."""
-GOOD_START = 1.0
+GOOD_START = 5.0
 """χ² up to which the descent begins at the starting potentials; beyond it, temperatures are annealed first."""
 FIRST_TEMPERATURE, LAST_TEMPERATURE, COOLING, STEPS_PER_TEMPERATURE = 1.0, 0.01, 0.7, 6
+DRAWS_PER_POINT = 4
+"""Noise vectors of an annealing step, for each point and divided by the number of points that share a vector."""
 LARGEST_STEP, STEP, EARLY_EPOCHS, DECAY = 0.5, 0.3, 5, 0.6
 """The step size begins at `STEP` times the draws per point, at most at `LARGEST_STEP`, and falls with the power `DECAY`
 after `EARLY_EPOCHS` draws per point."""
@@ -204,17 +206,23 @@ class _Solver:
 
     def anneal(self, potentials: Tensor, out_of_time: Callable[[], bool]) -> Tensor:
         """Potentials of ever less entropic problems, which move mass over long distances, where the descent is slow."""
-        temperature, draws = FIRST_TEMPERATURE, max(HALVES**2, self.count)
-        rows = _rows_at_a_time(self.count, self.points.device)
+        temperature, rows = FIRST_TEMPERATURE, _rows_at_a_time(self.count, self.points.device)
         while temperature > LAST_TEMPERATURE and not out_of_time():
+            shares = self.shares(self.normal(64), potentials, temperature)
+            wanted = DRAWS_PER_POINT * self.count * shares.square().sum(dim=1).mean().item()
+            draws = max(HALVES**2, min(self.count, round(wanted)))
             for _ in range(STEPS_PER_TEMPERATURE):
                 masses = torch.zeros_like(potentials)
                 for part in self.normal(draws).split(rows):
-                    masses += torch.addmm(potentials, part, self.points.T).div_(temperature).softmax(dim=1).sum(dim=0)
+                    masses += self.shares(part, potentials, temperature).sum(dim=0)
                 excess = (self.count / draws * masses - 1).clamp(max=2)
                 potentials = _centred(potentials - temperature * excess)
             temperature *= COOLING
         return potentials
+
+    def shares(self, noise: Tensor, potentials: Tensor, temperature: float) -> Tensor:
+        """The share of each noise vector that each point receives in the entropic problem, [B, N]."""
+        return torch.addmm(potentials, noise, self.points.T).div_(temperature).softmax(dim=1)
 
     def descend(self, potentials: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Averages of the descent's iterates, later ones with more weight, and the number of draws so far."""
