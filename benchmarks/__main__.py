@@ -22,12 +22,13 @@ import torch
 from ot_diffusers.reporting.page import provenance
 from ot_diffusers.reporting.report import format_number
 
-from . import evaluation, package, sampling, scaling, solver, training
+from . import couplings, evaluation, package, sampling, scaling, solver, training
 from .timing import Row
 
 PARTS = {
     "solver": solver,
     "training": training,
+    "couplings": couplings,
     "scaling": scaling,
     "sampling": sampling,
     "evaluation": evaluation,

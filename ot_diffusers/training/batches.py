@@ -205,7 +205,8 @@ class AssignedNoise:
             batch = images.fetch(indices).to(accelerator.device)
             clean.append(augmented(batch, config, update, size, slice(None)))
             noise.append(update_noise(size, batch.shape[1:], config, accelerator, update)[0])
-        return assigned_noise(torch.cat(clean), torch.cat(noise)).split(size)
+        generator = keyed_generator(accelerator.device, config.seed, "plan", first)
+        return assigned_noise(torch.cat(clean), torch.cat(noise), generator).split(size)
 
 
 def update_noise(

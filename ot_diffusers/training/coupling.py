@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -22,9 +23,15 @@ from ..config import DiffusionConfig
 from ..data import ResidentImages, StreamedImages, pixels_of
 from ..errors import InputError
 from ..models.semidiscrete_coupling import SemidiscreteCoupling, mirrored
-from ..transport.geometry import half_squared_distances
+from ..transport import sinkhorn_potentials
+from ..transport.geometry import block_rows, half_squared_distances
 
 logger = logging.getLogger(__name__)
+
+LARGEST_ASSIGNMENT = 2048
+"""Images up to which the assignment problem is solved exactly; a second, and the time grows with the third power."""
+TEMPERATURE, PLAN_ERROR = 0.05, 1e-2
+"""Temperature of larger plans, relative to the spread of the scores, and the error of their marginals."""
 
 
 def make_coupling(
@@ -104,27 +111,38 @@ def _solved(
     return coupling.with_images(pixels)
 
 
-def assigned_noise(clean: Tensor, noise: Tensor) -> Tensor:
+def assigned_noise(clean: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The rows of `noise` in the order of the optimal transport from images to noise, for ‖x0 − ε‖².
 
-    The noise of a batch stays Gaussian; only the pairing changes.
+    Up to `LARGEST_ASSIGNMENT` images the assignment is exact, and the noise of a batch only changes places. Beyond it,
+    each image draws its noise from its row of an entropic plan, so that some noise vectors serve twice, and some never.
 
     Args:
         clean: [B, C, H, W] in [-1, 1].
         noise: [B, C, H, W].
+        generator: for the draws from the plan, on the device of the images.
 
     Returns:
-        [B, C, H, W]. The assignment is solved on the CPU.
+        [B, C, H, W]. The exact assignment is solved on the CPU.
 
-    Reference: [Li2024]; [Tong2024] for flow matching.
+    Reference: [Li2024]; [Tong2024], [Zhang2025] for flow matching.
 
     Example:
         >>> assigned_noise(torch.tensor([[1.0], [-1.0]]), torch.tensor([[-2.0], [0.5]])).flatten()
         tensor([ 0.5000, -2.0000])
     """
-    costs = half_squared_distances(clean.flatten(1).float(), noise.flatten(1).float())
-    _, columns = linear_sum_assignment(costs.cpu().numpy())
-    return noise[torch.as_tensor(columns, device=noise.device)]
+    images, vectors = clean.flatten(1).float(), noise.flatten(1).float()
+    if len(images) <= LARGEST_ASSIGNMENT:
+        _, columns = linear_sum_assignment(half_squared_distances(images, vectors).cpu().numpy())
+        return noise[torch.as_tensor(columns, device=noise.device)]
+    spread = (images - images.mean(dim=0)).norm(dim=1).mean()  # the standard deviation of ⟨ε, x0⟩
+    eps = (TEMPERATURE * spread).item()
+    plan = sinkhorn_potentials(images, vectors, blur=math.sqrt(eps), tolerance=PLAN_ERROR, max_iterations=100)
+    parts = []
+    for rows in images.split(block_rows(vectors)):
+        scores = (plan.g - half_squared_distances(rows, vectors)) / eps
+        parts.append(torch.multinomial(scores.softmax(dim=1), 1, generator=generator)[:, 0])
+    return noise[torch.cat(parts)]
 
 
 def coupled_images(images: ResidentImages | StreamedImages, noise: Tensor, coupling: SemidiscreteCoupling) -> Tensor:

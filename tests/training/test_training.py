@@ -58,6 +58,7 @@ from ot_diffusers.training import (
     make_unet,
     records,
 )
+from ot_diffusers.training import coupling as coupling_module
 from ot_diffusers.training.coupling import assigned_noise
 from ot_diffusers.transport import median_distance
 
@@ -406,6 +407,18 @@ def test_assignment_is_the_optimal_one() -> None:
     distances = (clean[:, None] - noise[None]).square().flatten(2).sum(2)
     best = min(itertools.permutations(range(5)), key=lambda order: distances[range(5), order].sum().item())
     assert torch.equal(assigned_noise(clean, noise), noise[list(best)])
+
+
+def test_large_assignments_are_drawn_from_a_plan_that_is_nearly_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.rand(300, 1, 8, 8, generator=generator) * 2 - 1, torch.randn(300, 1, 8, 8, generator=generator)
+    exact = (assigned_noise(clean, noise) * clean).sum()
+    monkeypatch.setattr(coupling_module, "LARGEST_ASSIGNMENT", 100)
+    drawn = assigned_noise(clean, noise, generator)
+    assert (drawn * clean).sum() > 0.95 * exact
+    known = {tuple(row) for row in noise.flatten(1).tolist()}
+    assert all(tuple(row) in known for row in drawn.flatten(1).tolist())
+    assert drawn.std().item() == pytest.approx(1, abs=0.03)  # 19,200 values, of which some are there twice
 
 
 @pytest.mark.parametrize("pool", [32, 64, 70])

@@ -1,0 +1,91 @@
+"""The cost of couplings: pairing noise in a training step, and solving for the potentials before it.
+
+The peer TorchCFM is measured where it is installed (`pip install torchcfm`). The solver needs the real MNIST, since the
+content of images decides how long it takes; without it, and with --quick, it solves for the digits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+
+from ot_diffusers.data import load_images, pixels_of
+from ot_diffusers.errors import InputError
+from ot_diffusers.models.semidiscrete_coupling import SemidiscreteCoupling
+from ot_diffusers.training.coupling import assigned_noise
+from ot_diffusers.transport.semidiscrete import assign
+
+from .timing import Row, interleave
+from .training import Step, configuration
+
+COMPONENTS = 128
+"""Principal components that the points of the pairing have."""
+
+
+def rows(quick: bool, device: torch.device) -> list[Row]:
+    return [*pairing_rows(quick, device), *solver_rows(quick, device)]
+
+
+def pairing_rows(quick: bool, device: torch.device) -> list[Row]:
+    """A training step with the time for its pairs, beside the step alone, at the sizes of the MNIST preset."""
+    step, size = Step(configuration(quick), device), configuration(quick).train_batch_size
+    noise = torch.randn(size, 1, 28, 28, device=device)
+    rows = noise.flatten(1)[:, :COMPONENTS]
+    images = torch.rand(512, 1, 28, 28, device=device) * 2 - 1
+    candidates: dict[str, Callable[[], object]] = {
+        "step": step.run,
+        "assignment of 512 images": lambda: assigned_noise(images, torch.randn_like(images)),
+    }
+    counts = (2_000, 20_000) if quick else (60_000, 1_000_000)
+    for count in counts:
+        points, potentials = torch.randn(count, COMPONENTS, device=device), torch.zeros(count, device=device)
+        longest = points.norm(dim=1).max()
+        candidates[f"{count:,} images"] = partial(assign, rows, points, potentials, longest=longest)
+    if find_spec("torchcfm") is not None:
+        from torchcfm.optimal_transport import OTPlanSampler
+
+        sampler = OTPlanSampler("exact")
+        candidates["TorchCFM"] = lambda: sampler.sample_plan(noise, images[:size])
+    seconds = interleave(candidates, 3 if quick or device.type == "cpu" else 20)
+    target = 1.03 if device.type == "cpu" else 1.02
+
+    def added(name: str, label: str, share: float = 1.0, target: float | None = None) -> Row:
+        pairs = zip(seconds[name], seconds["step"], strict=True)
+        ratios = [1 + share * pairing / alone for pairing, alone in pairs]
+        medians = {key: round(statistics.median(seconds[key]), 5) for key in (name, "step")}
+        return Row(label, statistics.median(ratios), (min(ratios), max(ratios)), target, seconds=medians)
+
+    coupled = "coupled training step / plain step"
+    found = [added(f"{count:,} images", f"{coupled}, {count:,} images", target=target) for count in counts]
+    found.append(added("assignment of 512 images", f"{coupled}, assignment of 512 images", size / 512))
+    if "TorchCFM" in seconds:
+        found.append(added("TorchCFM", "training step with TorchCFM's OTPlanSampler / plain step"))
+    return found
+
+
+def solver_rows(quick: bool, device: torch.device) -> list[Row]:
+    """Seconds until the potentials have each χ²; on a CPU those of the processor, and the first χ² alone."""
+    try:
+        images = load_images("digits" if quick else "mnist", "train")
+    except InputError:
+        images = load_images("digits", "train")
+    pixels, on_cpu = pixels_of(images).to(device), device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    found = []
+    for tolerance, target in ((0.05, 600),) if on_cpu else ((0.05, None), (0.01, 60)):
+        started = clock()
+        config = SemidiscreteCoupling.from_images(pixels, tolerance=tolerance).config
+        seconds = clock() - started
+        label = f"potentials of {len(pixels):,} × {pixels[0].numel()} images to χ² ≤ {tolerance}"
+        details = {
+            "components": config.num_components,
+            "kept_share": config.kept_share,
+            "chi_squared": config.chi_squared,
+        }
+        found.append(Row(label, seconds, (seconds, seconds), target, unit=" s", details=details))
+    return found
