@@ -130,6 +130,35 @@ def image_panels(panels: Mapping[str, Tensor], path: Path, rows: int = 6, column
     return _save(figure, path)
 
 
+def image_table(table: Mapping[str, Mapping[str, Tensor]], path: Path, rows: int = 3, columns: int = 4) -> Path:
+    """Grids of images in a table, such as methods by numbers of steps; a missing cell stays empty.
+
+    Args:
+        table: label of the line to heading of the column to uint8 images [n, C, H, W].
+        path: PNG file to write.
+        rows, columns: images in one grid.
+    """
+    require(bool(table), "table", "hold at least one line", table)
+    colours, headings = arm_colours(list(table)), list(dict.fromkeys(name for line in table.values() for name in line))
+    width = 2.1
+    figure = Figure(
+        figsize=(width * len(headings) + 1, width * rows / columns * len(table) + 0.4), layout="constrained"
+    )
+    for index, (label, line) in enumerate(table.items()):
+        for place, heading in enumerate(headings):
+            axes = figure.add_subplot(len(table), len(headings), index * len(headings) + place + 1)
+            if heading in line:
+                _show(axes, _mosaic(line[heading], rows, columns))
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if index == 0:
+                axes.set_title(heading, fontsize=11, color=INK)
+            if place == 0:
+                axes.set_ylabel(textwrap.fill(label, 16), fontsize=11, color=colours[label], fontweight="bold")
+    return _save(figure, path)
+
+
 def scores(results: Mapping[str, Any], metrics: Sequence[str], path: Path) -> Path:
     """The mean of every method, its value for each seed, and the real-vs-real score: a panel for each metric.
 

@@ -23,11 +23,12 @@ from ..reporting import plots
 from ..reporting.page import Picture
 from ..reporting.report import HEADLINE
 from .axes import AXES, Axis
+from .config import STEPS
 from .sampling import sampled
 from .study import Study, read_json
 
 NUM_SHOWN, NUM_FAILURES = 36, 12
-BESIDE = ("samples", "starts", "features", "failures", "loss_curves")
+BESIDE = ("samples", "samples_by_steps", "starts", "features", "failures", "loss_curves")
 """Pictures that are drawn from images and features, by file name; the others are drawn from the results."""
 
 
@@ -45,11 +46,28 @@ def draw(study: Study, results: Mapping[str, Any], seed: int) -> dict[str, Path]
         "features": plots.scatter(clouds, folder / "features.png", basis="real"),
         "failures": plots.failure_gallery(failures, folder / "failures.png"),
     }
+    if config.curves.get(STEPS):
+        table = {
+            method: {heading_of(steps): sampled(study, name, seed).images for steps, name in line.items()}
+            for method, line in config.curves[STEPS].items()
+            if len(line) > 1
+        }
+        files["samples_by_steps"] = plots.image_table(table, folder / "samples_by_steps.png")
     records = {Path(study.source(name, seed)) / "metrics.jsonl": name for name in reversed(shown)}
     histories = {name: plots.read_history(file) for file, name in reversed(records.items()) if file.is_file()}
     if histories:
         files["loss_curves"] = plots.loss_curves(histories, folder / "loss_curves.png")
     return files | draw_numbers(results, folder)
+
+
+def heading_of(steps: str) -> str:
+    """Heading of a column.
+
+    Example:
+        >>> heading_of("1"), heading_of("50")
+        ('1 step', '50 steps')
+    """
+    return f"{steps} step{'' if steps == '1' else 's'}"
 
 
 def draw_samples(real: Tensor, images: Mapping[str, Tensor], path: Path) -> Path:
@@ -132,6 +150,11 @@ def captions(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
             "Samples",
             f"The first {min(NUM_SHOWN, count)} images of each method{of_seed}, beside real test images that are "
             f"evenly spaced over their set.{noise}",
+        ),
+        "samples_by_steps": (
+            "Samples by number of steps",
+            f"The first images of each method{of_seed} at each number of steps. The same place in two grids means the "
+            "same starting noise.",
         ),
         "starts": (
             "Starting points of the chain",

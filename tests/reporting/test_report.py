@@ -218,6 +218,10 @@ class TestPlots:
         images[:, 0] = 255
         picture = np.asarray(Image.open(plots.image_panels({"real": images}, tmp_path / "p.png", 2, 2)).convert("RGB"))
         assert (picture == (255, 0, 0)).all(axis=2).mean() > 0.4  # three red images of four places
+        table = {"plain": {"1 step": images, "2 steps": images}, "guided": {"2 steps": images}}
+        picture = np.asarray(Image.open(plots.image_table(table, tmp_path / "t.png", 1, 3)).convert("RGB"))
+        red = (picture == (255, 0, 0)).all(axis=2)
+        assert red[:, red.shape[1] // 2 :].mean() > 1.5 * red[:, : red.shape[1] // 2].mean()  # one cell is empty
         features = {"real": torch.randn(20, 5), "baseline": torch.randn(30, 5)}
         assert Image.open(plots.scatter(features, tmp_path / "s.png")).size[0] > 300
 

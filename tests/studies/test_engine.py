@@ -196,6 +196,7 @@ def test_quality_by_steps(results: dict[str, Any], config: StudyConfig, tmp_path
     table = (tmp_path / "curves" / "results.md").read_text("utf-8")
     assert "## Fréchet distance by steps" in table and "| steps = | 1 | 2 | 6 |" in table
     assert (tmp_path / "curves" / "quality_by_steps.png").is_file()
+    assert (tmp_path / "curves" / "samples_by_steps.png").is_file()
     assert "Quality by number of function evaluations" in (tmp_path / "curves" / "report.html").read_text("utf-8")
 
 
