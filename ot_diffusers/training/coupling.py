@@ -12,6 +12,7 @@ import logging
 import math
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from scipy.optimize import linear_sum_assignment
@@ -21,8 +22,8 @@ from tqdm.auto import tqdm
 from ..cache import remembered
 from ..config import DiffusionConfig
 from ..data import ResidentImages, StreamedImages, pixels_of
-from ..errors import InputError
-from ..models.semidiscrete_coupling import SemidiscreteCoupling, mirrored
+from ..errors import InputError, require
+from ..models.semidiscrete_coupling import WHOLE, SemidiscreteCoupling, mirrored
 from ..transport import sinkhorn_potentials
 from ..transport.geometry import block_rows, half_squared_distances
 
@@ -44,6 +45,7 @@ def make_coupling(
     """
     if config.noise_coupling != "semidiscrete":
         return None
+    check_memory(len(images), images.image_shape, flips=config.random_flip)
     pixels = pixels_of(images)
     if config.coupling is not None:
         coupling = _load(config.coupling).with_images(pixels)
@@ -55,6 +57,24 @@ def make_coupling(
     if reached > wanted and accelerator.is_main_process:
         logger.warning(f"the coupling's χ² is {reached:.3g}, above coupling_tolerance={wanted:g}")
     return coupling.to(accelerator.device)
+
+
+def check_memory(count: int, image_shape: tuple[int, ...], *, flips: bool) -> None:
+    """Refuse a data set whose pixels and points exceed the memory that is left.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    values = math.prod(image_shape)
+    pixels = 2 * count * values  # bytes, once more while they are put together
+    points = 2 * 4 * count * (1 + flips) * min(values, WHOLE)  # float32, and a centred copy
+    needed, left = pixels + points, psutil.virtual_memory().available
+    require(
+        needed <= left,
+        "noise_coupling",
+        f"be independent or assignment for {count:,} images, whose coupling takes {needed / 2**30:.3g} GiB of memory",
+        f"semidiscrete with {left / 2**30:.3g} GiB left",
+    )
 
 
 def _load(path: str) -> SemidiscreteCoupling:

@@ -514,6 +514,20 @@ def test_a_coupled_run_keeps_its_coupling_and_resumes(tmp_path: Path) -> None:
         truncated_scheduler(pipeline.scheduler, 10)
 
 
+def test_couplings_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`noise_coupling` must be independent or assignment for 1,000,000,000"):
+        coupling_module.check_memory(10**9, (3, 64, 64), flips=True)
+    coupling_module.check_memory(1000, (1, 8, 8), flips=False)
+    options = {"noise_coupling": "semidiscrete", "max_train_steps": 1}
+    run = train("baseline", tmp_path / "run", **options, coupling_tolerance=0.5)
+    for changed, message in (
+        ({"random_flip": True}, "`coupling` must be one with flips for random_flip=True"),
+        ({"image_size": 16}, r"`images` must have the shape \(1152, 1, 8, 8\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train("baseline", tmp_path / "other", **options, coupling=str(run), **changed)
+
+
 def test_bf16_changes_rounding_only(tmp_path: Path) -> None:
     """8 bits of mantissa are 4e-3 of each activation; the mean over a batch stays within a percent."""
     half = train("baseline", tmp_path / "half", max_train_steps=1, mixed_precision="bf16")
