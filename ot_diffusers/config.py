@@ -55,6 +55,7 @@ GROUPS = (
     "prior=vae",
     "prior=gan",
     "transport",
+    "few-step tuning",
     "records and checkpoints",
 )
 """Groups of options in the order of `--help`. The metadata of a field hold the name of its group."""
@@ -122,6 +123,7 @@ def option_of(group: str) -> Callable[..., Any]:
     vae_option,
     gan_option,
     transport_option,
+    tuning_option,
     record_option,
 ) = map(option_of, GROUPS)
 
@@ -502,6 +504,57 @@ class PriorConfig(TrainingConfig):
     def compares_distributions(self) -> bool:
         """Whether the prior's training matches distributions, of images or of codes."""
         return self.prior in ("vae", "ot")
+
+
+@dataclass
+class FewStepConfig(TrainingConfig):
+    """train/train_few_step.py"""
+
+    output_dir: str = run_option("runs/few_step", "folder of the run: a pipeline, checkpoints, samples and records")
+    pretrained: str = tuning_option("runs/ot", "folder or Hub id of the pipeline whose denoiser is tuned")
+    num_inference_steps: int = tuning_option(
+        1, "calls of the denoiser for an image, which is compared when it is finished", minimum=1
+    )
+    feature_extractor: str | None = tuning_option(
+        None,
+        "run of train_features.py, or a saved backbone, whose levels compare images; none: the denoiser's levels",
+    )
+    shallow_weight: float = tuning_option(
+        0.2, "weight of each level of features but the deepest, which has weight 1", minimum=0
+    )
+    pixel_weight: float = tuning_option(0.2, "weight of the pixels beside the deepest level of features", minimum=0)
+    objective: str = tuning_option(
+        "sinkhorn",
+        "distance between finished and real images: the Sinkhorn divergence, or a kernel discrepancy",
+        choices=("sinkhorn", "mmd"),
+    )
+    blur: float = tuning_option(
+        0.3, "blur of the Sinkhorn divergence; levels have median distance 1", above=0, must="be a positive length"
+    )
+    scaling: float = tuning_option(0.5, "ratio of successive blurs in the solver", above=0, below=1)
+    num_reference_samples: int | None = tuning_option(
+        None, "real images of each training step, new ones every time; none: as many as are generated", minimum=2
+    )
+    anchor_weight: float = tuning_option(
+        0.0, "weight of the squared distance to the images of the network before tuning", minimum=0
+    )
+    train_batch_size: int = run_option(
+        256,
+        "images per process and forward pass; gradient_accumulation_steps passes are compared together",
+        minimum=1,
+    )
+    max_train_steps: int | None = run_option(300, "training steps; none: as many as num_train_epochs takes", minimum=1)
+    learning_rate: float = optimizer_option(3e-4, "peak learning rate", above=0)
+    lr_scheduler: str = optimizer_option(
+        "cosine", "learning-rate schedule, by its name in diffusers", choices=LR_SCHEDULERS
+    )
+    ema_decay: float = optimizer_option(
+        0.98, "decay of the averaged weights; it begins lower and rises to this", minimum=0, below=1
+    )
+    validation_steps: int = record_option(
+        50, "training steps between two checks of the samples against validation images", minimum=1
+    )
+    num_validation_samples: int = record_option(500, "generated images of each check", minimum=16)
 
 
 def load_config(config_class: type[C], arguments: Sequence[str]) -> C:

@@ -149,6 +149,11 @@ def record_coupling(scheduler: S, noise_coupling: str) -> None:
     scheduler.register_to_config(_noise_coupling=noise_coupling)
 
 
+def record_calls(scheduler: S, num_inference_steps: int) -> None:
+    """Write into the scheduler's configuration, as `_num_inference_steps`, how many calls its denoiser is tuned for."""
+    scheduler.register_to_config(_num_inference_steps=num_inference_steps)
+
+
 def require_independent(scheduler: Scheduler, argument: str, requirement: str, value: object) -> None:
     """Refuse what only a denoiser of independent pairs allows: with coupled pairs its output is not the score of the
     noised data, and x_t is not α_t x0 + σ_t ε with fresh noise.

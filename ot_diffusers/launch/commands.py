@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..config import PRECISIONS, BaselineConfig, FeaturesConfig, OTConfig, PriorConfig, TrainingConfig, load_config
+from ..config import (
+    PRECISIONS,
+    BaselineConfig,
+    FeaturesConfig,
+    FewStepConfig,
+    OTConfig,
+    PriorConfig,
+    TrainingConfig,
+    load_config,
+)
 from ..errors import InputError, require
 from ..files import expand_home
 
@@ -27,6 +36,7 @@ SCRIPTS: dict[str, tuple[str, type[Any]]] = {
     "baseline": ("train_baseline.py", BaselineConfig),
     "ot": ("train_ot.py", OTConfig),
     "prior": ("train_prior.py", PriorConfig),
+    "few_step": ("train_few_step.py", FewStepConfig),
 }
 """Name on the command line to script and configuration class."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..models.feature_extractor import FeatureExtractor
@@ -16,6 +17,9 @@ from .call import Generators, check_call, check_networks, initial_latents, postp
 from .guided import Callback, GuidedPipeline
 from .portable import register
 
+logger = logging.get_logger(__name__)
+
+DEFAULT_STEPS = 50
 # The original study's guidance, as arguments of the call: the first 10 of 50 steps, 3 Adam steps of .01, raw features.
 ORIGINAL_GUIDANCE: dict[str, Any] = {
     "num_inference_steps": 50,
@@ -83,7 +87,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         batch_size: int = 1,
         generator: Generators = None,
         eta: float = 0.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         use_clipped_model_output: bool | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -109,8 +113,9 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 batch is guided better.
             generator: one generator, or a sequence of one per image.
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
-            num_inference_steps: denoising steps, 1 … `num_train_timesteps`. A solver with several calls per step
-                has more timesteps (PNDM and Heun: 19 for 10 steps); guidance counts timesteps.
+            num_inference_steps: denoising steps, 1 … `num_train_timesteps`; by default the number that the denoiser was
+                tuned for (`train_few_step.py`), else 50. A solver with several calls per step has more timesteps (PNDM
+                and Heun: 19 for 10 steps); guidance counts timesteps.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]), `"pt"` ([B, C, H, W] in [0, 1]), or `"latent"` for
                 the result of the last step.
@@ -156,7 +161,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
             self.scheduler,
             shape,
             batch_size,
-            num_inference_steps,
+            self._chosen_steps(num_inference_steps),
             num_guidance_steps,
             guidance_start_step,
             {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator},
@@ -182,3 +187,15 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         images = postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _chosen_steps(self, num_inference_steps: int | None) -> int:
+        """The steps of a call; a warning where they are more than those that the denoiser was tuned for."""
+        tuned = self.scheduler.config.get("_num_inference_steps")
+        if num_inference_steps is None:
+            return tuned or DEFAULT_STEPS
+        if tuned is not None and isinstance(num_inference_steps, int) and num_inference_steps > tuned:
+            logger.warning(
+                f"this denoiser is tuned for `num_inference_steps={tuned}`; with {num_inference_steps}, images come "
+                "nearer to those of the training set than real images do"
+            )
+        return num_inference_steps

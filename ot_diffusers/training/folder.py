@@ -47,7 +47,7 @@ CLAIM_SECONDS = 60.0
 _CLAIMED: dict[str, IO[str] | None] = {}
 
 # Names that runs of any script write into their folder.
-FILES = (LOCK, "run.json", "metrics.jsonl", "results.json", INDEX)
+FILES = (LOCK, "run.json", "metrics.jsonl", "results.json", "best.safetensors", INDEX)
 FOLDERS = ("checkpoints", "samples", "logs", "unet", "scheduler", "prior", "feature_extractor", "reference_bank")
 
 # Options that may change when a run is resumed; any other difference makes it another run.

@@ -37,3 +37,23 @@ def _shift(x: Tensor, y: Tensor) -> Tensor:
     costs = half_squared_distances(x, y)
     weights = torch.stack([torch.exp(-costs / width**2) for width in BANDWIDTHS]).sum(0) / len(y)
     return weights.sum(1, keepdim=True) * x - weights @ y
+
+
+def squared_mmd(x: Tensor, y: Tensor, *, x_pair: Tensor | None = None) -> Tensor:
+    """MMD²(x, y) by the kernel of `mmd_displacement`, up to the constant of y; 0-d, with a gradient for x.
+
+    Args:
+        x: [N, D].
+        y: [M, D], references.
+        x_pair: [K, D], a second sample from the distribution of x, which makes the estimate unbiased; x itself if None.
+    """
+    pair = x if x_pair is None else x_pair.detach()
+    own, cross = _mean_kernel(x, pair), _mean_kernel(x, y)
+    # The gradient of E k(x, x') is twice that for one argument where the other is held.
+    return (own if x_pair is None else 2 * own - own.detach()) - 2 * cross
+
+
+def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """The mean of Σ_h h² exp(−‖x − y‖²/2h²) over all pairs."""
+    costs = half_squared_distances(x, y)
+    return torch.stack([width**2 * torch.exp(-costs / width**2).mean() for width in BANDWIDTHS]).sum()

@@ -38,6 +38,8 @@ TINY: dict[str, dict[str, Any]] = {
     "ot": COMMON
     | TINY_UNET
     | {"num_reference_samples": 50, "ot_weight": 0.1, "prediction_type": "epsilon", "noise_coupling": "independent"},
+    "few_step": COMMON
+    | {"num_validation_samples": 16, "validation_steps": 2, "learning_rate": 1e-3, "max_train_steps": 2},
     # A generator of 4,000 parameters.
     "prior": COMMON
     | {

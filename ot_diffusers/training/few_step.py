@@ -1,0 +1,359 @@
+"""Finished samples of few calls and their transport loss, for any batch in the memory of a small one.
+
+An update compares the images of a whole chain with real ones, in several levels of features at once. The loss L needs
+all images together, and the network's graph only one part of them at a time:
+
+1. all images x_i are made without a graph, and their features ψ(x_i) are gathered over processes;
+2. one problem gives the gradients G_i = ∂L/∂ψ(x_i);
+3. part by part, the images are made again with a graph, and Σ_i ⟨G_i, ψ(x_i)⟩ is differentiated. By the chain rule this
+   is the gradient of L, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from ..config import FewStepConfig
+from ..data import evenly_spaced
+from ..errors import require
+from ..features import check_trained_on, load_feature_extractor
+from ..images import thumbnails, to_unit_range
+from ..losses.priors import denoiser_features, network_features, sinkhorn_transport
+from ..models.backbone_extractor import BackboneFeatureExtractor
+from ..schedules import (
+    Scheduler,
+    alpha_sigma,
+    matches_flow,
+    prediction_coefficients,
+    prediction_type_of,
+    preserves_variance,
+    record_calls,
+    set_timesteps,
+)
+from ..seeds import keyed_generator
+from ..transport import median_distance
+from ..transport.kernel import squared_mmd
+from .batches import Images, Schedule, augmented
+from .processes import gather_rows
+
+SCALED_BY = 1000
+"""Real images, evenly spaced, whose median distance is the unit of each level."""
+FEWEST_NOISE_CALLS = 4
+"""Calls from which a network of noise prediction can be tuned."""
+
+Levels = tuple[Tensor, ...]
+
+
+# --- The chain --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the denoiser, from z = α x0 + σ ε to the next level.
+
+    Attributes:
+        time: what the denoiser is given.
+        alpha, sigma: level of z.
+        a, b: x̂0 = a z + b · output.
+        next_alpha, next_sigma: level of the result.
+    """
+
+    time: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    a: Tensor
+    b: Tensor
+    next_alpha: Tensor
+    next_sigma: Tensor
+
+
+class Chain:
+    """The deterministic chain of a pipeline, with gradients: from noise to finished images in a few calls.
+
+    Args:
+        scheduler: DDIM, or flow matching by Euler's method.
+        num_inference_steps: K, calls of the denoiser.
+    """
+
+    def __init__(self, scheduler: Scheduler, num_inference_steps: int) -> None:
+        timesteps = set_timesteps(scheduler, num_inference_steps)
+        levels = [alpha_sigma(scheduler, time, index) for index, time in enumerate(timesteps)]
+        levels.append((torch.ones(()), torch.zeros(())))
+        clips = scheduler.config.get("clip_sample", False)
+        self.clip_range = scheduler.config.get("clip_sample_range", 1.0) if clips else None
+        self.steps = [
+            Step(
+                scheduler.timesteps[index],
+                *levels[index],
+                *prediction_coefficients(scheduler, time, index),
+                *levels[index + 1],
+            )
+            for index, time in enumerate(timesteps)
+        ]
+
+    def __call__(self, unet: nn.Module, noise: Tensor) -> Tensor:
+        """Finished images in [-1, 1], [B, C, H, W], of standard normal noise. The gradient flows through every
+        call, but not where the last one leaves the range."""
+        z = noise
+        for step in self.steps:
+            output = unet(z, step.time.to(z.device)).sample
+            clean = step.a * z + step.b * output
+            rest = (z - step.alpha * clean) / step.sigma
+            if self.clip_range is not None:
+                clean = clean.clamp(-self.clip_range, self.clip_range)
+            z = step.next_alpha * clean + step.next_sigma * rest
+        return z.clamp(-1, 1)
+
+
+# --- The levels -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComparedLevels:
+    """What images are compared in: levels of a frozen network and pixels, each at median distance 1 for real images.
+
+    Attributes:
+        extract: images [B, C, H, W] to levels of features, [B, D] each.
+        scales: one for each level, the pixels last.
+        shallow_weight: weight of each level of features but the deepest, which has weight 1.
+        pixel_weight: weight of the pixels; 0 for features alone.
+        device: where images are expected.
+        network: that of the features; None for the denoiser.
+    """
+
+    extract: Callable[[Tensor], Levels]
+    scales: tuple[float, ...]
+    shallow_weight: float
+    pixel_weight: float
+    device: torch.device
+    network: nn.Module | None = None
+
+    def __call__(self, images: Tensor) -> Levels:
+        """The levels of images [B, C, H, W] in [-1, 1]; the gradient flows to the images."""
+        return tuple(level / scale for level, scale in zip(self.raw(images), self.scales, strict=False))
+
+    def raw(self, images: Tensor) -> Levels:
+        """The levels before scaling."""
+        levels = self.extract(images)
+        return (*levels, thumbnails(images).flatten(1)) if self.pixel_weight > 0 else levels
+
+    @property
+    def deepest(self) -> int:
+        """Index of the deepest level of features."""
+        return len(self.scales) - 1 - (self.pixel_weight > 0)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each level in the loss."""
+        pixels = (self.pixel_weight,) if self.pixel_weight > 0 else ()
+        return (*(self.shallow_weight,) * self.deepest, 1.0, *pixels)
+
+
+@torch.no_grad()
+def compared_levels(config: FewStepConfig, images: Images, denoiser: Any, device: torch.device) -> ComparedLevels:
+    """The levels of the configured network, or of the frozen denoiser at its lowest noise.
+
+    Raises:
+        InputError: a feature network of other data.
+    """
+    network: Any = None
+    extract: Callable[[Tensor], Levels]
+    if config.feature_extractor is None:
+        extract = functools.partial(denoiser_features, denoiser, timestep=0)
+    else:
+        network = load_feature_extractor(config.feature_extractor).to(device)
+        check_trained_on(network, images)
+        is_backbone = isinstance(network, BackboneFeatureExtractor)
+        extract = functools.partial(backbone_features if is_backbone else network_features, network)
+    unscaled = ComparedLevels(extract, (), config.shallow_weight, config.pixel_weight, device, network)
+    real = images.fetch(evenly_spaced(images, SCALED_BY)).to(device)
+    return dataclasses.replace(unscaled, scales=tuple(median_distance(level) for level in unscaled.raw(real)))
+
+
+def backbone_features(network: BackboneFeatureExtractor, images: Tensor) -> Levels:
+    """The one level of a backbone; the gradient flows to the images."""
+    return (network(to_unit_range(images), return_dict=False)[0],)
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
+def finished_loss(
+    levels: Sequence[Tensor], reference: Sequence[Tensor], pair: Sequence[Tensor], weights: Sequence[float], *,
+    objective: str, blur: float, scaling: float,
+) -> Tensor:  # fmt: skip
+    """The distance of finished images to real ones, averaged over levels by their weights; 0-d.
+
+    Args:
+        levels: of generated images, [N, D] each; the gradient flows.
+        reference: of real images, [M, D] each.
+        pair: of other generated images, independent of the first, for the self-term.
+        weights: one for each level.
+        objective: `"sinkhorn"` or `"mmd"`.
+        blur, scaling: of the Sinkhorn divergence.
+    """
+    total = levels[0].new_zeros(())
+    for x, y, other, weight in zip(levels, reference, pair, weights, strict=True):
+        if objective == "mmd":
+            total = total + weight * squared_mmd(x, y, x_pair=other)
+        else:
+            total = total + weight * sinkhorn_transport([x], [y], [other], blur=blur, scaling=scaling)
+    return total / sum(weights)
+
+
+@dataclass(frozen=True)
+class FewStepBatch:
+    """One forward pass of an update.
+
+    Attributes:
+        noise: rows of this process and pass, [B, C, H, W].
+        gradients: ∂L/∂ψ of these rows for each level, [B, D] each.
+        loss: L of the whole update, 0-d.
+        generated, real: first level of all generated images and of the references, for the record.
+        update: number of the update, from 0.
+    """
+
+    noise: Tensor
+    gradients: Levels
+    loss: Tensor
+    generated: Tensor
+    real: Tensor
+    update: int
+
+
+def few_step_batches(
+    images: Images,
+    unet: nn.Module,
+    chain: Chain,
+    levels: ComparedLevels,
+    config: FewStepConfig,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    start: int,
+) -> Iterator[FewStepBatch]:
+    """The passes of every update from `start` on. Noise and references are functions of (seed, update); each process
+    takes its rows, and all solve the same problem."""
+    passes = schedule.global_batch_size // schedule.forward_batch_size
+    share = passes * config.train_batch_size
+    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    for update in range(start, schedule.num_updates):
+        noise, other = (
+            torch.randn(
+                (schedule.global_batch_size, *images.image_shape),
+                generator=keyed_generator(accelerator.device, config.seed, use, update),
+                device=accelerator.device,
+            )[rows].split(config.train_batch_size)
+            for use in ("generated", "pair")
+        )
+        with torch.no_grad():
+            made, pair = (
+                gathered([levels(chain(unet, part)) for part in parts], accelerator) for parts in (noise, other)
+            )
+            reference = reference_levels(images, levels, config, schedule, accelerator, update)
+        leaves = tuple(level.requires_grad_() for level in made)
+        options: dict[str, Any] = {"objective": config.objective, "blur": config.blur, "scaling": config.scaling}
+        with torch.enable_grad():
+            loss = finished_loss(leaves, reference, pair, levels.weights, **options)
+            gradients = torch.autograd.grad(loss, leaves)
+        own = [gradient[rows].split(config.train_batch_size) for gradient in gradients]
+        for index, part in enumerate(noise):
+            yield FewStepBatch(
+                noise=part,
+                gradients=tuple(level[index] for level in own),
+                loss=loss.detach(),
+                generated=made[0].detach(),
+                real=reference[0],
+                update=update,
+            )
+
+
+def surrogate(levels: Levels, batch: FewStepBatch, schedule: Schedule) -> Tensor:
+    """Σ ⟨G_i, ψ(x_i)⟩ over the rows of a pass, times the number of passes of all processes: the average over processes
+    and accumulated passes is then the gradient of the loss."""
+    passes = schedule.global_batch_size // len(batch.noise)
+    return passes * sum(
+        ((gradient * level).sum() for gradient, level in zip(batch.gradients, levels, strict=True)),
+        start=batch.noise.new_zeros(()),
+    )
+
+
+def reference_levels(
+    images: Images,
+    levels: ComparedLevels,
+    config: FewStepConfig,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    update: int,
+) -> Levels:
+    """Levels of real images, new ones at every update, without repeats within one; each process extracts its share."""
+    count = min(config.num_reference_samples or schedule.global_batch_size, len(images))
+    order = torch.randperm(len(images), generator=keyed_generator("cpu", config.seed, "references", update))[:count]
+    each = -(-count // accelerator.num_processes)  # shares are of one size: some references repeat, and are cut off
+    own = (torch.arange(each) + each * accelerator.process_index) % count
+    parts = []
+    for part in own.split(config.train_batch_size):
+        real = images.fetch(order[part]).to(accelerator.device)
+        parts.append(levels(augmented(real, config, update, count, part)))
+    return tuple(level[:count] for level in gathered(parts, accelerator))
+
+
+def gathered(parts: Sequence[Levels], accelerator: Accelerator) -> Levels:
+    """Levels of consecutive parts as one, over all processes in their order."""
+    return tuple(gather_rows(torch.cat(level), accelerator) for level in zip(*parts, strict=True))
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+def few_step_schedule(config: FewStepConfig, accelerator: Accelerator, images: Images) -> Schedule:
+    """The length of the run, in which an epoch is the time between two checks. More images than the data set has may be
+    generated in an update."""
+    forward = config.train_batch_size * accelerator.num_processes
+    size = forward * accelerator.gradient_accumulation_steps
+    updates = config.max_train_steps or config.num_train_epochs * max(1, len(images) // size)
+    return Schedule(size, forward, min(config.validation_steps, updates), updates)
+
+
+def few_step_scheduler(scheduler: Scheduler) -> Scheduler:
+    """The deterministic scheduler of the tuned chain: DDIM from pure noise on, or flow matching by Euler's method.
+
+    Raises:
+        InputError: a scheduler of another scaling.
+    """
+    if matches_flow(scheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    name = type(scheduler).__name__
+    require(preserves_variance(scheduler), "pretrained", "have a variance-preserving or flow-matching scheduler", name)
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+
+
+def few_step_pipeline(source: Any, unet: nn.Module, scheduler: Scheduler, num_inference_steps: int) -> Any:
+    """`source` with the tuned denoiser, and its number of calls in the configuration of the scheduler."""
+    record_calls(scheduler, num_inference_steps)
+    parts = source.components | {"unet": unet, "scheduler": scheduler, "guidance_field": None}
+    names = inspect.signature(type(source).__init__).parameters
+    return type(source)(**{name: part for name, part in parts.items() if name in names})
+
+
+def check_prediction(scheduler: Scheduler, num_inference_steps: int) -> None:
+    """Refuse noise prediction with fewer than `FEWEST_NOISE_CALLS` calls.
+
+    Raises:
+        InputError: with the reason.
+    """
+    enough = prediction_type_of(scheduler) != "epsilon" or num_inference_steps >= FEWEST_NOISE_CALLS
+    reason = (
+        f"be at least {FEWEST_NOISE_CALLS} for noise prediction, whose first call says next to nothing of the image; "
+        "train with flow_prediction, v_prediction or sample"
+    )
+    require(enough, "num_inference_steps", reason, num_inference_steps)

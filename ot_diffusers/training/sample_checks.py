@@ -1,0 +1,162 @@
+"""Checks of finished samples during training, on validation images; and the state that is kept in the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..cache import read_verified, save_aside
+from ..config import FewStepConfig
+from ..data import evenly_spaced
+from ..evaluation import metrics
+from ..evaluation.pixels import patch_sliced_wasserstein
+from ..seeds import keyed_generator
+from .batches import Images
+from .checkpoints import TrainingState
+from .few_step import Chain, ComparedLevels, finished_loss
+from .folder import check_claim
+from .records import Record, averaged_weights
+
+logger = logging.getLogger(__name__)
+
+BEST, RECORD = "best.safetensors", "record"
+"""File of the kept state in the folder of a run, and the tensor in it that holds its measures."""
+MAX_COMPARED = 2000
+"""Training images, evenly spaced, that recall and memorisation are measured against."""
+
+FEWEST_MODES, NEAREST, LEAST_RANK, FARTHEST_PATCHES = 0.8, 0.9, 0.6, 10.0
+"""Bounds: recall and effective rank relative to those of real images, the memorisation ratio, and the distance of
+patches relative to that of real images."""
+
+
+@dataclass
+class SampleChecks:
+    """The averaged weights' finished images beside validation images, and the best state so far.
+
+    The kept state is the one with the lowest divergence from the validation images among those within all bounds, or
+    among all where none is. Test images play no part.
+
+    Attributes:
+        chain: chain of the finished images.
+        levels: what they are compared in; recall, memorisation and rank are those of its deepest features.
+        train, validation: images of these splits, [N, C, H, W] in [-1, 1].
+        bounds: smallest and largest allowed value of each measure.
+        best: update and measures of the kept state.
+        warned: measures outside their bounds at the last check.
+    """
+
+    config: FewStepConfig
+    chain: Chain
+    levels: ComparedLevels
+    train: Tensor
+    validation: Tensor
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, config: FewStepConfig, chain: Chain, levels: ComparedLevels, images: Images, validation: Images
+    ) -> SampleChecks:
+        """The checks against these splits; an earlier kept state in the folder of the run counts."""
+        count = config.num_validation_samples
+        train = images.fetch(evenly_spaced(images, MAX_COMPARED))
+        checks = cls(config, chain, levels, train, validation.fetch(evenly_spaced(validation, count)))
+        real = checks.measured(train[evenly_spaced_rows(len(train), count)])
+        checks.bounds = {
+            "recall": (FEWEST_MODES * real["recall"], float("inf")),
+            "nearest_distance_ratio": (NEAREST, float("inf")),
+            "effective_rank": (LEAST_RANK * real["effective_rank"], float("inf")),
+            "patch_sliced_wasserstein": (0.0, FARTHEST_PATCHES * max(real["patch_sliced_wasserstein"], 1e-4)),
+        }
+        kept = read_verified(Path(config.output_dir) / BEST)
+        checks.best = {} if kept is None else json.loads(bytes(kept[RECORD].tolist()))
+        return checks
+
+    @torch.no_grad()
+    def measured(self, images: Tensor) -> dict[str, float]:
+        """Divergence, recall, precision, memorisation ratio, effective rank and patch distance of images in [-1, 1]."""
+        generated, train, held_out = (self._levels(part) for part in (images, self.train, self.validation))
+        half = len(images) // 2
+        options: dict[str, Any] = {"objective": "sinkhorn", "blur": self.config.blur, "scaling": self.config.scaling}
+        first, second = ([level[part] for level in generated] for part in (slice(half), slice(half, None)))
+        divergence = finished_loss(first, held_out, second, self.levels.weights, **options)
+        deepest = self.levels.deepest
+        found, known, new = (part[deepest].cpu() for part in (generated, train, held_out))
+        quality = metrics.precision_recall(found, new)
+        return {
+            "divergence": float(divergence),
+            "precision": quality.precision,
+            "recall": quality.recall,
+            "nearest_distance_ratio": metrics.nearest_distance_ratio(found, known, new),
+            "effective_rank": metrics.effective_rank(found),
+            "patch_sliced_wasserstein": patch_sliced_wasserstein(
+                images.cpu(), self.validation.cpu(), patch_size=min(7, *images.shape[2:])
+            ),
+        }
+
+    @torch.no_grad()
+    def check(self, state: TrainingState, record: Record, accelerator: Accelerator) -> None:
+        """Measure the averaged weights; keep them if they are the best so far, and warn of what leaves its bounds."""
+        if accelerator.is_main_process:
+            with averaged_weights(state):
+                unet = accelerator.unwrap_model(state.model, keep_torch_compile=False)
+                values = self.measured(self._samples(unet))
+                outside = [name for name, (low, high) in self.bounds.items() if not low <= values[name] <= high]
+                self._warn(values, outside)
+                entry = {"update": state.update, "within_bounds": not outside, **values}
+                if not self.best or _order(entry) < _order(self.best):
+                    self.best = entry
+                    self._keep(unet)
+        else:
+            values = {}
+        accelerator.wait_for_everyone()
+        record.end_epoch(**{f"validation_{name}": value for name, value in values.items()})
+
+    def load_best(self, unet: nn.Module) -> None:
+        """Put the kept weights into the network."""
+        kept = read_verified(Path(self.config.output_dir) / BEST)
+        if kept is not None:
+            unet.load_state_dict({name: tensor for name, tensor in kept.items() if name != RECORD})
+
+    def _levels(self, images: Tensor) -> tuple[Tensor, ...]:
+        parts = [self.levels(part.to(self.levels.device)) for part in images.split(self.config.train_batch_size)]
+        return tuple(torch.cat(level) for level in zip(*parts, strict=True))
+
+    def _samples(self, unet: nn.Module) -> Tensor:
+        count, shape = self.config.num_validation_samples, self.validation.shape[1:]
+        generator = keyed_generator("cpu", self.config.seed, "checks")
+        noise = torch.randn((count, *shape), generator=generator)
+        parts = noise.split(self.config.train_batch_size)
+        return torch.cat([self.chain(unet, part.to(self.levels.device)).cpu() for part in parts])
+
+    def _keep(self, unet: nn.Module) -> None:
+        check_claim(self.config)
+        record = torch.tensor(list(json.dumps(self.best).encode()), dtype=torch.uint8)
+        save_aside({RECORD: record, **unet.state_dict()}, Path(self.config.output_dir) / BEST)
+
+    def _warn(self, values: dict[str, float], outside: list[str]) -> None:
+        for name in outside:
+            if name not in self.warned:
+                low, high = self.bounds[name]
+                bound = f"below {low:.3g}" if values[name] < low else f"above {high:.3g}"
+                logger.warning("the samples' %s of %.3g is %s", name.replace("_", " "), values[name], bound)
+        self.warned = set(outside)
+
+
+def _order(entry: dict[str, Any]) -> tuple[bool, float]:
+    """States within the bounds come first, those of low divergence before others."""
+    return not entry["within_bounds"], entry["divergence"]
+
+
+def evenly_spaced_rows(total: int, count: int) -> Tensor:
+    """At most `count` row numbers, evenly spaced over `total` rows: int64."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()

@@ -1,0 +1,279 @@
+"""Few-step tuning: the chain, the gradients of any number of images, the checks, and what the script leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from makers.models import make_unet
+from makers.runs import assert_same_end, launch, metrics, reset_accelerate, train
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ot_diffusers import FlowMatchPipeline
+from ot_diffusers.config import FewStepConfig
+from ot_diffusers.data import load_images
+from ot_diffusers.errors import InputError
+from ot_diffusers.losses.priors import sinkhorn_transport
+from ot_diffusers.schedules import record_coupling
+from ot_diffusers.training import make_accelerator
+from ot_diffusers.training.few_step import (
+    Chain,
+    ComparedLevels,
+    compared_levels,
+    few_step_batches,
+    few_step_schedule,
+    few_step_scheduler,
+    finished_loss,
+    surrogate,
+)
+from ot_diffusers.transport.kernel import squared_mmd
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A coupled flow pipeline whose network is new."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    record_coupling(scheduler, "semidiscrete")
+    folder = tmp_path_factory.mktemp("source") / "flow"
+    FlowMatchPipeline(make_unet(seed=0, block_out_channels=(8, 16)), scheduler).save_pretrained(folder)
+    return folder
+
+
+# --- The chain --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "epsilon", "flow_prediction"])
+def test_the_chain_is_that_of_the_pipeline(prediction_type: str, steps: int) -> None:
+    unet = make_unet(seed=0, block_out_channels=(8, 16))
+    if prediction_type == "flow_prediction":
+        pipe: Any = FlowMatchPipeline(unet, few_step_scheduler(FlowMatchEulerDiscreteScheduler()))
+    else:
+        pipe = DDIMPipeline(unet, few_step_scheduler(DDPMScheduler(prediction_type=prediction_type)))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipe(3, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+    found = Chain(pipe.scheduler, steps)(unet, noise)
+    # ε is divided by α_T = .006, which amplifies rounding.
+    torch.testing.assert_close(found[:, 0] / 2 + 0.5, torch.from_numpy(expected[..., 0]), rtol=0, atol=1e-3)
+    assert found.requires_grad
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["sinkhorn", "mmd"])
+@pytest.mark.parametrize("feature_extractor", [None, "features"])
+def test_parts_give_the_gradient_of_the_whole(
+    objective: str, feature_extractor: str | None, trained_features: Path, tmp_path: Path
+) -> None:
+    """Four passes of 16 images against one graph of 64, through two calls of the network."""
+    reset_accelerate()
+    images = load_images("digits", "train")
+    config = FewStepConfig(
+        output_dir=str(tmp_path),
+        objective=objective,
+        feature_extractor=str(trained_features) if feature_extractor else None,
+        train_batch_size=16,
+        gradient_accumulation_steps=4,
+        num_reference_samples=50,
+        max_train_steps=1,
+    )
+    accelerator = make_accelerator(config)
+    schedule, chain = few_step_schedule(config, accelerator, images), Chain(FlowMatchEulerDiscreteScheduler(), 2)
+    unet = make_unet(seed=0, block_out_channels=(8, 16))
+    levels = compared_levels(config, images, make_unet(seed=1, block_out_channels=(8, 16)), accelerator.device)
+
+    def gradient() -> Tensor:
+        found = torch.cat([parameter.grad.flatten() for parameter in unet.parameters()])
+        unet.zero_grad()
+        return found
+
+    noise = []
+    for batch in few_step_batches(images, unet, chain, levels, config, schedule, accelerator, 0):
+        (surrogate(levels(chain(unet, batch.noise)), batch, schedule) / 4).backward()  # as accumulation divides
+        noise.append(batch.noise)
+        loss = batch.loss
+    assert len(noise) == 4
+    in_parts = gradient()
+
+    seen, original = [], finished_loss
+
+    def kept(level: Any, reference: Any, pair: Any, *arguments: Any, **options: Any) -> Tensor:
+        seen.append((reference, pair))
+        return original(level, reference, pair, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ot_diffusers.training.few_step.finished_loss", kept)
+        next(few_step_batches(images, unet, chain, levels, config, schedule, accelerator, 0))
+    reference, pair = seen[0]
+    options: dict[str, Any] = {"objective": objective, "blur": config.blur, "scaling": config.scaling}
+    direct = original(levels(chain(unet, torch.cat(noise))), reference, pair, levels.weights, **options)
+    direct.backward()
+    expected = gradient()
+    assert (in_parts - expected).norm() < 1e-4 * expected.norm()  # float32 sums in another order
+    assert loss.item() == pytest.approx(direct.item(), rel=1e-5)
+
+
+def test_a_linear_generator_learns_a_gaussian() -> None:
+    """G(z) = a z + b against N(.5, .3²): |a| and b within 2%."""
+    torch.manual_seed(0)
+    a, b = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    optimizer = torch.optim.Adam([a, b], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
+        (z, other), real = torch.randn(2, 512, 1), 0.3 * torch.randn(512, 1) + 0.5
+        loss = sinkhorn_transport([a * z + b], [real], [(a * other + b).detach()], blur=0.1, scaling=0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert abs(a.item()) == pytest.approx(0.3, rel=0.02) and b.item() == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["sinkhorn", "mmd"])
+def test_equal_distributions_have_no_gradient_with_an_independent_pair(objective: str) -> None:
+    """The mean of the gradient for the spread of a generator that is right already: within three standard errors of 0
+    with two batches. The divergence of one batch in both places of the self-term is biased."""
+    torch.manual_seed(0)
+
+    def slopes(paired: bool) -> Tensor:
+        found = []
+        for _ in range(60):
+            spread = torch.ones((), requires_grad=True)
+            z, other, real = torch.randn(3, 64, 2).unbind()
+            pair = other if paired else z
+            options: dict[str, Any] = {"objective": objective, "blur": 0.1, "scaling": 0.5}
+            loss = finished_loss([spread * z], [real], [pair], [1.0], **options)
+            found.append(torch.autograd.grad(loss, spread)[0])
+        return torch.stack(found)
+
+    for paired in (True, False) if objective == "sinkhorn" else (True,):
+        values = slopes(paired)
+        within = abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
+        assert bool(within) is paired
+
+
+def test_the_kernel_discrepancy_has_the_gradient_of_a_free_pair() -> None:
+    """With x itself as the held pair, the gradient is that of x in both places."""
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    both, held = x.clone().requires_grad_(), x.clone().requires_grad_()
+    squared_mmd(both, y).backward()
+    squared_mmd(held, y, x_pair=x).backward()
+    torch.testing.assert_close(both.grad, held.grad)
+
+
+# --- The script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train("features", tmp_path_factory.mktemp("features") / "run", max_train_steps=5)
+
+
+def test_a_run_leaves_a_pipeline_that_knows_its_calls(
+    source: Path, trained_features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"pretrained": str(source), "feature_extractor": str(trained_features), "anchor_weight": 0.1}
+    run = train("few_step", tmp_path / "run", **options)
+    (line,) = metrics(run)
+    assert line["loss"] == pytest.approx(line["sinkhorn"] + line["anchor"], rel=1e-5)
+    assert {"validation_recall", "validation_nearest_distance_ratio", "validation_divergence"} <= line.keys()
+    pipe = FlowMatchPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config["_num_inference_steps"] == 1
+    assert pipe.scheduler.config["_noise_coupling"] == "semidiscrete"
+    images = pipe(2, torch.Generator().manual_seed(0), output_type="np").images
+    assert pipe.nfe == 1
+    again = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=1, output_type="np").images
+    assert (images == again).all()
+    record = []
+    pipe_logger = "ot_diffusers.pipelines.pipeline_ot_guided_ddim"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{pipe_logger}.logger.warning", record.append)
+        pipe(2, num_inference_steps=3)
+    assert "tuned for `num_inference_steps=1`; with 3" in record[0]
+    before, after = (load_file(next((folder / "unet").glob("*.safetensors"))) for folder in (source, run))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((run / "results.json").read_text())["num_inference_steps"] == 1
+    assert (run / "samples" / "update-00000002.png").is_file()
+
+
+def test_an_interrupted_run_and_other_splits_end_alike(source: Path, tmp_path: Path) -> None:
+    options = {"pretrained": str(source), "max_train_steps": 4, "lr_scheduler": "constant"}
+    whole = train("few_step", tmp_path / "whole", **options, checkpointing_steps=1)
+    stopped = train("few_step", tmp_path / "stopped", **options | {"max_train_steps": 3})
+    train("few_step", stopped, **options)
+    assert_same_end(whole, stopped)
+
+    def first_moments(run: Path) -> Tensor:
+        moments = load_file(run / "checkpoints" / "update-00000001" / "optimizer.safetensors")
+        return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("exp_avg")])
+
+    parts = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "checkpointing_steps": 1}
+    two = launch("few_step", tmp_path / "two", "two_cpu_processes", **options | parts | {"max_train_steps": 1})
+    one = train("few_step", tmp_path / "one", **options | {"max_train_steps": 1, "checkpointing_steps": 1})
+    assert (first_moments(two) - first_moments(one)).norm() < 1e-4 * first_moments(one).norm()
+
+
+def test_the_kept_state_is_the_best_within_the_bounds(source: Path, tmp_path: Path) -> None:
+    """A learning rate that destroys the network: what is saved is the state of an earlier check."""
+    options = {"pretrained": str(source), "max_train_steps": 6, "validation_steps": 1, "learning_rate": 0.3}
+    run = train("few_step", tmp_path / "run", **options, lr_scheduler="constant")
+    lines = metrics(run)
+    best = min(lines, key=lambda line: line["validation_divergence"])
+    kept = load_file(run / "best.safetensors")
+    record = json.loads(bytes(kept.pop("record").tolist()))
+    inside = [line for line in lines if line["step"] == record["update"]]
+    assert inside and (record["within_bounds"] or record["divergence"] == best["validation_divergence"])
+    saved = load_file(next((run / "unet").glob("*.safetensors")))
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        (DDIMScheduler(), 1, "`num_inference_steps` must be at least 4 for noise prediction"),
+        (EulerDiscreteScheduler(), 4, "`pretrained` must have a variance-preserving or flow-matching scheduler"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_tuned_is_refused(scheduler: Any, steps: int, message: str, tmp_path: Path) -> None:
+    DDIMPipeline(make_unet(seed=0), DDIMScheduler()).save_pretrained(tmp_path / "source")
+    scheduler.save_pretrained(tmp_path / "source" / "scheduler")
+    index = tmp_path / "source" / "model_index.json"
+    record = json.loads(index.read_text())
+    index.write_text(json.dumps(record | {"scheduler": ["diffusers", type(scheduler).__name__]}))
+    if isinstance(scheduler, EulerDiscreteScheduler):
+        with pytest.raises(InputError, match=message):
+            few_step_scheduler(scheduler)
+        return
+    with pytest.raises(InputError, match=message):
+        train("few_step", tmp_path / "run", pretrained=str(tmp_path / "source"), num_inference_steps=steps)
+
+
+def test_a_pipeline_of_other_images_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`pretrained` must be trained on images of shape \(1, 16, 16\)"):
+        train("few_step", tmp_path / "run", pretrained=str(source), image_size=16)
+    with pytest.raises(InputError, match="`pretrained` must be a folder"):
+        train("few_step", tmp_path / "run", pretrained=str(tmp_path / "nothing"))
+
+
+def test_levels_weigh_the_deepest_most() -> None:
+    levels = ComparedLevels(lambda images: (), (1.0, 1.0, 1.0), 0.2, 0.3, torch.device("cpu"))
+    assert levels.weights == (0.2, 1.0, 0.3) and levels.deepest == 1
+    assert dataclasses.replace(levels, pixel_weight=0).weights == (0.2, 0.2, 1.0)
