@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from diffusers import FlowMatchEulerDiscreteScheduler
 from makers import ROOT
 from makers.loopback_hub import LoopbackHub
 from makers.models import digits, make_guided, make_truncated, save_pipeline
 
+from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.cli import make_parser
 from ot_diffusers.config import load_config
 from ot_diffusers.launch.commands import SCRIPTS, preset_path, training_command
@@ -40,8 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small untrained models and pictures where the pages find trained ones, and those of the Hub."""
     folder = tmp_path_factory.mktemp("docs")
     guided = make_guided(**digits())
-    for place in ("runs/demo/ot", "ot-diffusers/digits-ot-guided"):
-        guided.save_pretrained(folder / place)
+    flow = FlowMatchPipeline.from_pipe(guided, scheduler=FlowMatchEulerDiscreteScheduler())
+    for place in ("runs/demo/ot", "runs/digits/few-step"):
+        flow.save_pretrained(folder / place)
+    guided.save_pretrained(folder / "ot-diffusers/digits-ot-guided")
     for name in ("digits-ot-guided", "mnist-ot-guided"):
         guided.save_pretrained(folder / "model_cards" / name)
     save_pipeline(folder / "runs/demo/baseline", guided.unet)

@@ -180,13 +180,17 @@ TRAINING = {
         "Train a diffusion model (DDPM) and save a diffusers pipeline.",
     ),
     "ot": (
-        "a diffusion model with an optimal-transport loss",
-        "Train a diffusion model with an optimal-transport term between features of predicted and of real images, and "
-        "save an OT-guided pipeline.",
+        "a diffusion model with noise and images paired by optimal transport",
+        "Train a diffusion model whose noise is paired with the whole data set by optimal transport, if asked with a "
+        "transport term in the loss, and save a pipeline that can be guided.",
     ),
     "prior": (
         "a prior that starts the chain at step T'",
         "Train a prior for the start of a truncated chain and save it with a trained denoiser as a pipeline.",
+    ),
+    "few_step": (
+        "a trained denoiser for a few calls",
+        "Tune a trained denoiser for a few calls, by optimal transport between its finished samples and real images.",
     ),
 }
 """Of each training script: what it trains, and its description."""

@@ -108,6 +108,7 @@ OWN = ("OTGuidedDDIMPipeline", "FlowMatchPipeline", "TruncatedPriorPipeline")
 
 NOTES = {
     "OTGuidedDDIMPipeline": "Without this package, the repository loads as a plain `diffusers.DDIMPipeline`.",
+    "FlowMatchPipeline": "diffusers itself has no unconditional pipeline for flow matching.",
     "TruncatedPriorPipeline": "Each image takes one call of the prior, and one call of the denoiser for each step.",
 }
 """What a user of this package's pipelines has to know."""
@@ -313,7 +314,8 @@ def _picture(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    name, steps = facts.class_name, facts.num_inference_steps or KINDS[facts.class_name].steps
+    name, tuned = facts.class_name, facts.config.get("tuned_steps")
+    steps = facts.num_inference_steps or tuned or KINDS[name].steps
     package = HOME if name in OWN else "diffusers"
     call = f"batch_size=64, num_inference_steps={steps}" if steps else "batch_size=64"
     snippet = (
@@ -325,6 +327,13 @@ def _use(facts: CardFacts) -> str:
         f'images[0].save("sample.png")\n```'
     )
     notes = [f"Install the package by `pip install {package}`."]
+    if facts.config.get("noise_coupling") not in (None, "independent"):
+        notes.append(
+            "Noise and images were paired by optimal transport in training. A few steps are enough, and the sampler "
+            "must be deterministic and begin with pure noise."
+        )
+    if tuned:
+        notes.append(f"The denoiser is tuned for {tuned} step{'s' * (tuned > 1)}; it is not meant for more.")
     if facts.guided:
         notes.append(
             "Guidance compares the whole batch with real images: generate 64 images or more at once. "

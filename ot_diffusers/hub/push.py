@@ -30,6 +30,7 @@ from ..files import check_folder, local_or_hub, user_path
 from ..outgoing import outgoing_files
 from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from ..sampling import load_pipeline, network_calls, sample_images, save_grid
+from ..schedules import prediction_type_of
 from .cards import DATA, KINDS, MARK, CardFacts, Picture, Records, render_card, render_part_card
 
 CARD = "README.md"
@@ -253,7 +254,9 @@ def scheduler_facts(pipeline: Any) -> dict[str, Any]:
     facts = {
         "scheduler": type(pipeline.scheduler).__name__,
         "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": config.prediction_type,
+        "prediction_type": prediction_type_of(pipeline.scheduler),
+        "noise_coupling": config.get("_noise_coupling"),
+        "tuned_steps": config.get("_num_inference_steps"),
     }
     if isinstance(pipeline, TruncatedPriorPipeline):
         facts["truncation_timestep"] = pipeline.truncation_timestep
