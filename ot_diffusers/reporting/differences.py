@@ -139,6 +139,30 @@ def interval_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> Rows:
     return [header, *([arm, *(_plus_minus(entry, metric) for metric in metrics)] for arm, entry in entries.items())]
 
 
+def curve_rows(results: Mapping[str, Any], key: str, metric: str, *, title: str) -> Rows:
+    """Methods down, values of an axis across, the real-vs-real score below. A significant difference to the first
+    method at the same value stands behind the mean, in percent.
+
+    Args:
+        results: with curves under `key`: method to value to metrics, intervals and differences.
+        key: of the curves, such as `"quality_by_steps"`.
+        metric: the quantity of the table.
+        title: name of the axis.
+    """
+    curves, first = results[key], next(iter(results[key].values()))
+    values = sorted({value for line in curves.values() for value in line}, key=float)
+
+    def cell(line: Mapping[str, Any], value: str) -> str:
+        point = line.get(value, {})
+        difference = point.get("differences", {}).get(metric, {})
+        percent = f" ({_percent(difference['mean'], first[value][metric])})" if difference.get("shown") else ""
+        return _plus_minus({"metrics": point, "intervals": point.get("intervals", {})}, metric) + percent
+
+    rows = [[method, *(cell(line, value) for value in values)] for method, line in curves.items()]
+    floor = format_number(results["floor"]["metrics"].get(metric))
+    return [[f"{title} =", *values], *rows, ["real vs real", *[floor] * len(values)]]
+
+
 def _entry(pair: PairedDifference, adjusted: float, trusted: bool) -> dict[str, Any]:
     values = dataclasses.asdict(pair)
     kept = {name: values[name] for name in ("mean", "low", "high", "p_value")}

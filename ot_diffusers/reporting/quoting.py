@@ -8,6 +8,9 @@ A Markdown file says where a table belongs by a pair of comments, and everything
     <!-- results: docs/digits/compare.json | rows: baseline; OT-guided | columns: frechet_distance; nfe -->
     <!-- /results -->
 
+    <!-- results: docs/digits/few_calls.json | by: quality_by_steps | columns: frechet_distance -->
+    <!-- /results -->
+
     <!-- options: OTConfig -->
     <!-- /options -->
 
@@ -28,12 +31,13 @@ from typing import Any
 from .. import config
 from ..errors import InputError, require
 from ..evaluation.metric_table import COSTS
-from .differences import interval_rows, summary
+from .differences import curve_rows, interval_rows, summary
 from .page import Rows
 from .report import captioned, format_number, markdown_rows, markdown_table
 
 _RESULTS = re.compile(
-    r"(<!-- results: (?P<path>\S+)(?: \| rows: (?P<rows>[^|>]+))?(?: \| columns: (?P<columns>[^|>]+))? -->\n)"
+    r"(<!-- results: (?P<path>\S+)(?: \| by: (?P<by>\w+))?(?: \| rows: (?P<rows>[^|>]+))?"
+    r"(?: \| columns: (?P<columns>[^|>]+))? -->\n)"
     r".*?(<!-- /results -->)",
     re.DOTALL,
 )
@@ -52,7 +56,8 @@ def render_quotes(markdown: Path) -> str:
         file = markdown.parent / block["path"]
         require(file.is_file(), "results", "name an existing file", block["path"])
         results = json.loads(file.read_text(encoding="utf-8"))
-        table = quote(results, _names(block["rows"]), _names(block["columns"]))
+        rows, columns = _names(block["rows"]), _names(block["columns"])
+        table = quote_curves(results, block["by"], rows, columns) if block["by"] else quote(results, rows, columns)
         return f"{block[1]}\n{table}\n\n<!-- /results -->"
 
     def render_options(block: re.Match[str]) -> str:
@@ -87,6 +92,25 @@ def quote(results: Mapping[str, Any], rows: Sequence[str] = (), columns: Sequenc
         chosen = {**results, "costs": costs} if columns else results
         table = markdown_table(chosen, [name for name in columns if name not in COSTS] or None)
     return f"{results['summary']}\n\n{table}" if "summary" in results else table
+
+
+def quote_curves(results: Mapping[str, Any], key: str, rows: Sequence[str], columns: Sequence[str]) -> str:
+    """A table of a metric by the values of an axis: methods down, values across.
+
+    Args:
+        results: the contents of a file of results.
+        key: of the curves, such as `"quality_by_steps"`.
+        rows: names of the methods; all by default.
+        columns: the metrics, each with a table; the primary one by default.
+    """
+    require(key in results, "by", "name curves of the results", key)
+    lines = {name: line for name, line in results[key].items() if not rows or name in rows}
+    missing = [name for name in rows if name not in lines]
+    require(not missing, "rows", f"be among {', '.join(results[key])}", missing)
+    title = key.rsplit("_", 1)[-1]
+    chosen = {**results, key: lines}
+    tables = [curve_rows(chosen, key, metric, title=title) for metric in columns or [results["primary_metric"]]]
+    return "\n\n".join(captioned(markdown_rows(table), results) for table in tables)
 
 
 def markdown_options(config_class: Any) -> str:

@@ -16,9 +16,18 @@ from ..evaluation.metric_table import COSTS, METRICS, SECOND
 from ..launch.commands import SCRIPTS
 from ..outgoing import without_local_paths
 from ..reporting import report
-from ..reporting.differences import MIN_SEEDS, Values, difference_rows, differences, interval_rows, summarise, summary
+from ..reporting.differences import (
+    MIN_SEEDS,
+    Values,
+    curve_rows,
+    difference_rows,
+    differences,
+    interval_rows,
+    summarise,
+    summary,
+)
 from ..reporting.page import Rows, provenance
-from .axes import AXES, Axis
+from .axes import AXES
 from .config import CURVE, NETWORKS, REAL, StudyConfig, Variant
 from .sampling import sampled
 from .study import Study, read_json, settings_of
@@ -245,7 +254,9 @@ def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
         by_caption["Cost"] = cost_rows(results)
     for axis in AXES.values():
         for metric in axis.tabled or tested if results.get(axis.key) else ():
-            by_caption[f"{METRICS[metric].title} by {axis.title}"] = curve_rows(results, axis, metric)
+            by_caption[f"{METRICS[metric].title} by {axis.title}"] = curve_rows(
+                results, axis.key, metric, title=axis.title
+            )
     return by_caption
 
 
@@ -254,21 +265,6 @@ def cost_rows(results: Mapping[str, Any]) -> Rows:
     costs = [key for key in COSTS if any(key in entry for entry in results["arms"].values())]
     rows = [[name, *(report.format_number(entry.get(key)) for key in costs)] for name, entry in results["arms"].items()]
     return [["", *(COSTS[key] for key in costs)], *rows]
-
-
-def curve_rows(results: Mapping[str, Any], axis: Axis, metric: str) -> Rows:
-    """Methods down, values of the axis across, the real-vs-real score below."""
-    curves = results[axis.key]
-    values = sorted({value for line in curves.values() for value in line}, key=float)
-
-    def cell(point: Mapping[str, Any]) -> str:
-        interval = point.get("intervals", {}).get(metric)
-        half = f" ± {(interval['high'] - interval['low']) / 2:.2g}" if interval else ""
-        return report.format_number(point.get(metric)) + half
-
-    rows = [[method, *(cell(line.get(value, {})) for value in values)] for method, line in curves.items()]
-    floor = report.format_number(results["floor"]["metrics"].get(metric))
-    return [[f"{axis.title} =", *values], *rows, ["real vs real", *[floor] * len(values)]]
 
 
 def text(results: Mapping[str, Any]) -> str:

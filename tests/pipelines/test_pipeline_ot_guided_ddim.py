@@ -350,7 +350,7 @@ def test_a_small_batch_is_warned_of(monkeypatch):
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
         ({"num_inference_steps": 1001}, "`num_inference_steps` must be from 1 to 1000, got 1001"),
         ({"num_inference_steps": "5"}, "`num_inference_steps` must be an integer, got '5'"),
-        ({"num_inference_steps": None}, "`num_inference_steps` must be an integer, got None"),
+        ({"num_inference_steps": 2.5}, r"`num_inference_steps` must be an integer, got 2\.5"),
         ({"eta": 1.5}, r"`eta` must lie in \[0, 1\], got 1.5"),
         ({"eta": "high"}, r"`eta` must lie in \[0, 1\], got 'high'"),
         ({"eta": float("nan")}, r"`eta` must lie in \[0, 1\], got nan"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from makers import ROOT
@@ -12,7 +13,7 @@ from makers import ROOT
 from ot_diffusers.config import BaselineConfig, DiffusionConfig, FeaturesConfig
 from ot_diffusers.errors import InputError
 from ot_diffusers.reporting.differences import differences, summarise, summary
-from ot_diffusers.reporting.quoting import main, markdown_options, quote, render_quotes
+from ot_diffusers.reporting.quoting import main, markdown_options, quote, quote_curves, render_quotes
 from ot_diffusers.reporting.report import markdown_table
 
 RESULTS = {
@@ -65,6 +66,28 @@ def test_a_comparison_is_quoted_with_its_verdict_and_intervals() -> None:
     # Means 1.05 and .575: −.475 is −45% of the first.
     assert "b: better (−45.2%)" in quoted
     assert "| a | 1.05 ± 0.21 |" in quoted and "| b | 0.575 ± 0.15 |" in quoted
+
+
+def test_curves_are_quoted_with_the_differences_that_are_significant(tmp_path: Path) -> None:
+    values = {"a": {"frechet_distance": [1.0, 1.2, 1.1, 0.9]}, "b": {"frechet_distance": [0.5, 0.7, 0.6, 0.5]}}
+    found = differences(values, primary="frechet_distance", family=())["b"]
+
+    def point(name: str) -> dict[str, Any]:
+        summarised = summarise(values[name])
+        return summarised["metrics"] | {"intervals": summarised["intervals"]}
+
+    curves = {"a": {"1": point("a"), "8": point("a")}, "b": {"8": point("b") | {"differences": found}}}
+    results = RESULTS | {"primary_metric": "frechet_distance", "quality_by_steps": curves}
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    (tmp_path / "page.md").write_text(PAGE.replace("r.json -->", "r.json | by: quality_by_steps | rows: a; b -->"))
+    main([str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    assert "| steps = | 1 | 8 |" in page and "| a | 1.05 ± 0.21 | 1.05 ± 0.21 |" in page
+    assert "| b | – | 0.575 ± 0.15 (−45.2%) |" in page.replace("**", "")
+    with pytest.raises(InputError, match="`by` must name curves of the results, got 'curves'"):
+        quote_curves(results, "curves", [], [])
+    with pytest.raises(InputError, match=r"`rows` must be among a, b, got \['c'\]"):
+        quote_curves(results, "quality_by_steps", ["c"], [])
 
 
 def test_some_rows_are_quoted_with_the_verdict_on_them_alone(tmp_path: Path) -> None:
