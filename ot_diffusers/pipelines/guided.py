@@ -295,7 +295,8 @@ def guided_steps(
     """Indices of the guided steps of a chain.
 
     By default these are all steps, or all but the last ones where guidance sees the pixels of images of this height and
-    width coarsely or not at all. A step whose model output does not determine x̂0 is never guided.
+    width coarsely or not at all; a single step is guided in any case. A step whose model output does not determine x̂0
+    is never guided.
 
     Raises:
         InputError: a negative number.
@@ -303,7 +304,7 @@ def guided_steps(
     require_integer("guidance_start_step", guidance_start_step, at_least=0)
     if num_guidance_steps is None:
         clean = 0 if _sees_all(guidance, image_size) else max(1, round(CLEAN_SHARE * len(timesteps)))
-        num_guidance_steps = max(0, len(timesteps) - clean - guidance_start_step)
+        num_guidance_steps = max(0, len(timesteps) - clean - guidance_start_step) if len(timesteps) > 1 else 1
     require_integer("num_guidance_steps", num_guidance_steps, at_least=0)
     if guidance is None:
         return set()

@@ -125,8 +125,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 pipeline has the parts that guidance needs, else 0.
             num_guidance_steps: number of guided steps. The default is all from `guidance_start_step`, without the last
                 8% of the chain where guidance cannot see pixel artefacts: with `pixel_weight` 0, or where one thumbnail
-                pixel covers more than 2×2 image pixels. A guidance field guides only steps near those that it was
-                recorded at.
+                pixel covers more than 2×2 image pixels; a single step is guided in any case. A guidance field guides
+                only steps near those that it was recorded at.
                 The first step of an ε prediction with zero terminal SNR is never guided: its output does not
                 determine x̂0.
             guidance_start_step: first guided step, counted from 0 at the start of the chain.

@@ -197,6 +197,15 @@ def test_the_interval_of_guided_steps(options, expected, monkeypatch):
     assert pipe.num_timesteps == 25
 
 
+@pytest.mark.parametrize("steps, expected", [(1, 1), (2, 1), (3, 2), (4, 3), (8, 7), (50, 46)])
+def test_short_chains_leave_their_last_step_to_the_model(steps, expected):
+    """With guidance that cannot see the pixels; a chain of one step has no other to guide."""
+    pipe = OTGuidedDDIMPipeline(_unet(), DDIMScheduler(timestep_spacing="trailing"), **_parts())
+    pipe.set_progress_bar_config(disable=True)
+    field = pipe.record_guidance_field(16, num_inference_steps=steps, num_correction_steps=1)
+    assert len(field.config.timesteps) == expected and field.config.timesteps[0] == 999
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("side, expected", [(8, 10), (16, 10), (20, 9), (32, 9)])
 def test_the_model_cleans_up_where_thumbnails_are_coarse(side, expected):
