@@ -383,7 +383,8 @@ def line_panels(
 ) -> Path:
     """A panel for each quantity, a line with markers for each method, and one legend for all.
 
-    The y axis is logarithmic where the values are positive and differ by a factor of 10 or more; else it starts at 0.
+    The y axis is logarithmic where the values are positive and differ by a factor of 10 or more, but not for shares such
+    as recall; else it starts at 0.
 
     Args:
         panels: metric or cost to method to {x: y}.
@@ -414,7 +415,8 @@ def line_panels(
         if quantity in floors:
             axes.axhline(floors[quantity], color=INK, linestyle=":", linewidth=1.2)
         values = [y for points in lines.values() for y in points.values()]
-        if values and min(values) > 0 and max(values) > WIDE * min(values):
+        is_share = direction_of(quantity) == "higher"
+        if values and not is_share and min(values) > 0 and max(values) > WIDE * min(values):
             _log_scale(axes)
         else:
             axes.set_ylim(bottom=min(0, *values))
