@@ -14,12 +14,13 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
-from ot_diffusers import OTGuidedDDIMPipeline, TruncatedPriorPipeline
+from ot_diffusers import FlowMatchPipeline, OTGuidedDDIMPipeline, TruncatedPriorPipeline
 from ot_diffusers.sampling import image_grid, network_calls, sample_images
 
 NUM_IMAGES = 36
 MODELS = Path(__file__).parent.parent / "model_cards"
 MNIST, CIFAR10 = "Digits (MNIST, 28×28)", "Photographs (CIFAR-10, 32×32)"
+FEW_CALLS = "Digits in few steps (MNIST, 16×16)"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ MODEL_OF = {
         load(OTGuidedDDIMPipeline, "mnist-ot-guided"),
         (20, 10, 50),
         "A small UNet, sampled by DDIM from pure noise.",
+    ),
+    FEW_CALLS: Model(
+        load(FlowMatchPipeline, "mnist16-coupled"),
+        (2, 1, 4, 8),
+        "Noise and images were paired by optimal transport between noise and the whole data set, so that one or two "
+        "steps are enough.",
     ),
     CIFAR10: Model(
         load(TruncatedPriorPipeline, "cifar10-truncated-prior"),
@@ -93,7 +100,7 @@ with gr.Blocks(title="Optimal transport in diffusion models") as app:
         "moved towards the distribution of real images during sampling. The time includes the feature network, which "
         "guidance calls in addition."
     )
-    model = gr.Radio([MNIST, CIFAR10], value=MNIST, label="Model", elem_id="model")
+    model = gr.Radio([MNIST, FEW_CALLS, CIFAR10], value=MNIST, label="Model", elem_id="model")
     about = gr.Markdown(MODEL_OF[MNIST].about, elem_id="about")
     with gr.Row():
         offered = MODEL_OF[MNIST].steps
