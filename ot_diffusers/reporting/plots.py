@@ -383,8 +383,8 @@ def line_panels(
 ) -> Path:
     """A panel for each quantity, a line with markers for each method, and one legend for all.
 
-    The y axis is logarithmic where the values are positive and differ by a factor of 10 or more, but not for shares such
-    as recall; else it starts at 0.
+    The y axis is logarithmic where the values are positive and differ by a factor of 10 or more, but not for shares
+    such as recall; else it starts at 0.
 
     Args:
         panels: metric or cost to method to {x: y}.

@@ -85,8 +85,8 @@ def test_large_images_are_compared_in_principal_components() -> None:
 
 
 def test_pairs_of_gaussian_data_follow_the_closed_form_map() -> None:
-    """For N(0, Σ) the transport map is Σ^½ ε, which one Euler step from noise then takes; independent pairs have the mean
-    of the data in its place, without any variance. 600 atoms in the plane leave a few percent."""
+    """For N(0, Σ) the transport map is Σ^½ ε, which one Euler step from noise then takes; independent pairs have a mean
+    in its place, without any variance. 600 atoms in the plane leave a few percent."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.tensor([[0.25, 0.1], [0.0, 0.15]])
     images = (torch.randn(600, 2, generator=generator) @ factor.T).view(600, 1, 1, 2).clamp(-1, 1)
