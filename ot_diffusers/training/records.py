@@ -18,7 +18,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import DiffusionConfig, FeaturesConfig, TrainingConfig
+from ..config import DiffusionConfig, FeaturesConfig, OTConfig, TrainingConfig
 from ..data import DATA_OPTIONS, HUB_IDS
 from ..launch import preset_path, signals
 from ..losses.denoising import denoising_loss
@@ -359,4 +359,7 @@ def next_commands(config: TrainingConfig) -> list[str]:
             options = [*keys, f"output_dir={evaluator}"] if given else []
             commands += [["train", "features", "--config", f"{dataset}/evaluator.yaml", *options]]
         commands += [["evaluate", run, *flags, "--evaluator", evaluator]]
+        if isinstance(config, OTConfig) and config.prediction_type != "epsilon":
+            tuned = [f"pretrained={run}", f"feature_extractor={config.feature_extractor}"]
+            commands += [["train", "few_step", *tuned, *keys]]
     return [shlex.join(["ot-diffusers", *map(str, command)]) for command in commands]
