@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -47,6 +47,9 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
     image is chosen equally often, up to `chi_squared`. A pair depends on its noise alone: not on the batch, its order
     or the number of processes.
 
+    With labels there is a coupling for each class, in which noise goes to the images of that class alone. A network
+    with class conditions needs it: pairs that ignore the labels tell the class by the noise.
+
     Saved are the potentials h and the principal components, not the images: `with_images` brings them back.
 
     Args:
@@ -55,7 +58,8 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         num_components: principal components in which noise and images are compared; None compares all values.
         kept_share: share of the images' variance in these components, in (0, 1].
         flips: whether the second half of the points are the images mirrored left to right.
-        chi_squared: mean over the points of (N · P(point) − 1)², measured on fresh noise.
+        num_classes: number of classes of a coupling with labels.
+        chi_squared: mean over the points of (N · P(point) − 1)², measured on fresh noise; the largest of all classes.
         num_draws: noise vectors that the solver used.
         seconds: time that the solver took.
         seed: random seed of the solver.
@@ -87,6 +91,7 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         seed: int = 0,
         dataset: str | None = None,
         data_fingerprint: str | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         require_sizes(num_points=num_points, **{f"image_shape[{axis}]": size for axis, size in enumerate(image_shape)})
@@ -96,6 +101,8 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             require_sizes(num_components=num_components)
             shape = (num_components, math.prod(image_shape))
             self.components = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        labels = None if num_classes is None else torch.zeros(num_points, dtype=torch.long)
+        self.register_buffer("labels", labels)
         self.register_buffer("points", None, persistent=False)
         self.register_buffer("longest", None, persistent=False)
 
@@ -104,6 +111,7 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         cls,
         images: Tensor,
         *,
+        labels: Tensor | None = None,
         flips: bool = False,
         kept_share: float = 0.95,
         tolerance: float = 0.02,
@@ -116,6 +124,7 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
 
         Args:
             images: uint8 or floats in [-1, 1], [N, C, H, W], N ≥ 2; the solver runs on their device.
+            labels: class of each image, integers from 0, [N], for a coupling in each class; at least two images each.
             flips: pair noise with mirrored images, too.
             kept_share: the principal components have this share of the variance at least, unless more than 256 would
                 be needed. Images of at most 256 values are not projected.
@@ -126,7 +135,7 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             progress: called with the number of draws so far, and χ² when it has been measured.
 
         Raises:
-            InputError: images of another range or shape.
+            InputError: images of another range or shape, or labels that do not fit.
         """
         _check_images(images)
         require(len(images) >= 2, "images", "be at least 2", len(images))
@@ -134,23 +143,28 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         require(0 < kept_share <= 1, "kept_share", "lie in (0, 1]", kept_share)
         components, share = _principal_components(images, flips, kept_share)
         points = _points(images, components, flips)
-        solved = semidiscrete_potentials(
-            points, tolerance=tolerance, max_seconds=max_seconds, seed=seed, progress=progress
-        )
+        groups = _groups(labels, len(images), flips, points.device)
+        solver: dict[str, Any] = {"tolerance": tolerance, "seed": seed, "progress": progress}
+        solver["max_seconds"] = None if max_seconds is None else max_seconds / len(groups)
+        solved = [semidiscrete_potentials(points[rows], **solver) for rows in groups]
         coupling = cls(
             len(points),
             tuple(images.shape[1:]),
             None if components is None else len(components),
             share,
             flips,
-            solved.chi_squared,
-            solved.num_draws,
-            round(solved.seconds, 2),
+            max(each.chi_squared for each in solved),
+            sum(each.num_draws for each in solved),
+            round(sum(each.seconds for each in solved), 2),
             seed,
             dataset,
             _fingerprint(images),
+            None if labels is None else len(groups),
         )
-        coupling.potentials.data = solved.values
+        for label, (rows, each) in enumerate(zip(groups, solved, strict=True)):
+            coupling.potentials.data = coupling.potentials.data.to(points.device).index_copy(0, rows, each.values)
+            if labels is not None:
+                coupling.labels = coupling.labels.to(points.device).index_fill(0, rows, label)
         if coupling.components is not None and components is not None:
             coupling.components.data = components
         coupling._keep(points)
@@ -175,15 +189,22 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
     def _keep(self, points: Tensor) -> None:
         self.points, self.longest = points, points.norm(dim=1).max()
 
-    def assign(self, noise: Tensor) -> Tensor:
+    def assign(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The image that each noise is paired with, int64 [B]; from N on, mirrored images of a coupling with flips.
 
         Args:
             noise: standard normal, [B, C, H, W], on the coupling's device.
+            labels: class of each pair, integers, [B], for a coupling with labels.
 
         Raises:
-            InputError: noise of another shape, or a loaded coupling without its images.
+            InputError: noise of another shape, labels that the coupling does not have or lacks, or a loaded coupling
+                without its images.
         """
+        count = self.config.num_classes
+        given = (labels is not None) == (count is not None)
+        require(
+            given, "labels", "be given to a coupling with labels, and to no other", None if labels is None else "labels"
+        )
         shape = tuple(self.config.image_shape)
         sizes = ", ".join(map(str, shape))
         require(tuple(noise.shape[1:]) == shape, "noise", f"have shape [B, {sizes}]", tuple(noise.shape))
@@ -191,7 +212,16 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         rows = noise.flatten(1).float()
         if self.components is not None:  # in float64, so that the batch's shape does not show in the rounding
             rows = (in_float64(rows) @ in_float64(self.components).T).to(noise.device, torch.float32)
-        return assign(rows, self.points, self.potentials.float(), longest=self.longest)
+        if labels is None:
+            return assign(rows, self.points, self.potentials.float(), longest=self.longest)
+        known = len(labels) == len(noise) and bool(((labels >= 0) & (labels < count)).all())
+        require(known, "labels", f"be {len(noise)} integers from 0 to {count - 1}", labels.tolist())
+        indices = torch.zeros_like(labels, device=noise.device)
+        for label in labels.unique():
+            asked, members = (labels == label).to(noise.device), (self.labels == label).nonzero()[:, 0]
+            found = assign(rows[asked], self.points[members], self.potentials[members].float(), longest=self.longest)
+            indices[asked] = members[found]
+        return indices
 
     def pick(self, images: Tensor, indices: Tensor) -> Tensor:
         """The images of `assign`'s indices, mirrored where they say so.
@@ -203,15 +233,34 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         chosen = images[indices % len(images)]
         return mirrored(chosen, indices >= len(images)) if self.config.flips else chosen
 
-    def forward(self, noise: Tensor, return_dict: bool = True) -> SemidiscreteCouplingOutput | tuple[Tensor]:
+    def forward(
+        self, noise: Tensor, labels: Tensor | None = None, return_dict: bool = True
+    ) -> SemidiscreteCouplingOutput | tuple[Tensor]:
         """As `assign`."""
-        indices = self.assign(noise)
+        indices = self.assign(noise, labels)
         return SemidiscreteCouplingOutput(indices) if return_dict else (indices,)
 
 
 def mirrored(images: Tensor, which: Tensor) -> Tensor:
     """Images [B, C, H, W], those of the mask `which` [B] mirrored left to right."""
     return torch.where(which.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def _groups(labels: Tensor | None, num_images: int, flips: bool, device: torch.device) -> list[Tensor]:
+    """Rows of the points of each class; all of them as one group without labels.
+
+    Raises:
+        InputError: labels of another number, with gaps, or with fewer than two images in a class.
+    """
+    if labels is None:
+        return [torch.arange(num_images * (1 + flips), device=device)]
+    fits = tuple(labels.shape) == (num_images,) and not labels.is_floating_point()
+    require(fits, "labels", f"be {num_images} integers", tuple(labels.shape))
+    counts = labels.long().cpu().bincount(minlength=1) if int(labels.min()) >= 0 else torch.zeros(1)
+    enough = bool((counts >= 2).all())
+    require(enough, "labels", "count from 0, with at least two images in each class", counts.tolist())
+    doubled = labels.to(device).repeat(1 + flips)
+    return [(doubled == label).nonzero()[:, 0] for label in range(len(counts))]
 
 
 def _fingerprint(images: Tensor) -> str:

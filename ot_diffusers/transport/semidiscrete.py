@@ -39,6 +39,8 @@ LARGEST_STEP, STEP, EARLY_EPOCHS, DECAY = 0.5, 0.3, 5, 0.6
 after `EARLY_EPOCHS` draws per point."""
 CHECK_INTERVAL, PRECISION = 1.25, 10
 """χ² is measured whenever the draws have grown by this factor, with a standard error of about 1/10 of the tolerance."""
+FEWEST_CHECKED = 2**16
+"""Draws that a measurement of χ² may take in any case; beyond, a quarter of the draws so far."""
 TIE = 2.0**-20
 """Scores closer than this share of |ε| · max |x| are compared again in float64."""
 
@@ -115,7 +117,8 @@ def semidiscrete_potentials(
             progress(num_draws, None)
         stops = out_of_time()
         if num_draws >= next_check or stops:
-            chi_squared = solver.chi_squared(potentials, min(precise / tolerance, num_draws / 4))
+            affordable = max(num_draws / 4, FEWEST_CHECKED)
+            chi_squared = solver.chi_squared(potentials, min(precise / tolerance, affordable))
             next_check = CHECK_INTERVAL * num_draws
             if progress is not None:
                 progress(num_draws, chi_squared)

@@ -100,6 +100,55 @@ def test_pairs_of_gaussian_data_follow_the_closed_form_map() -> None:
     torch.testing.assert_close(pairs.T.cov(), images.flatten(1).T.cov(), rtol=0.1, atol=0.003)
 
 
+@pytest.mark.parametrize("flips", [False, True])
+def test_with_labels_noise_goes_to_images_of_its_class(flips: bool, tmp_path: Path) -> None:
+    """Each class receives its noise evenly, whatever the noise: labels and noise stay independent."""
+    images, noise = images_of(90), noise_of(6000)
+    labels = torch.arange(90) % 3
+    coupling = SemidiscreteCoupling.from_images(images, labels=labels, flips=flips, tolerance=0.02)
+    asked = torch.arange(6000) % 3
+    indices = coupling.assign(noise, asked)
+    assert torch.equal(labels[indices % 90], asked)
+    points = 30 * (1 + flips)
+    for label in range(3):
+        counts = indices[asked == label].bincount(minlength=90 * (1 + flips)).float()
+        counts = counts[labels.repeat(1 + flips) == label]
+        # The counts of 2,000 draws alone have a χ² of points/2,000, with a deviation of √(2/points) of that.
+        assert (points * counts / 2000 - 1).square().mean() < 0.02 * 1.4 + 2 * points / 2000
+    assert torch.equal(indices[:7], torch.cat([coupling.assign(noise[i : i + 1], asked[i : i + 1]) for i in range(7)]))
+    coupling.save_pretrained(tmp_path)
+    again = SemidiscreteCoupling.from_pretrained(tmp_path).with_images(images)
+    assert again.config.num_classes == 3
+    assert torch.equal(again.assign(noise, asked), indices)
+
+
+def test_one_class_is_the_coupling_without_labels() -> None:
+    images, noise = images_of(60), noise_of(500)
+    plain = SemidiscreteCoupling.from_images(images)
+    single = SemidiscreteCoupling.from_images(images, labels=torch.zeros(60, dtype=torch.long))
+    assert torch.equal(plain.potentials, single.potentials)
+    assert torch.equal(plain.assign(noise), single.assign(noise, torch.zeros(500, dtype=torch.long)))
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    images, noise = images_of(6), noise_of(2)
+    for labels, message in (
+        (torch.zeros(5, dtype=torch.long), r"`labels` must be 6 integers, got \(5,\)"),
+        (torch.tensor([0, 0, 0, 2, 2, 2]), "`labels` must count from 0, with at least two images in each class"),
+        (torch.tensor([0, 0, 0, 0, 0, 1]), "`labels` must count from 0, with at least two images in each class"),
+        (torch.full((6,), -1), "`labels` must count from 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SemidiscreteCoupling.from_images(images, labels=labels)
+    coupling = SemidiscreteCoupling.from_images(images, labels=torch.arange(6) % 2)
+    with pytest.raises(InputError, match="`labels` must be given to a coupling with labels"):
+        coupling.assign(noise)
+    with pytest.raises(InputError, match=r"`labels` must be 2 integers from 0 to 1, got \[0, 2\]"):
+        coupling.assign(noise, torch.tensor([0, 2]))
+    with pytest.raises(InputError, match="`labels` must be given to a coupling with labels"):
+        SemidiscreteCoupling.from_images(images).assign(noise, torch.tensor([0, 1]))
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     images = images_of(40)
     coupling = SemidiscreteCoupling.from_images(images, tolerance=0.1, dataset="bars")
