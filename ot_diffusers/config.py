@@ -529,7 +529,7 @@ class FewStepConfig(TrainingConfig):
         choices=("sinkhorn", "mmd"),
     )
     blur: float = tuning_option(
-        0.3, "blur of the Sinkhorn divergence; levels have median distance 1", above=0, must="be a positive length"
+        0.1, "blur of the Sinkhorn divergence; levels have median distance 1", above=0, must="be a positive length"
     )
     scaling: float = tuning_option(0.5, "ratio of successive blurs in the solver", above=0, below=1)
     num_reference_samples: int | None = tuning_option(
