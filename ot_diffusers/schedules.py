@@ -155,15 +155,16 @@ def record_calls(scheduler: S, num_inference_steps: int) -> None:
 
 
 def require_independent(scheduler: Scheduler, argument: str, requirement: str, value: object) -> None:
-    """Refuse what only a denoiser of independent pairs allows: with coupled pairs its output is not the score of the
-    noised data, and x_t is not α_t x0 + σ_t ε with fresh noise.
+    """Refuse what only a denoiser of independent pairs allows: with coupled pairs, or after tuning for a few calls, its
+    output is not the score of the noised data, and x_t is not α_t x0 + σ_t ε with fresh noise.
 
     Raises:
-        InputError: the scheduler is one of a coupled denoiser.
+        InputError: the scheduler is one of a coupled or tuned denoiser.
     """
-    coupling = scheduler.config.get("_noise_coupling")
-    reason = f"{requirement}: this denoiser was trained with noise_coupling={coupling}"
-    require(coupling in (None, "independent"), argument, reason, value)
+    coupling, tuned = (scheduler.config.get(name) for name in ("_noise_coupling", "_num_inference_steps"))
+    trained = f"was trained with noise_coupling={coupling}" if tuned is None else f"was tuned for {tuned} calls"
+    independent = tuned is None and coupling in (None, "independent")
+    require(independent, argument, f"{requirement}: this denoiser {trained}", value)
 
 
 def check_deterministic(scheduler: Scheduler, eta: float = 0.0) -> None:

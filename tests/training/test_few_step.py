@@ -207,6 +207,9 @@ def test_a_run_leaves_a_pipeline_that_knows_its_calls(
         patch.setattr(f"{pipe_logger}.logger.warning", record.append)
         pipe(2, num_inference_steps=3)
     assert "tuned for `num_inference_steps=1`; with 3" in record[0]
+    pipe.scheduler.register_to_config(stochastic_sampling=True)
+    with pytest.raises(InputError, match=r"`scheduler` must be deterministic.*: this denoiser was tuned for 1 calls"):
+        pipe(2)
     before, after = (load_file(next((folder / "unet").glob("*.safetensors"))) for folder in (source, run))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert json.loads((run / "results.json").read_text())["num_inference_steps"] == 1
