@@ -110,7 +110,7 @@ def entry_of(study: Study, name: str, per_seed: Seeds) -> dict[str, Any]:
     """A row of the table: means with intervals, costs, and a description of the variant."""
     variant = study.config.arms[name]
     about = {"description": describe_variant(variant), "bound": variant.start == REAL}
-    return summarise(values_of(per_seed, name)) | mean_costs(per_seed, name) | about
+    return summarise(values_of(per_seed, name)) | typical_costs(per_seed, name) | about
 
 
 def collect_curves(
@@ -124,7 +124,7 @@ def collect_curves(
         for value, name in line.items():
             values = {metric: of for metric, of in values_of(per_seed, name).items() if metric in config.family}
             summarised = summarise(values)
-            point = summarised["metrics"] | mean_costs(per_seed, name)
+            point = summarised["metrics"] | typical_costs(per_seed, name)
             curves[method][value] = point | {"intervals": summarised["intervals"], "per_seed": values}
     first = config.compare_with if config.compare_with in curves else next(iter(curves), "")
     for method in [name for name in curves if name != first] if len(per_seed) >= 2 else ():
@@ -147,11 +147,12 @@ def by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: [run[name] for run in runs] for name in runs[0] if all(name in run for run in runs)}
 
 
-def mean_costs(per_seed: Seeds, name: str) -> dict[str, float]:
-    """Means over the seeds; counts that are equal for all seeds stay counts."""
+def typical_costs(per_seed: Seeds, name: str) -> dict[str, float]:
+    """Medians over the seeds, which one slow moment of the machine does not change; equal counts stay counts."""
     costs = by_metric([run["arms"][name]["cost"] for run in per_seed])
     return {
-        key: values[0] if len(set(values)) == 1 else round(statistics.fmean(values), 3) for key, values in costs.items()
+        key: values[0] if len(set(values)) == 1 else round(statistics.median(values), 3)
+        for key, values in costs.items()
     }
 
 
