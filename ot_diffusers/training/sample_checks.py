@@ -31,6 +31,8 @@ BEST, RECORD = "best.safetensors", "record"
 MAX_COMPARED = 2000
 """Training images, evenly spaced, that recall and memorisation are measured against."""
 
+TOLERATED = 1.05
+"""Divergence of a kept state relative to the lowest one, at most."""
 FEWEST_MODES, NEAREST, LEAST_RANK, FARTHEST_PATCHES = 0.8, 0.9, 0.6, 10.0
 """Bounds: recall and effective rank relative to those of real images, the memorisation ratio, and the distance of
 patches relative to that of real images."""
@@ -40,8 +42,9 @@ patches relative to that of real images."""
 class SampleChecks:
     """The averaged weights' finished images beside validation images, and the best state so far.
 
-    The kept state is the one with the lowest divergence from the validation images among those within all bounds, or
-    among all where none is. Test images play no part.
+    The kept state is the last one within all bounds whose divergence from the validation images is at most 5% above the
+    lowest, since the divergence from few images is noisy; of states outside the bounds where none is within. Test
+    images play no part.
 
     Attributes:
         chain: chain of the finished images.
@@ -113,8 +116,10 @@ class SampleChecks:
                 outside = [name for name, (low, high) in self.bounds.items() if not low <= values[name] <= high]
                 self._warn(values, outside)
                 entry = {"update": state.update, "within_bounds": not outside, **values}
-                if not self.best or _order(entry) < _order(self.best):
-                    self.best = entry
+                if replaces(entry, self.best):
+                    same = bool(self.best) and self.best["within_bounds"] == entry["within_bounds"]
+                    lowest = min(entry["divergence"], self.best["lowest"]) if same else entry["divergence"]
+                    self.best = entry | {"lowest": lowest}
                     self._keep(unet)
         else:
             values = {}
@@ -152,9 +157,19 @@ class SampleChecks:
         self.warned = set(outside)
 
 
-def _order(entry: dict[str, Any]) -> tuple[bool, float]:
-    """States within the bounds come first, those of low divergence before others."""
-    return not entry["within_bounds"], entry["divergence"]
+def replaces(entry: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether a later state is kept in place of the kept one, if there is one; see `SampleChecks`.
+
+    Example:
+        >>> kept = {"within_bounds": True, "divergence": 0.100, "lowest": 0.100}
+        >>> replaces({"within_bounds": True, "divergence": 0.104}, kept)
+        True
+        >>> replaces({"within_bounds": False, "divergence": 0.050}, kept)
+        False
+    """
+    if not best or entry["within_bounds"] != best["within_bounds"]:
+        return not best or entry["within_bounds"]
+    return entry["divergence"] <= TOLERATED * best["lowest"]
 
 
 def evenly_spaced_rows(total: int, count: int) -> Tensor:
