@@ -25,8 +25,8 @@ from ..seeds import keyed_generator
 
 HALVES = 16
 """Noise is drawn as all sums of so many first and second halves, which share their inner products with the points."""
-CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**26
-"""Scores that are held at a time."""
+CPU_ENTRIES, GPU_ENTRIES, FEWEST_ROWS = 2**20, 2**26, 32
+"""Scores that are held at a time, but for so many noise vectors at least: each pass reads all points."""
 SCORE_BLOCK = 64
 """Points of which the largest score is taken first: PyTorch's `amax` is over ten times faster than its `argmax`."""
 GOOD_START = 5.0
@@ -252,7 +252,7 @@ def _centred(potentials: Tensor) -> Tensor:
 
 
 def _rows_at_a_time(num_points: int, device: torch.device) -> int:
-    return max(1, (CPU_ENTRIES if device.type == "cpu" else GPU_ENTRIES) // num_points)
+    return max(FEWEST_ROWS, (CPU_ENTRIES if device.type == "cpu" else GPU_ENTRIES) // num_points)
 
 
 def _winners(scores: Tensor, want_margin: bool = False) -> tuple[Tensor, Tensor]:
