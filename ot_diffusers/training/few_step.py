@@ -219,16 +219,11 @@ class FewStepBatch:
         noise: rows of this process and pass, [B, C, H, W].
         gradients: ∂L/∂ψ of these rows for each level, [B, D] each.
         loss: L of the whole update, 0-d.
-        generated, real: first level of all generated images and of the references, for the record.
-        update: number of the update, from 0.
     """
 
     noise: Tensor
     gradients: Levels
     loss: Tensor
-    generated: Tensor
-    real: Tensor
-    update: int
 
 
 def few_step_batches(
@@ -267,14 +262,7 @@ def few_step_batches(
             gradients = torch.autograd.grad(loss, leaves)
         own = [gradient[rows].split(config.train_batch_size) for gradient in gradients]
         for index, part in enumerate(noise):
-            yield FewStepBatch(
-                noise=part,
-                gradients=tuple(level[index] for level in own),
-                loss=loss.detach(),
-                generated=made[0].detach(),
-                real=reference[0],
-                update=update,
-            )
+            yield FewStepBatch(part, tuple(level[index] for level in own), loss.detach())
 
 
 def surrogate(levels: Levels, batch: FewStepBatch, schedule: Schedule) -> Tensor:

@@ -73,7 +73,7 @@ class SampleChecks:
         count = config.num_validation_samples
         train = images.fetch(evenly_spaced(images, MAX_COMPARED))
         checks = cls(config, chain, levels, train, validation.fetch(evenly_spaced(validation, count)))
-        real = checks.measured(train[evenly_spaced_rows(len(train), count)])
+        real = checks.measured(images.fetch(evenly_spaced(images, count)))
         checks.bounds = {
             "recall": (FEWEST_MODES * real["recall"], float("inf")),
             "nearest_distance_ratio": (NEAREST, float("inf")),
@@ -170,8 +170,3 @@ def replaces(entry: dict[str, Any], best: dict[str, Any]) -> bool:
     if not best or entry["within_bounds"] != best["within_bounds"]:
         return not best or entry["within_bounds"]
     return entry["divergence"] <= TOLERATED * best["lowest"]
-
-
-def evenly_spaced_rows(total: int, count: int) -> Tensor:
-    """At most `count` row numbers, evenly spaced over `total` rows: int64."""
-    return torch.linspace(0, total - 1, min(count, total)).round().long()
