@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class SampleChecks:
     @torch.no_grad()
     def measured(self, images: Tensor) -> dict[str, float]:
         """Divergence, recall, precision, memorisation ratio, effective rank and patch distance of images in [-1, 1]."""
-        generated, train, held_out = (self._levels(part) for part in (images, self.train, self.validation))
+        generated, (train, held_out) = self._levels(images), self._real_levels
         half = len(images) // 2
         options: dict[str, Any] = {"objective": "sinkhorn", "blur": self.config.blur, "scaling": self.config.scaling}
         first, second = ([level[part] for level in generated] for part in (slice(half), slice(half, None)))
@@ -131,6 +132,11 @@ class SampleChecks:
         kept = read_verified(Path(self.config.output_dir) / BEST)
         if kept is not None:
             unet.load_state_dict({name: tensor for name, tensor in kept.items() if name != RECORD})
+
+    @cached_property
+    def _real_levels(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Levels of the training and of the validation images, which stay."""
+        return self._levels(self.train), self._levels(self.validation)
 
     def _levels(self, images: Tensor) -> tuple[Tensor, ...]:
         parts = [self.levels(part.to(self.levels.device)) for part in images.split(self.config.train_batch_size)]
