@@ -1,7 +1,8 @@
 """The cost of couplings: pairing noise in a training step, and solving for the potentials before it.
 
-The peer TorchCFM is measured where it is installed (`pip install torchcfm`). The solver needs the real MNIST, since the
-content of images decides how long it takes; without it, and with --quick, it solves for the digits.
+The peers TorchCFM and ott-jax are measured where they are installed (`pip install torchcfm ott-jax`). The solver needs
+the real MNIST, since the content of images decides how long it takes; without it, and with --quick, it solves for the
+digits.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from ot_diffusers.data import load_images, pixels_of
 from ot_diffusers.errors import InputError
 from ot_diffusers.models.semidiscrete_coupling import SemidiscreteCoupling
 from ot_diffusers.training.coupling import assigned_noise
-from ot_diffusers.transport.semidiscrete import assign
+from ot_diffusers.transport.semidiscrete import assign, semidiscrete_potentials
 
-from .timing import Row, interleave
+from .timing import Row, interleave, ratio_row
 from .training import Step, configuration
 
 COMPONENTS = 128
@@ -28,7 +29,8 @@ COMPONENTS = 128
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
-    return [*pairing_rows(quick, device), *solver_rows(quick, device)]
+    peers = peer_rows(quick) if find_spec("ott") is not None and device.type == "cpu" else []
+    return [*pairing_rows(quick, device), *peers, *solver_rows(quick, device)]
 
 
 def pairing_rows(quick: bool, device: torch.device) -> list[Row]:
@@ -66,6 +68,28 @@ def pairing_rows(quick: bool, device: torch.device) -> list[Row]:
     if "TorchCFM" in seconds:
         found.append(added("TorchCFM", "training step with TorchCFM's OTPlanSampler / plain step"))
     return found
+
+
+def peer_rows(quick: bool, tolerance: float = 0.02) -> list[Row]:
+    """The potentials of the digits, beside ott-jax's stochastic gradient descent, which is compiled before and stops by
+    its own estimate of χ²; its step size is the fastest of 1, 10 and 100."""
+    import jax
+    import optax
+    from ott.geometry.semidiscrete_pointcloud import SemidiscretePointCloud
+    from ott.problems.linear.semidiscrete_linear_problem import SemidiscreteLinearProblem
+    from ott.solvers.linear.semidiscrete import SemidiscreteSolver
+
+    points = pixels_of(load_images("digits", "train")).float().flatten(1) / 127.5 - 1
+    cloud = SemidiscretePointCloud(jax.random.normal, jax.numpy.asarray(points.numpy()), epsilon=0.0)
+    problem = SemidiscreteLinearProblem(cloud)
+    options = {"error_eval_every": 250, "error_batch_size": 4096, "threshold": tolerance}
+    solve = jax.jit(SemidiscreteSolver(num_iterations=20_000, batch_size=1024, optimizer=optax.sgd(10.0), **options))
+    candidates: dict[str, Callable[[], object]] = {
+        "ours": partial(semidiscrete_potentials, points, tolerance=tolerance),
+        "ott-jax": lambda: solve(jax.random.key(0), problem).g.block_until_ready(),
+    }
+    seconds = interleave(candidates, 1 if quick else 3)
+    return [ratio_row(f"potentials of the digits to χ² ≤ {tolerance}: ott-jax / ours", seconds, "ott-jax", "ours")]
 
 
 def solver_rows(quick: bool, device: torch.device) -> list[Row]:
