@@ -79,7 +79,8 @@ def sample(pipeline: Any, seed: int, steps: int, guidance_scale: float) -> tuple
     started = time.monotonic()
     images = sample_images(pipeline, NUM_IMAGES, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale)
     seconds = time.monotonic() - started
-    cost = f"{network_calls(pipeline)} network calls for each image, {seconds:.1f} s for {NUM_IMAGES} images"
+    calls = network_calls(pipeline)
+    cost = f"{calls} network call{'s' * (calls > 1)} for each image, {seconds:.1f} s for {NUM_IMAGES} images"
     return image_grid(images), cost
 
 

@@ -81,7 +81,7 @@ def test_every_control_changes_its_pictures(address: str, browser: Any, width: i
 
     def calls(number: int) -> bool:
         costs = [page.locator(f"#{name}-cost").inner_text() for name in ("plain", "guided")]
-        return all(cost.startswith(f"{number} network calls") and " s for 36 images" in cost for cost in costs)
+        return all(cost.startswith(f"{number} network call") and " s for 36 images" in cost for cost in costs)
 
     def fill(slider: str, value: str) -> None:
         field = page.locator(f"#{slider} input[type=number]")
