@@ -78,7 +78,7 @@ def main(config: FewStepConfig) -> None:
     # Loop.
     for batch in few_step_batches(images, state.model, chain, levels, config, schedule, accelerator, state.update):
         with accelerator.accumulate(state.model):
-            finished = chain(state.model, batch.noise)
+            finished = chain(state.model, batch.noise) if batch.finished is None else batch.finished
             loss = surrogate(levels(finished), batch, schedule)
             terms = {config.objective: batch.loss}
             if config.anchor_weight > 0:

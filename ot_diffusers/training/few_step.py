@@ -7,6 +7,8 @@ all images together, and the network's graph only one part of them at a time:
 2. one problem gives the gradients G_i = ∂L/∂ψ(x_i);
 3. part by part, the images are made again with a graph, and Σ_i ⟨G_i, ψ(x_i)⟩ is differentiated. By the chain rule this
    is the gradient of L, exactly.
+
+Where one pass of one process makes them all, they are made once, with a graph.
 """
 
 from __future__ import annotations
@@ -219,11 +221,13 @@ class FewStepBatch:
         noise: rows of this process and pass, [B, C, H, W].
         gradients: ∂L/∂ψ of these rows for each level, [B, D] each.
         loss: L of the whole update, 0-d.
+        finished: the images of all rows with their graph, where there is one pass; None where each pass makes its own.
     """
 
     noise: Tensor
     gradients: Levels
     loss: Tensor
+    finished: Tensor | None = None
 
 
 def few_step_batches(
@@ -240,6 +244,7 @@ def few_step_batches(
     takes its rows, and all solve the same problem."""
     passes = schedule.global_batch_size // schedule.forward_batch_size
     share = passes * config.train_batch_size
+    in_one_pass = schedule.global_batch_size == config.train_batch_size
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     for update in range(start, schedule.num_updates):
         noise, other = (
@@ -250,10 +255,12 @@ def few_step_batches(
             )[rows].split(config.train_batch_size)
             for use in ("generated", "pair")
         )
+        finished = chain(unet, noise[0]) if in_one_pass else None
         with torch.no_grad():
-            made, pair = (
-                gathered([levels(chain(unet, part)) for part in parts], accelerator) for parts in (noise, other)
+            made = gathered(
+                [levels(chain(unet, part) if finished is None else finished) for part in noise], accelerator
             )
+            pair = gathered([levels(chain(unet, part)) for part in other], accelerator)
             reference = reference_levels(images, levels, config, schedule, accelerator, update)
         leaves = tuple(level.requires_grad_() for level in made)
         options: dict[str, Any] = {"objective": config.objective, "blur": config.blur, "scaling": config.scaling}
@@ -262,7 +269,7 @@ def few_step_batches(
             gradients = torch.autograd.grad(loss, leaves)
         own = [gradient[rows].split(config.train_batch_size) for gradient in gradients]
         for index, part in enumerate(noise):
-            yield FewStepBatch(part, tuple(level[index] for level in own), loss.detach())
+            yield FewStepBatch(part, tuple(level[index] for level in own), loss.detach(), finished)
 
 
 def surrogate(levels: Levels, batch: FewStepBatch, schedule: Schedule) -> Tensor:

@@ -19,7 +19,7 @@ from diffusers import (
 from makers.models import make_unet
 from makers.runs import assert_same_end, launch, metrics, reset_accelerate, train
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.config import FewStepConfig
@@ -76,57 +76,66 @@ def test_the_chain_is_that_of_the_pipeline(prediction_type: str, steps: int) -> 
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
+def tuning(folder: Path, **options: Any) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A network, and what follows it in the arguments of `few_step_batches`: 64 images through two of its calls."""
+    reset_accelerate()
+    images = load_images("digits", "train")
+    config = FewStepConfig(output_dir=str(folder), num_reference_samples=50, max_train_steps=1, **options)
+    accelerator = make_accelerator(config)
+    levels = compared_levels(config, images, make_unet(seed=1, block_out_channels=(8, 16)), accelerator.device)
+    schedule, chain = few_step_schedule(config, accelerator, images), Chain(FlowMatchEulerDiscreteScheduler(), 2)
+    unet = make_unet(seed=0, block_out_channels=(8, 16))
+    return unet, (chain, levels, config, schedule, accelerator, 0)
+
+
+def gradient_of(loss: Tensor, unet: nn.Module) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(unet.parameters()))])
+
+
 @pytest.mark.parametrize("objective", ["sinkhorn", "mmd"])
 @pytest.mark.parametrize("feature_extractor", [None, "features"])
 def test_parts_give_the_gradient_of_the_whole(
     objective: str, feature_extractor: str | None, trained_features: Path, tmp_path: Path
 ) -> None:
-    """Four passes of 16 images against one graph of 64, through two calls of the network."""
-    reset_accelerate()
-    images = load_images("digits", "train")
-    config = FewStepConfig(
-        output_dir=str(tmp_path),
-        objective=objective,
-        feature_extractor=str(trained_features) if feature_extractor else None,
-        train_batch_size=16,
-        gradient_accumulation_steps=4,
-        num_reference_samples=50,
-        max_train_steps=1,
-    )
-    accelerator = make_accelerator(config)
-    schedule, chain = few_step_schedule(config, accelerator, images), Chain(FlowMatchEulerDiscreteScheduler(), 2)
-    unet = make_unet(seed=0, block_out_channels=(8, 16))
-    levels = compared_levels(config, images, make_unet(seed=1, block_out_channels=(8, 16)), accelerator.device)
-
-    def gradient() -> Tensor:
-        found = torch.cat([parameter.grad.flatten() for parameter in unet.parameters()])
-        unet.zero_grad()
-        return found
-
-    noise = []
-    for batch in few_step_batches(images, unet, chain, levels, config, schedule, accelerator, 0):
-        (surrogate(levels(chain(unet, batch.noise)), batch, schedule) / 4).backward()  # as accumulation divides
-        noise.append(batch.noise)
-        loss = batch.loss
-    assert len(noise) == 4
-    in_parts = gradient()
+    """Four passes of 16 images against one graph of 64."""
+    options: dict[str, Any] = {"train_batch_size": 16, "gradient_accumulation_steps": 4, "objective": objective}
+    if feature_extractor is not None:
+        options["feature_extractor"] = str(trained_features)
+    unet, arguments = tuning(tmp_path, **options)
+    chain, levels, config, schedule, *_ = arguments
 
     seen, original = [], finished_loss
 
-    def kept(level: Any, reference: Any, pair: Any, *arguments: Any, **options: Any) -> Tensor:
+    def kept(level: Any, reference: Any, pair: Any, *weights: Any, **options: Any) -> Tensor:
         seen.append((reference, pair))
-        return original(level, reference, pair, *arguments, **options)
+        return original(level, reference, pair, *weights, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ot_diffusers.training.few_step.finished_loss", kept)
-        next(few_step_batches(images, unet, chain, levels, config, schedule, accelerator, 0))
-    reference, pair = seen[0]
-    options: dict[str, Any] = {"objective": objective, "blur": config.blur, "scaling": config.scaling}
-    direct = original(levels(chain(unet, torch.cat(noise))), reference, pair, levels.weights, **options)
-    direct.backward()
-    expected = gradient()
+        batches = list(few_step_batches(load_images("digits", "train"), unet, *arguments))
+    assert len(batches) == 4
+    losses = [surrogate(levels(chain(unet, batch.noise)), batch, schedule) for batch in batches]
+    in_parts = sum(gradient_of(loss, unet) for loss in losses) / 4  # as accumulation divides
+
+    ((reference, pair),) = seen
+    solver: dict[str, Any] = {"objective": objective, "blur": config.blur, "scaling": config.scaling}
+    whole = levels(chain(unet, torch.cat([batch.noise for batch in batches])))
+    direct = original(whole, reference, pair, levels.weights, **solver)
+    expected = gradient_of(direct, unet)
     assert (in_parts - expected).norm() < 1e-4 * expected.norm()  # float32 sums in another order
-    assert loss.item() == pytest.approx(direct.item(), rel=1e-5)
+    assert batches[0].loss.item() == pytest.approx(direct.item(), rel=1e-5)
+
+
+def test_one_pass_makes_its_images_once(tmp_path: Path) -> None:
+    unet, arguments = tuning(tmp_path, train_batch_size=64)
+    chain, levels, _, schedule, *_ = arguments
+    calls: list[int] = []
+    unet.register_forward_hook(lambda *_: calls.append(1))
+    (batch,) = few_step_batches(load_images("digits", "train"), unet, *arguments)
+    assert len(calls) == 4 and batch.finished is not None  # two calls for the images, and two for the pair
+    again = gradient_of(surrogate(levels(chain(unet, batch.noise)), batch, schedule), unet)
+    once = gradient_of(surrogate(levels(batch.finished), batch, schedule), unet)
+    assert (once - again).norm() < 1e-6 * again.norm()  # the same float32 operations
 
 
 def test_a_linear_generator_learns_a_gaussian() -> None:
