@@ -525,8 +525,9 @@ class FewStepConfig(TrainingConfig):
     pixel_weight: float = tuning_option(0.2, "weight of the pixels beside the deepest level of features", minimum=0)
     objective: str = tuning_option(
         "sinkhorn",
-        "distance between finished and real images: the Sinkhorn divergence, or a kernel discrepancy",
-        choices=("sinkhorn", "mmd"),
+        "distance between finished and real images; mmd: a kernel discrepancy; frechet: between Gaussian fits; "
+        "drifting: to where a field of attraction and repulsion leads",
+        choices=("sinkhorn", "mmd", "frechet", "drifting"),
     )
     blur: float = tuning_option(
         0.1, "blur of the Sinkhorn divergence; levels have median distance 1", above=0, must="be a positive length"

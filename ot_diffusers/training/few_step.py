@@ -30,7 +30,7 @@ from ..data import evenly_spaced
 from ..errors import require
 from ..features import check_trained_on, load_feature_extractor
 from ..images import thumbnails, to_unit_range
-from ..losses.priors import denoiser_features, network_features, sinkhorn_transport
+from ..losses.priors import denoiser_features, frechet_transport, network_features, sinkhorn_transport
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..schedules import (
     Scheduler,
@@ -44,7 +44,7 @@ from ..schedules import (
 )
 from ..seeds import keyed_generator
 from ..transport import median_distance
-from ..transport.kernel import squared_mmd
+from ..transport.kernel import drifting_loss, squared_mmd
 from .batches import Images, Schedule, augmented
 from .processes import gather_rows
 
@@ -52,6 +52,13 @@ SCALED_BY = 1000
 """Real images, evenly spaced, whose median distance is the unit of each level."""
 FEWEST_NOISE_CALLS = 4
 """Calls from which a network of noise prediction can be tuned."""
+
+PEERS: dict[str, Callable[..., Tensor]] = {
+    "mmd": squared_mmd,
+    "frechet": frechet_transport,
+    "drifting": drifting_loss,
+}
+"""The objectives that stand beside the Sinkhorn divergence for comparison."""
 
 Levels = tuple[Tensor, ...]
 
@@ -201,13 +208,13 @@ def finished_loss(
         reference: of real images, [M, D] each.
         pair: of other generated images, independent of the first, for the self-term.
         weights: one for each level.
-        objective: `"sinkhorn"` or `"mmd"`.
+        objective: `"sinkhorn"`, or one of the `PEERS`.
         blur, scaling: of the Sinkhorn divergence.
     """
     total = levels[0].new_zeros(())
     for x, y, other, weight in zip(levels, reference, pair, weights, strict=True):
-        if objective == "mmd":
-            total = total + weight * squared_mmd(x, y, x_pair=other)
+        if objective in PEERS:
+            total = total + weight * PEERS[objective](x, y, x_pair=other)
         else:
             total = total + weight * sinkhorn_transport([x], [y], [other], blur=blur, scaling=scaling)
     return total / sum(weights)

@@ -1,4 +1,5 @@
-"""Kernel discrepancy between two clouds of points: the maximum mean discrepancy (MMD), as a peer of the divergence."""
+"""Peers of the divergence that compare two clouds of points by a kernel: the maximum mean discrepancy (MMD), and the
+field of drifting."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from .geometry import half_squared_distances
 
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0)
 """Widths of the Gaussian kernels, in the units of the points: median distance 1 for normalised features."""
+TEMPERATURES = (0.02, 0.05, 0.2)
+"""Lengths of the exponential kernels of drifting, in the same units."""
 
 
 def mmd_displacement(x: Tensor, y: Tensor) -> Tensor:
@@ -46,6 +49,8 @@ def squared_mmd(x: Tensor, y: Tensor, *, x_pair: Tensor | None = None) -> Tensor
         x: [N, D].
         y: [M, D], references.
         x_pair: [K, D], a second sample from the distribution of x, which makes the estimate unbiased; x itself if None.
+
+    Reference: [Feng2026] for finished images.
     """
     pair = x if x_pair is None else x_pair.detach()
     own, cross = _mean_kernel(x, pair), _mean_kernel(x, y)
@@ -57,3 +62,49 @@ def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
     """The mean of Σ_h h² exp(−‖x − y‖²/2h²) over all pairs."""
     costs = half_squared_distances(x, y)
     return torch.stack([width**2 * torch.exp(-costs / width**2).mean() for width in BANDWIDTHS]).sum()
+
+
+def drifting_loss(x: Tensor, y: Tensor, *, x_pair: Tensor) -> Tensor:
+    """Mean squared distance of points to where they drift, ‖x − stopgrad(x + V)‖²; 0-d, with a gradient for x.
+
+    V is the sum of the fields `drift` of all `TEMPERATURES`, each divided by its root mean square length. The value
+    therefore says little of the distance between the clouds; its gradient leads x along V.
+
+    Args:
+        x: [N, D].
+        y: [M, D], references.
+        x_pair: [K, D], a second sample from the distribution of x, from which x is repelled.
+
+    Reference: [Deng2026], with the kernels normalised over y and over x' alone, and x' independent of x.
+    """
+    fields = [drift(x.detach(), y, x_pair.detach(), temperature) for temperature in TEMPERATURES]
+    lengths = [field.square().sum(1).mean().sqrt().clamp(min=torch.finfo(field.dtype).tiny) for field in fields]
+    goal = x.detach() + sum(field / length for field, length in zip(fields, lengths, strict=True))
+    return (x - goal).square().sum(1).mean()
+
+
+def drift(x: Tensor, y: Tensor, x_pair: Tensor, temperature: float) -> Tensor:
+    """Attraction of points to references minus repulsion from other points of their kind, [N, D].
+
+        V(x) = Σ_j p_j y_j − Σ_k q_k x'_k,   p = softmax_j(−‖x − y_j‖/τ),  q = softmax_k(−‖x − x'_k‖/τ)
+
+    Its mean is zero where x' and y are equally many points of one distribution.
+
+    Args:
+        x: [N, D], points that move.
+        y: [M, D], references.
+        x_pair: [K, D], points that repel.
+        temperature: τ, a length.
+
+    Reference: [Deng2026].
+
+    Example:
+        >>> drift(torch.zeros(1, 1), torch.ones(1, 1), -torch.ones(1, 1), 0.2).item()
+        2.0
+    """
+    return _barycentres(x, y, temperature) - _barycentres(x, x_pair, temperature)
+
+
+def _barycentres(x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    distances = (2 * half_squared_distances(x, y)).sqrt()
+    return torch.softmax(-distances / temperature, dim=1) @ y

@@ -25,10 +25,10 @@ from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.config import FewStepConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.losses.priors import sinkhorn_transport
 from ot_diffusers.schedules import record_coupling
 from ot_diffusers.training import make_accelerator
 from ot_diffusers.training.few_step import (
+    PEERS,
     Chain,
     ComparedLevels,
     compared_levels,
@@ -92,8 +92,10 @@ def gradient_of(loss: Tensor, unet: nn.Module) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(unet.parameters()))])
 
 
-@pytest.mark.parametrize("objective", ["sinkhorn", "mmd"])
-@pytest.mark.parametrize("feature_extractor", [None, "features"])
+@pytest.mark.parametrize(
+    ("objective", "feature_extractor"),
+    [("sinkhorn", "features"), *((objective, None) for objective in ("sinkhorn", *PEERS))],
+)
 def test_parts_give_the_gradient_of_the_whole(
     objective: str, feature_extractor: str | None, trained_features: Path, tmp_path: Path
 ) -> None:
@@ -122,7 +124,7 @@ def test_parts_give_the_gradient_of_the_whole(
     whole = levels(chain(unet, torch.cat([batch.noise for batch in batches])))
     direct = original(whole, reference, pair, levels.weights, **solver)
     expected = gradient_of(direct, unet)
-    assert (in_parts - expected).norm() < 1e-4 * expected.norm()  # float32 sums in another order
+    assert (in_parts - expected).norm() < 2e-6 * expected.norm()  # float32 sums in another order: 6e-7
     assert batches[0].loss.item() == pytest.approx(direct.item(), rel=1e-5)
 
 
@@ -138,23 +140,26 @@ def test_one_pass_makes_its_images_once(tmp_path: Path) -> None:
     assert (once - again).norm() < 1e-6 * again.norm()  # the same float32 operations
 
 
-def test_a_linear_generator_learns_a_gaussian() -> None:
-    """G(z) = a z + b against N(.5, .3²): |a| and b within 2%."""
+@pytest.mark.parametrize(("objective", "tolerance"), [("sinkhorn", 0.02), ("frechet", 0.05), ("drifting", 0.05)])
+def test_a_linear_generator_learns_a_gaussian(objective: str, tolerance: float) -> None:
+    """G(z) = a z + b against N(.5, .3²): |a| and b within 2%; 5% where moments of one batch, or a field whose length
+    does not shrink, leave more noise."""
+    options: dict[str, Any] = {"objective": objective, "blur": 0.1, "scaling": 0.5}
     torch.manual_seed(0)
     a, b = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
     optimizer = torch.optim.Adam([a, b], lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     for _ in range(100):
         (z, other), real = torch.randn(2, 512, 1), 0.3 * torch.randn(512, 1) + 0.5
-        loss = sinkhorn_transport([a * z + b], [real], [(a * other + b).detach()], blur=0.1, scaling=0.5)
+        loss = finished_loss([a * z + b], [real], [(a * other + b).detach()], [1.0], **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    assert abs(a.item()) == pytest.approx(0.3, rel=0.02) and b.item() == pytest.approx(0.5, rel=0.02)
+    assert abs(a.item()) == pytest.approx(0.3, rel=tolerance) and b.item() == pytest.approx(0.5, rel=tolerance)
 
 
-@pytest.mark.parametrize("objective", ["sinkhorn", "mmd"])
+@pytest.mark.parametrize("objective", ["sinkhorn", "mmd", "drifting"])
 def test_equal_distributions_have_no_gradient_with_an_independent_pair(objective: str) -> None:
     """The mean of the gradient for the spread of a generator that is right already: within three standard errors of 0
     with two batches. The divergence of one batch in both places of the self-term is biased."""
