@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .models.backbone_extractor import BackboneFeatureExtractor
     from .models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
     from .models.guidance_field import GuidanceField
-    from .models.prior import GaussianPrior, PriorGenerator
+    from .models.prior import FewStepPrior, GaussianPrior, PriorGenerator
     from .models.reference_bank import ReferenceBank
     from .models.semidiscrete_coupling import SemidiscreteCoupling
     from .pipelines.pipeline_flow_match import FlowMatchPipeline
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BackboneFeatureExtractor": ".models.backbone_extractor",
     "ConvFeatureExtractor": ".models.feature_extractor",
+    "FewStepPrior": ".models.prior",
     "FlowMatchPipeline": ".pipelines.pipeline_flow_match",
     "GaussianPrior": ".models.prior",
     "GuidanceField": ".models.guidance_field",
@@ -47,6 +48,7 @@ _MODULES = {
 __all__ = [
     "BackboneFeatureExtractor",
     "ConvFeatureExtractor",
+    "FewStepPrior",
     "FlowMatchPipeline",
     "GaussianPrior",
     "GuidanceField",

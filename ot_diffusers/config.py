@@ -432,8 +432,11 @@ class PriorConfig(TrainingConfig):
     )
     prior: str = prior_option(
         "ot",
-        "kind of prior: gaussian is a closed form, the others are trained",
-        choices=("gaussian", "vae", "gan", "ot"),
+        "kind of prior: gaussian is a closed form and few_step a network that is tuned already, the others are trained",
+        choices=("gaussian", "few_step", "vae", "gan", "ot"),
+    )
+    pretrained: str | None = prior_option(
+        None, "few_step: folder or Hub id of the tuned pipeline whose finished images start the chain"
     )
     prediction_type: str = prior_option(
         "sample",
@@ -488,12 +491,20 @@ class PriorConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        closed_form = self.prior == "gaussian"
+        closed_form, tuned = self.prior == "gaussian", self.prior == "few_step"
+        named = tuned == (self.pretrained is not None)
+        require(named, "pretrained", "be the tuned pipeline for prior=few_step, and none for others", self.pretrained)
         require(closed_form or not self.class_wise, "class_wise", "be false but for prior=gaussian", self.class_wise)
-        fits = not closed_form or self.prediction_type == "sample"
-        require(fits, "prediction_type", "be sample for prior=gaussian, which makes clean images", self.prediction_type)
-        warm, clean = self.ot_warmup_steps, self.prediction_type == "sample"
-        require(clean or not warm, "ot_warmup_steps", "be 0 for prediction_type=noisy_sample", warm)
+        fits = not (closed_form or tuned) or self.prediction_type == "sample"
+        clean = f"be sample for prior={self.prior}, which makes clean images"
+        require(fits, "prediction_type", clean, self.prediction_type)
+        warm = self.ot_warmup_steps
+        require(
+            self.prediction_type == "sample" or not warm,
+            "ot_warmup_steps",
+            "be 0 for prediction_type=noisy_sample",
+            warm,
+        )
         terms = self.ot_objective.split("+")
         valid = set(terms) <= set(TRANSPORT_TERMS) and len(set(terms)) == len(terms)
         require(valid, "ot_objective", f"join some of {', '.join(TRANSPORT_TERMS)} by +", self.ot_objective)

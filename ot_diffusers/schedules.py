@@ -15,12 +15,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError, require, require_integer
 from .images import require_model_range
@@ -303,6 +304,64 @@ def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
     Reference: [Hang2023].
     """
     return (alpha**2 / sigma**2).clamp(max=gamma) / gamma
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the denoiser, from z = α x0 + σ ε to the next level.
+
+    Attributes:
+        time: what the denoiser is given.
+        alpha, sigma: level of z.
+        a, b: x̂0 = a z + b · output.
+        next_alpha, next_sigma: level of the result.
+    """
+
+    time: float
+    alpha: float
+    sigma: float
+    a: float
+    b: float
+    next_alpha: float
+    next_sigma: float
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The deterministic chain of a pipeline, with gradients: from noise to finished images in a few calls.
+
+    Attributes:
+        steps: the calls of the denoiser, in their order.
+        clip_range: bound of |x̂0| in every step; None for no bound.
+    """
+
+    steps: tuple[Step, ...]
+    clip_range: float | None = None
+
+    @classmethod
+    def of(cls, scheduler: Scheduler, num_inference_steps: int) -> Chain:
+        """The chain of a scheduler: DDIM, or flow matching by Euler's method. Its state is changed."""
+        times = [float(time) for time in set_timesteps(scheduler, num_inference_steps)]
+        levels = [tuple(map(float, alpha_sigma(scheduler, time, index))) for index, time in enumerate(times)]
+        steps = [
+            Step(time, *level, *map(float, prediction_coefficients(scheduler, time, index)), *following)
+            for index, (time, level, following) in enumerate(zip(times, levels, [*levels[1:], (1.0, 0.0)], strict=True))
+        ]
+        clips = scheduler.config.get("clip_sample", False)
+        return cls(tuple(steps), scheduler.config.get("clip_sample_range", 1.0) if clips else None)
+
+    def __call__(self, unet: nn.Module, noise: Tensor) -> Tensor:
+        """Finished images in [-1, 1], [B, C, H, W], of standard normal noise. The gradient flows through every
+        call, but not where the last one leaves the range."""
+        z = noise
+        for step in self.steps:
+            output = unet(z, torch.tensor(step.time, device=z.device)).sample
+            clean = step.a * z + step.b * output
+            rest = (z - step.alpha * clean) / step.sigma
+            if self.clip_range is not None:
+                clean = clean.clamp(-self.clip_range, self.clip_range)
+            z = step.next_alpha * clean + step.next_sigma * rest
+        return z.clamp(-1, 1)
 
 
 def truncated_scheduler(scheduler: S, truncation_timestep: int) -> S:

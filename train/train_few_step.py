@@ -22,6 +22,7 @@ from ot_diffusers.errors import InputError, require
 from ot_diffusers.launch import launched, run_script
 from ot_diffusers.pipelines.call import check_networks, unet_image_shape
 from ot_diffusers.sampling import load_pipeline
+from ot_diffusers.schedules import Chain
 from ot_diffusers.seeds import seeded_generator
 from ot_diffusers.training import (
     Record,
@@ -39,7 +40,6 @@ from ot_diffusers.training import (
     wants_grid,
 )
 from ot_diffusers.training.few_step import (
-    Chain,
     check_prediction,
     compared_levels,
     few_step_batches,
@@ -64,7 +64,7 @@ def main(config: FewStepConfig) -> None:
     source = load_source(config, images.image_shape)
     scheduler, unet = few_step_scheduler(source.scheduler), source.unet.eval()  # a chain is made twice: without dropout
     frozen = copy.deepcopy(unet).requires_grad_(False).to(accelerator.device)
-    chain = Chain(scheduler, config.num_inference_steps)
+    chain = Chain.of(scheduler, config.num_inference_steps)
     levels = compared_levels(config, images, frozen, accelerator.device)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
 

@@ -3,8 +3,9 @@
     accelerate launch train/train_prior.py --config configs/mnist/prior_ot.yaml output_dir=runs/mnist-prior-ot
 
 The denoiser is a run of `train_baseline.py` (`denoiser=`); `feature_extractor=` may name a run of `train_features.py`.
-`prior=vae`, `gan` and `ot` train the same generator, whose parameters are printed; `prior=gaussian` is a closed form
-and takes a moment. Priors are compared with real images diffused to step T'. The run's folder opens with
+`prior=vae`, `gan` and `ot` train the same generator, whose parameters are printed. `prior=gaussian` is a closed form,
+and `prior=few_step` takes the network that `train_few_step.py` has tuned (`pretrained=`): both take a moment. Priors
+are compared with real images diffused to step T'. The run's folder opens with
 `TruncatedPriorPipeline.from_pretrained(output_dir)`. The same command, run again, resumes where it stopped.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from torch import Tensor
 
 from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig
@@ -24,7 +26,7 @@ from ot_diffusers.data import evenly_spaced
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.features import labels_of
 from ot_diffusers.launch import launched, run_script
-from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
+from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
 from ot_diffusers.sampling import load_pipeline
 from ot_diffusers.schedules import truncated_scheduler
@@ -74,8 +76,8 @@ def main(config: PriorConfig) -> None:
 
     # Frozen denoiser, and the last steps of its chain.
     unet, scheduler = load_denoiser(config, images, accelerator)
-    if config.prior == "gaussian":
-        fit_gaussian(config, images, unet, scheduler, accelerator)
+    if config.prior in ("gaussian", "few_step"):
+        save_untrained(config, images, unet, scheduler, accelerator)
         return
     schedule = make_schedule(config, accelerator, images)
 
@@ -232,6 +234,34 @@ def finished_prior(
     return with_fitted_latents(model, images, scheduler, config)
 
 
+def tuned_prior(config: PriorConfig, image_shape: tuple[int, int, int]) -> FewStepPrior:
+    """The network of a tuned pipeline.
+
+    Raises:
+        InputError: no such pipeline, one that was not tuned for a few calls, or one of other images.
+    """
+    try:
+        prior = FewStepPrior.from_pipeline(load_pipeline(str(config.pretrained)), config.truncation_timestep)
+    except InputError as error:
+        raise InputError(str(error).replace("`pipeline`", "`pretrained`")) from error
+    shape = prior.image_shape
+    require(shape == image_shape, "pretrained", f"be trained on images of shape {image_shape}", shape)
+    return prior
+
+
+def fitted_prior(config: PriorConfig, images: Images, labels: Tensor | None) -> GaussianPrior:
+    """The closed form: moments of real images, for each class where there are labels."""
+    rows = evenly_spaced(images, MAX_FITTED_IMAGES)
+    labels = labels[rows] if labels is not None else None
+    return GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, labels=labels)
+
+
+def tuning_seconds(pretrained: str) -> float:
+    """Training time of the run that tuned this network; 0 where its record is not at hand."""
+    record = Path(pretrained) / "results.json"
+    return float(json.loads(record.read_text(encoding="utf-8"))["training_seconds"]) if record.is_file() else 0.0
+
+
 # --- Saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -258,16 +288,15 @@ def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: 
     make_image_grid(images, rows, rows).save(folder / f"{name}.png")
 
 
-def fit_gaussian(config: PriorConfig, images: Images, unet: Any, scheduler: Any, accelerator: Accelerator) -> None:
-    """The closed form: moments of real images, for each class if `class_wise`; saved like a trained prior."""
+def save_untrained(config: PriorConfig, images: Images, unet: Any, scheduler: Any, accelerator: Accelerator) -> None:
+    """A closed form, or a network that is tuned already; saved like a trained prior."""
     labels = labels_of(images) if config.class_wise else None
-    open_run(config, accelerator, images, denoiser=unet)
+    tuned = tuned_prior(config, images.image_shape) if config.prior == "few_step" else None
+    open_run(config, accelerator, images, denoiser=unet, pretrained=tuned)
     if accelerator.is_main_process:
         started = time.monotonic()
-        rows = evenly_spaced(images, MAX_FITTED_IMAGES)
-        labels = labels[rows] if labels is not None else None
-        prior = GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, labels=labels)
-        seconds = time.monotonic() - started
+        prior: Any = fitted_prior(config, images, labels) if tuned is None else tuned
+        seconds = time.monotonic() - started if tuned is None else tuning_seconds(str(config.pretrained))
         prior.to(accelerator.device)
         with saved_model(config) as folder:
             TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
@@ -275,7 +304,7 @@ def fit_gaussian(config: PriorConfig, images: Images, unet: Any, scheduler: Any,
         results = {"updates": 0, "complete": True, "training_seconds": round(seconds, 2), "parameters": parameters}
         write_json(Path(config.output_dir) / "results.json", results)
         accelerator.print(f"everything is saved in {config.output_dir}", flush=True)
-        draw_grid(prior, unet, scheduler, config, "closed-form")
+        draw_grid(prior, unet, scheduler, config, "closed-form" if tuned is None else "few-step")
     accelerator.wait_for_everyone()
     end_run(config, accelerator)
 

@@ -1,7 +1,8 @@
 """Priors of the truncated chain: models that generate x_T', the noisy image from which the last T' reverse steps start.
 
-Every prior maps latents z, [B, latent_dim], to images in one call; z is drawn from N(0, I), or from a mixture of
-Gaussians that was fitted to the codes of an autoencoder. The `prediction_type` states which images it generates:
+Every prior maps latents z, [B, latent_dim], to images in one call, or in the few calls of a tuned denoiser; z is drawn
+from N(0, I), or from a mixture of Gaussians that was fitted to the codes of an autoencoder. The `prediction_type`
+states which images it generates:
 
     "noisy_sample"   x_T' = G(z)                                  the generator makes the noisy image
     "sample"         x_T' = α G(z) + σ ε,  ε ~ N(0, I) fresh      the generator makes the clean part; (α, σ) of step T'
@@ -12,12 +13,14 @@ Options are keyword-only, because diffusers drops positional ones in `from_confi
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import require, require_sizes
 from ..images import require_model_range
+from ..schedules import Chain, Step
 from .portable import PortableModel
 
 LATENT_ENTRIES = 10**9
@@ -356,6 +360,100 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         component = _pick_component(self.weight, choice)
         images = self.mean[component] + self.residual_std[component, None] * noise
         return images + _times_factor(codes, component, self.factor) if rank else images
+
+
+class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
+    """A denoiser that was tuned for a few calls: the images that its chain finishes are the clean images of the prior.
+
+    `from_pipeline` takes what `train_few_step.py` leaves. The tuned denoiser may have learned from coupled pairs; the
+    one that walks the last T' steps behind this prior may not.
+
+    Args:
+        truncation_timestep: T' at which the chain behind it starts, at least 1.
+        unet_config: configuration of the tuned `UNet2DModel`.
+        steps: the calls of its chain, the numbers of a `Step` each.
+        clip_range: bound of |x̂0| in every step; None for no bound.
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+        >>> from ot_diffusers import FlowMatchPipeline
+        >>> from ot_diffusers.schedules import record_calls
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+        ... )
+        >>> scheduler = FlowMatchEulerDiscreteScheduler()
+        >>> record_calls(scheduler, 2)
+        >>> prior = FewStepPrior.from_pipeline(FlowMatchPipeline(unet, scheduler), truncation_timestep=100)
+        >>> prior(torch.randn(3, 64)).sample.shape, prior.nfe
+        (torch.Size([3, 1, 8, 8]), 2)
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        truncation_timestep: int,
+        unet_config: dict[str, Any],
+        steps: Sequence[Sequence[float]],
+        clip_range: float | None = None,
+    ) -> None:
+        super().__init__()
+        require_sizes(truncation_timestep=truncation_timestep)
+        self.unet = UNet2DModel.from_config(unet_config)
+        self.chain = Chain(tuple(Step(*step) for step in steps), clip_range)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, truncation_timestep: int) -> FewStepPrior:
+        """The denoiser of a tuned pipeline, with the number of calls that it was tuned for, as a copy.
+
+        Args:
+            pipeline: what `train_few_step.py` leaves, with its own scheduler.
+            truncation_timestep: T' at which the chain behind the prior starts.
+
+        Raises:
+            InputError: a pipeline that was not tuned for a number of calls, or one with another scheduler.
+        """
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        calls, name = scheduler.config.get("_num_inference_steps"), type(scheduler).__name__
+        require(calls is not None, "pipeline", "be tuned for a few calls by train_few_step.py", name)
+        own = isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler))
+        require(own, "pipeline", "have the scheduler that it was tuned with (DDIM or flow matching)", name)
+        chain = Chain.of(copy.deepcopy(scheduler), calls)
+        prior = cls(
+            truncation_timestep=truncation_timestep,
+            unet_config={name: value for name, value in unet.config.items() if not name.startswith("_")},
+            steps=[list(dataclasses.astuple(step)) for step in chain.steps],
+            clip_range=chain.clip_range,
+        )
+        prior.unet = copy.deepcopy(unet)
+        return prior.eval()
+
+    @property
+    def nfe(self) -> int:  # type: ignore[override]
+        """Number of function evaluations: the calls of the tuned denoiser."""
+        return len(self.chain.steps)
+
+    @property
+    def prediction_type(self) -> str:
+        """`"sample"`: its images are finished."""
+        return "sample"
+
+    @property
+    def latent_dim(self) -> int:
+        """One number per pixel and channel: the noise from which the tuned chain starts."""
+        return math.prod(self.image_shape)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the generated images."""
+        return (self.unet.config.in_channels, *_height_width(self.unet.config.sample_size))
+
+    def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
+        """Images of standard normal latents, [B, latent_dim]: clean in [−1, 1], [B, C, H, W]."""
+        self._check_latents(latents)
+        images = self.chain(self.unet, latents.view(-1, *self.image_shape))
+        return PriorOutput(sample=images) if return_dict else (images,)
 
 
 def _pick_component(weight: Tensor, choice: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
     of the prior are corrected before they are diffused.
 
     Args:
-        prior: `PriorGenerator`, `GaussianPrior`, or another `PriorMixin`.
+        prior: `PriorGenerator`, `FewStepPrior`, `GaussianPrior`, or another `PriorMixin`.
         unet: an unconditional `UNet2DModel`, trained on all steps or on those below T' only.
         scheduler: `truncated_scheduler(full_scheduler, T')`.
         feature_extractor: frozen feature network, optional.

@@ -23,7 +23,7 @@ from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.portable import hub, take_push_options, to_json, with_known_dtype, without_origin
-from ..models.prior import GaussianPrior, PriorGenerator
+from ..models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 PARTS = (
     BackboneFeatureExtractor,
     ConvFeatureExtractor,
+    FewStepPrior,
     GaussianPrior,
     GuidanceField,
     PriorGenerator,

@@ -71,13 +71,20 @@ LABELS = {
     "gaussian": "Gaussian",
     "gaussian_classes": "Gaussian, class-wise",
     "vae": "VAE",
+    "few_step": "Few-step",
     "gan": "GAN",
     "ot_original": "OT, original",
     "ot": "OT",
 }
 CLOSED_FORM, LEARNED = ("gaussian", "gaussian_classes"), ("gan", "ot", "vae", "ot_original")
 """On a CPU, learned priors are trained in pairs, so that the training times of the first two are comparable."""
-OPTIONS = {"ot": ("feature_extractor={features}",), "gaussian_classes": ("class_wise=true",)}
+FEW_STEP, COUPLED, TUNED = "few_step", "coupled", "tuned"
+"""The prior that is a tuned network, and the runs that train and tune this network."""
+OPTIONS = {
+    "ot": ("feature_extractor={features}",),
+    "gaussian_classes": ("class_wise=true",),
+    FEW_STEP: (f"pretrained={{{TUNED}}}",),
+}
 """Options of the script that trains the prior, in addition to those of its preset."""
 DENOISER, FULL_DENOISER, FULL = "baseline", "baseline_full", "full"
 VANILLA, ORACLE = "vanilla, truncated", "oracle"
@@ -87,6 +94,7 @@ DESCRIPTIONS = {
     "gaussian": "One Gaussian with the moments of the training images, in closed form.",
     "gaussian_classes": "One such Gaussian for each class.",
     "vae": "Encoder and generator under the evidence bound; latents from a mixture fitted to the codes.",
+    FEW_STEP: "A coupled denoiser, tuned for one call on its finished images; the training time is that of the tuning.",
     "gan": "The generator against a discriminator of its widths.",
     "ot_original": "The generator by the original study's loss: sliced Wasserstein on whole pixels, x_T' made at once.",
     "ot": "The generator by optimal transport alone, no adversary.",
@@ -257,15 +265,24 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
 
 
 def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, Variant]:
-    """The denoiser if none is given, every prior for the T' of the table, learned priors for `learned_timesteps`."""
+    """The denoiser if none is given, the network that is tuned to be a prior, every prior for the T' of the table, and
+    learned priors for `learned_timesteps`."""
     runs = {}
     if config.denoiser is None:
         runs[DENOISER] = Variant(train="baseline", preset=f"{config.presets}/baseline.yaml", once=True, role=TRAINING)
     if config.full_denoiser is not None and preset_path(config.full_denoiser).is_file():
         runs[FULL_DENOISER] = Variant(train="baseline", preset=config.full_denoiser, once=True, role=TRAINING)
     limits = [f"max_train_steps={config.max_train_steps}"] if config.max_train_steps else []
+    if FEW_STEP in priors:
+        shared: dict[str, Any] = {"max_train_seconds": config.max_train_seconds, "role": TRAINING}
+        options = ["feature_extractor={features}", *limits]
+        runs[COUPLED] = Variant(train="ot", preset=f"{config.presets}/ot.yaml", overrides=tuple(options), **shared)
+        options.append(f"pretrained={{{COUPLED}}}")
+        runs[TUNED] = Variant(
+            train="few_step", preset=f"{config.presets}/few_step.yaml", overrides=tuple(options), **shared
+        )
     for timestep in dict.fromkeys((config.truncation_timestep, *config.learned_timesteps)):
-        for name in (*CLOSED_FORM, *LEARNED):
+        for name in (*CLOSED_FORM, FEW_STEP, *LEARNED):
             learned = name in LEARNED
             if name in priors and (learned or timestep == config.truncation_timestep):
                 options = [f"denoiser={denoiser(config)}", f"truncation_timestep={timestep}", *OPTIONS.get(name, ())]
@@ -282,16 +299,16 @@ def training_runs(config: TruncationConfig, priors: Sequence[str]) -> dict[str, 
 def groups(runs: Mapping[str, Variant]) -> tuple[tuple[str, ...], ...]:
     """Runs that are trained side by side: the networks, the closed forms, and the learned priors in pairs."""
     denoisers = [name for name in runs if name in (DENOISER, FULL_DENOISER)]
-    learned = [run for run in runs if runs[run].train == "prior" and not is_closed_form(run)]
-    closed = tuple(run for run in runs if run not in denoisers and run not in learned)
+    learned = [run for run in runs if prior_of(run) in LEARNED]
+    closed = tuple(run for run in runs if prior_of(run) in CLOSED_FORM)
     networks = ("features", "evaluator", *denoisers)
     pairs = [tuple(learned[first : first + 2]) for first in range(0, len(learned), 2)]
     return tuple(group for group in (networks, closed, *pairs) if group)
 
 
-def is_closed_form(run: str) -> bool:
-    """Whether the run fits the moments of a Gaussian prior only."""
-    return run.removeprefix("prior_").rpartition("_")[0] in CLOSED_FORM
+def prior_of(run: str) -> str:
+    """The prior that a run makes; no known name for other runs."""
+    return run.removeprefix("prior_").rpartition("_")[0]
 
 
 Row = tuple[str, int | None, int, bool]
@@ -434,7 +451,7 @@ def duel(results: Mapping[str, Any], metric: str) -> str:
 
 def beside_gaussian(config: TruncationConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The learned priors with a lower Fréchet distance than the Gaussian, a sentence for each evaluator."""
-    learned = [LABELS[name] for name in config.priors if name in LEARNED]
+    learned = [LABELS[name] for name in config.priors if name not in CLOSED_FORM]
     if LABELS["gaussian"] not in arms or not learned:
         return []
     bounds = arms[LABELS["gaussian"]]["metrics"]

@@ -32,16 +32,7 @@ from ..features import check_trained_on, load_feature_extractor
 from ..images import thumbnails, to_unit_range
 from ..losses.priors import denoiser_features, frechet_transport, network_features, sinkhorn_transport
 from ..models.backbone_extractor import BackboneFeatureExtractor
-from ..schedules import (
-    Scheduler,
-    alpha_sigma,
-    matches_flow,
-    prediction_coefficients,
-    prediction_type_of,
-    preserves_variance,
-    record_calls,
-    set_timesteps,
-)
+from ..schedules import Chain, Scheduler, matches_flow, prediction_type_of, preserves_variance, record_calls
 from ..seeds import keyed_generator
 from ..transport import median_distance
 from ..transport.kernel import drifting_loss, squared_mmd
@@ -61,67 +52,6 @@ PEERS: dict[str, Callable[..., Tensor]] = {
 """The objectives that stand beside the Sinkhorn divergence for comparison."""
 
 Levels = tuple[Tensor, ...]
-
-
-# --- The chain --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of the denoiser, from z = α x0 + σ ε to the next level.
-
-    Attributes:
-        time: what the denoiser is given.
-        alpha, sigma: level of z.
-        a, b: x̂0 = a z + b · output.
-        next_alpha, next_sigma: level of the result.
-    """
-
-    time: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    a: Tensor
-    b: Tensor
-    next_alpha: Tensor
-    next_sigma: Tensor
-
-
-class Chain:
-    """The deterministic chain of a pipeline, with gradients: from noise to finished images in a few calls.
-
-    Args:
-        scheduler: DDIM, or flow matching by Euler's method.
-        num_inference_steps: K, calls of the denoiser.
-    """
-
-    def __init__(self, scheduler: Scheduler, num_inference_steps: int) -> None:
-        timesteps = set_timesteps(scheduler, num_inference_steps)
-        levels = [alpha_sigma(scheduler, time, index) for index, time in enumerate(timesteps)]
-        levels.append((torch.ones(()), torch.zeros(())))
-        clips = scheduler.config.get("clip_sample", False)
-        self.clip_range = scheduler.config.get("clip_sample_range", 1.0) if clips else None
-        self.steps = [
-            Step(
-                scheduler.timesteps[index],
-                *levels[index],
-                *prediction_coefficients(scheduler, time, index),
-                *levels[index + 1],
-            )
-            for index, time in enumerate(timesteps)
-        ]
-
-    def __call__(self, unet: nn.Module, noise: Tensor) -> Tensor:
-        """Finished images in [-1, 1], [B, C, H, W], of standard normal noise. The gradient flows through every
-        call, but not where the last one leaves the range."""
-        z = noise
-        for step in self.steps:
-            output = unet(z, step.time.to(z.device)).sample
-            clean = step.a * z + step.b * output
-            rest = (z - step.alpha * clean) / step.sigma
-            if self.clip_range is not None:
-                clean = clean.clamp(-self.clip_range, self.clip_range)
-            z = step.next_alpha * clean + step.next_sigma * rest
-        return z.clamp(-1, 1)
 
 
 # --- The levels -------------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from ..config import FewStepConfig
 from ..data import evenly_spaced
 from ..evaluation import metrics
 from ..evaluation.pixels import patch_sliced_wasserstein
+from ..schedules import Chain
 from ..seeds import keyed_generator
 from .batches import Images
 from .checkpoints import TrainingState
-from .few_step import Chain, ComparedLevels, finished_loss
+from .few_step import ComparedLevels, finished_loss
 from .folder import check_claim
 from .records import Record, averaged_weights
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
+from makers.models import make_unet
 
+from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
+from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
-from ot_diffusers.schedules import alpha_sigma, truncated_scheduler
+from ot_diffusers.schedules import alpha_sigma, record_calls, truncated_scheduler
 
 LEVEL = alpha_sigma(truncated_scheduler(DDIMScheduler(), 300), 299)
 
@@ -44,6 +52,16 @@ def _latents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.tensor([1.0, 3.0]), torch.stack([torch.full((5,), -9.0), torch.ones(5)]), mixing @ mixing.mT
 
 
+def _tuned(calls: int = 2, flow: bool = True):
+    """What few-step tuning leaves, but for its weights."""
+    ddim = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else ddim
+    record_calls(scheduler, calls)
+    pipe = (FlowMatchPipeline if flow else DDIMPipeline)(make_unet(seed=0, block_out_channels=(8, 16)), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PRIORS = {
     "standard": lambda: GaussianPrior(truncation_timestep=300, sample_size=(2, 3), out_channels=1),
     "gaussian": lambda: GaussianPrior.from_images(_data(), 300),
@@ -52,6 +70,7 @@ PRIORS = {
     "generator": _small,
     "direct": lambda: _small(prediction_type="noisy_sample"),
     "group": lambda: _small(norm_type="group"),
+    "few step": lambda: FewStepPrior.from_pipeline(_tuned(), 300),
     "fitted latents": lambda: _small().with_latents(*_latents()),
 }
 
@@ -174,6 +193,30 @@ def test_dtype_moves_and_return_types(prior):
 def test_latents_of_another_width_are_refused(prior):
     with pytest.raises(InputError, match=f"`latents` must have shape .B, {prior.latent_dim}"):
         prior(torch.zeros(2, prior.latent_dim + 1))
+
+
+@pytest.mark.parametrize("flow", [True, False])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_tuned_pipeline_makes_the_same_images_as_a_prior(flow, calls):
+    pipe = _tuned(calls, flow)
+    prior = FewStepPrior.from_pipeline(pipe, 300)
+    assert prior.nfe == calls and prior.image_shape == (1, 8, 8) and prior.prediction_type == "sample"
+    with torch.no_grad():
+        images = prior.draw(3, generator=_seeded(7))
+    expected = pipe(3, _seeded(7), num_inference_steps=calls, output_type="np").images
+    # The chain computes x̂0 and the rest of z apart: float32 rounding of values near 1.
+    np.testing.assert_allclose(images.numpy()[:, 0] / 2 + 0.5, expected[..., 0], rtol=0, atol=1e-5)
+    next(pipe.unet.parameters()).data.fill_(9)
+    assert torch.equal(prior.draw(3, generator=_seeded(7)), images)  # a copy
+
+
+def test_what_is_no_tuned_pipeline_is_refused():
+    with pytest.raises(InputError, match="`pipeline` must be tuned for a few calls by train_few_step"):
+        FewStepPrior.from_pipeline(DDIMPipeline(make_unet(), DDIMScheduler()), 300)
+    pipe = _tuned(flow=False)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(InputError, match="`pipeline` must have the scheduler that it was tuned with"):
+        FewStepPrior.from_pipeline(pipe, 300)
 
 
 def test_gaussian_parameters_are_frozen():

@@ -15,19 +15,28 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from makers.draws import seeded as _seeded
 from makers.models import make_unet
 
-from ot_diffusers import ConvFeatureExtractor, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank
+from ot_diffusers import ConvFeatureExtractor, FlowMatchPipeline, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
+from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ot_diffusers.pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
-from ot_diffusers.schedules import alpha_sigma, set_timesteps, truncated_samples, truncated_scheduler
+from ot_diffusers.schedules import (
+    alpha_sigma,
+    record_calls,
+    record_coupling,
+    set_timesteps,
+    truncated_samples,
+    truncated_scheduler,
+)
 from ot_diffusers.transport import median_distance, sinkhorn_divergence
 
 _unet = functools.partial(make_unet, seed=0, block_out_channels=(8, 16))
@@ -205,6 +214,27 @@ def test_saved_pipeline_loads_and_makes_the_same_images(tmp_path):
     images = [p(batch_size=2, generator=_seeded(0, 1), output_type="np").images for p in (pipe, restored)]
     # Memory-mapped weights may be aligned differently: float32 round-off.
     np.testing.assert_allclose(images[0], images[1], rtol=0, atol=1e-5)
+
+
+def test_a_tuned_network_starts_the_chain_of_another(tmp_path):
+    tuned = FlowMatchEulerDiscreteScheduler()
+    record_calls(tuned, 2)
+    record_coupling(tuned, "semidiscrete")
+    prior = FewStepPrior.from_pipeline(FlowMatchPipeline(_unet(seed=3), tuned), 10)
+    pipe = _pipeline(prior)
+    pipe.save_pretrained(tmp_path)
+    restored = DiffusionPipeline.from_pretrained(tmp_path)
+    restored.set_progress_bar_config(disable=True)
+    images = [p(2, _seeded(0, 1), num_inference_steps=5, output_type="np").images for p in (pipe, restored)]
+    np.testing.assert_allclose(images[0], images[1], rtol=0, atol=1e-5)  # float32 round-off, as above
+    assert type(restored.prior) is FewStepPrior and restored.nfe == 7  # two calls of the prior, five of the denoiser
+    moved = restored.at_truncation_timestep(4)
+    assert moved(1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1) and moved.nfe == 4
+    # The denoiser behind it may not be coupled.
+    behind = DDIMScheduler()
+    record_coupling(behind, "semidiscrete")
+    with pytest.raises(InputError, match="`scheduler` must not be truncated: this denoiser was trained with"):
+        _pipeline(prior, scheduler=truncated_scheduler(behind, 10))
 
 
 def test_scheduler_can_be_swapped_for_another_class():

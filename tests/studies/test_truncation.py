@@ -153,6 +153,23 @@ def test_a_prior_of_noisy_images_starts_at_its_own_step_only() -> None:
     assert study.arms["prior_ot_original_10"].preset == "digits/prior_ot_original.yaml"
 
 
+def test_a_tuned_network_is_a_row_with_its_runs() -> None:
+    options = ["--config", str(preset_path("digits/truncation.yaml")), "priors=gaussian,few_step", "guided=few_step"]
+    study = expand(load_config(TruncationConfig, [*options, "goal_timestep=100"]))
+    runs = {name: (arm.train, arm.preset) for name, arm in study.arms.items() if arm.train is not None}
+    assert runs == {
+        "baseline": ("baseline", "digits/baseline.yaml"),
+        "coupled": ("ot", "digits/ot.yaml"),
+        "tuned": ("few_step", "digits/few_step.yaml"),
+        "prior_gaussian_10": ("prior", "digits/prior_gaussian.yaml"),
+        "prior_few_step_10": ("prior", "digits/prior_few_step.yaml"),
+    }
+    assert "pretrained={coupled}" in study.arms["tuned"].overrides
+    assert {"pretrained={tuned}", "denoiser={baseline}"} <= set(study.arms["prior_few_step_10"].overrides)
+    assert {"Few-step", "Few-step, guided", "Few-step, guided, T' = 100"} <= set(study.reported)
+    assert list(study.curves["truncation_timestep"]["Few-step"]) == ["10", "50", "100", "200", "300"]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

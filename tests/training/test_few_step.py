@@ -25,11 +25,10 @@ from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.config import FewStepConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.schedules import record_coupling
+from ot_diffusers.schedules import Chain, record_coupling
 from ot_diffusers.training import make_accelerator
 from ot_diffusers.training.few_step import (
     PEERS,
-    Chain,
     ComparedLevels,
     compared_levels,
     few_step_batches,
@@ -67,7 +66,7 @@ def test_the_chain_is_that_of_the_pipeline(prediction_type: str, steps: int) -> 
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipe(3, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
-    found = Chain(pipe.scheduler, steps)(unet, noise)
+    found = Chain.of(pipe.scheduler, steps)(unet, noise)
     # ε is divided by α_T = .006, which amplifies rounding.
     torch.testing.assert_close(found[:, 0] / 2 + 0.5, torch.from_numpy(expected[..., 0]), rtol=0, atol=1e-3)
     assert found.requires_grad
@@ -83,7 +82,7 @@ def tuning(folder: Path, **options: Any) -> tuple[nn.Module, tuple[Any, ...]]:
     config = FewStepConfig(output_dir=str(folder), num_reference_samples=50, max_train_steps=1, **options)
     accelerator = make_accelerator(config)
     levels = compared_levels(config, images, make_unet(seed=1, block_out_channels=(8, 16)), accelerator.device)
-    schedule, chain = few_step_schedule(config, accelerator, images), Chain(FlowMatchEulerDiscreteScheduler(), 2)
+    schedule, chain = few_step_schedule(config, accelerator, images), Chain.of(FlowMatchEulerDiscreteScheduler(), 2)
     unet = make_unet(seed=0, block_out_channels=(8, 16))
     return unet, (chain, levels, config, schedule, accelerator, 0)
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from makers import ROOT, snapshot
 from makers.models import make_unet, save_pipeline
 from makers.runs import assert_same_end, launch, results
 from makers.runs import train as train_script
 from safetensors.torch import load_file, save_file
 
-from ot_diffusers import TruncatedPriorPipeline
+from ot_diffusers import FlowMatchPipeline, TruncatedPriorPipeline
 from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
-from ot_diffusers.models.prior import GaussianPrior, PriorGenerator
+from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ot_diffusers.models.prior_networks import PriorEncoder
-from ot_diffusers.schedules import truncated_scheduler
+from ot_diffusers.schedules import record_calls, record_coupling, truncated_scheduler
 from ot_diffusers.studies.truncation import TruncationConfig
 from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
 
@@ -136,6 +136,34 @@ def test_the_saved_prior_is_the_averaged_one(runs: dict[str, Path]) -> None:
         assert torch.equal(value, average[str(index)])
         differs |= not torch.equal(value, trained[name])
     assert differs
+
+
+def test_a_tuned_network_becomes_a_prior_without_training(denoiser: Path, tmp_path: Path) -> None:
+    tuned = FlowMatchEulerDiscreteScheduler()
+    record_coupling(tuned, "semidiscrete")
+    untuned = FlowMatchPipeline(make_unet(seed=1, block_out_channels=(8, 16)), tuned)
+    untuned.save_pretrained(tmp_path / "coupled")
+    record_calls(tuned, 2)
+    untuned.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / "results.json").write_text('{"training_seconds": 12.5}')
+    run = train(tmp_path / "run", denoiser, prior="few_step", pretrained=str(tmp_path / "tuned"))
+    pipe = TruncatedPriorPipeline.from_pretrained(run)
+    assert type(pipe.prior) is FewStepPrior and pipe.prior.nfe == 2
+    saved, made = pipe.prior.unet.state_dict(), untuned.unet.state_dict()
+    assert all(torch.equal(saved[name], made[name]) for name in made)
+    record = results(run)
+    assert record["updates"] == 0 and record["training_seconds"] == 12.5  # those of the tuning
+    assert record["parameters"] == sum(parameter.numel() for parameter in untuned.unet.parameters())
+    assert sample(run).std() > 0 and (run / "samples" / "few-step.png").is_file()
+
+    coupled = {"prior": "few_step", "pretrained": str(tmp_path / "coupled")}
+    with pytest.raises(InputError, match="`pretrained` must be tuned for a few calls"):
+        train(tmp_path / "untuned", denoiser, **coupled)
+    with pytest.raises(InputError, match="`scheduler` must "):
+        train(tmp_path / "behind", tmp_path / "coupled", prior="few_step", pretrained=str(tmp_path / "tuned"))
+    for bad in ({"prior": "few_step"}, {"prior": "vae", "pretrained": "x"}):
+        with pytest.raises(InputError, match="`pretrained` must be the tuned pipeline for prior=few_step, and none"):
+            train(tmp_path / "bad", denoiser, **bad)
 
 
 @pytest.mark.parametrize("name", LEARNED)
