@@ -16,6 +16,7 @@ from ot_diffusers.config import (
     GROUPS,
     BaselineConfig,
     FeaturesConfig,
+    FewStepConfig,
     OTConfig,
     PriorConfig,
     Range,
@@ -30,15 +31,23 @@ from ot_diffusers.errors import InputError
 from ot_diffusers.launch import run_script
 
 CONFIGS = ROOT / "configs"
-CLASSES = {"features": FeaturesConfig, "evaluator": FeaturesConfig, "baseline": BaselineConfig, "ot": OTConfig}
-CONFIG_CLASSES = [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig, PriorConfig]
+CLASSES: dict[str, type[TrainingConfig]] = {
+    "features": FeaturesConfig,
+    "evaluator": FeaturesConfig,
+    "baseline": BaselineConfig,
+    "ot": OTConfig,
+    "few_step": FewStepConfig,
+}
+CONFIG_CLASSES = [TrainingConfig, FeaturesConfig, BaselineConfig, OTConfig, PriorConfig, FewStepConfig]
 PRESETS = sorted(
-    file for file in CONFIGS.glob("*/*.yaml") if file.parent.name != "accelerate" and file.stem.split("_")[0] in CLASSES
+    file
+    for file in CONFIGS.glob("*/*.yaml")
+    if file.parent.name != "accelerate" and file.stem.startswith(tuple(CLASSES))
 )
 
 
 def config_class_of(preset: Path) -> type[TrainingConfig]:
-    return CLASSES[preset.stem.split("_")[0]]
+    return next(kind for name, kind in CLASSES.items() if preset.stem.startswith(name))
 
 
 def default_of(config_class: type, name: str) -> Any:
