@@ -139,23 +139,22 @@ def test_one_pass_makes_its_images_once(tmp_path: Path) -> None:
     assert (once - again).norm() < 1e-6 * again.norm()  # the same float32 operations
 
 
-@pytest.mark.parametrize(("objective", "tolerance"), [("sinkhorn", 0.02), ("frechet", 0.05), ("drifting", 0.05)])
-def test_a_linear_generator_learns_a_gaussian(objective: str, tolerance: float) -> None:
-    """G(z) = a z + b against N(.5, .3²): |a| and b within 2%; 5% where moments of one batch, or a field whose length
-    does not shrink, leave more noise."""
+@pytest.mark.parametrize("objective", ["sinkhorn", "frechet", "drifting"])
+def test_a_linear_generator_learns_a_gaussian(objective: str) -> None:
+    """G(z) = a z + b against N(.5, .3²): |a| and b within 2%. Quantiles stand for random numbers and have no noise."""
     options: dict[str, Any] = {"objective": objective, "blur": 0.1, "scaling": 0.5}
-    torch.manual_seed(0)
+    z = torch.special.ndtri((torch.arange(64) + 0.5) / 64)[:, None]
     a, b = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
-    optimizer = torch.optim.Adam([a, b], lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
-    for _ in range(100):
-        (z, other), real = torch.randn(2, 512, 1), 0.3 * torch.randn(512, 1) + 0.5
-        loss = finished_loss([a * z + b], [real], [(a * other + b).detach()], [1.0], **options)
+    optimizer = torch.optim.Adam([a, b], lr=0.1, betas=(0.5, 0.9))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    for _ in range(60):
+        made = a * z + b
+        loss = finished_loss([made], [0.3 * z + 0.5], [made.detach()], [1.0], **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    assert abs(a.item()) == pytest.approx(0.3, rel=tolerance) and b.item() == pytest.approx(0.5, rel=tolerance)
+    assert abs(a.item()) == pytest.approx(0.3, rel=0.02) and b.item() == pytest.approx(0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("objective", ["sinkhorn", "mmd", "drifting"])
