@@ -85,9 +85,11 @@ def fresh_process_seconds(command: Sequence[str], repeats: int) -> list[float]:
 
 
 def peak_memory_mib(code: str) -> float:
-    """Growth of the peak resident memory of a fresh process after `code` calls `start()`; Linux only."""
+    """Growth of the peak resident memory of a fresh process after `code` calls `start()`, and the whole peak if it does
+    not; Linux only."""
     program = f"""
 import re
+before = 0
 def kilobytes(name):
     return int(re.search(rf"{{name}}:\\s+(\\d+)", open("/proc/self/status").read())[1])
 def start():

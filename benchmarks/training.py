@@ -1,4 +1,5 @@
-"""The training step with and without the transport term, and with and without data loading."""
+"""The training step with and without the transport term, with and without data loading, and the memory of few-step
+tuning."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
 from ot_diffusers import ConvFeatureExtractor
-from ot_diffusers.config import OTConfig
-from ot_diffusers.data import ResidentImages
+from ot_diffusers.config import BaselineConfig, FewStepConfig, OTConfig, load_config
+from ot_diffusers.data import ResidentImages, load_images
 from ot_diffusers.images import to_unit_range
+from ot_diffusers.launch.commands import preset_path
 from ot_diffusers.losses.denoising import denoising_loss, image_features
-from ot_diffusers.schedules import to_original_sample
+from ot_diffusers.losses.priors import network_features
+from ot_diffusers.schedules import Chain, to_original_sample
 from ot_diffusers.training import (
     DiffusionBatch,
     diffusion_batches,
@@ -27,10 +30,11 @@ from ot_diffusers.training import (
     make_schedule,
     make_unet,
 )
+from ot_diffusers.training.few_step import ComparedLevels, few_step_batches, few_step_schedule, surrogate
 from ot_diffusers.transport import median_distance
 from train.train_ot import ot_term
 
-from .timing import Row, interleave, ratio_row
+from .timing import Row, interleave, peak_memory_mib, ratio_row
 
 NUM_IMAGES = 10_000
 TERM: dict[str, Any] = {"prediction_type": "epsilon", "noise_coupling": "independent", "ot_weight": 0.03}
@@ -38,7 +42,8 @@ TERM: dict[str, Any] = {"prediction_type": "epsilon", "noise_coupling": "indepen
 
 
 def rows(quick: bool, device: torch.device) -> list[Row]:
-    return [*step_rows(quick, device), loading_row(quick, device)]
+    memory = [tuning_memory_row(quick)] if device.type == "cpu" else []
+    return [*step_rows(quick, device), loading_row(quick, device), *memory]
 
 
 def configuration(quick: bool) -> OTConfig:
@@ -157,3 +162,45 @@ def loading_row(quick: bool, device: torch.device) -> Row:
     candidates = {"streamed": lambda: updates(step.batches), "one batch": lambda: updates(repeated())}
     seconds = interleave(candidates, 3 if quick else 7)
     return ratio_row("images/s streamed / on one batch", seconds, "one batch", "streamed", target=0.97, at_least=True)
+
+
+def tuning_memory_row(quick: bool) -> Row:
+    """The peak memory of few-step tuning by many images, in passes of a small batch, compared with a plain training
+    step of that batch: a fresh process each, with all that it imports, and the UNet of the digits."""
+    generated, batch = (64, 16) if quick else (4096, 256)
+    mib = {
+        name: peak_memory_mib(f"from benchmarks.training import digits_step\ndigits_step({arguments})")
+        for name, arguments in {"plain": f"{batch}", "tuning": f"{batch}, {generated}"}.items()
+    }
+    name = f"peak memory of tuning by {generated:,} images in passes of {batch} / of a plain step of {batch}, digits"
+    ratio = mib["tuning"] / mib["plain"]
+    return Row(name, ratio, (ratio, ratio), target=1.2, details={f"MiB, {key}": round(mib[key]) for key in mib})
+
+
+def digits_step(batch: int, generated: int = 0) -> None:
+    """One update of the digits' UNet: few-step tuning by `generated` images in passes of `batch`, or without any a
+    plain step on `batch` images."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=max(1, generated // batch))
+    images = load_images("digits", "train")
+    config = FewStepConfig(train_batch_size=batch, max_train_steps=1)
+    preset = load_config(BaselineConfig, ["--config", str(preset_path("digits/baseline.yaml"))])
+    unet = make_unet(preset, images.image_shape)
+    optimizer = make_optimizer(config, unet)
+    if generated:
+        chain, schedule = Chain.of(FlowMatchEulerDiscreteScheduler(), 1), few_step_schedule(config, accelerator, images)
+        levels = digits_levels(config, images.fetch(torch.arange(1000)))
+        for part in few_step_batches(images, unet, chain, levels, config, schedule, accelerator, 0):
+            surrogate(levels(chain(unet, part.noise)), part, schedule).backward()
+    else:
+        clean = images.fetch(torch.arange(batch))
+        F.mse_loss(unet(torch.randn_like(clean), torch.arange(batch)).sample, clean).backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def digits_levels(config: FewStepConfig, images: Tensor) -> ComparedLevels:
+    """The levels of a feature network like that of the digits, without its training."""
+    network = ConvFeatureExtractor(sample_size=8).requires_grad_(False)
+    weights = (config.shallow_weight, config.pixel_weight)
+    unscaled = ComparedLevels(partial(network_features, network), (), *weights, torch.device("cpu"))
+    return dataclasses.replace(unscaled, scales=tuple(median_distance(level) for level in unscaled.raw(images)))

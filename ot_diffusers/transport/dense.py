@@ -91,8 +91,8 @@ def _sinkhorn_loop(
         The potentials, and for each problem the largest relative error of a row sum.
     """
     eps, count = temperatures[-1], min(ITERATIONS_PER_PLAN, max_iterations)
-    dual, active = problem.semidual(eps), list(range(len(f)))
     u = previous = anneal(problem, f, temperatures)
+    dual, active = problem.semidual(eps), list(range(len(f)))  # after annealing, which holds a matrix of its own
     potentials = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(temperatures) - 1)
     worst_row, taken = [math.inf] * len(f), 0
     while active and (taken == 0 or potentials.iterations < max_iterations):
@@ -102,6 +102,7 @@ def _sinkhorn_loop(
         errors, worst = torch.stack(plan.errors_after(factors, column_factors)).tolist()
         taken += count
         u, previous, v = plan.u + factors.log(), plan.u + before.log(), plan.v + column_factors.log()
+        del plan  # its matrix, before the next one
         part = Potentials(eps * u, eps * v, potentials.marginal_error.new_tensor(errors), count + 1)
         potentials = potentials.put(active, part)
         for index, row_error in zip(active, worst, strict=True):

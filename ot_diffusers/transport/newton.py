@@ -103,7 +103,7 @@ def _newton_step(plan: Plan) -> Tensor:
     """
     relaxation = plan.dual.relaxation
     root = (plan.rows + relaxation * plan.targets).sqrt()
-    flow = plan.matrix * (plan.columns * (1 + relaxation)).rsqrt()[..., None, :] / root[..., None]
+    flow = (plan.matrix * (plan.columns * (1 + relaxation)).rsqrt()[..., None, :]).div_(root[..., None])
     filling = root if relaxation == 0 else torch.zeros_like(root)
     gradient = (plan.targets - plan.rows) / root
     if root.shape[-1] > MAX_FACTORISED_SIZE:
