@@ -196,7 +196,7 @@ def test_presets_give_every_prior_the_same_generator(data: str) -> None:
     folder = ROOT / "configs" / data
     presets = {file.stem: load_config(PriorConfig, ["--config", str(file)]) for file in folder.glob("prior_*.yaml")}
     assert {"prior_gaussian", "prior_vae", "prior_gan", "prior_ot"} <= presets.keys()
-    learned = [config for config in presets.values() if config.prior != "gaussian"]
+    learned = [config for config in presets.values() if config.prior not in ("gaussian", "few_step")]
     assert len({(config.latent_dim, config.block_out_channels) for config in learned}) == 1
     study = load_config(TruncationConfig, ["--config", str(folder / "truncation.yaml")])
     assert study.dataset == study.presets == data
@@ -233,7 +233,7 @@ def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prior": "flow"}, "`prior` must be one of gaussian, vae, gan, ot"),
+        ({"prior": "flow"}, "`prior` must be one of gaussian, few_step, vae, gan, ot"),
         (
             {"ot_objective": "patch+pixel", "ot_weights": [1]},
             "`ot_weights` must be none or a positive number for each of",
