@@ -27,6 +27,7 @@ from .features import load_feature_extractor, load_reference_bank
 from .files import GRID_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
 from .guidance import check_takes
 from .pipelines.call import unet_image_shape
+from .pipelines.classes import class_options
 from .pipelines.guided import GuidedPipeline
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -99,9 +100,10 @@ def with_guidance(pipeline: DiffusionPipeline, features: str) -> GuidedPipeline:
     truncated = isinstance(pipeline, TruncatedPriorPipeline)
     check_takes(network, pipeline.prior.image_shape if truncated else unet_image_shape(pipeline.unet), "features")
     if truncated:
-        return TruncatedPriorPipeline(pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank)
+        parts = pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank
+        return TruncatedPriorPipeline(*parts, **class_options(pipeline))
     kind = type(pipeline) if isinstance(pipeline, OTGuidedDDIMPipeline) else OTGuidedDDIMPipeline
-    return kind(pipeline.unet, pipeline.scheduler, network, bank)
+    return kind(pipeline.unet, pipeline.scheduler, network, bank, **class_options(pipeline))
 
 
 def accelerate_networks(pipeline: Pipeline, *, channels_last: bool = False, compile: bool = False) -> None:

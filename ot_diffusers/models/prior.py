@@ -52,6 +52,8 @@ class PriorMixin:
 
     #: Number of function evaluations (NFE) in one call of `sample`.
     nfe: int = 1
+    #: Number of classes that `draw` can be asked for; None for a prior that makes images of any class.
+    num_classes: int | None = None
 
     @property
     def latent_dim(self) -> int:
@@ -95,10 +97,20 @@ class PriorMixin:
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         device: torch.device | str | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
-        """Images from new latents, clean or x_T' depending on `prediction_type`: the first half of `sample`."""
+        """Images from new latents, clean or x_T' depending on `prediction_type`: the first half of `sample`.
+
+        With class labels, int64 [B], they are of these classes, from the same latents.
+
+        Raises:
+            InputError: labels for a prior without classes.
+        """
+        takes = class_labels is None or self.num_classes is not None
+        require(takes, "class_labels", f"be none for a {type(self).__name__} that makes images of any class", "labels")
         latents = self._draw_latents(batch_size, generator, torch.device(device or self.device))
-        return self(latents).sample  # type: ignore[operator]
+        labels = {} if class_labels is None else {"class_labels": class_labels.to(latents.device)}
+        return self(latents, **labels).sample  # type: ignore[operator]
 
     def _draw_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
@@ -227,7 +239,7 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         if not count:
             return normal
         choice, normal = normal.split([int(count > 1), self.latent_dim], dim=1)
-        component = _pick_component(self.latent_weight, choice)
+        component = pick_component(self.latent_weight, choice)
         return self.latent_mean[component] + _times_factor(normal, component, self.latent_factor)
 
     def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
@@ -336,6 +348,11 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         return int(self.config.num_components > 0)
 
     @property
+    def num_classes(self) -> int | None:  # type: ignore[override]
+        """Number of Gaussians of a mixture, one for each class."""
+        return self.config.num_components if self.config.num_components > 1 else None
+
+    @property
     def prediction_type(self) -> str:
         """`"sample"` with fitted moments, which are those of clean images; `"noisy_sample"` for N(0, I)."""
         return "sample" if self.config.num_components else "noisy_sample"
@@ -346,18 +363,23 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         channels, height, width = self.image_shape
         return channels * height * width + self.config.rank + (self.config.num_components > 1)
 
-    def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
-        """Images of standard normal latents, [B, latent_dim]; [B, C, H, W]."""
+    def forward(
+        self, latents: Tensor, return_dict: bool = True, class_labels: Tensor | None = None
+    ) -> PriorOutput | tuple[Tensor]:
+        """Images of standard normal latents, [B, latent_dim]; [B, C, H, W].
+
+        Each is of the class that its latents choose, or that `class_labels`, int64 [B], name: the number of a Gaussian.
+        """
         self._check_latents(latents)
-        images = self._transform(latents) if self.config.num_components else latents
+        images = self._transform(latents, class_labels) if self.config.num_components else latents
         images = images.view(-1, *self.image_shape)
         return PriorOutput(sample=images) if return_dict else (images,)
 
-    def _transform(self, latents: Tensor) -> Tensor:
+    def _transform(self, latents: Tensor, class_labels: Tensor | None) -> Tensor:
         """μ_k + F_kᵀ z + s_k ε' with (k, z, ε') taken from the latents; [B, C·H·W]."""
         rank, num_components = self.config.rank, self.config.num_components
         choice, codes, noise = latents.split([int(num_components > 1), rank, self.mean.shape[1]], dim=1)
-        component = _pick_component(self.weight, choice)
+        component = pick_component(self.weight, choice) if class_labels is None else class_labels
         images = self.mean[component] + self.residual_std[component, None] * noise
         return images + _times_factor(codes, component, self.factor) if rank else images
 
@@ -456,7 +478,7 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
         return PriorOutput(sample=images) if return_dict else (images,)
 
 
-def _pick_component(weight: Tensor, choice: Tensor) -> Tensor:
+def pick_component(weight: Tensor, choice: Tensor) -> Tensor:
     """The component whose share of [0, 1] contains Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
     if not choice.shape[1]:
         return torch.zeros(len(choice), dtype=torch.long, device=choice.device)

@@ -45,8 +45,11 @@ def check_call(
     return generators if several else generators[0]
 
 
-def check_networks(unet: Any, scheduler: Scheduler, image_shape: Sequence[int]) -> None:
-    """Refuse a denoiser or a scheduler that cannot turn noise alone into images of `image_shape`, [C, H, W]."""
+def check_networks(
+    unet: Any, scheduler: Scheduler, image_shape: Sequence[int], *, may_have_classes: bool = False
+) -> None:
+    """Refuse a denoiser or a scheduler that cannot turn noise alone, or noise and class labels, into images of
+    `image_shape`, [C, H, W]."""
     name = type(scheduler).__name__
     known = "have known noise levels, as DDIM, DPM-Solver++, UniPC, Euler, Heun, EDM and flow-matching schedulers do"
     require(is_known(scheduler), "scheduler", known, name)
@@ -56,9 +59,10 @@ def check_networks(unet: Any, scheduler: Scheduler, image_shape: Sequence[int]) 
     require(predicted in (channels, 2 * channels), "unet", either, predicted)
     enough = predicted == 2 * channels or not learns_variance(scheduler)
     require(enough, "unet", f"predict {2 * channels} channels for a scheduler of learned variances", predicted)
-    unconditional = all(unet.config.get(name) is None for name in ("num_class_embeds", "class_embed_type"))
-    unconditional = unconditional and len(_needed(unet.forward)) <= 2
-    require(unconditional, "unet", "be unconditional", type(unet).__name__)
+    conditions = ("class_embed_type",) if may_have_classes else ("class_embed_type", "num_class_embeds")
+    unconditional = all(unet.config.get(name) is None for name in conditions) and len(_needed(unet.forward)) <= 2
+    or_classes = " or have num_class_embeds" if may_have_classes else ""
+    require(unconditional, "unet", f"be unconditional{or_classes}", type(unet).__name__)
     halvings = sum(bool(getattr(block, "downsamplers", None)) for block in getattr(unet, "down_blocks", ()))
     divisible = all(side % 2**halvings == 0 for side in image_shape[1:])
     require(divisible, "unet", f"have a sample_size divisible by {2**halvings}", tuple(image_shape[1:]))

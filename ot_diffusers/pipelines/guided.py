@@ -23,7 +23,8 @@ from ..schedules import (
     reversible_steps,
     set_timesteps,
 )
-from .call import CALLBACK_TENSORS, FiniteValues, evaluation_mode, extra_step_arguments, learns_variance
+from .call import CALLBACK_TENSORS, FiniteValues, Generators, evaluation_mode, extra_step_arguments, learns_variance
+from .classes import CLASS_OPTIONS, Classes, ClassLabels, Conditions, by_label
 from .portable import PortablePipeline
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,7 @@ class Chain:
         step_arguments: optional arguments of `scheduler.step`.
         guidance: the correction; None for plain sampling.
         guided: indices of the guided steps.
+        conditions: classes of the images; None for a denoiser without classes.
     """
 
     scheduler: Scheduler
@@ -54,6 +56,7 @@ class Chain:
     step_arguments: dict[str, Any]
     guidance: OTGuidance | None
     guided: set[int]
+    conditions: Conditions | None
 
 
 class GuidedPipeline(PortablePipeline):
@@ -83,6 +86,37 @@ class GuidedPipeline(PortablePipeline):
         self._interrupt = False
         self._num_timesteps = 0
         self._nfe = 0
+        self._class_labels: Tensor | None = None
+
+    def _register_classes(self, id2label: dict[Any, str] | None, class_frequencies: dict[Any, float] | None) -> None:
+        """Keep names and frequencies of the classes in the configuration, if the denoiser has classes.
+
+        Raises:
+            InputError: they do not belong to the classes of the parts.
+        """
+        given: dict[str, Any] = {}
+        for name, entries, kind in zip(CLASS_OPTIONS, (id2label, class_frequencies), (str, float), strict=True):
+            if entries is not None:
+                given[name] = by_label(name, entries, kind)
+        self.register_to_config(**given)
+        require(self.classes is not None or not given, "id2label", "be none for a model without classes", given)
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that images can be asked for; None without classes."""
+        size = self.unet.config.get("num_class_embeds")
+        return None if size is None else Classes.of(size, *map(self.config.get, CLASS_OPTIONS))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Name of each class to its label, as in diffusers' `DiTPipeline`; empty without classes."""
+        return {} if self.classes is None else {name: label for label, name in enumerate(self.classes.names)}
+
+    @property
+    def class_labels(self) -> Tensor | None:
+        """Labels of the images of the last call, int64 [B]; None without classes. The null label, C, stands for a class
+        that is not known."""
+        return self._class_labels
 
     @property
     def guidance_scale(self) -> float:
@@ -210,6 +244,37 @@ class GuidedPipeline(PortablePipeline):
             )
         return guidance
 
+    def _chosen_labels(self, class_labels: ClassLabels | None, batch_size: int, generator: Generators) -> Tensor | None:
+        """The labels that a call asks for, or labels drawn by the frequencies of the classes; None without classes.
+
+        Raises:
+            InputError: labels for a denoiser without classes, or those of `Classes.labels_of`.
+        """
+        classes = self.classes
+        if classes is None:
+            require(class_labels is None, "class_labels", "be none for an unconditional model", class_labels)
+            return None
+        if class_labels is None:
+            return classes.draw(batch_size, generator, self._execution_device)
+        return classes.labels_of(class_labels, batch_size)
+
+    def _conditions(self, labels: Tensor | None, class_guidance_scale: float) -> Conditions | None:
+        """The conditions of the denoiser in a call with these labels; None where it has no classes.
+
+        Raises:
+            InputError: guidance by class for a denoiser without classes or without a null label.
+        """
+        name, size = "class_guidance_scale", self.unet.config.get("num_class_embeds")
+        require_number(name, class_guidance_scale, at_least=0)
+        self._class_labels, plain = labels, class_guidance_scale == 1
+        require(plain or size is not None, name, "be 1 for an unconditional model", class_guidance_scale)
+        if labels is None or size is None or self.classes is None:
+            return None
+        null_label = self.classes.null_label
+        requirement = "be 1 for a denoiser that was not trained with a null label"
+        require(plain or null_label is not None, name, requirement, class_guidance_scale)
+        return Conditions(labels, null_label, class_guidance_scale)
+
     def _prepare_chain(
         self,
         scheduler: Scheduler,
@@ -220,6 +285,7 @@ class GuidedPipeline(PortablePipeline):
         guidance_start_step: int,
         step_arguments: dict[str, Any],
         guidance_arguments: dict[str, Any],
+        conditions: Conditions | None,
     ) -> Chain:
         """The chain that the arguments of a call ask for."""
         guidance = self._prepare_guidance(image_shape, batch_size, **guidance_arguments)
@@ -229,7 +295,8 @@ class GuidedPipeline(PortablePipeline):
         passed = [timesteps[step] for step in guided]
         once = not self._records or len(set(passed)) == len(passed)
         require(once, "scheduler", "visit each timestep once where a field is recorded", type(scheduler).__name__)
-        return Chain(scheduler, timesteps, extra_step_arguments(scheduler, **step_arguments), guidance, guided)
+        step_arguments = extra_step_arguments(scheduler, **step_arguments)
+        return Chain(scheduler, timesteps, step_arguments, guidance, guided, conditions)
 
     @contextmanager
     def _sampling(self, chain: Chain, *networks: Any) -> Iterator[FiniteValues]:
@@ -248,15 +315,18 @@ class GuidedPipeline(PortablePipeline):
         callback_tensors: Sequence[str] | None,
     ) -> Tensor:
         """x_0 of the chain that begins with `latents`; each step, x_t → x_{t−1}, is one call of the denoiser."""
-        scheduler, timesteps = chain.scheduler, chain.timesteps
+        scheduler, timesteps, conditions = chain.scheduler, chain.timesteps, chain.conditions
         scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             if self.interrupt:
                 continue
             place = f" at step {step + 1} of {len(timesteps)}"
             model_input = scale_model_input(latents, timestep)
-            model_output = self.unet(model_input, timestep).sample
-            self._nfe += 1
+            if conditions is None:
+                model_output = self.unet(model_input, timestep).sample
+            else:
+                model_output = conditions.output(self.unet, model_input, timestep)
+            self._nfe += 1 if conditions is None else conditions.calls
             finite.watch("the denoiser's output", model_output, place)
             if not learns_variance(scheduler):
                 model_output = model_output[:, : latents.shape[1]]

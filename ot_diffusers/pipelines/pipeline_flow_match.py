@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import SchedulerMixin, UNet2DModel
 
 from ..errors import require
@@ -15,7 +17,7 @@ from .portable import register
 
 @register
 class FlowMatchPipeline(OTGuidedDDIMPipeline):
-    """Unconditional image generation by a flow-matching denoiser: from noise to images along v = ε − x0.
+    """Image generation by a flow-matching denoiser, by class if it has classes: from noise to images along v = ε − x0.
 
     Its call is that of `OTGuidedDDIMPipeline`, except that DDIM's `eta` and `use_clipped_model_output` have no effect.
     The n steps are equal, σ = 1, (n − 1)/n, …, 1/n, so that the last of few steps is not wasted (see
@@ -27,6 +29,7 @@ class FlowMatchPipeline(OTGuidedDDIMPipeline):
             `use_flow_sigmas=True` and `prediction_type="flow_prediction"` (UniPC, DPM-Solver++).
         feature_extractor, reference_bank, guidance_field: the parts of guidance, optional, as in
             `OTGuidedDDIMPipeline`.
+        id2label, class_frequencies: names and frequencies of the classes, likewise.
 
     Raises:
         InputError: another scheduler.
@@ -53,7 +56,10 @@ class FlowMatchPipeline(OTGuidedDDIMPipeline):
         feature_extractor: FeatureExtractor | None = None,
         reference_bank: ReferenceBank | None = None,
         guidance_field: GuidanceField | None = None,
+        id2label: dict[Any, str] | None = None,
+        class_frequencies: dict[Any, float] | None = None,
     ) -> None:
         name = type(scheduler).__name__
         require(matches_flow(scheduler), "scheduler", "be a flow-matching one (FlowMatchEulerDiscreteScheduler)", name)
-        super().__init__(unet, scheduler, feature_extractor, reference_bank, guidance_field)
+        parts = feature_extractor, reference_bank, guidance_field
+        super().__init__(unet, scheduler, *parts, id2label, class_frequencies)

@@ -14,6 +14,7 @@ from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
 from .call import Generators, check_call, check_networks, initial_latents, postprocess, unet_image_shape
+from .classes import ClassLabels, listed
 from .guided import Callback, GuidedPipeline
 from .portable import register
 
@@ -35,7 +36,7 @@ ORIGINAL_GUIDANCE: dict[str, Any] = {
 
 @register
 class OTGuidedDDIMPipeline(GuidedPipeline):
-    """Unconditional image generation with optimal-transport guidance.
+    """Image generation with optimal-transport guidance, by class if the denoiser has classes.
 
     A guided step computes x̂0 from the model output, corrects it (`OTGuidance`) and turns it back into a model output,
     so that every scheduler takes its usual step: x_t stays, and its noise component changes (as with DDIM's
@@ -45,7 +46,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
     in evaluation mode during the call.
 
     Args:
-        unet: `UNet2DModel`.
+        unet: `UNet2DModel`, unconditional or with `num_class_embeds`.
         scheduler: DDIM, DPM-Solver++, UniPC, Euler, Heun, EDM or flow matching (see `FlowMatchPipeline`), of any
             prediction type. It is not converted to DDIM; as in diffusers' pipelines, `scheduler.timesteps` are those
             of the last call.
@@ -53,8 +54,11 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         reference_bank: features of real images (the reference set) by that network, optional.
         guidance_field: the field that `record_guidance_field` returns, optional. With it each image is guided by itself
             and does not depend on its batch.
+        id2label: name of each of C classes by its label, for a denoiser with classes; its `num_class_embeds` is C, or
+            C + 1 with a null label behind those of the classes.
+        class_frequencies: share of each class in the training data, by its label; equal by default.
 
-    Reference: DDIM [Song2021]; the guidance is described in `ot_diffusers.guidance`.
+    Reference: DDIM [Song2021]; guidance by class [Ho2022]; the guidance is described in `ot_diffusers.guidance`.
 
     Example:
         >>> from diffusers import DDIMScheduler, UNet2DModel
@@ -76,15 +80,18 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         feature_extractor: FeatureExtractor | None = None,
         reference_bank: ReferenceBank | None = None,
         guidance_field: GuidanceField | None = None,
+        id2label: dict[Any, str] | None = None,
+        class_frequencies: dict[Any, float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._register_guidance(feature_extractor, reference_bank, guidance_field)
+        self._register_classes(id2label, class_frequencies)
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: Generators = None,
         eta: float = 0.0,
         num_inference_steps: int | None = None,
@@ -93,6 +100,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         return_dict: bool = True,
         *,
         latents: Tensor | None = None,
+        class_labels: ClassLabels | None = None,
+        class_guidance_scale: float = 1.0,
         guidance_scale: float | None = None,
         num_guidance_steps: int | None = None,
         guidance_start_step: int = 0,
@@ -109,8 +118,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         """Generate images.
 
         Args:
-            batch_size: number of images. Without a guidance field they are guided as one joint batch, and a larger
-                batch is guided better.
+            batch_size: number of images; by default as many as `class_labels`, or 1. Without a guidance field they are
+                guided as one joint batch, and a larger batch is guided better.
             generator: one generator, or a sequence of one per image.
             eta: DDIM's η in [0, 1]; ignored by schedulers that have none.
             num_inference_steps: denoising steps, 1 … `num_train_timesteps`; by default the number that the denoiser was
@@ -121,7 +130,12 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 the result of the last step.
             return_dict: `False` returns a tuple.
             latents: starting noise of unit variance, [B, C, H, W]; by default it is drawn from `generator`.
-            guidance_scale: strength of the guidance, see `step_rule`. 0 is plain sampling; the default is 1 if the
+            class_labels: class of all images, or of each: labels 0 … C − 1, their names, or an integer tensor [B]. By
+                default a denoiser with classes gets labels that are drawn by the frequencies of the classes; the
+                attribute `class_labels` of the pipeline tells them.
+            class_guidance_scale: w of classifier-free guidance, v = v_∅ + w (v_y − v_∅), for a denoiser with a null
+                label. 1 is without it; other values double the batch of the denoiser.
+            guidance_scale: strength of the OT guidance, see `step_rule`. 0 is plain sampling; the default is 1 if the
                 pipeline has the parts that guidance needs, else 0.
             num_guidance_steps: number of guided steps. The default is all from `guidance_start_step`, without the last
                 8% of the chain where guidance cannot see pixel artefacts: with `pixel_weight` 0, or where one thumbnail
@@ -154,9 +168,11 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 or a network output that is not finite; the message names the step.
         """
         # 1. Check the inputs, prepare the chain.
+        batch_size = len(listed(class_labels) or (1,)) if batch_size is None else batch_size
         generator = check_call(batch_size, generator, eta, output_type, callback_on_step_end_tensor_inputs)
         shape = unet_image_shape(self.unet)
-        check_networks(self.unet, self.scheduler, shape)
+        check_networks(self.unet, self.scheduler, shape, may_have_classes=True)
+        labels = self._chosen_labels(class_labels, batch_size, generator)
         chain = self._prepare_chain(
             self.scheduler,
             shape,
@@ -175,6 +191,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 "metric": metric,
                 "joint_batch": joint_batch,
             },
+            self._conditions(labels, class_guidance_scale),
         )
 
         # 2. Prepare latents, denoise.

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..errors import require, require_integer
+from ..errors import InputError, require, require_integer
 from ..guidance import OTGuidance
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
@@ -20,6 +20,7 @@ from ..models.prior import PriorMixin
 from ..models.reference_bank import ReferenceBank
 from ..schedules import Scheduler, alpha_sigma, preserves_variance, truncated_scheduler
 from .call import FiniteValues, Generators, check_call, check_networks, postprocess
+from .classes import CLASS_OPTIONS, Classes, ClassLabels, class_options, listed
 from .guided import Callback, Chain, GuidedPipeline
 from .portable import register
 
@@ -43,13 +44,18 @@ class TruncatedPriorPipeline(GuidedPipeline):
     With a feature network and its reference bank the chain is guided as by `OTGuidedDDIMPipeline`, and the clean images
     of the prior are corrected before they are diffused.
 
+    The class of an image is that of the prior's image, which T' steps hardly change. Images of a class need a prior of
+    classes, as a `GaussianPrior` with one Gaussian for each is; the denoiser may have the same classes or none. Where
+    the prior makes images of any class, a denoiser with classes is given the null label.
+
     Args:
         prior: `PriorGenerator`, `FewStepPrior`, `GaussianPrior`, or another `PriorMixin`.
-        unet: an unconditional `UNet2DModel`, trained on all steps or on those below T' only.
+        unet: `UNet2DModel`, trained on all steps or on those below T' only.
         scheduler: `truncated_scheduler(full_scheduler, T')`.
         feature_extractor: frozen feature network, optional.
         reference_bank: features of real images (the reference set) by that network, optional.
         guidance_field: the field that `record_guidance_field` returns, optional.
+        id2label, class_frequencies: names and frequencies of the classes, as in `OTGuidedDDIMPipeline`.
 
     Example:
         >>> from ot_diffusers.models.prior import GaussianPrior
@@ -80,10 +86,13 @@ class TruncatedPriorPipeline(GuidedPipeline):
         feature_extractor: FeatureExtractor | None = None,
         reference_bank: ReferenceBank | None = None,
         guidance_field: GuidanceField | None = None,
+        id2label: dict[Any, str] | None = None,
+        class_frequencies: dict[Any, float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(prior=prior, unet=unet, scheduler=scheduler)
         self._register_guidance(feature_extractor, reference_bank, guidance_field)
+        self._register_classes(id2label, class_frequencies)
         self._check_components()
 
     @property
@@ -103,12 +112,20 @@ class TruncatedPriorPipeline(GuidedPipeline):
         """
         scheduler = truncated_scheduler(full_scheduler or self.scheduler, truncation_timestep)
         prior = self.prior.at_truncation_timestep(truncation_timestep)
-        return type(self)(prior, self.unet, scheduler, self.feature_extractor, self.reference_bank)
+        parts = self.feature_extractor, self.reference_bank
+        return type(self)(prior, self.unet, scheduler, *parts, **class_options(self))
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes of the denoiser or, where it has none, of the prior; None without classes."""
+        if self.prior.num_classes is None or self.unet.config.get("num_class_embeds") is not None:
+            return super().classes
+        return Classes.of(self.prior.num_classes, *map(self.config.get, CLASS_OPTIONS))
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: Generators = None,
         eta: float = 0.0,
         num_inference_steps: int | None = None,
@@ -117,6 +134,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         return_dict: bool = True,
         *,
         latents: Tensor | None = None,
+        class_labels: ClassLabels | None = None,
+        class_guidance_scale: float = 1.0,
         guidance_scale: float | None = None,
         num_guidance_steps: int | None = None,
         guidance_start_step: int = 0,
@@ -134,7 +153,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         """Generate images.
 
         Args:
-            batch_size: number of images.
+            batch_size: number of images; by default as many as `class_labels`, or 1.
             generator: one generator, or one for each image, which makes an image independent of its batch.
             eta: η of DDIM in [0, 1]; other schedulers ignore it.
             num_inference_steps: reverse steps, 1 … T'; T' by default. Prefer a divisor of T'.
@@ -143,6 +162,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
                 [B, C, H, W]) or `"latent"` (the result of the last step).
             return_dict: return an `ImagePipelineOutput`; `False` returns a tuple.
             latents: x_T' that replaces the prior's, [B, C, H, W]; with noisy real images the chain is the oracle.
+            class_labels, class_guidance_scale: as in `OTGuidedDDIMPipeline`.
             guidance_scale, num_guidance_steps, guidance_start_step: as in `OTGuidedDDIMPipeline`.
             num_correction_steps, blur, normalize_features, pixel_weight, step_rule, metric, joint_batch: likewise.
             num_prior_guidance_steps: number of corrections of the prior's clean images before they are diffused, each
@@ -150,14 +170,17 @@ class TruncatedPriorPipeline(GuidedPipeline):
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in `OTGuidedDDIMPipeline`.
 
         Raises:
-            InputError: as in `OTGuidedDDIMPipeline`, and components made for different truncations or images.
+            InputError: as in `OTGuidedDDIMPipeline`, components made for different truncations, images or classes, or
+                labels for a prior that makes images of any class.
         """
         # 1. Check the inputs, prepare the chain.
+        batch_size = len(listed(class_labels) or (1,)) if batch_size is None else batch_size
         generator = check_call(batch_size, generator, eta, output_type, callback_on_step_end_tensor_inputs)
         self._check_components()
         shape = self.prior.image_shape
         expected, given = (batch_size, *shape), None if latents is None else tuple(latents.shape)
         require(given in (None, expected), "latents", f"have shape {expected}", given)
+        labels = self._chosen_labels(class_labels, batch_size, generator, latents)
         chain = self._prepare_chain(
             copy.deepcopy(self.scheduler),  # sampling changes the state of a scheduler
             shape,
@@ -176,6 +199,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
                 "metric": metric,
                 "joint_batch": joint_batch,
             },
+            self._conditions(labels, class_guidance_scale),
         )
         prior_timesteps = self._prior_timesteps(chain.guidance, latents, num_prior_guidance_steps)
         self._warn_of_remainder(chain)
@@ -189,6 +213,30 @@ class TruncatedPriorPipeline(GuidedPipeline):
         images = postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _chosen_labels(
+        self,
+        class_labels: ClassLabels | None,
+        batch_size: int,
+        generator: Generators,
+        latents: Tensor | None = None,
+    ) -> Tensor | None:
+        """As for any chain, but images whose class is not known get the null label: those of a prior that makes images
+        of any class, or of given latents. A prior of classes draws them itself for a denoiser without classes."""
+        from_noise = self.prior.nfe == 0  # N(0, I), from which the denoiser alone makes the class
+        known = from_noise or (latents is None and self.prior.num_classes is not None)
+        if class_labels is not None:
+            name = type(self.prior).__name__
+            possible = known or latents is not None or self.classes is None
+            require(possible, "class_labels", f"be none for a {name} that makes images of any class", class_labels)
+        elif self.unet.config.get("num_class_embeds") is None:
+            return None
+        elif not known and self.classes is not None:
+            null_label = self.classes.null_label
+            if null_label is None:
+                raise InputError("`class_labels` must be given to a denoiser without a null label, got None")
+            return torch.full((batch_size,), null_label)
+        return super()._chosen_labels(class_labels, batch_size, generator)
 
     def _prepare_latents(
         self,
@@ -204,7 +252,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
         if latents is None:
             name = "the prior's noisy image"
             alpha, sigma = alpha_sigma(chain.scheduler, self.truncation_timestep - 1)
-            images = self.prior.draw(batch_size, generator=generator, device=device)
+            labels = self.class_labels if self.prior.num_classes is not None else None
+            images = self.prior.draw(batch_size, generator=generator, device=device, class_labels=labels)
             self._nfe += self.prior.nfe
             finite.watch("the prior's output", images)
             if chain.guidance and prior_timesteps:
@@ -246,7 +295,10 @@ class TruncatedPriorPipeline(GuidedPipeline):
         require(size == expected, "prior", f"make images of size {expected} like the unet", size)
         name, requirement = type(self.scheduler).__name__, "be variance-preserving (DDIM, DDPM, DPM-Solver++, UniPC)"
         require(preserves_variance(self.scheduler), "scheduler", requirement, name)
-        check_networks(unet, self.scheduler, prior.image_shape)
+        check_networks(unet, self.scheduler, prior.image_shape, may_have_classes=True)
+        count, classes = prior.num_classes, self.classes
+        agree = count is None or classes is None or count == len(classes)
+        require(agree, "prior", f"have the {len(classes or ())} classes of the unet", count)
 
     def _warn_of_remainder(self, chain: Chain) -> None:
         steps, last = len(chain.timesteps), self.truncation_timestep

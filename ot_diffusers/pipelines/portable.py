@@ -25,6 +25,7 @@ from ..models.guidance_field import GuidanceField
 from ..models.portable import hub, take_push_options, to_json, with_known_dtype, without_origin
 from ..models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
+from .classes import class_options
 
 if TYPE_CHECKING:
     from typing import Self
@@ -99,7 +100,8 @@ class PortablePipeline(DiffusionPipeline):
         shared = {name: part for name, part in pipeline.components.items() if name in needed}
         if not isinstance(pipeline, PortablePipeline):
             shared = {name: part for name, part in shared.items() if _fits(part, kinds[name])}
-        chosen = shared | parts
+        options = {name: value for name, value in class_options(pipeline).items() if name in needed}
+        chosen = shared | options | parts
         for name, parameter in needed.items():
             given = parameter.default is not parameter.empty or chosen.get(name) is not None
             require(given, name, f"be given, as no part of a {type(pipeline).__name__} fits", None)

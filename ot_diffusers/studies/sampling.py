@@ -16,6 +16,7 @@ from torch import Tensor
 from ..cache import read_verified, save_aside
 from ..images import to_model_range, to_uint8
 from ..models.prior import GaussianPrior
+from ..pipelines.classes import class_options
 from ..pipelines.guided import SMALL_BATCH
 from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from ..sampling import (
@@ -136,7 +137,7 @@ def started_pipeline(study: Study, variant: Variant, full: Any, seed: int) -> Tr
         prior: Any = GaussianPrior(truncation_timestep=length, sample_size=size, out_channels=channels)
     else:
         prior = load_pipeline(study.resolve(str(variant.start), seed)).prior.at_truncation_timestep(length)
-    return TruncatedPriorPipeline(prior, full.unet.eval(), scheduler)
+    return TruncatedPriorPipeline(prior, full.unet.eval(), scheduler, **class_options(full))
 
 
 def sample_from_real(study: Study, pipeline: Any, seed: int, batch_size: int | None, call: Mapping[str, Any]) -> Tensor:
