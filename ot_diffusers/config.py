@@ -309,6 +309,20 @@ class DiffusionConfig(TrainingConfig):
     coupling_max_seconds: float | None = diffusion_option(
         None, "semidiscrete: time limit of the solver in seconds; none: until the tolerance is reached", above=0
     )
+    class_conditional: bool = diffusion_option(
+        False, "let the denoiser know the class of each image, so that samples of a chosen class can be drawn"
+    )
+    class_dropout: float = diffusion_option(
+        0.1,
+        "class_conditional: fraction of a batch without its label, for guidance by class; 0: none",
+        minimum=0,
+        below=1,
+    )
+    couple_across_classes: bool = diffusion_option(
+        False,
+        "class_conditional: pair noise with images whatever their class, for comparison; the noise then tells the "
+        "class, and samples are often of another one; false: pair them within each class",
+    )
     ema_decay: float = optimizer_option(
         0.999, "decay of the averaged weights; it begins lower and rises to this", minimum=0, below=1
     )
@@ -327,6 +341,9 @@ class DiffusionConfig(TrainingConfig):
         coupled = self.noise_coupling == "semidiscrete"
         unused = not coupled and self.coupling is not None
         require(not unused, "coupling", "be none without noise_coupling=semidiscrete", self.coupling)
+        apart = (self.class_conditional and self.noise_coupling != "independent") or not self.couple_across_classes
+        requirement = "be false without class_conditional=true and a noise coupling"
+        require(apart, "couple_across_classes", requirement, self.couple_across_classes)
         moved = coupled and self.crop_padding > 0
         require(not moved, "crop_padding", "be 0 with noise_coupling=semidiscrete", self.crop_padding)
         cut = self.noise_coupling != "independent" and self.max_timestep is not None

@@ -86,9 +86,20 @@ def labels_of(images: ResidentImages | StreamedImages) -> Tensor:
     return images.labels
 
 
+def class_counts(images: ResidentImages | StreamedImages) -> dict[str, int]:
+    """Number of images of each class by its name, in the order of the labels; 0 for a class of other splits only.
+
+    Raises:
+        InputError: as `labels_of`.
+    """
+    names = images.class_names or ()
+    counts = labels_of(images).bincount(minlength=len(names)).tolist()
+    return dict(zip(names or map(str, range(len(counts))), counts, strict=True))
+
+
 def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | StreamedImages) -> FeatureExtractor:
     """A new, untrained feature network for labelled images; its parameters are still frozen."""
-    labels = labels_of(images)
+    num_classes = len(class_counts(images))
     channels, height, width = images.image_shape
     require(height == width, "image_size", "be given for images that are not square", images.image_shape)
     residual_options: dict[str, Any] = {}
@@ -98,7 +109,7 @@ def make_feature_extractor(config: FeaturesConfig, images: ResidentImages | Stre
     return network(
         sample_size=height,
         in_channels=channels,
-        num_classes=int(labels.max()) + 1 if images.class_names is None else len(images.class_names),
+        num_classes=num_classes,
         block_out_channels=config.block_out_channels,
         feature_dim=config.feature_dim,
         dataset=images.name,

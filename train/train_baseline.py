@@ -21,6 +21,7 @@ from ot_diffusers.training import (
     end_run,
     load_splits,
     make_accelerator,
+    make_classes,
     make_coupling,
     make_noise_scheduler,
     make_pipeline,
@@ -45,9 +46,10 @@ def main(config: BaselineConfig) -> None:
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = make_schedule(config, accelerator, images)
     coupling = make_coupling(config, images, accelerator)
+    classes = make_classes(config, images)
 
     # Model, averaged weights, noising chain.
-    unet = make_unet(config, images.image_shape)
+    unet = make_unet(config, images.image_shape, classes)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     scheduler = make_noise_scheduler(config)
 
@@ -60,7 +62,7 @@ def main(config: BaselineConfig) -> None:
     # Loop.
     for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, state.update, coupling):
         with accelerator.accumulate(state.model):
-            model_output = state.model(batch.noisy, batch.timesteps).sample
+            model_output = state.model(batch.noisy, batch.timesteps, batch.class_labels).sample
             terms = {"mse": denoising_loss(model_output, batch.target)}
             loss = sum(terms.values(), start=batch.noisy.new_zeros(()))
             state.backward(accelerator, loss, config.max_grad_norm)
@@ -73,7 +75,7 @@ def main(config: BaselineConfig) -> None:
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_samples(state.update, config):
-            save_sample_grid(state, scheduler, config, accelerator)
+            save_sample_grid(state, scheduler, config, accelerator, classes)
         if accelerator.sync_gradients and record.should_stop():
             break
 
@@ -83,11 +85,11 @@ def main(config: BaselineConfig) -> None:
     if accelerator.is_main_process:
         with averaged_weights(state), saved_model(config) as folder:
             unet = accelerator.unwrap_model(state.model, keep_torch_compile=False)
-            make_pipeline(unet, scheduler).save_pretrained(folder)
+            make_pipeline(unet, scheduler, classes=classes).save_pretrained(folder)
             if coupling is not None:
                 coupling.save_pretrained(folder / "coupling")
     save_results(state, config, schedule, accelerator)
-    save_sample_grid(state, scheduler, config, accelerator)
+    save_sample_grid(state, scheduler, config, accelerator, classes)
     end_run(config, accelerator, state.stopped_by)
 
 

@@ -36,6 +36,7 @@ from ot_diffusers.training import (
     gather_rows,
     load_splits,
     make_accelerator,
+    make_classes,
     make_coupling,
     make_noise_scheduler,
     make_pipeline,
@@ -62,9 +63,10 @@ def main(config: OTConfig) -> None:
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = make_schedule(config, accelerator, images)
     coupling = make_coupling(config, images, accelerator)
+    classes = make_classes(config, images)
 
     # Model, averaged weights, noising chain.
-    unet = make_unet(config, images.image_shape)
+    unet = make_unet(config, images.image_shape, classes)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     scheduler = make_noise_scheduler(config)
 
@@ -88,7 +90,7 @@ def main(config: OTConfig) -> None:
     # Loop.
     for batch in diffusion_batches(images, scheduler, config, schedule, accelerator, state.update, coupling):
         with accelerator.accumulate(state.model):
-            model_output = state.model(batch.noisy, batch.timesteps).sample
+            model_output = state.model(batch.noisy, batch.timesteps, batch.class_labels).sample
             terms = {"mse": denoising_loss(model_output, batch.target)}
             if config.ot_weight > 0:
                 transport = ot_term(
@@ -114,7 +116,7 @@ def main(config: OTConfig) -> None:
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_samples(state.update, config):
-            save_sample_grid(state, scheduler, config, accelerator)
+            save_sample_grid(state, scheduler, config, accelerator, classes)
         if accelerator.sync_gradients and record.should_stop():
             break
 
@@ -125,11 +127,11 @@ def main(config: OTConfig) -> None:
         with averaged_weights(state), saved_model(config) as folder:
             bank = make_reference_bank(feature_extractor, images, config.num_reference_samples)
             unet = accelerator.unwrap_model(state.model, keep_torch_compile=False)
-            make_pipeline(unet, scheduler, feature_extractor, bank).save_pretrained(folder)
+            make_pipeline(unet, scheduler, feature_extractor, bank, classes).save_pretrained(folder)
             if coupling is not None:
                 coupling.save_pretrained(folder / "coupling")
     save_results(state, config, schedule, accelerator)
-    save_sample_grid(state, scheduler, config, accelerator)
+    save_sample_grid(state, scheduler, config, accelerator, classes)
     end_run(config, accelerator, state.stopped_by)
 
 

@@ -10,8 +10,10 @@ are compared with real images diffused to step T'. The run's folder opens with
 """
 
 import dataclasses
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig
 from ot_diffusers.data import evenly_spaced
 from ot_diffusers.errors import InputError, require
-from ot_diffusers.features import labels_of
+from ot_diffusers.features import class_counts, labels_of
 from ot_diffusers.launch import launched, run_script
-from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator
+from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator, PriorMixin
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
+from ot_diffusers.pipelines.classes import Classes
+from ot_diffusers.pipelines.guided import GuidedPipeline
 from ot_diffusers.sampling import load_pipeline
 from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.seeds import seeded_generator
@@ -65,6 +69,9 @@ from ot_diffusers.training.priors import (
     with_fitted_latents,
 )
 
+MakePipeline = Callable[[PriorMixin], TruncatedPriorPipeline]
+"""The pipeline of a prior and the denoiser."""
+
 
 def main(config: PriorConfig) -> None:
     """One run, from the checked configuration to the saved pipeline."""
@@ -75,9 +82,11 @@ def main(config: PriorConfig) -> None:
     (images,) = load_splits(config, accelerator, "train")
 
     # Frozen denoiser, and the last steps of its chain.
-    unet, scheduler = load_denoiser(config, images, accelerator)
+    unet, scheduler, classes = load_denoiser(config, images, accelerator)
+    options: dict[str, Any] = {"unet": unet, "scheduler": scheduler, **classes}
+    make_pipeline: MakePipeline = functools.partial(TruncatedPriorPipeline, **options)
     if config.prior in ("gaussian", "few_step"):
-        save_untrained(config, images, unet, scheduler, accelerator)
+        save_untrained(config, images, unet, make_pipeline, accelerator)
         return
     schedule = make_schedule(config, accelerator, images)
 
@@ -121,7 +130,7 @@ def main(config: PriorConfig) -> None:
         if accelerator.sync_gradients and schedule.wants_checkpoint(state.update, config):
             save_checkpoint(state, config, accelerator)
         if accelerator.sync_gradients and schedule.wants_samples(state.update, config):
-            save_grid(state, trained_prior(state, accelerator), unet, scheduler, config, accelerator)
+            save_grid(state, trained_prior(state, accelerator), make_pipeline, config, accelerator)
         if accelerator.sync_gradients and record.should_stop():
             break
 
@@ -133,21 +142,25 @@ def main(config: PriorConfig) -> None:
         with averaged_weights(state):
             prior = finished_prior(state, images, scheduler, config, accelerator)
             with saved_model(config) as folder:
-                TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
+                make_pipeline(prior).save_pretrained(folder)
     accelerator.wait_for_everyone()
     save_results(state, config, schedule, accelerator, parameters=parameters)
-    save_grid(state, prior, unet, scheduler, config, accelerator)
+    save_grid(state, prior, make_pipeline, config, accelerator)
     end_run(config, accelerator, state.stopped_by)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 
-def load_denoiser(config: PriorConfig, images: Images, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The frozen UNet of a saved pipeline, and its scheduler cut to T' steps.
+def load_denoiser(
+    config: PriorConfig, images: Images, accelerator: Accelerator
+) -> tuple[Any, Any, dict[str, dict[int, Any]]]:
+    """The frozen UNet of a saved pipeline, its scheduler cut to T' steps, and the classes of the truncated pipeline:
+    those of the denoiser, or of the data where only the prior has some.
 
     Raises:
-        InputError: no denoiser, one of other images, or T' beyond the steps it was trained on.
+        InputError: no denoiser, one of other images, T' beyond the steps it was trained on, or classes without a null
+            label, which images of other priors need.
     """
     try:
         pipeline = load_pipeline(config.denoiser)
@@ -155,7 +168,13 @@ def load_denoiser(config: PriorConfig, images: Images, accelerator: Accelerator)
         raise InputError(str(error).replace("`pipeline`", "`denoiser`")) from error
     unet = pipeline.unet.eval().requires_grad_(False).to(accelerator.device)
     check_denoiser(unet, config, images.image_shape)
-    return unet, truncated_scheduler(pipeline.scheduler, config.truncation_timestep)
+    classes = pipeline.classes if isinstance(pipeline, GuidedPipeline) else None
+    open_class = unet.config.get("num_class_embeds") is None or (classes is not None and classes.null_label is not None)
+    require(open_class, "denoiser", "be unconditional, or know a null label", config.denoiser)
+    if classes is None and config.class_wise:
+        classes = Classes.from_counts({name: count for name, count in class_counts(images).items() if count})
+    scheduler = truncated_scheduler(pipeline.scheduler, config.truncation_timestep)
+    return unet, scheduler, {} if classes is None else classes.options
 
 
 def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, int]) -> None:
@@ -266,19 +285,18 @@ def tuning_seconds(pretrained: str) -> float:
 
 
 def save_grid(
-    state: TrainingState, prior: Any, unet: Any, scheduler: Any, config: PriorConfig, accelerator: Accelerator
+    state: TrainingState, prior: Any, make_pipeline: MakePipeline, config: PriorConfig, accelerator: Accelerator
 ) -> None:
     """`samples/update-N.png`: images with the averaged weights, from the same latents every time. There is none where
     the run is asked to stop."""
     if accelerator.is_main_process and wants_grid(state, config):
         with averaged_weights(state):
-            draw_grid(prior, unet, scheduler, config, f"update-{state.update:08d}")
+            draw_grid(make_pipeline(prior), config, f"update-{state.update:08d}")
     accelerator.wait_for_everyone()
 
 
-def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: str, rows: int = 6) -> None:
+def draw_grid(pipeline: TruncatedPriorPipeline, config: PriorConfig, name: str, rows: int = 6) -> None:
     """Save a grid of rows² samples under `samples/`."""
-    pipeline = TruncatedPriorPipeline(prior, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     generator = seeded_generator(config.seed)
     call: dict[str, Any] = {"generator": generator, "num_inference_steps": config.num_inference_steps}
@@ -288,7 +306,9 @@ def draw_grid(prior: Any, unet: Any, scheduler: Any, config: PriorConfig, name: 
     make_image_grid(images, rows, rows).save(folder / f"{name}.png")
 
 
-def save_untrained(config: PriorConfig, images: Images, unet: Any, scheduler: Any, accelerator: Accelerator) -> None:
+def save_untrained(
+    config: PriorConfig, images: Images, unet: Any, make_pipeline: MakePipeline, accelerator: Accelerator
+) -> None:
     """A closed form, or a network that is tuned already; saved like a trained prior."""
     labels = labels_of(images) if config.class_wise else None
     tuned = tuned_prior(config, images.image_shape) if config.prior == "few_step" else None
@@ -299,12 +319,12 @@ def save_untrained(config: PriorConfig, images: Images, unet: Any, scheduler: An
         seconds = time.monotonic() - started if tuned is None else tuning_seconds(str(config.pretrained))
         prior.to(accelerator.device)
         with saved_model(config) as folder:
-            TruncatedPriorPipeline(prior, unet, scheduler).save_pretrained(folder)
+            make_pipeline(prior).save_pretrained(folder)
         parameters = sum(parameter.numel() for parameter in prior.parameters())
         results = {"updates": 0, "complete": True, "training_seconds": round(seconds, 2), "parameters": parameters}
         write_json(Path(config.output_dir) / "results.json", results)
         accelerator.print(f"everything is saved in {config.output_dir}", flush=True)
-        draw_grid(prior, unet, scheduler, config, "closed-form" if tuned is None else "few-step")
+        draw_grid(make_pipeline(prior), config, "closed-form" if tuned is None else "few-step")
     accelerator.wait_for_everyone()
     end_run(config, accelerator)
 

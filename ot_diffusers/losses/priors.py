@@ -232,7 +232,7 @@ def denoiser_features(unet: Any, images: Tensor, timestep: int) -> tuple[Tensor,
     Maps are averaged to at most 4 × 4 positions. The gradient flows to the images.
 
     Args:
-        unet: a `UNet2DModel` without class conditioning.
+        unet: a `UNet2DModel`, without classes or with a null label, which is its last.
         images: x_t, [B, C, H, W].
         timestep: t, one of the timesteps that the denoiser was trained on.
     """
@@ -240,6 +240,8 @@ def denoiser_features(unet: Any, images: Tensor, timestep: int) -> tuple[Tensor,
         hidden = unet.conv_in(images.float())
         steps = torch.full((len(images),), timestep, device=images.device)
         embedding = unet.time_embedding(unet.time_proj(steps).to(hidden.dtype))
+        if unet.config.get("num_class_embeds") is not None:
+            embedding = embedding + unet.class_embedding(torch.full_like(steps, unet.config.num_class_embeds - 1))
         levels = []
         for block in unet.down_blocks:
             hidden, _ = block(hidden_states=hidden, temb=embedding)

@@ -33,6 +33,7 @@ from ..evaluation.health import evaluator_line, evaluator_properties
 from ..evaluation.metric_table import METRICS
 from ..features import load_feature_extractor, load_reference_bank, weights_fingerprint
 from ..files import sha256, user_path, write_json
+from ..pipelines.classes import Classes
 from ..reporting import plots
 from ..reporting.page import (
     Picture,
@@ -208,17 +209,20 @@ def find_checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str | None) -> Any:
     """A pipeline with the averaged weights of a checkpoint, for the image shape of `images`; guided with `features`."""
-    options = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    options, counts = record["config"], record.get("data", {}).get("class_counts")
     names = {field.name for field in dataclasses.fields(BaselineConfig)}
     config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in names})
     channels, height, width = images.images.shape[1:]
-    unet = make_unet(config, (channels, height, width)).eval()
+    classes = Classes.from_counts(counts) if config.class_conditional else None
+    unet = make_unet(config, (channels, height, width), classes).eval()
     averaged = load_file(checkpoint / "ema.safetensors")
     with torch.no_grad():
         for index, parameter in enumerate(unet.parameters()):
             parameter.copy_(averaged[str(index)])
-    parts = () if features is None else (load_feature_extractor(features), load_reference_bank(features))
-    pipeline = make_pipeline(unet, make_noise_scheduler(config), *parts)
+    network = None if features is None else load_feature_extractor(features)
+    bank = None if features is None else load_reference_bank(features)
+    pipeline = make_pipeline(unet, make_noise_scheduler(config), network, bank, classes)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

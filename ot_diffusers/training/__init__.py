@@ -21,7 +21,7 @@ from .batches import (
 from .checkpoints import TrainingState, checkpoints, resume, save_checkpoint
 from .coupling import make_coupling
 from .folder import check_output_dir, load_split, load_splits, make_accelerator, open_run, saved_model, write_json
-from .models import make_noise_scheduler, make_optimizer, make_pipeline, make_unet
+from .models import make_classes, make_noise_scheduler, make_optimizer, make_pipeline, make_unet
 from .processes import gather_rows
 from .records import Record, averaged_weights, end_run, save_results, save_sample_grid, validation_loss, wants_grid
 
@@ -43,6 +43,7 @@ __all__ = [
     "load_split",
     "load_splits",
     "make_accelerator",
+    "make_classes",
     "make_coupling",
     "make_noise_scheduler",
     "make_optimizer",

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import FLOW, DiffusionConfig, PriorConfig, TrainingConfig
 from ..data import ResidentImages, StreamedImages, training_order
 from ..errors import require
+from ..features import class_counts, labels_of
 from ..images import random_crop_and_flip
 from ..models.semidiscrete_coupling import SemidiscreteCoupling, mirrored
 from ..schedules import Scheduler, alpha_sigma, diffused, prediction_type_of, training_target
@@ -78,6 +79,7 @@ class DiffusionBatch:
         target: what the model should predict, [B, C, H, W].
         alpha, sigma: [B], noise level.
         update: number of the update, from 0.
+        class_labels: what the model is told of the images, int64 [B]; None for an unconditional one.
     """
 
     indices: Tensor
@@ -88,6 +90,7 @@ class DiffusionBatch:
     alpha: Tensor
     sigma: Tensor
     update: int
+    class_labels: Tensor | None = None
 
 
 def index_batches(
@@ -137,12 +140,18 @@ def coupled_indices(
     accelerator: Accelerator,
     coupling: SemidiscreteCoupling,
 ) -> Iterator[tuple[int, Tensor, slice]]:
-    """`passes` with the points of the coupling that the noise of each update is assigned to."""
+    """`passes` with the points of the coupling that the noise of each update is assigned to.
+
+    In a coupling of classes the noise goes to images of the same classes as those of the pass: the order of the data
+    decides the labels, and the noise, which knows nothing of them, the images.
+    """
     shape = torch.Size(images.image_shape)
     for update, same_update in itertools.groupby(passes, key=operator.itemgetter(0)):
         forward_passes = list(same_update)
-        noise, _ = update_noise(len(forward_passes[0][1]), shape, config, accelerator, update)
-        points = coupling.assign(noise).cpu()
+        indices = forward_passes[0][1]
+        noise, _ = update_noise(len(indices), shape, config, accelerator, update)
+        labels = None if coupling.config.num_classes is None else labels_of(images)[indices]
+        points = coupling.assign(noise, labels).cpu()
         yield from ((update, points, part) for _, _, part in forward_passes)
 
 
@@ -175,14 +184,17 @@ def diffusion_batches(
         if assigned is not None:
             noise = assigned.of_update(update)
         torch.manual_seed(key(config.seed, "dropout", update, part.start))
-        yield noised_batch(clean, noise[part], timesteps[part], scheduler, indices, indices[part], update)
+        labels = update_labels(images, indices, config, accelerator, update)
+        labels = None if labels is None else labels[part]
+        yield noised_batch(clean, noise[part], timesteps[part], scheduler, indices, indices[part], update, labels)
 
 
 class AssignedNoise:
     """The noise of every update, assigned to the images of a whole pool of updates by optimal transport.
 
     A pool has `coupling_batch_size` images, or those of one update if it has more. Every process solves the same
-    problem, so that the pairs do not depend on the number of processes.
+    problem, so that the pairs do not depend on the number of processes. For a model with classes, the noise of a class
+    stays within the class.
     """
 
     def __init__(self, images: Images, config: DiffusionConfig, schedule: Schedule, accelerator: Accelerator) -> None:
@@ -199,14 +211,20 @@ class AssignedNoise:
 
     def _assigned_from(self, first: int) -> tuple[Tensor, ...]:
         images, config, size, accelerator = self._arguments
-        clean, noise = [], []
+        clean, noise, labels = [], [], []
+        within_classes = config.class_conditional and not config.couple_across_classes
         order = training_order(len(images), size, seed=config.seed, start=first)
         for update, indices in zip(range(first, first + self._num_updates), order, strict=False):
             batch = images.fetch(indices).to(accelerator.device)
             clean.append(augmented(batch, config, update, size, slice(None)))
             noise.append(update_noise(size, batch.shape[1:], config, accelerator, update)[0])
+            labels.append(labels_of(images)[indices] if within_classes else torch.zeros_like(indices))
         generator = keyed_generator(accelerator.device, config.seed, "plan", first)
-        return assigned_noise(torch.cat(clean), torch.cat(noise), generator).split(size)
+        points, assigned, classes = torch.cat(clean), torch.cat(noise), torch.cat(labels).to(accelerator.device)
+        for label in classes.unique():
+            rows = classes == label
+            assigned[rows] = assigned_noise(points[rows], assigned[rows], generator)
+        return assigned.split(size)
 
 
 def update_noise(
@@ -217,6 +235,19 @@ def update_noise(
     return draw_noise(num_samples, image_shape, config, generator)
 
 
+def update_labels(
+    images: Images, indices: Tensor, config: DiffusionConfig, accelerator: Accelerator, update: int
+) -> Tensor | None:
+    """What the model is told of all images of an update, int64 [G]: their labels, or for a random `class_dropout` of
+    them the null label; None for an unconditional model."""
+    if not config.class_conditional:
+        return None
+    labels = labels_of(images)[indices].to(accelerator.device)
+    generator = keyed_generator(accelerator.device, config.seed, "class dropout", update)
+    untold = torch.rand(len(labels), generator=generator, device=accelerator.device) < config.class_dropout
+    return labels.masked_fill(untold, len(class_counts(images)))
+
+
 def noised_batch(
     clean: Tensor,
     noise: Tensor,
@@ -225,12 +256,13 @@ def noised_batch(
     global_indices: Tensor,
     indices: Tensor,
     update: int,
+    class_labels: Tensor | None = None,
 ) -> DiffusionBatch:
     """x_t = α_t x0 + σ_t ε and the target of the scheduler's prediction type."""
     alpha, sigma = alpha_sigma(scheduler, timesteps)
     target = training_target(clean, noise, alpha, sigma, prediction_type_of(scheduler))
     noisy = diffused(clean, noise, alpha, sigma)
-    return DiffusionBatch(indices, global_indices, noisy, timesteps, target, alpha, sigma, update)
+    return DiffusionBatch(indices, global_indices, noisy, timesteps, target, alpha, sigma, update, class_labels)
 
 
 def draw_noise(

@@ -23,6 +23,7 @@ from ..cache import remembered
 from ..config import DiffusionConfig
 from ..data import ResidentImages, StreamedImages, pixels_of
 from ..errors import InputError, require
+from ..features import class_counts, labels_of
 from ..models.semidiscrete_coupling import WHOLE, SemidiscreteCoupling, mirrored
 from ..transport import sinkhorn_potentials
 from ..transport.geometry import block_rows, half_squared_distances
@@ -40,19 +41,23 @@ def make_coupling(
 ) -> SemidiscreteCoupling | None:
     """The coupling of the run: loaded, from the cache, or solved now by one process for all; None for other couplings.
 
+    For a model with classes it is a coupling in each class, unless `couple_across_classes` is set: noise that goes to
+    images of any class tells their class, and the model would learn to believe the noise rather than the label.
+
     Raises:
-        InputError: a saved coupling of other images.
+        InputError: a saved coupling of other images or labels, or a class of fewer than two images.
     """
     if config.noise_coupling != "semidiscrete":
         return None
     check_memory(len(images), images.image_shape, flips=config.random_flip)
-    pixels = pixels_of(images)
+    pixels, labels = pixels_of(images), _coupled_labels(config, images)
     if config.coupling is not None:
         coupling = _load(config.coupling).with_images(pixels)
         _check_flips(coupling, config)
+        _check_labels(coupling, labels, config)
     else:
         with accelerator.main_process_first():
-            coupling = _solved(config, images, pixels, accelerator)
+            coupling = _solved(config, images, pixels, labels, accelerator)
     reached, wanted = coupling.config.chi_squared, config.coupling_tolerance
     if reached > wanted and accelerator.is_main_process:
         logger.warning(f"the coupling's χ² is {reached:.3g}, above coupling_tolerance={wanted:g}")
@@ -97,15 +102,43 @@ def _check_flips(coupling: SemidiscreteCoupling, config: DiffusionConfig) -> Non
         raise InputError(f"`coupling` must be {kind}, got {config.coupling!r}")
 
 
+def _coupled_labels(config: DiffusionConfig, images: ResidentImages | StreamedImages) -> Tensor | None:
+    """Labels of a coupling in each class, int64 [N]; None for one over all images.
+
+    Raises:
+        InputError: a class of fewer than two images.
+    """
+    if not config.class_conditional or config.couple_across_classes:
+        return None
+    for name, count in class_counts(images).items():
+        require(count >= 2, "dataset", f"have two training images or more of class {name!r}", count)
+    return labels_of(images)
+
+
+def _check_labels(coupling: SemidiscreteCoupling, labels: Tensor | None, config: DiffusionConfig) -> None:
+    known = coupling.config.num_classes is not None
+    if labels is None and known:
+        raise InputError(f"`coupling` must be one over all images, without classes, got {config.coupling!r}")
+    if labels is not None and not (known and torch.equal(coupling.labels.cpu()[: len(labels)], labels)):
+        other = "couple_across_classes=true takes one over all images"
+        raise InputError(f"`coupling` must be one in each class of these images ({other}), got {config.coupling!r}")
+
+
 def _solved(
-    config: DiffusionConfig, images: ResidentImages | StreamedImages, pixels: Tensor, accelerator: Accelerator
+    config: DiffusionConfig,
+    images: ResidentImages | StreamedImages,
+    pixels: Tensor,
+    labels: Tensor | None,
+    accelerator: Accelerator,
 ) -> SemidiscreteCoupling:
     """The coupling for these images and options, solved once and kept in the cache folder, whatever the run's seed."""
     flips, tolerance = config.random_flip, config.coupling_tolerance
     settings = f"{images.fingerprint} flips={flips} tolerance={tolerance} seconds={config.coupling_max_seconds}"
+    settings += "" if labels is None else f" labels={labels.tolist()}"
 
     def solve() -> dict[str, Tensor]:
-        accelerator.print(f"solving for the coupling of {len(pixels):,} images until χ² ≤ {tolerance:g}", flush=True)
+        scope = f"{len(pixels):,} images" + ("" if labels is None else f", in each of {len(labels.unique())} classes,")
+        accelerator.print(f"solving for the coupling of {scope} until χ² ≤ {tolerance:g}", flush=True)
         with tqdm(unit=" draws", unit_scale=True, disable=None if accelerator.is_main_process else True) as bar:
 
             def progress(num_draws: int, chi_squared: float | None) -> None:
@@ -116,6 +149,7 @@ def _solved(
 
             coupling = SemidiscreteCoupling.from_images(
                 pixels.to(accelerator.device),
+                labels=labels,
                 flips=flips,
                 tolerance=tolerance,
                 max_seconds=config.coupling_max_seconds,
@@ -165,8 +199,14 @@ def assigned_noise(clean: Tensor, noise: Tensor, generator: torch.Generator | No
     return noise[torch.cat(parts)]
 
 
-def coupled_images(images: ResidentImages | StreamedImages, noise: Tensor, coupling: SemidiscreteCoupling) -> Tensor:
-    """The images, [B, C, H, W] in [-1, 1], that noise of this shape is assigned to."""
-    points = coupling.assign(noise)
-    clean = images.fetch((points % len(images)).cpu())
-    return mirrored(clean, points >= len(images)) if coupling.config.flips else clean
+def coupled_images(
+    images: ResidentImages | StreamedImages, noise: Tensor, coupling: SemidiscreteCoupling, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The images, [B, C, H, W] in [-1, 1], that noise of this shape is assigned to, and their rows of the data set.
+
+    `labels`, int64 [B], are those of a coupling in each class.
+    """
+    points = coupling.assign(noise, labels)
+    rows = (points % len(images)).cpu()
+    clean = images.fetch(rows)
+    return mirrored(clean, points >= len(images)) if coupling.config.flips else clean, rows

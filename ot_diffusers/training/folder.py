@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
-from ..config import TrainingConfig
+from ..config import DiffusionConfig, TrainingConfig
 from ..data import SPLITS, ImageSource, StreamedImages, open_images
 from ..errors import InputError, TrainingError, missing, require
-from ..features import weights_fingerprint
+from ..features import class_counts, labels_of, weights_fingerprint
 from ..files import check_folder
 from ..launch.commands import launched
 from ..outgoing import without_local_paths
@@ -171,6 +171,7 @@ def open_run(
             "hub_id": images.hub_id,
             "fingerprint": images.fingerprint,
             "num_samples": len(images),
+            "class_counts": None if images.label_problem or images.labels is None else class_counts(images),
         },
         "num_processes": accelerator.num_processes,
         "batch": batch_sizes(config, accelerator.num_processes),
@@ -336,7 +337,8 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator, *needed: str) 
     before training.
 
     Raises:
-        InputError: an unreadable image in any split, or needed splits with images of different shape.
+        InputError: an unreadable image in any split, needed splits with images of different shape, or without the
+            labels that a model with classes is trained on.
     """
     accelerator.print(f"loading {config.dataset}", flush=True)
     source = _open_images(config)
@@ -350,6 +352,9 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator, *needed: str) 
         shapes = f"{first.image_shape} in {first.split}, {images.image_shape} in {images.split}"
         argument = "channels" if first.image_shape[1:] == images.image_shape[1:] else "image_size"
         require(first.image_shape == images.image_shape, argument, "be given for splits of different shape", shapes)
+    if isinstance(config, DiffusionConfig) and config.class_conditional:
+        for images in (first, *others):
+            labels_of(images)
     return [first, *others]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -12,16 +14,28 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ..config import FLOW, BaselineConfig, TrainingConfig
+from ..config import FLOW, BaselineConfig, DiffusionConfig, TrainingConfig
+from ..data import ResidentImages, StreamedImages
 from ..errors import require
+from ..features import class_counts
 from ..models.feature_extractor import FeatureExtractor
 from ..models.reference_bank import ReferenceBank
 from ..pipelines import FlowMatchPipeline, OTGuidedDDIMPipeline
+from ..pipelines.classes import Classes
 from ..schedules import Scheduler, matches_flow, record_coupling
 
 
-def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet2DModel:
-    """A `UNet2DModel` for images of `image_shape` (C, H, W)."""
+def make_classes(config: DiffusionConfig, images: ResidentImages | StreamedImages) -> Classes | None:
+    """The classes that the denoiser knows, with their frequencies in these images; None for an unconditional one.
+
+    Raises:
+        InputError: images without usable labels.
+    """
+    return Classes.from_counts(class_counts(images)) if config.class_conditional else None
+
+
+def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int], classes: Classes | None = None) -> UNet2DModel:
+    """A `UNet2DModel` for images of `image_shape` (C, H, W), which takes labels of these classes and a null label."""
     channels, height, width = image_shape
     levels = len(config.block_out_channels)
     require(height == width, "image_size", "be given for images that are not square", image_shape)
@@ -43,6 +57,7 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int]) -> UNet
         norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
         add_attention=bool(config.attention_levels),
+        num_class_embeds=None if classes is None else len(classes) + 1,
     )
 
 
@@ -67,15 +82,18 @@ def make_pipeline(
     scheduler: Scheduler,
     feature_extractor: FeatureExtractor | None = None,
     reference_bank: ReferenceBank | None = None,
+    classes: Classes | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline that samples with a denoiser of this noising chain, by DDIM or along its straight lines; with the
-    parts of guidance it is guided."""
+    """The pipeline that samples with a denoiser of this noising chain, by DDIM or along its straight lines, and with
+    the classes of the denoiser; with the parts of guidance it is guided."""
+    options: dict[str, Any] = {} if classes is None else classes.options
+    parts = feature_extractor, reference_bank
     if matches_flow(scheduler):
-        return FlowMatchPipeline(unet, type(scheduler).from_config(scheduler.config), feature_extractor, reference_bank)
+        return FlowMatchPipeline(unet, type(scheduler).from_config(scheduler.config), *parts, **options)
     ddim = DDIMScheduler.from_config(scheduler.config)
-    if feature_extractor is None:
+    if feature_extractor is None and classes is None:
         return DDIMPipeline(unet, ddim)
-    return OTGuidedDDIMPipeline(unet, ddim, feature_extractor, reference_bank)
+    return OTGuidedDDIMPipeline(unet, ddim, *parts, **options)
 
 
 def make_optimizer(config: TrainingConfig, model: torch.nn.Module) -> torch.optim.AdamW:

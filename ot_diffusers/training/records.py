@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +21,11 @@ from tqdm.auto import tqdm
 
 from ..config import DiffusionConfig, FeaturesConfig, OTConfig, TrainingConfig
 from ..data import DATA_OPTIONS, HUB_IDS
+from ..features import labels_of
 from ..launch import preset_path, signals
 from ..losses.denoising import denoising_loss
 from ..models.semidiscrete_coupling import SemidiscreteCoupling
+from ..pipelines.classes import Classes
 from ..schedules import Scheduler
 from ..seeds import keyed_generator, seeded_generator
 from .averages import effective_rank
@@ -40,6 +43,7 @@ COLLAPSED_RANK = 0.1
 """A warning is due where the effective rank of generated images is below this fraction of that of real images."""
 
 SECONDS_BETWEEN_LINES = 30.0
+GRID_COLUMNS, GRID_CLASSES = 6, 10
 
 
 class Progress:
@@ -247,21 +251,29 @@ def validation_loss(
     epoch.
 
     A semi-discrete coupling pairs this noise with images of its own, which `images` then have to be: held-out images
-    have no place in it.
+    have no place in it. A model with classes is told every label.
     """
     count = config.num_validation_samples if coupling else min(config.num_validation_samples, len(images))
     generator = keyed_generator(accelerator.device, config.seed, "validation")
     noise, timesteps = draw_noise(count, torch.Size(images.image_shape), config, generator)
+    labels = labels_of(images) if config.class_conditional else None
+    asked: Tensor | None = None
+    if coupling is not None and coupling.config.num_classes is not None:
+        asked = labels_of(images)[torch.randint(len(images), (count,), generator=generator, device=noise.device).cpu()]
     own = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros(2, device=accelerator.device)
     model = accelerator.unwrap_model(state.model)  # processes may have unequal shares
     model.eval()
     with averaged_weights(state):
         for rows in own.split(config.train_batch_size) if len(own) else ():
-            clean = coupled_images(images, noise[rows], coupling) if coupling else images.fetch(rows)
+            if coupling is not None:
+                clean, indices = coupled_images(images, noise[rows], coupling, asked if asked is None else asked[rows])
+            else:
+                clean, indices = images.fetch(rows), rows
             clean = clean.to(accelerator.device)
-            batch = noised_batch(clean, noise[rows], timesteps[rows], scheduler, rows, rows, state.update)
-            output = model(batch.noisy, batch.timesteps).sample
+            told = None if labels is None else labels[indices].to(accelerator.device)
+            batch = noised_batch(clean, noise[rows], timesteps[rows], scheduler, rows, rows, state.update, told)
+            output = model(batch.noisy, batch.timesteps, batch.class_labels).sample
             total += torch.stack([denoising_loss(output, batch.target) * len(rows), total.new_tensor(len(rows))])
     model.train()
     total = accelerator.reduce(total, "sum")
@@ -269,22 +281,31 @@ def validation_loss(
 
 
 def save_sample_grid(
-    state: TrainingState, scheduler: Scheduler, config: DiffusionConfig, accelerator: Accelerator, rows: int = 6
+    state: TrainingState,
+    scheduler: Scheduler,
+    config: DiffusionConfig,
+    accelerator: Accelerator,
+    classes: Classes | None = None,
 ) -> None:
-    """`samples/update-N.png`: rows² images with the averaged weights, from the same noise every time. There is none
-    where the run is asked to stop, or where it trains on the end of the chain only."""
+    """`samples/update-N.png`: 6 × 6 images with the averaged weights, or a row for each of the first 10 classes, from
+    the same noise every time. There is none where the run is asked to stop, or where it trains on the end of the chain
+    only."""
     if accelerator.is_main_process and config.max_timestep is None and wants_grid(state, config):
         check_claim(config)
         with averaged_weights(state):
             model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
-            pipeline = make_pipeline(model.eval(), scheduler)
+            pipeline = make_pipeline(model.eval(), scheduler, classes=classes)
             pipeline.set_progress_bar_config(disable=True)
             generator = seeded_generator(config.seed)
-            images = pipeline(rows**2, generator=generator, num_inference_steps=config.num_inference_steps).images
+            rows = GRID_COLUMNS if classes is None else min(len(classes), GRID_CLASSES)
+            call: dict[str, Any] = {"generator": generator, "num_inference_steps": config.num_inference_steps}
+            if classes is not None:
+                call["class_labels"] = torch.arange(rows).repeat_interleave(GRID_COLUMNS)
+            images = pipeline(rows * GRID_COLUMNS, **call).images
             model.train()
         folder = Path(config.output_dir) / "samples"
         folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows, rows).save(folder / f"update-{state.update:08d}.png")
+        make_image_grid(images, rows, GRID_COLUMNS).save(folder / f"update-{state.update:08d}.png")
     accelerator.wait_for_everyone()
 
 
@@ -359,7 +380,7 @@ def next_commands(config: TrainingConfig) -> list[str]:
             options = [*keys, f"output_dir={evaluator}"] if given else []
             commands += [["train", "features", "--config", f"{dataset}/evaluator.yaml", *options]]
         commands += [["evaluate", run, *flags, "--evaluator", evaluator]]
-        if isinstance(config, OTConfig) and config.prediction_type != "epsilon":
+        if isinstance(config, OTConfig) and config.prediction_type != "epsilon" and not config.class_conditional:
             tuned = [f"pretrained={run}", f"feature_extractor={config.feature_extractor}"]
             commands += [["train", "few_step", *tuned, *keys]]
     return [shlex.join(["ot-diffusers", *map(str, command)]) for command in commands]

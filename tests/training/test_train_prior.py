@@ -16,7 +16,7 @@ from makers.runs import assert_same_end, launch, results
 from makers.runs import train as train_script
 from safetensors.torch import load_file, save_file
 
-from ot_diffusers import FlowMatchPipeline, TruncatedPriorPipeline
+from ot_diffusers import FlowMatchPipeline, OTGuidedDDIMPipeline, TruncatedPriorPipeline
 from ot_diffusers.cli import main
 from ot_diffusers.config import PriorConfig, load_config, make_config
 from ot_diffusers.data import load_images
@@ -226,8 +226,25 @@ def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser
     prior = TruncatedPriorPipeline.from_pretrained(run).prior
     # Stored in float32.
     torch.testing.assert_close(prior.mean[0], mean, rtol=0, atol=1e-5)
-    assert TruncatedPriorPipeline.from_pretrained(classes).prior.config.num_components == 10
+    pipeline = TruncatedPriorPipeline.from_pretrained(classes)
+    assert pipeline.prior.config.num_components == 10
+    assert pipeline.labels == {str(digit): digit for digit in range(10)}
     assert sample(classes).isfinite().all()
+
+
+def test_a_denoiser_with_classes_serves_any_prior(tmp_path: Path) -> None:
+    """A learned prior makes images of any class, which are compared and denoised with the null label."""
+    unet = make_unet(seed=0, add_attention=False, block_out_channels=(8, 16), num_class_embeds=11)
+    named = {label: str(label) for label in range(10)}
+    OTGuidedDDIMPipeline(unet, DDIMScheduler(), id2label=named).save_pretrained(tmp_path / "denoiser")
+    learned = train(tmp_path / "ot", tmp_path / "denoiser", max_train_steps=1, **EVERY_TERM)
+    closed = train(tmp_path / "gaussian", tmp_path / "denoiser", prior="gaussian", class_wise=True)
+    for run in (learned, closed):
+        assert len(TruncatedPriorPipeline.from_pretrained(run).labels) == 10
+        assert sample(run).isfinite().all()
+    OTGuidedDDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "no null label")
+    with pytest.raises(InputError, match="`denoiser` must be unconditional, or know a null label"):
+        train(tmp_path / "refused", tmp_path / "no null label", prior="gaussian")
 
 
 @pytest.mark.parametrize(
