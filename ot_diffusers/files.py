@@ -221,8 +221,8 @@ def sha256(path: str | Path) -> str:
 
 SAMPLE = "sample"
 """`sample` and `save_images` record their files under this name."""
-GRID_NAME = "grid.png"
-SAMPLE_NAMES = r"[0-9]{5,}[.]png|grid[.]png"
+GRID_NAME, METADATA_NAME = "grid.png", "metadata.jsonl"
+SAMPLE_NAMES = r"[0-9]{5,}[.]png|grid[.]png|metadata[.]jsonl"
 
 
 def record_of(folder: Path, command: str) -> Path:
@@ -274,7 +274,7 @@ def write_own(file: Path, content: str | bytes, command: str) -> None:
     _write_record(file.parent, command, checksums | {file.name: sha256(file)})
 
 
-def replace_own(folder: Path, command: str, files: Iterator[tuple[str, Callable[[Path], None]]], names: str) -> None:
+def replace_own(folder: Path, command: str, files: Iterator[tuple[str, Callable[[Path], object]]], names: str) -> None:
     """Write files into a folder in place of those that the command has recorded there.
 
     First all new files are written under other names; where that fails, nothing has changed. Then the earlier files are

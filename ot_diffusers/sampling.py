@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +25,10 @@ from .data.decode import Decoder
 from .data.pictures import list_folder, picture_table
 from .errors import InputError, require, require_integer
 from .features import load_feature_extractor, load_reference_bank
-from .files import GRID_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
+from .files import GRID_NAME, METADATA_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
 from .guidance import check_takes
 from .pipelines.call import unet_image_shape
-from .pipelines.classes import class_options
+from .pipelines.classes import Classes, ClassLabels, class_options, listed
 from .pipelines.guided import GuidedPipeline
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -152,6 +153,7 @@ def sample_images(
     batch_size: int | None = None,
     seed: int = 0,
     dtype: str = "float32",
+    class_labels: ClassLabels | None = None,
     **call_arguments: Any,
 ) -> Tensor:
     """Generate images, each from its own generator.
@@ -169,6 +171,7 @@ def sample_images(
         seed: random seed of the starting noise.
         dtype: dtype of the networks by autocast: `"float32"`, `"bfloat16"` or `"float16"`. Noise, scheduler steps and
             guidance stay in float32, so that images change by rounding only.
+        class_labels: classes of the images, as `chosen_labels` takes them.
         call_arguments: arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
 
     Returns:
@@ -182,6 +185,7 @@ def sample_images(
     require(seed >= 0, "seed", "be at least 0", seed)
     check_dtype(dtype)
     check_call_arguments(pipeline, call_arguments)
+    labels = chosen_labels(pipeline, num_images, class_labels, seed)
     state = process_state()
     share = torch.arange(num_images).tensor_split(state.num_processes)[state.process_index]
     at_once = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
@@ -190,7 +194,8 @@ def sample_images(
     batches = []
     with networks_in(dtype, pipeline.device):
         while pending:
-            images = _sample_rows(pipeline, pending[0], seed, call_arguments)
+            told = {} if labels is None else {"class_labels": labels[pending[0]]}
+            images = _sample_rows(pipeline, pending[0], seed, call_arguments | told)
             if images is not None:
                 batches.append(images)
                 pending.pop(0)
@@ -200,6 +205,33 @@ def sample_images(
             pending = [half for rows in pending for half in rows.tensor_split(2) if len(half)]
             clear_device_cache(garbage_collection=True)
     return torch.cat(gather_object(batches))
+
+
+def chosen_labels(
+    pipeline: Pipeline, num_images: int, class_labels: ClassLabels | None = None, seed: int = 0
+) -> Tensor | None:
+    """The classes of images that `sample_images` generates, int64 [N]; None where the pipeline leaves them open.
+
+    Args:
+        pipeline: a pipeline that `load_pipeline` returns.
+        num_images: number of images, N.
+        class_labels: one class, or several that are taken in turn, by number or name. By default they are drawn by
+            their frequencies, that of image i by (`seed`, i) alone.
+        seed: random seed of the images.
+
+    Raises:
+        InputError: classes that the pipeline does not have.
+    """
+    classes: Classes | None = getattr(pipeline, "classes", None)
+    if classes is None:
+        require(class_labels is None, "class_labels", "be none for an unconditional model", class_labels)
+        return None
+    if class_labels is not None:
+        asked: Sequence[Any] = listed(class_labels) or [class_labels]
+        return classes.labels_of([asked[index % len(asked)] for index in range(num_images)], num_images)
+    if not getattr(pipeline, "draws_labels", False):
+        return None
+    return classes.draw(num_images, [keyed_generator("cpu", seed, "class", row) for row in range(num_images)], "cpu")
 
 
 def process_state() -> PartialState:
@@ -250,6 +282,7 @@ def check_call_arguments(pipeline: Pipeline, call_arguments: dict[str, Any]) -> 
     guided = inspect.signature(OTGuidedDDIMPipeline.__call__).parameters
     for name, value in call_arguments.items():
         hint = ", or come with the features that guide (--features RUN)" if name in guided else ""
+        hint = "" if name.startswith("class_") else hint
         require(name in parameters, name, f"be left out for a {type(pipeline).__name__}{hint}", value)
     steps, length = call_arguments.get("num_inference_steps"), pipeline.scheduler.config.num_train_timesteps
     if steps is not None:
@@ -270,8 +303,11 @@ def network_calls(pipeline: Pipeline) -> int:
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def save_images(images: Tensor, folder: str | Path) -> Path:
+def save_images(images: Tensor, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:
     """Write uint8 images [N, C, H, W] as `00000.png`, `00001.png`, … and `grid.png`; returns the grid's path.
+
+    With the name of the class of each image there is a `metadata.jsonl` too, so that the folder is a labelled data set
+    of pictures, here and for `datasets`.
 
     Files that an earlier call wrote are replaced after all new ones are on the disk. A hidden file lists the names and
     checksums; no other file is touched.
@@ -281,15 +317,20 @@ def save_images(images: Tensor, folder: str | Path) -> Path:
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_own(folder, SAMPLE, _pictures(images), SAMPLE_NAMES)
+    replace_own(folder, SAMPLE, _sample_files(images, class_names), SAMPLE_NAMES)
     return folder / GRID_NAME
 
 
-def _pictures(images: Tensor) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """File name of each image and of the grid, with the function that writes it."""
-    for index, image in enumerate(images):
-        yield f"{index:05d}.png", partial(_to_picture(image).save, format="PNG")
+def _sample_files(images: Tensor, class_names: Sequence[str] | None) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """File name of each image, of the grid and of the list of classes, with the function that writes it."""
+    names = [f"{index:05d}.png" for index in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        yield name, partial(_to_picture(image).save, format="PNG")
     yield GRID_NAME, partial(image_grid(images).save, format="PNG")
+    if class_names is not None:
+        rows = ({"file_name": name, "label": label} for name, label in zip(names, class_names, strict=True))
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        yield METADATA_NAME, partial(Path.write_text, data=text, encoding="utf-8")
 
 
 def save_grid(images: Tensor, file: Path) -> Path:
@@ -328,6 +369,24 @@ def read_images(folder: str | Path, channels: int) -> Tensor:
     require(enough, "images", "be a saved pipeline, or a folder with at least 2 pictures", str(folder))
     listing.warn()
     return Decoder(picture_table(listing), "image", str(folder), None, channels, "images").decode_all()
+
+
+def read_class_names(folder: str | Path) -> list[str] | None:
+    """Names of the classes of a folder that `save_images` wrote, in the order of `read_images`; None without them.
+
+    Raises:
+        InputError: a list of classes that is not readable, or not of these images.
+    """
+    file = user_path(folder) / METADATA_NAME
+    if not file.is_file():
+        return None
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        label_of = {row["file_name"]: row["label"] for row in rows}
+        return [str(label_of[picture]) for picture in list_folder(folder, "images").pictures]
+    except (ValueError, KeyError, TypeError) as error:
+        requirement = f"have a label for every picture in its {METADATA_NAME}"
+        raise InputError(f"`images` must {requirement}, got {str(folder)!r}") from error
 
 
 def _to_picture(image: Tensor) -> PIL.Image.Image:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import require
 from ..files import GRID_NAME, SAMPLE, SAMPLE_NAMES, is_first_process, is_own, not_own, record_of, recorded, write_own
 from .process import call_arguments, chosen_device, chosen_dtype, data_options, prepare_libraries
 
+NUM_IMAGES = 64
 EVALUATE = "evaluate"
 """Under this name `evaluate` lists what it has written."""
 
@@ -30,10 +31,12 @@ def run_sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from ..sampling import network_calls, save_images
 
     started = time.monotonic()
-    pipeline, images = _sample(arguments, arguments.pipeline, arguments.num_images)
+    labels = arguments.class_labels or ()
+    count = arguments.num_images or (len(labels) if len(labels) > 1 else NUM_IMAGES)
+    pipeline, images, classes = _sample(arguments, arguments.pipeline, count)
     seconds = round(time.monotonic() - started, 2)
     if is_first_process():
-        grid = save_images(images, output)
+        grid = save_images(images, output, classes)
         cost = {"num_images": len(images), "nfe": network_calls(pipeline), "seconds": seconds}
         print(json.dumps({"output": str(output), "grid": str(grid), **cost}, indent=2) if arguments.json else grid)
     return 0
@@ -77,7 +80,7 @@ def _evaluate(arguments: argparse.Namespace, picture: Path | None) -> dict[str, 
     """The contents of `results.json` for one pipeline or folder, and a picture of its images; None in a process that
     only helped to sample."""
     from ..evaluation.evaluate import evaluate_images, real_floor, sample_count
-    from ..evaluation.extractors import dataset_facts, evaluator_facts, load_evaluator, load_real_images
+    from ..evaluation.extractors import dataset_facts, evaluator_facts, labels_by_name, load_evaluator, load_real_images
     from ..outgoing import last_name, public_name
     from ..reporting.page import provenance
 
@@ -85,16 +88,17 @@ def _evaluate(arguments: argparse.Namespace, picture: Path | None) -> dict[str, 
     options = data_options(arguments)
     train, test = (load_real_images(arguments.dataset, split, evaluator, **options) for split in ("train", "test"))
     count = sample_count(arguments.num_samples, len(train), len(test))
-    images, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
+    images, classes, cost = _images_to_evaluate(arguments, count, train.image_shape[0])
     if not is_first_process():
         return None
 
     reference, training = _describe(test, evaluator), _describe(train, evaluator)
-    metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training)
-    floor = real_floor(reference, training, len(images), extractor=evaluator)
+    labels = labels_by_name(classes, test)
+    metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=training, class_labels=labels)
+    floor = real_floor(reference, training, len(images), extractor=evaluator, metrics=list(metrics))
     if picture is not None:
         _draw_samples(reference.images, {last_name(arguments.images): images}, picture)
-    sampling = call_arguments(arguments)
+    sampling = call_arguments(arguments) | ({"class_labels": arguments.class_labels} if arguments.class_labels else {})
     return {
         "title": f"{public_name(arguments.images)} against {test.name}",
         **dataset_facts(test),
@@ -117,9 +121,12 @@ def _draw_samples(real: Any, images: dict[str, Any], picture: Path) -> None:
         write_own(picture, draw_samples(real, images, Path(scratch) / picture.name).read_bytes(), EVALUATE)
 
 
-def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int) -> tuple[Any, dict[str, Any]]:
-    """uint8 images [N, C, H, W], read or sampled, and the cost of sampling."""
-    from ..sampling import network_calls, read_images
+def _images_to_evaluate(
+    arguments: argparse.Namespace, count: int, channels: int
+) -> tuple[Any, list[str] | None, dict[str, Any]]:
+    """uint8 images [N, C, H, W], read or sampled, the names of their classes where they are known, and the cost of
+    sampling."""
+    from ..sampling import network_calls, read_class_names, read_images
 
     folder = Path(arguments.images)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -127,10 +134,11 @@ def _images_to_evaluate(arguments: argparse.Namespace, count: int, channels: int
         images = read_images(folder, channels)
         enough = arguments.num_samples is None or count <= len(images)
         require(enough, "num_samples", f"be at most {len(images)}, the images in the folder", count)
-        return images[:count], {}
+        classes = read_class_names(folder)
+        return images[:count], None if classes is None else classes[:count], {}
     started = time.monotonic()
-    pipeline, images = _sample(arguments, arguments.images, count)
-    return images, {"nfe": network_calls(pipeline), "seconds": round(time.monotonic() - started, 2)}
+    pipeline, images, classes = _sample(arguments, arguments.images, count)
+    return images, classes, {"nfe": network_calls(pipeline), "seconds": round(time.monotonic() - started, 2)}
 
 
 def _check_complete(folder: Path) -> None:
@@ -149,12 +157,27 @@ def _describe(images: Any, evaluator: Any) -> Any:
     return extract_image_set(pixels_of(images), evaluator, labels=images.labels, cache=True)
 
 
-def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any]:
-    """The loaded pipeline and its images."""
-    from ..sampling import accelerate_networks, load_pipeline, sample_images
+def _sample(arguments: argparse.Namespace, pipeline: str, num_images: int) -> tuple[Any, Any, list[str] | None]:
+    """The loaded pipeline, its images, and the names of their classes where it has classes."""
+    from ..sampling import accelerate_networks, chosen_labels, load_pipeline, sample_images
 
     device = chosen_device(arguments.device)
     loaded = load_pipeline(pipeline, arguments.features).to(device)
     accelerate_networks(loaded, channels_last=arguments.channels_last, compile=arguments.compile)
     options = {name: getattr(arguments, name) for name in ("batch_size", "seed", "dtype")}
-    return loaded, sample_images(loaded, num_images, **options, **call_arguments(arguments))
+    asked = named_or_numbered(arguments.class_labels, getattr(loaded, "labels", {}))
+    labels = chosen_labels(loaded, num_images, asked, arguments.seed)
+    images = sample_images(loaded, num_images, class_labels=labels, **options, **call_arguments(arguments))
+    return loaded, images, None if labels is None else [loaded.classes.names[label] for label in labels.tolist()]
+
+
+def named_or_numbered(words: Sequence[str] | None, labels: Mapping[str, int]) -> list[str | int] | None:
+    """Classes as they stand on the command line: the name of a class, or else its number.
+
+    Example:
+        >>> named_or_numbered(["10", "1", "cat"], {"10": 0, "cat": 1})
+        ['10', 1, 'cat']
+    """
+    if words is None:
+        return None
+    return [int(word) if word not in labels and word.isdecimal() else word for word in words]

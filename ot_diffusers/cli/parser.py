@@ -216,7 +216,10 @@ def _add_sample(commands: Any) -> None:
         example="sample runs/ot --num-images 36 --num-inference-steps 20 --output runs/ot-images",
     )
     sample.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
-    sample.add_argument("--num-images", type=whole(1), default=64, metavar="N", help=f"number of images {DEFAULT}")
+    sample.add_argument(
+        "--num-images", type=whole(1), metavar="N", help="number of images (default: 64, or that of several classes)"
+    )
+    _add_class_labels(sample)
     _add_output(
         sample, check_folder, default="runs/samples", help=f"folder of 00000.png, 00001.png, … and grid.png {DEFAULT}"
     )
@@ -243,6 +246,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--num-samples", type=whole(2), metavar="N", help="number of images (default: that of test images)"
     )
+    _add_class_labels(evaluate)
     _add_output(evaluate, check_file, metavar="FILE", help="also write the results to this JSON file")
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON in place of the table")
     _add_data_options(evaluate)
@@ -475,6 +479,15 @@ def _add_completion(commands: Any) -> None:
     completion.set_defaults(command=run_completion, make_parser=make_parser)
 
 
+def _add_class_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--class-labels",
+        type=lambda text: text.split(","),
+        metavar="A,B,…",
+        help="classes of the images, by number or name, in turn (default: drawn by their frequencies)",
+    )
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument(
@@ -482,6 +495,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--num-inference-steps", type=whole(1), metavar="N", help="denoising steps (default: the pipeline's own)"
+    )
+    options.add_argument(
+        "--class-guidance-scale",
+        type=number(0),
+        metavar="X",
+        help="strength of classifier-free guidance by class (default: 1, which is without)",
     )
     options.add_argument(
         "--guidance-scale", type=number(0), metavar="X", help="strength of the guidance, at least 0; 0: no guidance"

@@ -10,7 +10,13 @@ from typing import Any
 
 from ..errors import InputError, require
 
-SAMPLING_ARGUMENTS = ("num_inference_steps", "guidance_scale", "num_guidance_steps", "guidance_start_step")
+SAMPLING_ARGUMENTS = (
+    "num_inference_steps",
+    "class_guidance_scale",
+    "guidance_scale",
+    "num_guidance_steps",
+    "guidance_start_step",
+)
 """Options that are passed on to the pipeline's call where they are given."""
 
 

@@ -146,12 +146,14 @@ class Comparison:
         reference: real and held out.
         train: the training images of the model, if they are known.
         seed: random seed for subsets, patches and directions.
+        class_labels: classes that the images were asked to be of, int64 [N]; None if they are not known.
     """
 
     images: ImageSet
     reference: ImageSet
     train: ImageSet | None
     seed: int
+    class_labels: Tensor | None = None
 
     @property
     def features(self) -> tuple[Tensor, Tensor]:
@@ -189,6 +191,23 @@ class Comparison:
         """None without a classifier."""
         return None if self.logits is None else feature_metrics.class_histogram_distance(*self.logits)
 
+    def class_accuracy(self) -> float | None:
+        """None without labels, or without a classifier that knows them."""
+        labels, logits = self.class_labels, self.images.logits
+        if labels is None or logits is None or int(labels.max()) >= logits.shape[1]:
+            return None
+        return feature_metrics.class_accuracy(logits, labels)
+
+    def class_frechet_distance(self) -> float | None:
+        """None without labels of both sets, or where no class has two images of either."""
+        labels, real = self.class_labels, self.reference.labels
+        if labels is None or real is None:
+            return None
+        counts = [each.bincount(minlength=int(torch.cat([labels, real]).max()) + 1) for each in (labels, real)]
+        if not bool((torch.stack(counts).amin(0) >= 2).any()):
+            return None
+        return feature_metrics.class_frechet_distance(*self.features, labels, real)
+
     def nearest_distance_ratio(self) -> float | None:
         """None without training images."""
         if self.train is None:
@@ -215,6 +234,8 @@ _MEASURES: dict[str, Callable[[Comparison], float | None]] = {
     "principal_spread": Comparison.principal_spread,
     "class_histogram_distance": Comparison.class_histogram_distance,
     "nearest_distance_ratio": Comparison.nearest_distance_ratio,
+    "class_accuracy": Comparison.class_accuracy,
+    "class_frechet_distance": Comparison.class_frechet_distance,
     "patch_sliced_wasserstein": lambda pair: pixels.patch_sliced_wasserstein(*pair.pixels, seed=pair.seed),
     "spectrum_distance": lambda pair: pixels.spectrum_distance(*pair.pixels),
     "speckle_share": lambda pair: pixels.speckle_share(pair.pixels[0]),
@@ -224,6 +245,8 @@ _NEEDS = {
     "class_histogram_distance": "an extractor with `logits`",
     "principal_spread": "features of several directions",
     "nearest_distance_ratio": "`train`",
+    "class_accuracy": "`class_labels` and an extractor whose `logits` know them",
+    "class_frechet_distance": "`class_labels` and labels of the reference",
 }
 # Smallest number of images in each set, for metrics that need more than 2.
 _FEWEST = {
@@ -245,6 +268,7 @@ def evaluate_images(
     metrics: Collection[str] | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
+    class_labels: Tensor | None = None,
 ) -> dict[str, float]:
     """Every metric, or the named ones, of generated images against real ones.
 
@@ -258,6 +282,8 @@ def evaluate_images(
             fewer than 6 images are not all.
         batch_size: images in one pass of the network.
         seed: random seed for subsets, patches and directions; keep it equal for all methods that are compared.
+        class_labels: classes that the images were asked to be of, int64 [N], as the extractor and the labels of the
+            reference number them; adds the metrics of classes.
 
     Returns:
         Metric name to value, always in the same order; `metric_table` explains each name and its better direction.
@@ -277,7 +303,7 @@ def evaluate_images(
         train = None
     _check_extractors(images=images, reference=reference, train=train)
     warn_of_doubt(reference.health)
-    pair, smaller = Comparison(images, reference, train, seed), min(len(images), len(reference))
+    pair, smaller = Comparison(images, reference, train, seed, class_labels), min(len(images), len(reference))
     values = {name: _MEASURES[name](pair) if smaller >= _FEWEST.get(name, 2) else None for name in names}
     if metrics is not None:
         for name in (name for name, value in values.items() if value is None):
@@ -298,7 +324,8 @@ def real_floor(
 ) -> dict[str, float]:
     """The real-vs-real score: the metrics of `num_samples` different training images in place of generated ones.
 
-    The memorisation check compares them with the training images that were not drawn.
+    The memorisation check compares them with the training images that were not drawn. Metrics of classes have to be
+    named.
 
     Args:
         test: the reference of `evaluate_images`.
@@ -310,9 +337,9 @@ def real_floor(
     enough = 2 <= num_samples <= len(train) - 2
     require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
     drawn, rest = (train.rows(rows) for rows in _random_order(len(train), seed).tensor_split([num_samples]))
-    return evaluate_images(
-        drawn, reference=test, extractor=extractor, train=rest, metrics=metrics, batch_size=batch_size, seed=seed
-    )
+    options: dict[str, Any] = {"metrics": metrics, "batch_size": batch_size, "seed": seed}
+    options |= {} if metrics is None else {"class_labels": drawn.labels}
+    return evaluate_images(drawn, reference=test, extractor=extractor, train=rest, **options)
 
 
 def random_rows(images: ImageSet, count: int, seed: int) -> ImageSet:

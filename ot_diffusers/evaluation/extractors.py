@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,21 @@ def load_real_images(dataset: str, split: str, evaluator: nn.Module, **options: 
     if split == "train":
         check_trained_on(evaluator, images, "evaluator")
     return images
+
+
+def labels_by_name(class_names: Sequence[str] | None, images: ResidentImages | StreamedImages) -> Tensor | None:
+    """Labels in the numbering of a data set, int64 [N], of classes that are given by name; None without names, or
+    where the data set has no classes.
+
+    Raises:
+        InputError: a class that the data set does not have.
+    """
+    if class_names is None or images.class_names is None:
+        return None
+    known = {name: label for label, name in enumerate(images.class_names)}
+    others = sorted(set(class_names) - known.keys())
+    require(not others, "dataset", f"have the classes of the images, {others[0] if others else ''!r} too", images.name)
+    return torch.tensor([known[name] for name in class_names])
 
 
 def dataset_facts(images: ResidentImages | StreamedImages) -> dict[str, Any]:

@@ -80,6 +80,15 @@ METRICS = {
     "class_histogram_distance": Metric(
         "Class histogram", "Class histogram distance", "lower", "Total variation between the predicted class shares."
     ),
+    "class_accuracy": Metric(
+        "Class accuracy", "Class accuracy", "higher", "Share of the samples that the evaluator puts into their class."
+    ),
+    "class_frechet_distance": Metric(
+        "Class Fréchet",
+        "Fréchet distance within classes",
+        "lower",
+        "Mean over the classes of the distance within each.",
+    ),
     "patch_sliced_wasserstein": Metric(
         "Patch SW", "Patch sliced-Wasserstein", "lower", "Squared sliced Wasserstein distance of 7×7 pixel patches."
     ),

@@ -278,6 +278,48 @@ def class_histogram_distance(logits: Tensor, reference_logits: Tensor) -> float:
     return 0.5 * (shares[0] - shares[1]).abs().sum().item()
 
 
+def class_accuracy(logits: Tensor, class_labels: Tensor) -> float:
+    """Share of generated images that a classifier puts into the class that was asked for.
+
+    Args:
+        logits: its scores, [N, classes].
+        class_labels: the classes, integers [N].
+    """
+    logits = _checked(logits, "logits")
+    _check_labels(class_labels, logits, "class_labels", below=logits.shape[1])
+    return (logits.argmax(dim=1) == class_labels.cpu()).double().mean().item()
+
+
+def class_frechet_distance(
+    features: Tensor, reference_features: Tensor, class_labels: Tensor, reference_labels: Tensor
+) -> float:
+    """Mean over the classes of the Fréchet distance within each class: large where images of a class resemble others.
+
+    A class counts if two images or more of either set are in it. As in `frechet_distance`, the bias grows with D/N,
+    where N is now the number of images of a class.
+
+    Args:
+        features: [N, D].
+        reference_features: [M, D].
+        class_labels: what was asked for, integers [N].
+        reference_labels: classes of the real images, integers [M].
+
+    Raises:
+        InputError: no class with two images on either side, or labels of another number.
+    """
+    features, reference_features = _checked_pair(features, reference_features)
+    _check_labels(class_labels, features, "class_labels")
+    _check_labels(reference_labels, reference_features, "reference_labels")
+    pairs = []
+    for label in reference_labels.unique():
+        pair = features[class_labels.cpu() == label], reference_features[reference_labels.cpu() == label]
+        if min(map(len, pair)) >= 2:
+            pairs.append(pair)
+    require(bool(pairs), "class_labels", "share a class of two images or more with the real images", "none")
+    _warn_of_bias(min(len(rows) for pair in pairs for rows in pair), features.shape[1])
+    return sum(_frechet(*map(_gaussian_fit, pair)) for pair in pairs) / len(pairs)
+
+
 @by_content
 def nearest_distances(queries: Tensor, points: Tensor) -> Tensor:
     """L2 distance from each query [N, D] to its nearest point [M, D]: [N], float64, exactly 0 for a copy."""
@@ -318,6 +360,13 @@ def _checked(features: Tensor, name: str) -> Tensor:
     bad = int((~features.isfinite()).any(dim=1).sum())
     require(bad == 0, name, "have no row with NaN or infinity", bad)
     return features
+
+
+def _check_labels(labels: Tensor, rows: Tensor, name: str, below: int | None = None) -> None:
+    fits = isinstance(labels, Tensor) and tuple(labels.shape) == (len(rows),) and not labels.is_floating_point()
+    require(fits, name, f"be {len(rows)} integers", tensor_summary(labels))
+    in_range = int(labels.min()) >= 0 and (below is None or int(labels.max()) < below)
+    require(in_range, name, f"lie in 0 … {'' if below is None else below - 1}", int(labels.max()))
 
 
 def _warn_of_bias(rows: int, dimension: int) -> None:

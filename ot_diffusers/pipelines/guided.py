@@ -108,6 +108,11 @@ class GuidedPipeline(PortablePipeline):
         return None if size is None else Classes.of(size, *map(self.config.get, CLASS_OPTIONS))
 
     @property
+    def draws_labels(self) -> bool:
+        """Whether a call without labels draws them by the frequencies of the classes."""
+        return self.classes is not None
+
+    @property
     def labels(self) -> dict[str, int]:
         """Name of each class to its label, as in diffusers' `DiTPipeline`; empty without classes."""
         return {} if self.classes is None else {name: label for label, name in enumerate(self.classes.names)}

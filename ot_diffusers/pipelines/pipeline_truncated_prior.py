@@ -122,6 +122,13 @@ class TruncatedPriorPipeline(GuidedPipeline):
             return super().classes
         return Classes.of(self.prior.num_classes, *map(self.config.get, CLASS_OPTIONS))
 
+    @property
+    def draws_labels(self) -> bool:
+        """Whether a call without labels draws them: if the denoiser has classes, and the prior has them too or is
+        N(0, I), from which the denoiser alone makes the class."""
+        has_classes = self.unet.config.get("num_class_embeds") is not None
+        return has_classes and (self.prior.num_classes is not None or self.prior.nfe == 0)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -223,15 +230,13 @@ class TruncatedPriorPipeline(GuidedPipeline):
     ) -> Tensor | None:
         """As for any chain, but images whose class is not known get the null label: those of a prior that makes images
         of any class, or of given latents. A prior of classes draws them itself for a denoiser without classes."""
-        from_noise = self.prior.nfe == 0  # N(0, I), from which the denoiser alone makes the class
-        known = from_noise or (latents is None and self.prior.num_classes is not None)
         if class_labels is not None:
-            name = type(self.prior).__name__
-            possible = known or latents is not None or self.classes is None
-            require(possible, "class_labels", f"be none for a {name} that makes images of any class", class_labels)
-        elif self.unet.config.get("num_class_embeds") is None:
+            takes = self.prior.num_classes is not None or self.draws_labels or latents is not None
+            requirement = f"be none for a {type(self.prior).__name__} that makes images of any class"
+            require(takes or self.classes is None, "class_labels", requirement, class_labels)
+        elif self.classes is None or self.unet.config.get("num_class_embeds") is None:
             return None
-        elif not known and self.classes is not None:
+        elif not self.draws_labels or (latents is not None and self.prior.nfe > 0):
             null_label = self.classes.null_label
             if null_label is None:
                 raise InputError("`class_labels` must be given to a denoiser without a null label, got None")

@@ -45,10 +45,12 @@ def evaluate_seed(study: Study, seed: int) -> dict[str, Any]:
     for name, variant in config.sampled.items():
         samples = sampled(study, name, seed)
         names = [metric for metric in config.family if metric not in SECOND] if variant.role == CURVE else measured
-        metrics = evaluate_images(samples.images, reference=reference, train=real, metrics=names, **settings)
+        told: dict[str, Any] = {"metrics": names, "class_labels": samples.labels}
+        metrics = evaluate_images(samples.images, reference=reference, train=real, **told, **settings)
         second = second_scores(study, samples.images, seed) if variant.role != CURVE else {}
         arms[name] = {"metrics": metrics | second, "cost": samples.cost}
-    floor = real_floor(reference, real, study.num_samples, metrics=measured, **settings)
+    scored = {metric for arm in arms.values() for metric in arm["metrics"]} - SECOND.keys()
+    floor = real_floor(reference, real, study.num_samples, metrics=scored, **settings)
     drawn = random_rows(real, study.num_samples, seed).images
     return {"arms": arms, "floor": floor | second_scores(study, drawn, seed)}
 

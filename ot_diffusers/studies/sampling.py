@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..cache import read_verified, save_aside
+from ..evaluation.extractors import labels_by_name
 from ..images import to_model_range, to_uint8
 from ..models.prior import GaussianPrior
 from ..pipelines.classes import class_options
@@ -22,6 +23,7 @@ from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from ..sampling import (
     MAX_BATCH_SIZE,
     best_device,
+    chosen_labels,
     load_pipeline,
     network_calls,
     networks_in,
@@ -43,12 +45,15 @@ class Sampled:
         seconds: sampling time of all images.
         nfe: number of function evaluations for each image.
         others: further costs, keys of `metric_table.COSTS`.
+        labels: classes that the images were asked to be of, as the data set numbers them, int64 [N]; None if they have
+            none.
     """
 
     images: Tensor
     seconds: float
     nfe: int
     others: Mapping[str, float] = field(default_factory=dict)
+    labels: Tensor | None = None
 
     @property
     def cost(self) -> dict[str, float]:
@@ -78,10 +83,11 @@ def sampled_once(file: Path, sample: Callable[[], Sampled]) -> Sampled:
     if kept is None:
         drawn = sample()
         cost = json.dumps({"seconds": drawn.seconds, "nfe": drawn.nfe, **drawn.others}).encode()
-        save_aside({"images": drawn.images, "cost": torch.tensor(list(cost), dtype=torch.uint8)}, file)
+        labels = {} if drawn.labels is None else {"labels": drawn.labels}
+        save_aside({"images": drawn.images, "cost": torch.tensor(list(cost), dtype=torch.uint8)} | labels, file)
         return drawn
     cost = json.loads(bytes(kept["cost"].tolist()))
-    return Sampled(kept["images"], cost.pop("seconds"), cost.pop("nfe"), cost)
+    return Sampled(kept["images"], cost.pop("seconds"), cost.pop("nfe"), cost, kept.get("labels"))
 
 
 def sample_variant(study: Study, name: str, seed: int) -> Sampled:
@@ -89,6 +95,7 @@ def sample_variant(study: Study, name: str, seed: int) -> Sampled:
     config, variant = study.config, study.config.arms[name]
     pipeline = make_pipeline(study, name, seed)
     call = config.call | variant.call
+    asked = call.pop("class_labels", None)
     unguided = {"guidance_scale": 0} if hasattr(pipeline, "feature_extractor") else {}
     steps = {"num_inference_steps": 1}
     sample_images(pipeline, SMALL_BATCH, seed=seed, **call | unguided | steps)  # first calls are slow
@@ -99,14 +106,18 @@ def sample_variant(study: Study, name: str, seed: int) -> Sampled:
         with networks_in(config.dtype, pipeline.device):
             pipeline.record_guidance_field(variant.field_samples, generator, **call)
         others["field_seconds"] = time.monotonic() - started
+    labels = None if variant.start == REAL else chosen_labels(pipeline, study.num_samples, asked, seed)
     started = time.monotonic()
     if variant.start == REAL:
         images = sample_from_real(study, pipeline, seed, variant.batch_size, call)
     else:
         batches: dict[str, Any] = {"batch_size": variant.batch_size, "dtype": config.dtype}
-        images = sample_images(pipeline, study.num_samples, seed=seed, **batches, **call)
-    seconds = time.monotonic() - started
-    return Sampled(images, seconds, network_calls(pipeline), others | costs_of_training(study, name, seed, pipeline))
+        images = sample_images(pipeline, study.num_samples, seed=seed, class_labels=labels, **batches, **call)
+    seconds, costs = time.monotonic() - started, others | costs_of_training(study, name, seed, pipeline)
+    if labels is not None:
+        names = [pipeline.classes.names[label] for label in labels.tolist()]
+        labels = labels_by_name(names, study.splits["test"])
+    return Sampled(images, seconds, network_calls(pipeline), costs, labels)
 
 
 # --- Pipelines --------------------------------------------------------------------------------------------------------

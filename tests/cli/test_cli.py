@@ -15,12 +15,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from makers import ROOT
 from makers import command as run
-from makers.models import save_features, save_pipeline
+from makers.models import make_unet, save_features, save_pipeline
 
 from ot_diffusers import (
     ConvFeatureExtractor,
+    FlowMatchPipeline,
     GaussianPrior,
     ReferenceBank,
     TruncatedPriorPipeline,
@@ -31,7 +33,14 @@ from ot_diffusers.config import OTConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.launch.commands import SCRIPTS, training_command
-from ot_diffusers.sampling import accelerate_networks, load_pipeline, read_images, sample_images, save_images
+from ot_diffusers.sampling import (
+    accelerate_networks,
+    load_pipeline,
+    read_class_names,
+    read_images,
+    sample_images,
+    save_images,
+)
 from ot_diffusers.studies.demo import run_demo
 
 
@@ -147,6 +156,8 @@ BAD_INPUT = {
     "track one run twice": ("track {used} {used} --dataset digits --evaluator {features}", "different"),
     "stress, one draw": ("stress --dataset digits --evaluator {features} --repeats 1 --output {new}", "repeats"),
     "demo into a used folder": ("demo --output {used}", "used"),
+    "class of an unconditional model": ("sample {pipeline} --class-labels 3 --output {new}", "class_labels"),
+    "guidance by class": ("sample {pipeline} --class-guidance-scale 2 --output {new}", "class_guidance_scale"),
     "demo with a negative seed": ("demo --seed -1 --output {new}", "seed"),
 }
 
@@ -198,6 +209,41 @@ def test_sample_writes_pictures_and_a_grid(pipeline: Path, tmp_path: Path, capfd
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert run("sample", pipeline, *options[2:], "--num-images", 2, "--overwrite") == 0
     assert {file.name for file in output.glob("[0-9g]*")} == {"00000.png", "00001.png", "grid.png"}
+
+
+def test_classes_are_sampled_kept_with_the_images_and_evaluated(
+    evaluator: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By name or number, in turn; the folder is a labelled data set, with the same scores as the pipeline itself."""
+    unet = make_unet(seed=0, num_class_embeds=11)
+    names = {label: str(label) for label in range(10)}
+    FlowMatchPipeline(unet, FlowMatchEulerDiscreteScheduler(), id2label=names).save_pretrained(tmp_path / "pipeline")
+    sample = ("sample", tmp_path / "pipeline", "--num-inference-steps", 1, "--overwrite")
+    for options, expected in (
+        (("--class-labels", "3,3,7"), ["3", "3", "7"]),
+        (("--class-labels", "8"), ["8"] * 64),
+        (("--class-labels", "1,2", "--num-images", 5), ["1", "2", "1", "2", "1"]),
+    ):
+        assert run(*sample, *options, "--output", tmp_path / "images") == 0
+        assert read_class_names(tmp_path / "images") == expected
+    assert run(*sample, "--num-images", 40, "--output", tmp_path / "drawn") == 0
+    names_drawn = read_class_names(tmp_path / "drawn") or []
+    assert load_images(str(tmp_path / "drawn")).class_names == tuple(sorted(set(names_drawn)))
+    scores = []
+    for images in (tmp_path / "drawn", tmp_path / "pipeline"):
+        capfd.readouterr()
+        options = ("--evaluator", evaluator, "--num-samples", 40, "--num-inference-steps", 1, "--json")
+        assert run("evaluate", images, "--dataset", "digits", *options) == 0
+        results = json.loads(capfd.readouterr().out)
+        scores += [arm["metrics"] for arm in results["arms"].values()]
+        assert results["floor"]["metrics"].keys() == scores[-1].keys() > {"class_accuracy", "class_frechet_distance"}
+    assert scores[0] == scores[1]
+    lines = (tmp_path / "drawn" / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "drawn" / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(InputError, match=r"`images` must have a label for every picture in its metadata\.jsonl"):
+        read_class_names(tmp_path / "drawn")
+    assert run(*sample, "--class-labels", "10", "--output", tmp_path / "images") == 2
+    assert "`class_labels` must lie in 0 … 9, got 10" in capfd.readouterr().err
 
 
 def test_image_i_is_the_same_in_any_batch(pipeline: Path) -> None:

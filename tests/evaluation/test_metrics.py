@@ -44,6 +44,33 @@ def random_images(count: int, side: int = 8, channels: int = 1, seed: int = 0) -
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+class TestClasses:
+    def test_accuracy_counts_the_asked_class(self) -> None:
+        logits = torch.eye(3)[torch.tensor([0, 1, 1, 2])]
+        assert metrics.class_accuracy(logits, torch.tensor([0, 1, 2, 2])) == 0.75
+        for labels, message in (
+            ([0, 1, 2], r"`class_labels` must be 4 integers"),
+            ([0, 1, 2, 3], "`class_labels` must lie in 0 … 2, got 3"),
+        ):
+            with pytest.raises(InputError, match=message):
+                metrics.class_accuracy(logits, torch.tensor(labels))
+
+    def test_the_distance_within_classes_sees_exchanged_classes(self) -> None:
+        """Two classes at ±v: the same images with their labels exchanged have the same distribution, and within each
+        class are a shift by 2v, which costs 4 ‖v‖². A class of a single image does not count."""
+        shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0, 3.0])
+        one = gaussian(40)
+        features, labels = torch.cat([one + shift, one - shift]), torch.arange(80) // 40
+        assert metrics.class_frechet_distance(features, features, labels, labels) == pytest.approx(0, abs=1e-4)
+        exchanged = metrics.class_frechet_distance(features, features, 1 - labels, labels)
+        assert exchanged == pytest.approx(4 * 14.25, rel=1e-5)  # float32 rows
+        alone = torch.cat([labels, torch.tensor([2])])
+        more = torch.cat([features, gaussian(1)])
+        assert metrics.class_frechet_distance(more, more, alone, alone) == pytest.approx(0, abs=1e-4)
+        with pytest.raises(InputError, match="`class_labels` must share a class of two images"):
+            metrics.class_frechet_distance(features, features, labels + 5, labels)
+
+
 class TestFrechetDistance:
     def test_shift_costs_its_squared_length(self) -> None:
         """A translation by v leaves the covariances equal, so the distance is ‖v‖²."""
@@ -607,7 +634,9 @@ class TestEvaluateImages:
 
     def test_named_metrics_are_those_of_the_whole_table(self, network: TinyClassifier) -> None:
         images, reference, train = random_images(40), random_images(50, seed=1), random_images(60, seed=2)
-        whole = evaluate_images(images, reference=reference, extractor=network, train=train)
+        labelled = extract_image_set(reference, network, labels=torch.arange(50) % 2)
+        asked = torch.arange(40) % 2
+        whole = evaluate_images(images, reference=labelled, extractor=network, train=train, class_labels=asked)
         assert set(whole) == set(METRICS) - set(SECOND)
         chosen = ["speckle_share", "recall", "nearest_distance_ratio", "kernel_distance"]
         some = evaluate_images(images, reference=reference, extractor=network, train=train, metrics=chosen)
@@ -624,6 +653,10 @@ class TestEvaluateImages:
             evaluate_images(images, reference=images, extractor=network, metrics=[])
         with pytest.raises(InputError, match="'nearest_distance_ratio' or be given `train`"):
             evaluate_images(images, reference=images, extractor=network, metrics=["nearest_distance_ratio"])
+        with pytest.raises(InputError, match="'class_frechet_distance' or be given `class_labels` and labels of the"):
+            labels = torch.zeros(20, dtype=torch.long)
+            names = ["class_frechet_distance"]
+            evaluate_images(images, reference=images, extractor=network, metrics=names, class_labels=labels)
 
     @pytest.mark.filterwarnings("ignore")  # of few images
     def test_few_images_are_measured_as_far_as_they_go(self, network: TinyClassifier) -> None:
@@ -634,7 +667,8 @@ class TestEvaluateImages:
                 values = evaluate_images(pair[0], reference=pair[1], extractor=network)
                 missing = lost if count < 4 else {"density", "coverage"} if count < 6 else set()
                 missing = missing | {"principal_spread"} if count < 3 else missing
-                assert set(values) == set(METRICS) - set(SECOND) - {"nearest_distance_ratio"} - missing
+                missing = missing | {"nearest_distance_ratio", "class_accuracy", "class_frechet_distance"}
+                assert set(values) == set(METRICS) - set(SECOND) - missing
                 assert all(math.isfinite(value) for value in values.values())
         with pytest.raises(InputError, match="`metrics` must leave out 'density' or be given 6 images on either side"):
             evaluate_images(random_images(5), reference=reference, extractor=network, metrics=["recall", "density"])

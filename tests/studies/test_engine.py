@@ -17,16 +17,16 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from makers.models import make_unet
 from safetensors.torch import load_file
 
-from ot_diffusers import ConvFeatureExtractor, ReferenceBank, cli
+from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank, cli
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.reporting.differences import NOT_SIGNIFICANT, differences, verdict
 from ot_diffusers.studies import runs
 from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config, with_step_curves
-from ot_diffusers.studies.results import collect
-from ot_diffusers.studies.run import run_study
+from ot_diffusers.studies.results import collect, evaluate_seed
+from ot_diffusers.studies.run import open_study, run_study
 from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side, train_group
-from ot_diffusers.studies.sampling import Sampled, sampled_once
+from ot_diffusers.studies.sampling import Sampled, sampled, sampled_once
 from ot_diffusers.studies.study import Clock, OutOfTime, Study
 
 pytestmark = [
@@ -306,6 +306,26 @@ def test_arms_that_train(evaluator: Path, tmp_path: Path) -> None:
     assert lines[0].startswith("seed 0: train all steps")
     assert [(entry["updates"], entry["nfe"]) for entry in found["arms"].values()] == [(2, 2), (2, 1)]
     assert "Training losses" in (tmp_path / "study" / "report.html").read_text("utf-8")
+
+
+def test_arms_with_classes_are_scored_by_class(evaluator: Path, tmp_path: Path) -> None:
+    """Labels are kept with the images, in the numbering of the data set; real images are scored by class as well."""
+    unet = make_unet(seed=0, block_out_channels=(16, 16), num_class_embeds=11)
+    named = {label: str(9 - label) for label in range(10)}
+    pipeline = OTGuidedDDIMPipeline(unet, DDIMScheduler(), id2label=named, class_frequencies=dict.fromkeys(named, 1.0))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    source = str(tmp_path / "pipeline")
+    arms = {"drawn": Variant(pipeline=source), "one": Variant(pipeline=source, call={"class_labels": ["7", 0]})}
+    values: dict[str, Any] = {"evaluator": str(evaluator), "seeds": 1, "num_samples": 24, "steps": (1,)}
+    values |= {"call": {"num_inference_steps": 2}, "metrics": ("frechet_distance", "class_accuracy")}
+    study = open_study(StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), Clock(None), print)
+    first, again = sampled(study, "one", 0), sampled(study, "one", 0)
+    assert first.labels is not None and first.labels.tolist() == [7, 9] * 12
+    assert again.labels is not None and torch.equal(again.labels, first.labels)
+    scores = evaluate_seed(study, 0)
+    for found in (*(arm["metrics"] for arm in scores["arms"].values()), scores["floor"]):
+        assert 0 <= found["class_accuracy"] <= 1
+    assert scores["floor"]["class_accuracy"] > 0.8  # that of the evaluator on real images
 
 
 def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, tmp_path: Path) -> None:
