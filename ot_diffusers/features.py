@@ -173,15 +173,19 @@ def make_reference_bank(
     network: FeatureExtractor, images: ResidentImages | StreamedImages, num_samples: int
 ) -> ReferenceBank:
     """A reference set of `num_samples` evenly spaced images (all, if there are fewer), with the median distances
-    between features and between thumbnails as its scales."""
+    between features and between thumbnails as its scales, and with labels where the images have them."""
     features = cached_features(network, images)
     rows = evenly_spaced(images, num_samples)
+    classes: dict[str, Any] = {}
+    if images.labels is not None and images.label_problem is None:
+        classes = {"labels": images.labels[rows], "num_classes": len(class_counts(images))}
     return ReferenceBank.from_features(
         features[rows],
         feature_scale=median_distance(features),
         dataset=network.config.dataset,
         data_fingerprint=network.config.data_fingerprint,
         images=to_model_range(pixels_of(images, rows)),
+        **classes,
     )
 
 

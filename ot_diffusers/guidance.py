@@ -16,15 +16,20 @@ moves by about `guidance_scale` · 0.02 in each step. At 0.5 this is the origina
 `metric="mmd"` follows the gradient of a kernel discrepancy in place of the divergence, as MMD guidance does
 (`ot_diffusers.transport.mmd_displacement`); it is there for comparison.
 
+With labels there is a transport problem for each class, between the images and the references of that class; the
+classes of a batch are solved together.
+
 The gradient comes either from a transport problem of the batch, solved anew at every step, or from a `GuidanceField`,
 which was recorded on a large batch and moves every image independently.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +38,7 @@ from torch import Tensor
 from .errors import require, require_integer, require_number
 from .images import thumbnails
 from .models.feature_extractor import FeatureExtractor
-from .models.guidance_field import Correction, GuidanceField, completed
+from .models.guidance_field import Correction, GuidanceField, completed, completed_mass
 from .models.reference_bank import ReferenceBank
 from .transport import DivergencePotentials, divergence_gradient, mmd_displacement
 
@@ -67,7 +72,8 @@ class OTGuidance:
 
     Without a guidance field the transport problem couples the batch: an image depends on the other images, and guidance
     improves with the batch size (a batch of one is pulled towards the mean of the data). With a guidance field, each
-    image moves independently, and only at times near those of the field.
+    image moves independently, and only at times near those of the field. With labels, the images of a class are a batch
+    of their own.
 
     Args:
         feature_extractor: frozen network; its parameters and their gradients are not changed.
@@ -138,6 +144,8 @@ class OTGuidance:
         self.thumbnail_size = (reference_bank.config.thumbnail_shape or (0, 0, 0))[1:]
         self._potentials: DivergencePotentials | None = None
         self._in_chain = False
+        self._reference_labels, self._num_classes = reference_bank.labels, reference_bank.config.num_classes
+        self._groups: tuple[Tensor, ClassGroups] | None = None
         self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.thumbnails)
         _require_finite("reference_bank", "hold finite features", self._references)
 
@@ -158,15 +166,22 @@ class OTGuidance:
         try:
             yield self
         finally:
-            self._potentials, self._in_chain = None, False
+            self._potentials, self._in_chain, self._groups = None, False, None
 
-    def correct(self, pred_original_sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+    def correct(
+        self,
+        pred_original_sample: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
         """The corrected batch.
 
         Args:
             pred_original_sample: x̂0, [B, C, H, W], floating point, nominally in [-1, 1].
             timestep: time of the denoising step, as the denoiser is given it, needed to follow or record a guidance
                 field. Far from all times of the field (`GuidanceField.index_of`) the images are returned unchanged.
+            class_labels: class of each image, integers [B], for a reference set with labels: the images of each class
+                are moved towards the references of this class.
 
         Returns:
             [B, C, H, W] in [-1, 1], same dtype, detached. The method works inside `no_grad` and `inference_mode`, and
@@ -174,9 +189,13 @@ class OTGuidance:
 
         Raises:
             InputError: images of a wrong shape or range. The range is not checked on a GPU, which would need a
-                host–device synchronisation.
+                host–device synchronisation. Labels for references without, or a class without references.
         """
         _check_images(pred_original_sample)
+        has_classes = self.guidance_field is not None and self.guidance_field.labels is not None
+        told = self.guidance_field is None or has_classes == (class_labels is not None)
+        require(told, "class_labels", "be given to follow a field of classes, and no other", class_labels)
+        groups = None if class_labels is None else self._class_groups(class_labels, pred_original_sample)
         needs_timestep = self.guidance_field is not None or self.history is not None
         require(
             timestep is not None or not needs_timestep,
@@ -205,7 +224,7 @@ class OTGuidance:
             for correction in range(self.num_correction_steps):
                 features = self.features(images)
                 _require_finite("feature_extractor", "give finite features", features)
-                displacement = self._displacement(features.detach(), references, step, correction)
+                displacement = self._displacement(features.detach(), references, step, correction, groups)
                 (gradient,) = torch.autograd.grad(features, images, grad_outputs=displacement)
                 images.grad = self._bounded(gradient, displacement)
                 optimizer.step()
@@ -219,7 +238,7 @@ class OTGuidance:
             InputError: no corrections.
         """
         arguments = {name: getattr(self, name) for name in ("guidance_scale", *RECORDED)}
-        return GuidanceField.from_corrections(self.history or [], **arguments)
+        return GuidanceField.from_corrections(self.history or [], num_classes=self._num_classes, **arguments)
 
     def _optimizer(self, images: Tensor) -> torch.optim.Optimizer:
         if self.step_rule == "adam":
@@ -239,15 +258,39 @@ class OTGuidance:
         progress = self._step_size * pull / distance.clamp(min=torch.finfo(distance.dtype).tiny)
         return gradient / (progress / LONGEST_STEP).clamp(min=1)[:, None, None, None]
 
-    def _displacement(self, features: Tensor, references: Tensor, step: float | None, correction: int) -> Tensor:
+    def _class_groups(self, class_labels: Tensor, images: Tensor) -> ClassGroups:
+        """The groups of a batch with these labels, which are those of the last correction for the same tensor."""
+        known = self._reference_labels
+        require(known is not None, "class_labels", "be none for a reference set without labels", class_labels)
+        if self._groups is None or self._groups[0] is not class_labels:
+            fits = tuple(class_labels.shape) == (len(images),)
+            require(fits, "class_labels", f"have shape ({len(images)},)", tuple(class_labels.shape))
+            assert known is not None
+            self._groups = class_labels, ClassGroups.of(class_labels, known, images.device)
+            self._potentials = None
+        return self._groups[1]
+
+    def _displacement(
+        self,
+        features: Tensor,
+        references: Tensor,
+        step: float | None,
+        correction: int,
+        groups: ClassGroups | None,
+    ) -> Tensor:
         """The displacement of each point from its destination, [B, D]: from the batch's plan or the guidance field."""
+        if groups is not None and self.guidance_field is None:
+            return self._displacement_in_groups(features, references, step, groups)
         if self.guidance_field is not None:
             assert step is not None
-            return self.guidance_field.gradient(features, references, timestep=step, correction=correction)
+            members = None if groups is None else groups.members
+            return self.guidance_field.gradient(
+                features, references, timestep=step, correction=correction, members=members
+            )
         if self.metric == "mmd":
             return mmd_displacement(features, references)
         cloud, weights = (features, None) if self.history is None else completed(features, references)
-        initial = self._warm_start(len(cloud), features.device)
+        initial = self._warm_start(cloud.shape[:-1], cloud.device)
         num_iterations = self._num_iterations(features.device, initial is not None)
         gradient, self._potentials = divergence_gradient(
             cloud, references, blur=self.blur, x_weights=weights, initial=initial, num_iterations=num_iterations
@@ -258,10 +301,42 @@ class OTGuidance:
         scale = len(features) if weights is None else 1 / weights[0]
         return gradient[: len(features)] * scale
 
-    def _warm_start(self, batch_size: int, device: torch.device) -> DivergencePotentials | None:
-        """The last potentials, if they fit the batch: they only speed up the solver and do not change the solution."""
+    def _displacement_in_groups(
+        self, features: Tensor, references: Tensor, step: float | None, groups: ClassGroups
+    ) -> Tensor:
+        """The same, [B, D], where the points of each class are moved towards the references of the class."""
+        if self.metric == "mmd":
+            moved = torch.empty_like(features)
+            for _, rows, others in groups.members:
+                moved[rows] = mmd_displacement(features[rows], references[others])
+            return moved
+        cloud, weights, targets = features[groups.rows], groups.weights, references[groups.reference_rows]
+        if self.history is not None:
+            mass, rest = torch.tensor([completed_mass(len(rows)) for _, rows, _ in groups.members]).to(weights).T
+            cloud = torch.cat([cloud, targets], dim=1)
+            weights = torch.cat([weights * mass[:, None], groups.reference_weights * rest[:, None]], dim=1)
+        initial = self._warm_start(cloud.shape[:-1], cloud.device)
+        gradient, self._potentials = divergence_gradient(
+            cloud,
+            targets,
+            blur=self.blur,
+            x_weights=weights,
+            y_weights=groups.reference_weights,
+            initial=initial,
+            num_iterations=self._num_iterations(features.device, initial is not None),
+        )
+        displacement, classes, places = gradient / weights[..., None], *groups.places
+        if self.history is not None:
+            assert step is not None
+            potentials = groups.flattened(self._potentials, len(references))
+            self.history.append(Correction(step, features, potentials, groups.labels))
+        return displacement[classes, places]
+
+    def _warm_start(self, shape: torch.Size, device: torch.device) -> DivergencePotentials | None:
+        """The last potentials, if they fit a cloud of this shape, [N] or [P, N]: they only speed up the solver and do
+        not change the solution."""
         last = self._potentials
-        fits = last is not None and last.self_potential.shape == (batch_size,) and last.self_potential.device == device
+        fits = last is not None and last.self_potential.shape == shape and last.self_potential.device == device
         return last if fits else None
 
     def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
@@ -286,6 +361,76 @@ class OTGuidance:
         assert small is not None
         pixels = small.float().flatten(1) * (self.pixel_weight / self.pixel_scale)
         return torch.cat([points, pixels], dim=1) / math.sqrt(1 + self.pixel_weight**2)
+
+
+@dataclass(frozen=True)
+class ClassGroups:
+    """The images and references of each class in a batch, as P problems of one size. Points of smaller classes repeat
+    and share their weight, which leaves the problem and the displacement of a point as they are.
+
+    Attributes:
+        labels: [B], of the images.
+        members: each class with the rows of its images and of its references.
+        rows, weights: [P, N], of the images.
+        reference_rows, reference_weights: [P, M], of the references.
+        places: problem of each image and its place among the N points, [B] both.
+    """
+
+    labels: Tensor
+    members: list[tuple[int, Tensor, Tensor]]
+    rows: Tensor
+    weights: Tensor
+    reference_rows: Tensor
+    reference_weights: Tensor
+    places: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, labels: Tensor, reference_labels: Tensor, device: torch.device) -> ClassGroups:
+        """The groups of images with these labels, [B], and of references, [M].
+
+        Raises:
+            InputError: a class without references.
+
+        Example:
+            >>> groups = ClassGroups.of(torch.tensor([5, 2, 5]), torch.tensor([2, 2, 5]), torch.device("cpu"))
+            >>> groups.rows, groups.reference_weights
+            (tensor([[1, 1],
+                    [0, 2]]), tensor([[0.5000, 0.5000],
+                    [0.5000, 0.5000]]))
+        """
+        labels, known, members = labels.cpu(), reference_labels.cpu(), []
+        for label in labels.unique().tolist():
+            own, others = ((each == label).nonzero()[:, 0].to(device) for each in (labels, known))
+            require(len(others) > 0, "class_labels", "be classes of the reference set", label)
+            members.append((label, own, others))
+        rows, weights = _repeated([own for _, own, _ in members])
+        reference_rows, reference_weights = _repeated([others for *_, others in members])
+        problem, place = torch.empty((2, len(labels)), dtype=torch.long, device=device)
+        for index, (_, own, _) in enumerate(members):
+            problem[own], place[own] = index, torch.arange(len(own), device=device)
+        return cls(labels, members, rows, weights, reference_rows, reference_weights, (problem, place))
+
+    def flattened(self, potentials: DivergencePotentials, num_references: int) -> DivergencePotentials:
+        """The potentials of completed clouds, [B + M] of images and references and [M] of references, in their order;
+        0 for references of other classes."""
+        own = potentials.self_potential
+        images, width = own[self.places], self.rows.shape[1]
+        among, cross = own.new_zeros(num_references), own.new_zeros(num_references)
+        for index, (*_, others) in enumerate(self.members):
+            among[others] = own[index, width : width + len(others)]
+            cross[others] = potentials.cross.g[index, : len(others)]
+        solved = dataclasses.replace(potentials.cross, g=cross)
+        return DivergencePotentials(solved, torch.cat([images, among]))
+
+
+def _repeated(members: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Lists of rows as one [P, N], shorter ones repeated to the length of the longest, and the weights of the rows."""
+    longest, rows, weights = max(map(len, members)), [], []
+    for own in members:
+        index = torch.arange(longest) % len(own)
+        rows.append(own[index])
+        weights.append((1 / (len(own) * index.bincount()[index])).to(own.device))
+    return torch.stack(rows), torch.stack(weights)
 
 
 def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBank, normalize_features: bool) -> float:
@@ -369,5 +514,8 @@ def check_recorded_for(guidance_field: GuidanceField, reference_bank: ReferenceB
     recorded = (config.num_references, config.feature_dim)
     expected = (bank.num_samples, bank.feature_dim + pixels)
     require(recorded == expected, "guidance_field", f"be recorded with references of shape {expected}", recorded)
+    same_classes = config.num_classes in (None, bank.num_classes)
+    classes = f"with {bank.num_classes} classes" if bank.num_classes else "without classes"
+    require(same_classes, "guidance_field", f"be recorded {classes}", config.num_classes)
     for name, value in arguments.items():
         require(value == config[name], name, f"be {config[name]}, as in the recording of the guidance field", value)

@@ -38,6 +38,15 @@ def completed(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor | No
     return torch.cat([features, references]), weights
 
 
+def completed_mass(num_samples: int) -> tuple[float, float]:
+    """Mass of the samples and of the references in the completed cloud of a class, relative to all of it.
+
+    References keep a mass of 1 beside 1,000 samples or more, so that the clouds of all classes are made alike.
+    """
+    missing = max(1, 2 * (ENOUGH_SAMPLES - num_samples))
+    return num_samples / (num_samples + missing), missing / (num_samples + missing)
+
+
 @dataclass(frozen=True)
 class Correction:
     """One correction step of a guided batch.
@@ -45,12 +54,15 @@ class Correction:
     Attributes:
         timestep: time of the denoising step, as the denoiser is given it.
         features: [N, D], of the batch before the correction, in the units of the transport problem.
-        potentials: potentials of the `completed` cloud, which determine the direction of the correction.
+        potentials: potentials of the `completed` cloud, which determine the direction of the correction; where there is
+            a problem for each class, of the problem of each point, and 0 for references of other classes.
+        labels: class of each sample, integers [N]; None for a problem of all together.
     """
 
     timestep: float
     features: Tensor
     potentials: DivergencePotentials
+    labels: Tensor | None = None
 
 
 class GuidanceField(PortableModel, ConfigMixin):
@@ -65,6 +77,8 @@ class GuidanceField(PortableModel, ConfigMixin):
     A field serves chains of other lengths and other schedulers as well. The time that a denoiser is given tells its
     noise level, whatever the scheduler, and each step follows the nearest recorded time, see `index_of`.
 
+    A field of classes holds one for each class, in which an image follows the samples of its class.
+
     Args:
         timesteps: the S times of the guided denoising steps, as the denoiser is given them, from high to low.
         num_correction_steps: C, correction steps in each denoising step.
@@ -73,6 +87,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         feature_dim: D, width of the features, including thumbnail pixels.
         guidance_scale, blur, normalize_features, pixel_weight, step_rule: settings of the recorded guidance.
         is_completed: whether references complete the recorded samples, see `completed`.
+        num_classes: number of classes of a field with labels.
 
     Example:
         >>> from ot_diffusers.transport import divergence_gradient
@@ -83,6 +98,8 @@ class GuidanceField(PortableModel, ConfigMixin):
         >>> field.gradient(torch.randn(2, 4), references, timestep=980, correction=0).shape
         torch.Size([2, 4])
     """
+
+    labels: Tensor | None
 
     @register_to_config
     def __init__(
@@ -98,6 +115,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         pixel_weight: float = 0.0,
         step_rule: str = "adam",
         is_completed: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         steps = (len(timesteps), num_correction_steps)
@@ -105,6 +123,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         self.features = nn.Parameter(torch.zeros(*steps, num_samples, feature_dim), requires_grad=False)
         self.own_potentials = nn.Parameter(torch.zeros(*steps, num_members), requires_grad=False)
         self.reference_potentials = nn.Parameter(torch.zeros(*steps, num_references), requires_grad=False)
+        self.register_buffer("labels", None if num_classes is None else torch.zeros(num_samples, dtype=torch.long))
 
     @classmethod
     def from_corrections(
@@ -116,6 +135,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         normalize_features: bool = True,
         pixel_weight: float = 0.0,
         step_rule: str = "adam",
+        num_classes: int | None = None,
     ) -> GuidanceField:
         """The guidance field of one chain: its corrections in order, with the same number at every denoising step."""
         timesteps = tuple(dict.fromkeys(correction.timestep for correction in corrections))
@@ -138,7 +158,10 @@ class GuidanceField(PortableModel, ConfigMixin):
             pixel_weight,
             step_rule,
             len(first.potentials.self_potential) > num_samples,
+            None if first.labels is None else num_classes,
         )
+        if field.labels is not None and first.labels is not None:
+            field.labels.copy_(first.labels)
         for stored, values in (
             (field.features, [correction.features for correction in corrections]),
             (field.own_potentials, [correction.potentials.self_potential for correction in corrections]),
@@ -161,7 +184,15 @@ class GuidanceField(PortableModel, ConfigMixin):
         nearest = min(range(len(times)), key=lambda index: abs(times[index] - timestep))
         return nearest if abs(times[nearest] - timestep) < widest else None
 
-    def gradient(self, features: Tensor, references: Tensor, *, timestep: float, correction: int) -> Tensor:
+    def gradient(
+        self,
+        features: Tensor,
+        references: Tensor,
+        *,
+        timestep: float,
+        correction: int,
+        members: Sequence[tuple[int, Tensor, Tensor]] | None = None,
+    ) -> Tensor:
         """The displacement of each row of `features`, [B, D], as one more member of the recorded samples.
 
         Args:
@@ -169,12 +200,19 @@ class GuidanceField(PortableModel, ConfigMixin):
             references: [M, D], the references of the recorded guidance.
             timestep: a time for which `index_of` finds a recorded one.
             correction: index of the correction step, from 0.
+            members: for a field of classes, each class with the rows of its features and of its references.
 
         Returns:
-            [B, D], float32; a row depends on its own features alone.
+            [B, D], float32; a row depends on its own features and class alone.
+
+        Raises:
+            InputError: a time far from the recorded ones, or a class that the recorded samples lack.
         """
         step = self.index_of(timestep)
         require(step is not None, "timestep", f"be near the recorded {self.config.timesteps}", timestep)
+        if members is not None:
+            assert step is not None
+            return self._gradient_in_classes(features, references, step, correction, members)
         samples = self.features[step, correction].float()
         samples, weights = completed(samples, references) if self.config.is_completed else (samples, None)
         return divergence_gradient_at(
@@ -186,3 +224,32 @@ class GuidanceField(PortableModel, ConfigMixin):
             blur=self.config.blur,
             x_weights=weights,
         )
+
+    def _gradient_in_classes(
+        self,
+        features: Tensor,
+        references: Tensor,
+        step: int,
+        correction: int,
+        members: Sequence[tuple[int, Tensor, Tensor]],
+    ) -> Tensor:
+        """As `gradient`, in the problem of the class of each row."""
+        assert self.labels is not None
+        gradient, count = torch.empty_like(features, dtype=torch.float32), self.config.num_samples
+        potentials = self.own_potentials[step, correction].float()
+        for label, rows, others in members:
+            own = (self.labels == label).nonzero()[:, 0]
+            require(len(own) > 0, "class_labels", "be classes of the recorded samples", label)
+            mass, rest = completed_mass(len(own))
+            weights = features.new_full((len(own) + len(others),), mass / len(own))
+            weights[len(own) :] = rest / len(others)
+            gradient[rows] = divergence_gradient_at(
+                features[rows].float(),
+                torch.cat([self.features[step, correction, own].float(), references[others]]),
+                references[others],
+                self.reference_potentials[step, correction, others].float(),
+                torch.cat([potentials[own], potentials[count + others]]),
+                blur=self.config.blur,
+                x_weights=weights,
+            )
+        return gradient

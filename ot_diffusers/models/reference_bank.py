@@ -42,12 +42,15 @@ class ReferenceBank(PortableModel, ConfigMixin):
         data_fingerprint: content hash of that data set, the same as in the configuration of the feature network.
         thumbnail_shape: (C, H, W) of the thumbnails; None for features alone.
         pixel_scale: median distance between thumbnails.
+        num_classes: number of classes of references with labels, which guide images of each class by themselves.
 
     Example:
         >>> bank = ReferenceBank.from_features(torch.randn(100, 16), feature_scale=2.0)
         >>> bank.references().shape
         torch.Size([100, 16])
     """
+
+    labels: Tensor | None
 
     @register_to_config
     def __init__(
@@ -59,6 +62,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
         data_fingerprint: str | None = None,
         thumbnail_shape: tuple[int, int, int] | None = None,
         pixel_scale: float = 1.0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         require_sizes(num_samples=num_samples, feature_dim=feature_dim)
@@ -70,6 +74,10 @@ class ReferenceBank(PortableModel, ConfigMixin):
         if thumbnail_shape is not None:
             require_sizes(**{f"thumbnail_shape[{axis}]": size for axis, size in enumerate(thumbnail_shape)})
             self.thumbnails = nn.Parameter(torch.zeros(num_samples, *thumbnail_shape), requires_grad=False)
+        if num_classes is not None:
+            require_sizes(num_classes=num_classes)
+        labels = None if num_classes is None else torch.zeros(num_samples, dtype=torch.long)
+        self.register_buffer("labels", labels)
 
     @classmethod
     def from_features(
@@ -80,8 +88,11 @@ class ReferenceBank(PortableModel, ConfigMixin):
         dataset: str | None = None,
         data_fingerprint: str | None = None,
         images: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_classes: int | None = None,
     ) -> ReferenceBank:
-        """A reference set of `features`, [N, D], N ≥ 2, with thumbnails of their `images`, [N, C, H, W] in [-1, 1]."""
+        """A reference set of `features`, [N, D], N ≥ 2, with thumbnails of their `images`, [N, C, H, W] in [-1, 1], and
+        their `labels`, integers [N] from 0 to `num_classes` − 1 (by default the largest label)."""
         require(features.ndim == 2, "features", "have shape [N, D]", tuple(features.shape))
         require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
         small, pixels = None, {}
@@ -91,8 +102,17 @@ class ReferenceBank(PortableModel, ConfigMixin):
             require_model_range(images)
             small = thumbnails(images.float())
             pixels = {"thumbnail_shape": tuple(small.shape[1:]), "pixel_scale": median_distance(small.flatten(1))}
+        if labels is not None:
+            fits = tuple(labels.shape) == (len(features),) and not labels.is_floating_point()
+            require(fits, "labels", f"be {len(features)} integers", tuple(labels.shape))
+            num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+            in_range = int(labels.min()) >= 0 and int(labels.max()) < num_classes
+            require(in_range, "labels", f"lie in 0 … {num_classes - 1}", (int(labels.min()), int(labels.max())))
+            pixels |= {"num_classes": num_classes}
         bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, **pixels)
         bank.features.data.copy_(features)
+        if bank.labels is not None and labels is not None:
+            bank.labels.copy_(labels)
         if bank.thumbnails is not None and small is not None:
             bank.thumbnails.data.copy_(small)
         return bank

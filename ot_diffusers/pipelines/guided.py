@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..errors import require, require_integer, require_number
+from ..errors import InputError, require, require_integer, require_number
 from ..guidance import RECORDED, OTGuidance, check_same_data, check_takes
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
@@ -119,8 +119,7 @@ class GuidedPipeline(PortablePipeline):
 
     @property
     def class_labels(self) -> Tensor | None:
-        """Labels of the images of the last call, int64 [B]; None without classes. The null label, C, stands for a class
-        that is not known."""
+        """Labels of the images of the last call, int64 [B]; None without classes, or where they are not known."""
         return self._class_labels
 
     @property
@@ -232,6 +231,9 @@ class GuidedPipeline(PortablePipeline):
             complete, "guidance_scale", "be 0 for a pipeline without `feature_extractor` and `reference_bank`", scale
         )
         check_takes(self.feature_extractor, image_shape, "feature_extractor")
+        known = self.reference_bank.config.num_classes
+        agree = known is None or self.classes is None or known == len(self.classes)
+        require(agree, "reference_bank", f"have the {len(self.classes or ())} classes of the pipeline", known)
         names = ("num_correction_steps", *RECORDED)
         recorded = {name: self.guidance_field.config[name] for name in names} if follows_field else {}
         guidance = OTGuidance(
@@ -263,21 +265,32 @@ class GuidedPipeline(PortablePipeline):
             return classes.draw(batch_size, generator, self._execution_device)
         return classes.labels_of(class_labels, batch_size)
 
-    def _conditions(self, labels: Tensor | None, class_guidance_scale: float) -> Conditions | None:
-        """The conditions of the denoiser in a call with these labels; None where it has no classes.
+    def _guiding_labels(self, guidance: OTGuidance) -> Tensor | None:
+        """Labels of the images for the correction of x̂0; None where they are not known, or where the guidance field or
+        else the reference set has none."""
+        followed = guidance.guidance_field or self.reference_bank
+        return None if followed.labels is None else self._class_labels
+
+    def _conditions(self, labels: Tensor | None, batch_size: int, class_guidance_scale: float) -> Conditions | None:
+        """The conditions of the denoiser in a call with these labels, or with the null label where they are not known;
+        None where it has no classes.
 
         Raises:
-            InputError: guidance by class for a denoiser without classes or without a null label.
+            InputError: guidance by class for a denoiser without classes, or a null label that it does not have.
         """
         name, size = "class_guidance_scale", self.unet.config.get("num_class_embeds")
         require_number(name, class_guidance_scale, at_least=0)
         self._class_labels, plain = labels, class_guidance_scale == 1
         require(plain or size is not None, name, "be 1 for an unconditional model", class_guidance_scale)
-        if labels is None or size is None or self.classes is None:
+        if size is None or self.classes is None:
             return None
         null_label = self.classes.null_label
         requirement = "be 1 for a denoiser that was not trained with a null label"
         require(plain or null_label is not None, name, requirement, class_guidance_scale)
+        if labels is None:
+            if null_label is None:
+                raise InputError("`class_labels` must be given to a denoiser without a null label, got None")
+            labels = torch.full((batch_size,), null_label)
         return Conditions(labels, null_label, class_guidance_scale)
 
     def _prepare_chain(
@@ -354,7 +367,8 @@ class GuidedPipeline(PortablePipeline):
         channels, a, b = model_input.shape[1], *prediction_coefficients(chain.scheduler, timestep, step)
         sample, predicted = model_input.float(), model_output[:, :channels].float()
         guidance.guidance_scale = self._guidance_scale
-        corrected = guidance.correct((a * sample + b * predicted).clamp(-1, 1), timestep)
+        labels = self._guiding_labels(guidance)
+        corrected = guidance.correct((a * sample + b * predicted).clamp(-1, 1), timestep, labels)
         guided = ((corrected - a * sample) / b).to(model_output.dtype)
         return torch.cat([guided, model_output[:, channels:]], dim=1)
 

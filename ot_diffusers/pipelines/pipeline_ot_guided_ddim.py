@@ -191,7 +191,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 "metric": metric,
                 "joint_batch": joint_batch,
             },
-            self._conditions(labels, class_guidance_scale),
+            self._conditions(labels, batch_size, class_guidance_scale),
         )
 
         # 2. Prepare latents, denoise.

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..errors import InputError, require, require_integer
+from ..errors import require, require_integer
 from ..guidance import OTGuidance
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
@@ -206,7 +206,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
                 "metric": metric,
                 "joint_batch": joint_batch,
             },
-            self._conditions(labels, class_guidance_scale),
+            self._conditions(labels, batch_size, class_guidance_scale),
         )
         prior_timesteps = self._prior_timesteps(chain.guidance, latents, num_prior_guidance_steps)
         self._warn_of_remainder(chain)
@@ -228,19 +228,14 @@ class TruncatedPriorPipeline(GuidedPipeline):
         generator: Generators,
         latents: Tensor | None = None,
     ) -> Tensor | None:
-        """As for any chain, but images whose class is not known get the null label: those of a prior that makes images
-        of any class, or of given latents. A prior of classes draws them itself for a denoiser without classes."""
+        """As for any chain, but None where the class is not known: for images of a prior that makes images of any class
+        or that draws classes itself, for a denoiser without them, and for images of given latents."""
         if class_labels is not None:
             takes = self.prior.num_classes is not None or self.draws_labels or latents is not None
             requirement = f"be none for a {type(self.prior).__name__} that makes images of any class"
             require(takes or self.classes is None, "class_labels", requirement, class_labels)
-        elif self.classes is None or self.unet.config.get("num_class_embeds") is None:
-            return None
         elif not self.draws_labels or (latents is not None and self.prior.nfe > 0):
-            null_label = self.classes.null_label
-            if null_label is None:
-                raise InputError("`class_labels` must be given to a denoiser without a null label, got None")
-            return torch.full((batch_size,), null_label)
+            return None
         return super()._chosen_labels(class_labels, batch_size, generator)
 
     def _prepare_latents(
@@ -264,7 +259,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
             if chain.guidance and prior_timesteps:
                 images = images.clamp(-1, 1)
                 for timestep in prior_timesteps:
-                    images = chain.guidance.correct(images, timestep)
+                    images = chain.guidance.correct(images, timestep, self._guiding_labels(chain.guidance))
             latents = self.prior.diffuse(images, alpha, sigma, generator=generator)
         latents = latents.to(device=device, dtype=dtype)
         finite.watch(name, latents)
