@@ -292,6 +292,9 @@ def _title(facts: CardFacts) -> str:
 
 def _summary(facts: CardFacts) -> str:
     summary = KINDS[facts.class_name].summary.format_map(facts.config)
+    if facts.config.get("classes"):
+        summary = summary.replace("An unconditional", "A class-conditional")
+        summary += f" Its classes, by name for `class_labels`: {facts.config['classes']}."
     return f"{summary} {GUIDANCE}" if facts.guided else summary
 
 
@@ -327,6 +330,11 @@ def _use(facts: CardFacts) -> str:
         f'images[0].save("sample.png")\n```'
     )
     notes = [f"Install the package by `pip install {package}`."]
+    if facts.config.get("classes"):
+        notes.append(
+            "`class_labels` takes names or numbers of classes, one for all images or one for each; without it, they are "
+            "drawn by their frequencies in the training data."
+        )
     if facts.config.get("noise_coupling") not in (None, "independent"):
         notes.append(
             "Noise and images were paired by optimal transport in training. A few steps are enough, and the sampler "
@@ -339,7 +347,8 @@ def _use(facts: CardFacts) -> str:
             "Guidance compares the whole batch with real images: generate 64 images or more at once. "
             "`guidance_scale=0` turns guidance off."
         )
-    return f"{snippet}\n\n{' '.join([*notes, NOTES.get(name, '')])}".rstrip()
+    opens_elsewhere = name != "OTGuidedDDIMPipeline" or not facts.config.get("classes")  # DDIMPipeline has no labels
+    return f"{snippet}\n\n{' '.join([*notes, NOTES.get(name, '') if opens_elsewhere else ''])}".rstrip()
 
 
 def _training(facts: CardFacts) -> str:

@@ -28,6 +28,7 @@ from ..data import HUB_IDS
 from ..errors import InputError, require
 from ..files import check_folder, local_or_hub, user_path
 from ..outgoing import outgoing_files
+from ..pipelines.classes import LISTED
 from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from ..sampling import load_pipeline, network_calls, sample_images, save_grid
 from ..schedules import prediction_type_of
@@ -260,6 +261,9 @@ def scheduler_facts(pipeline: Any) -> dict[str, Any]:
     }
     if isinstance(pipeline, TruncatedPriorPipeline):
         facts["truncation_timestep"] = pipeline.truncation_timestep
+    names = list(getattr(pipeline, "labels", ()))
+    if names:
+        facts["classes"] = ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
     return facts
 
 

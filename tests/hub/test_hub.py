@@ -341,6 +341,17 @@ def test_a_truncated_card_may_start_at_another_timestep(tmp_path: Path, capfd: p
     assert "The denoiser was trained by `train_baseline.py`" in card
 
 
+def test_a_card_names_the_classes(tmp_path: Path) -> None:
+    unet, named = make_unet(num_class_embeds=3), {0: "cats", 1: "dogs"}
+    OTGuidedDDIMPipeline(unet, DDIMScheduler(), id2label=named).save_pretrained(tmp_path / "run")
+    options = ("--num-images", 4, "--num-inference-steps", 2)
+    assert command("card", tmp_path / "run", "--output", tmp_path / "card", *options) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "A class-conditional DDIM pipeline. Its classes, by name for `class_labels`: cats, dogs." in card
+    assert "loads as a plain" not in card  # where it could not sample
+    assert OTGuidedDDIMPipeline.from_pretrained(tmp_path / "card").labels == {"cats": 0, "dogs": 1}
+
+
 def test_a_card_without_an_evaluation_says_so() -> None:
     card = render_card(CardFacts("user/model", "OTGuidedDDIMPipeline", {"unet": 10}))
     assert "has not been evaluated" in card.text and card.data.eval_results is None
