@@ -14,7 +14,7 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from makers import ROOT
 from makers.loopback_hub import LoopbackHub
-from makers.models import digits, make_guided, make_truncated, save_pipeline
+from makers.models import digits, make_guided, make_truncated, make_unet, save_pipeline
 
 from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.cli import make_parser
@@ -45,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flow = FlowMatchPipeline.from_pipe(guided, scheduler=FlowMatchEulerDiscreteScheduler())
     for place in ("runs/demo/ot", "runs/digits/few-step"):
         flow.save_pretrained(folder / place)
+    unet, named = make_unet(num_class_embeds=3), {0: "cats", 1: "dogs"}
+    FlowMatchPipeline(unet, flow.scheduler, id2label=named).save_pretrained(folder / "runs/classes/ot")
     guided.save_pretrained(folder / "ot-diffusers/digits-ot-guided")
     for name in ("digits-ot-guided", "mnist-ot-guided"):
         guided.save_pretrained(folder / "model_cards" / name)
