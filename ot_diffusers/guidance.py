@@ -259,10 +259,10 @@ class OTGuidance:
         return gradient / (progress / LONGEST_STEP).clamp(min=1)[:, None, None, None]
 
     def _class_groups(self, class_labels: Tensor, images: Tensor) -> ClassGroups:
-        """The groups of a batch with these labels, which are those of the last correction for the same tensor."""
+        """The groups of a batch with these labels; within a chain, those of its last correction for the same tensor."""
         known = self._reference_labels
         require(known is not None, "class_labels", "be none for a reference set without labels", class_labels)
-        if self._groups is None or self._groups[0] is not class_labels:
+        if not self._in_chain or self._groups is None or self._groups[0] is not class_labels:
             fits = tuple(class_labels.shape) == (len(images),)
             require(fits, "class_labels", f"have shape ({len(images)},)", tuple(class_labels.shape))
             assert known is not None

@@ -332,8 +332,8 @@ def _use(facts: CardFacts) -> str:
     notes = [f"Install the package by `pip install {package}`."]
     if facts.config.get("classes"):
         notes.append(
-            "`class_labels` takes names or numbers of classes, one for all images or one for each; without it, they are "
-            "drawn by their frequencies in the training data."
+            "`class_labels` takes names or numbers of classes, one for all images or one for each; without it, they "
+            "are drawn by their frequencies in the training data."
         )
     if facts.config.get("noise_coupling") not in (None, "independent"):
         notes.append(
