@@ -273,7 +273,8 @@ def _sample_rows(pipeline: Pipeline, rows: Tensor, seed: int, call_arguments: di
 
 
 def check_call_arguments(pipeline: Pipeline, call_arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the pipeline's call does not have, and numbers of steps out of range.
+    """Refuse arguments that the pipeline's call does not have, numbers of steps out of range, and a denoiser with
+    classes in a pipeline of diffusers, which has no labels for it.
 
     Raises:
         InputError: such an argument, by its name.
@@ -284,6 +285,9 @@ def check_call_arguments(pipeline: Pipeline, call_arguments: dict[str, Any]) -> 
         hint = ", or come with the features that guide (--features RUN)" if name in guided else ""
         hint = "" if name.startswith("class_") else hint
         require(name in parameters, name, f"be left out for a {type(pipeline).__name__}{hint}", value)
+    has_labels = pipeline.unet.config.get("num_class_embeds") is None or hasattr(pipeline, "classes")
+    kind = "be an OTGuidedDDIMPipeline, whose call takes labels, for a denoiser with classes"
+    require(has_labels, "pipeline", kind, type(pipeline).__name__)
     steps, length = call_arguments.get("num_inference_steps"), pipeline.scheduler.config.num_train_timesteps
     if steps is not None:
         require_integer("num_inference_steps", steps, at_least=1)

@@ -3,8 +3,9 @@
     accelerate launch train/train_baseline.py --config configs/mnist/baseline.yaml output_dir=runs/mnist-baseline
 
 The run's folder opens with `DDIMPipeline.from_pretrained(output_dir)`, or with `FlowMatchPipeline` after
-`prediction_type=flow_prediction`; it also holds the losses per epoch (`metrics.jsonl`), sample grids, checkpoints and
-TensorBoard logs. The same command, run again, resumes where it stopped.
+`prediction_type=flow_prediction`, or `OTGuidedDDIMPipeline` after `class_conditional=true`; it also holds the losses
+per epoch (`metrics.jsonl`), sample grids, checkpoints and TensorBoard logs. The same command, run again, resumes where
+it stopped.
 """
 
 from diffusers.training_utils import EMAModel

@@ -133,7 +133,8 @@ def class_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 def listed(class_labels: ClassLabels | None) -> Sequence[int | str] | None:
     """Labels of several images as a list; None for one label, or none."""
-    values = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
+    values: Any = class_labels
+    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor or an array
     return values if isinstance(values, Sequence) and not isinstance(values, str) else None
 
 

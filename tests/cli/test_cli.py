@@ -242,6 +242,9 @@ def test_classes_are_sampled_kept_with_the_images_and_evaluated(
     (tmp_path / "drawn" / "metadata.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(InputError, match=r"`images` must have a label for every picture in its metadata\.jsonl"):
         read_class_names(tmp_path / "drawn")
+    save_pipeline(tmp_path / "stock", unet)
+    assert run("sample", tmp_path / "stock", "--output", tmp_path / "new") == 2
+    assert "`pipeline` must be an OTGuidedDDIMPipeline" in capfd.readouterr().err
     assert run(*sample, "--class-labels", "10", "--output", tmp_path / "images") == 2
     assert "`class_labels` must lie in 0 … 9, got 10" in capfd.readouterr().err
 
