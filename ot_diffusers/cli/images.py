@@ -81,6 +81,7 @@ def _evaluate(arguments: argparse.Namespace, picture: Path | None) -> dict[str, 
     only helped to sample."""
     from ..evaluation.evaluate import evaluate_images, real_floor, sample_count
     from ..evaluation.extractors import dataset_facts, evaluator_facts, labels_by_name, load_evaluator, load_real_images
+    from ..evaluation.metric_table import HEADLINE, OF_CLASSES
     from ..outgoing import last_name, public_name
     from ..reporting.page import provenance
 
@@ -104,6 +105,7 @@ def _evaluate(arguments: argparse.Namespace, picture: Path | None) -> dict[str, 
         **dataset_facts(test),
         "num_samples": len(images),
         "extractor": evaluator_facts(evaluator, reference),
+        **({} if labels is None else {"headline": [*HEADLINE, *(name for name in OF_CLASSES if name in metrics)]}),
         "arms": {last_name(arguments.images): {"metrics": metrics, **cost}},
         "floor": {"metrics": floor},
         "provenance": provenance() | {"seed": arguments.seed, "dtype": arguments.dtype, "sampling": sampling},

@@ -126,6 +126,9 @@ HEADLINE = (
 )
 """The metrics of the short tables, unless the results name others."""
 
+OF_CLASSES = ("class_accuracy", "class_frechet_distance")
+"""Metrics of images whose classes are known; short tables of such images have them too."""
+
 COSTS = {
     "nfe": "NFE",
     "seconds": "seconds",

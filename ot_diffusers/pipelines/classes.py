@@ -48,10 +48,11 @@ class Classes:
     null_label: int | None
 
     @classmethod
-    def from_counts(cls, counts: Mapping[str, int]) -> Classes:
-        """The classes of a data set, of which a denoiser is trained that also knows a null label."""
+    def from_counts(cls, counts: Mapping[str, int], *, has_null_label: bool = True) -> Classes:
+        """The classes of a data set, by the number of images of each."""
         total = sum(counts.values())
-        return cls(tuple(counts), tuple(count / total for count in counts.values()), len(counts))
+        null_label = len(counts) if has_null_label else None
+        return cls(tuple(counts), tuple(count / total for count in counts.values()), null_label)
 
     @classmethod
     def of(
@@ -79,6 +80,11 @@ class Classes:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def size(self) -> int:
+        """Labels of the denoiser: those of the classes, and the null label where there is one."""
+        return len(self) + (self.null_label is not None)
 
     @property
     def options(self) -> dict[str, dict[int, Any]]:

@@ -214,7 +214,9 @@ def load_checkpoint(run: Path, checkpoint: Path, images: ImageSet, features: str
     names = {field.name for field in dataclasses.fields(BaselineConfig)}
     config = make_config(BaselineConfig, {name: value for name, value in options.items() if name in names})
     channels, height, width = images.images.shape[1:]
-    classes = Classes.from_counts(counts) if config.class_conditional else None
+    classes = None
+    if config.class_conditional:
+        classes = Classes.from_counts(counts, has_null_label=config.class_dropout > 0)
     unet = make_unet(config, (channels, height, width), classes).eval()
     averaged = load_file(checkpoint / "ema.safetensors")
     with torch.no_grad():

@@ -27,15 +27,18 @@ from ..schedules import Scheduler, matches_flow, record_coupling
 
 def make_classes(config: DiffusionConfig, images: ResidentImages | StreamedImages) -> Classes | None:
     """The classes that the denoiser knows, with their frequencies in these images; None for an unconditional one.
+    Without `class_dropout` there is no null label, which would never be trained.
 
     Raises:
         InputError: images without usable labels.
     """
-    return Classes.from_counts(class_counts(images)) if config.class_conditional else None
+    if not config.class_conditional:
+        return None
+    return Classes.from_counts(class_counts(images), has_null_label=config.class_dropout > 0)
 
 
 def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int], classes: Classes | None = None) -> UNet2DModel:
-    """A `UNet2DModel` for images of `image_shape` (C, H, W), which takes labels of these classes and a null label."""
+    """A `UNet2DModel` for images of `image_shape` (C, H, W), which takes the labels of these classes."""
     channels, height, width = image_shape
     levels = len(config.block_out_channels)
     require(height == width, "image_size", "be given for images that are not square", image_shape)
@@ -57,7 +60,7 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int], classes
         norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
         add_attention=bool(config.attention_levels),
-        num_class_embeds=None if classes is None else len(classes) + 1,
+        num_class_embeds=None if classes is None else classes.size,
     )
 
 

@@ -235,6 +235,7 @@ def test_classes_are_sampled_kept_with_the_images_and_evaluated(
         options = ("--evaluator", evaluator, "--num-samples", 40, "--num-inference-steps", 1, "--json")
         assert run("evaluate", images, "--dataset", "digits", *options) == 0
         results = json.loads(capfd.readouterr().out)
+        assert results["headline"][-2:] == ["class_accuracy", "class_frechet_distance"]
         scores += [arm["metrics"] for arm in results["arms"].values()]
         assert results["floor"]["metrics"].keys() == scores[-1].keys() > {"class_accuracy", "class_frechet_distance"}
     assert scores[0] == scores[1]

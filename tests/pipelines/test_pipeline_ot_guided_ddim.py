@@ -355,7 +355,6 @@ def test_a_small_batch_is_warned_of(monkeypatch):
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"batch_size": "4"}, "`batch_size` must be an integer, got '4'"),
         ({"batch_size": 2.0}, r"`batch_size` must be an integer, got 2\.0"),
-        ({"batch_size": None}, "`batch_size` must be an integer, got None"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
         ({"num_inference_steps": 1001}, "`num_inference_steps` must be from 1 to 1000, got 1001"),
         ({"num_inference_steps": "5"}, "`num_inference_steps` must be an integer, got '5'"),

@@ -17,7 +17,14 @@ from ot_diffusers import FlowMatchPipeline, SemidiscreteCoupling
 from ot_diffusers.config import BaselineConfig
 from ot_diffusers.data import ResidentImages
 from ot_diffusers.errors import InputError
-from ot_diffusers.training import DiffusionBatch, Schedule, diffusion_batches, make_accelerator, make_noise_scheduler
+from ot_diffusers.training import (
+    DiffusionBatch,
+    Schedule,
+    diffusion_batches,
+    make_accelerator,
+    make_classes,
+    make_noise_scheduler,
+)
 from ot_diffusers.training.coupling import make_coupling
 
 COUPLINGS = ("independent", "assignment", "semidiscrete")
@@ -122,6 +129,8 @@ def test_labels_and_couplings_that_do_not_fit_are_named(cache: Path, tmp_path: P
         changed = dataclasses.replace(config, **options | {"coupling": str(tmp_path / options["coupling"])})
         with pytest.raises(InputError, match=message):
             make_coupling(changed, images, accelerator)
+    without_null = make_classes(dataclasses.replace(config, class_dropout=0), images)
+    assert without_null is not None and without_null.null_label is None and without_null.size == 2
     with pytest.raises(InputError, match="`dataset` must have two training images or more of class 'b', got 1"):
         rare = images_of(torch.tensor([0] * 63 + [1]), class_names=("a", "b"))
         make_coupling(config, rare, accelerator)
