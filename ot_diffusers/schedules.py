@@ -350,12 +350,12 @@ class Chain:
         clips = scheduler.config.get("clip_sample", False)
         return cls(tuple(steps), scheduler.config.get("clip_sample_range", 1.0) if clips else None)
 
-    def __call__(self, unet: nn.Module, noise: Tensor) -> Tensor:
-        """Finished images in [-1, 1], [B, C, H, W], of standard normal noise. The gradient flows through every
-        call, but not where the last one leaves the range."""
+    def __call__(self, unet: nn.Module, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Finished images in [-1, 1], [B, C, H, W], of standard normal noise, and of these classes, int64 [B], for a
+        denoiser with classes. The gradient flows through every call, but not where the last one leaves the range."""
         z = noise
         for step in self.steps:
-            output = unet(z, torch.tensor(step.time, device=z.device)).sample
+            output = unet(z, torch.tensor(step.time, device=z.device), class_labels).sample
             clean = step.a * z + step.b * output
             rest = (z - step.alpha * clean) / step.sigma
             if self.clip_range is not None:

@@ -5,8 +5,8 @@
 The sampler is run to its end in `num_inference_steps` calls, the finished images are compared with real ones by the
 Sinkhorn divergence in several levels of features and in pixels, and the gradient flows through all calls. There is no
 teacher and no adversary. The images of all accumulated passes and processes are compared as one set, in the memory of
-one pass. The run's folder opens as the pipeline it came from, which then takes this number of calls by default. The
-same command, run again, resumes where it stopped.
+one pass; for a denoiser with classes, it is a set of pairs of image and label. The run's folder opens as the pipeline
+it came from, which then takes this number of calls by default. The same command, run again, resumes where it stopped.
 """
 
 import copy
@@ -21,7 +21,7 @@ from ot_diffusers.config import FewStepConfig
 from ot_diffusers.errors import InputError, require
 from ot_diffusers.launch import launched, run_script
 from ot_diffusers.pipelines.call import check_networks, unet_image_shape
-from ot_diffusers.sampling import load_pipeline
+from ot_diffusers.sampling import check_call_arguments, load_pipeline
 from ot_diffusers.schedules import Chain
 from ot_diffusers.seeds import seeded_generator
 from ot_diffusers.training import (
@@ -47,7 +47,9 @@ from ot_diffusers.training.few_step import (
     few_step_schedule,
     few_step_scheduler,
     surrogate,
+    tuned_labels,
 )
+from ot_diffusers.training.records import GRID_COLUMNS, grid_rows
 from ot_diffusers.training.sample_checks import SampleChecks
 
 
@@ -62,6 +64,7 @@ def main(config: FewStepConfig) -> None:
 
     # The pipeline that is tuned, its chain of few calls, and the network before tuning.
     source = load_source(config, images.image_shape)
+    labels = tuned_labels(source, images, config, schedule)
     scheduler, unet = few_step_scheduler(source.scheduler), source.unet.eval()  # a chain is made twice: without dropout
     frozen = copy.deepcopy(unet).requires_grad_(False).to(accelerator.device)
     chain = Chain.of(scheduler, config.num_inference_steps)
@@ -73,17 +76,19 @@ def main(config: FewStepConfig) -> None:
     open_run(config, accelerator, images, pretrained=frozen, feature_extractor=levels.network)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
-    checks = SampleChecks.of(config, chain, levels, images, validation_images)
+    checks = SampleChecks.of(config, chain, levels, images, validation_images, labels)
 
     # Loop.
-    for batch in few_step_batches(images, state.model, chain, levels, config, schedule, accelerator, state.update):
+    batches = few_step_batches(images, state.model, chain, levels, config, schedule, accelerator, state.update, labels)
+    for batch in batches:
         with accelerator.accumulate(state.model):
-            finished = chain(state.model, batch.noise) if batch.finished is None else batch.finished
+            made = batch.finished
+            finished = chain(state.model, batch.noise, batch.class_labels) if made is None else made
             loss = surrogate(levels(finished), batch, schedule)
             terms = {config.objective: batch.loss}
             if config.anchor_weight > 0:
                 with torch.no_grad():
-                    before = chain(frozen, batch.noise)
+                    before = chain(frozen, batch.noise, batch.class_labels)
                 terms["anchor"] = config.anchor_weight * (finished - before).square().mean()
                 loss = loss + terms["anchor"]
             state.backward(accelerator, loss, config.max_grad_norm)
@@ -120,7 +125,8 @@ def load_source(config: FewStepConfig, image_shape: tuple[int, int, int]) -> Any
     try:
         source = load_pipeline(config.pretrained)
         shape = unet_image_shape(source.unet)
-        check_networks(source.unet, source.scheduler, shape)
+        check_networks(source.unet, source.scheduler, shape, may_have_classes=True)
+        check_call_arguments(source, {})
     except InputError as error:
         raise InputError(str(error).replace("`pipeline`", "`pretrained`")) from error
     require(shape == image_shape, "pretrained", f"be trained on images of shape {image_shape}", shape)
@@ -128,21 +134,24 @@ def load_source(config: FewStepConfig, image_shape: tuple[int, int, int]) -> Any
     return source
 
 
-def save_grid(pipeline: Any, state: TrainingState, config: FewStepConfig, accelerator: Any, rows: int = 6) -> None:
-    """`samples/update-N.png`: rows² images of the saved pipeline in its number of calls."""
+def save_grid(pipeline: Any, state: TrainingState, config: FewStepConfig, accelerator: Any) -> None:
+    """`samples/update-N.png`: images of the saved pipeline in its number of calls, with a row for each class as those
+    of denoisers have."""
     if wants_grid(state, config):
         pipeline.set_progress_bar_config(disable=True)
         generator = seeded_generator(config.seed)
+        rows, labels = grid_rows(getattr(pipeline, "classes", None))
         (images,) = pipeline(
-            rows**2,
+            rows * GRID_COLUMNS,
             generator=generator,
             num_inference_steps=config.num_inference_steps,
             return_dict=False,
             **({"guidance_scale": 0} if hasattr(pipeline, "feature_extractor") else {}),
+            **labels,
         )
         folder = Path(config.output_dir) / "samples"
         folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows, rows).save(folder / f"update-{state.update:08d}.png")
+        make_image_grid(images, rows, GRID_COLUMNS).save(folder / f"update-{state.update:08d}.png")
 
 
 if __name__ == "__main__":

@@ -434,11 +434,14 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
             truncation_timestep: T' at which the chain behind the prior starts.
 
         Raises:
-            InputError: a pipeline that was not tuned for a number of calls, or one with another scheduler.
+            InputError: a pipeline that was not tuned for a number of calls, one with another scheduler, or one of a
+                denoiser with classes.
         """
         unet, scheduler = pipeline.unet, pipeline.scheduler
         calls, name = scheduler.config.get("_num_inference_steps"), type(scheduler).__name__
         require(calls is not None, "pipeline", "be tuned for a few calls by train_few_step.py", name)
+        size = unet.config.get("num_class_embeds")
+        require(size is None, "pipeline", "be unconditional, since a prior has no labels", f"num_class_embeds={size}")
         own = isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler))
         require(own, "pipeline", "have the scheduler that it was tuned with (DDIM or flow matching)", name)
         chain = Chain.of(copy.deepcopy(scheduler), calls)

@@ -9,6 +9,10 @@ all images together, and the network's graph only one part of them at a time:
    is the gradient of L, exactly.
 
 Where one pass of one process makes them all, they are made once, with a graph.
+
+A denoiser with classes is tuned on the joint law of image and label: generated pairs (x_i, y_i) are compared with real
+ones, in levels that end in a scaled one-hot of the label. Every class has the same share of both sides in each update,
+and classes are far apart, so that transport and kernels compare images within their class.
 """
 
 from __future__ import annotations
@@ -21,17 +25,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ..config import FewStepConfig
 from ..data import evenly_spaced
-from ..errors import require
-from ..features import check_trained_on, load_feature_extractor
+from ..errors import require, shown
+from ..features import check_trained_on, class_counts, labels_of, load_feature_extractor
 from ..images import thumbnails, to_unit_range
 from ..losses.priors import denoiser_features, frechet_transport, network_features, sinkhorn_transport
 from ..models.backbone_extractor import BackboneFeatureExtractor
+from ..pipelines.classes import class_options
 from ..schedules import Chain, Scheduler, matches_flow, prediction_type_of, preserves_variance, record_calls
 from ..seeds import keyed_generator
 from ..transport import median_distance
@@ -43,6 +49,8 @@ SCALED_BY = 1000
 """Real images, evenly spaced, whose median distance is the unit of each level."""
 FEWEST_NOISE_CALLS = 4
 """Calls from which a network of noise prediction can be tuned."""
+CLASS_DISTANCE = 10.0
+"""Distance between classes in the joint law, where the median distance of real images is 1."""
 
 PEERS: dict[str, Callable[..., Tensor]] = {
     "mmd": squared_mmd,
@@ -124,6 +132,15 @@ def backbone_features(network: BackboneFeatureExtractor, images: Tensor) -> Leve
     return (network(to_unit_range(images), return_dict=False)[0],)
 
 
+def with_labels(levels: Levels, class_labels: Tensor | None) -> Levels:
+    """Levels of (image, label) pairs, `CLASS_DISTANCE` apart between classes: [N, D + C] each, of levels [N, D] and
+    labels [N], where C − 1 is the largest label. Without labels, the levels themselves."""
+    if class_labels is None:
+        return levels
+    one_hot = F.one_hot(class_labels) * (CLASS_DISTANCE / 2**0.5)
+    return tuple(torch.cat([level, one_hot.to(level)], dim=1) for level in levels)
+
+
 # --- The loss ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,12 +176,14 @@ class FewStepBatch:
         gradients: ∂L/∂ψ of these rows for each level, [B, D] each.
         loss: L of the whole update, 0-d.
         finished: the images of all rows with their graph, where there is one pass; None where each pass makes its own.
+        class_labels: of these rows, int64 [B]; None for an unconditional denoiser.
     """
 
     noise: Tensor
     gradients: Levels
     loss: Tensor
     finished: Tensor | None = None
+    class_labels: Tensor | None = None
 
 
 def few_step_batches(
@@ -176,9 +195,13 @@ def few_step_batches(
     schedule: Schedule,
     accelerator: Accelerator,
     start: int,
+    labels: Tensor | None = None,
 ) -> Iterator[FewStepBatch]:
     """The passes of every update from `start` on. Noise and references are functions of (seed, update); each process
-    takes its rows, and all solve the same problem."""
+    takes its rows, and all solve the same problem.
+
+    With `labels`, those of the data set [N], the generated images and the pair have the labels of the references.
+    """
     passes = schedule.global_batch_size // schedule.forward_batch_size
     share = passes * config.train_batch_size
     in_one_pass = schedule.global_batch_size == config.train_batch_size
@@ -192,21 +215,35 @@ def few_step_batches(
             )[rows].split(config.train_batch_size)
             for use in ("generated", "pair")
         )
-        finished = chain(unet, noise[0]) if in_one_pass else None
+        order = reference_rows(images, config, schedule, update, repeat=labels is not None)
+        real_labels = None if labels is None else labels[order].to(accelerator.device)
+        asked = None if real_labels is None else real_labels.repeat(schedule.global_batch_size // len(order))
+        told = [None] * passes if asked is None else asked[rows].split(config.train_batch_size)
+        finished = chain(unet, noise[0], told[0]) if in_one_pass else None
         with torch.no_grad():
             made = gathered(
-                [levels(chain(unet, part) if finished is None else finished) for part in noise], accelerator
+                [
+                    levels(chain(unet, *part) if finished is None else finished)
+                    for part in zip(noise, told, strict=True)
+                ],
+                accelerator,
             )
-            pair = gathered([levels(chain(unet, part)) for part in other], accelerator)
-            reference = reference_levels(images, levels, config, schedule, accelerator, update)
+            pair = gathered([levels(chain(unet, *part)) for part in zip(other, told, strict=True)], accelerator)
+            reference = reference_levels(images, levels, config, accelerator, update, order)
         leaves = tuple(level.requires_grad_() for level in made)
         options: dict[str, Any] = {"objective": config.objective, "blur": config.blur, "scaling": config.scaling}
         with torch.enable_grad():
-            loss = finished_loss(leaves, reference, pair, levels.weights, **options)
+            loss = finished_loss(
+                with_labels(leaves, asked),
+                with_labels(reference, real_labels),
+                with_labels(pair, asked),
+                levels.weights,
+                **options,
+            )
             gradients = torch.autograd.grad(loss, leaves)
         own = [gradient[rows].split(config.train_batch_size) for gradient in gradients]
-        for index, part in enumerate(noise):
-            yield FewStepBatch(part, tuple(level[index] for level in own), loss.detach(), finished)
+        for index, (part, classes) in enumerate(zip(noise, told, strict=True)):
+            yield FewStepBatch(part, tuple(level[index] for level in own), loss.detach(), finished, classes)
 
 
 def surrogate(levels: Levels, batch: FewStepBatch, schedule: Schedule) -> Tensor:
@@ -219,17 +256,24 @@ def surrogate(levels: Levels, batch: FewStepBatch, schedule: Schedule) -> Tensor
     )
 
 
+def reference_rows(images: Images, config: FewStepConfig, schedule: Schedule, update: int, repeat: bool) -> Tensor:
+    """The real images of an update, new ones every time: as many as asked for, or as there are. With `repeat` they are
+    as many as asked for, and come again only after all others have."""
+    count = config.num_reference_samples or schedule.global_batch_size
+    order = torch.randperm(len(images), generator=keyed_generator("cpu", config.seed, "references", update))
+    return order[torch.arange(count) % len(order)] if repeat else order[:count]
+
+
 def reference_levels(
     images: Images,
     levels: ComparedLevels,
     config: FewStepConfig,
-    schedule: Schedule,
     accelerator: Accelerator,
     update: int,
+    order: Tensor,
 ) -> Levels:
-    """Levels of real images, new ones at every update, without repeats within one; each process extracts its share."""
-    count = min(config.num_reference_samples or schedule.global_batch_size, len(images))
-    order = torch.randperm(len(images), generator=keyed_generator("cpu", config.seed, "references", update))[:count]
+    """Levels of the real images `order`; each process extracts its share."""
+    count = len(order)
     each = -(-count // accelerator.num_processes)  # shares are of one size: some references repeat, and are cut off
     own = (torch.arange(each) + each * accelerator.process_index) % count
     parts = []
@@ -256,6 +300,26 @@ def few_step_schedule(config: FewStepConfig, accelerator: Accelerator, images: I
     return Schedule(size, forward, min(config.validation_steps, updates), updates)
 
 
+def tuned_labels(source: Any, images: Images, config: FewStepConfig, schedule: Schedule) -> Tensor | None:
+    """The labels of these images, int64 [N], for a pipeline whose denoiser has classes; None for an unconditional one.
+
+    Raises:
+        InputError: classes of other data, references that give classes other shares than the generated images have, or
+            no network for the features, where the denoiser has no null label to stand for all classes.
+    """
+    if source.unet.config.get("num_class_embeds") is None:
+        return None
+    names, classes = tuple(class_counts(images)), source.classes
+    require(classes.names == names, "pretrained", f"know the classes {shown(names)} of the data set", classes.names)
+    needs_network = "be given for a denoiser without a null label"
+    has_features = config.feature_extractor is not None or classes.null_label is not None
+    require(has_features, "feature_extractor", needs_network, config.feature_extractor)
+    size, count = schedule.global_batch_size, config.num_reference_samples
+    equal = f"divide the {size} images of a training step, for equal shares of each class"
+    require(count is None or size % count == 0, "num_reference_samples", equal, count)
+    return labels_of(images)
+
+
 def few_step_scheduler(scheduler: Scheduler) -> Scheduler:
     """The deterministic scheduler of the tuned chain: DDIM from pure noise on, or flow matching by Euler's method.
 
@@ -270,11 +334,12 @@ def few_step_scheduler(scheduler: Scheduler) -> Scheduler:
 
 
 def few_step_pipeline(source: Any, unet: nn.Module, scheduler: Scheduler, num_inference_steps: int) -> Any:
-    """`source` with the tuned denoiser, and its number of calls in the configuration of the scheduler."""
+    """`source` with the tuned denoiser and the classes it knows, and its number of calls in the configuration of the
+    scheduler."""
     record_calls(scheduler, num_inference_steps)
     parts = source.components | {"unet": unet, "scheduler": scheduler, "guidance_field": None}
     names = inspect.signature(type(source).__init__).parameters
-    return type(source)(**{name: part for name, part in parts.items() if name in names})
+    return type(source)(**{name: part for name, part in parts.items() if name in names}, **class_options(source))
 
 
 def check_prediction(scheduler: Scheduler, num_inference_steps: int) -> None:

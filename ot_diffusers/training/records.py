@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -297,16 +296,22 @@ def save_sample_grid(
             pipeline = make_pipeline(model.eval(), scheduler, classes=classes)
             pipeline.set_progress_bar_config(disable=True)
             generator = seeded_generator(config.seed)
-            rows = GRID_COLUMNS if classes is None else min(len(classes), GRID_CLASSES)
-            call: dict[str, Any] = {"generator": generator, "num_inference_steps": config.num_inference_steps}
-            if classes is not None:
-                call["class_labels"] = torch.arange(rows).repeat_interleave(GRID_COLUMNS)
-            images = pipeline(rows * GRID_COLUMNS, **call).images
+            rows, labels = grid_rows(classes)
+            call = {"generator": generator, "num_inference_steps": config.num_inference_steps}
+            images = pipeline(rows * GRID_COLUMNS, **call, **labels).images
             model.train()
         folder = Path(config.output_dir) / "samples"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows, GRID_COLUMNS).save(folder / f"update-{state.update:08d}.png")
     accelerator.wait_for_everyone()
+
+
+def grid_rows(classes: Classes | None) -> tuple[int, dict[str, Tensor]]:
+    """Rows of `GRID_COLUMNS` images in a grid, and the argument of a pipeline's call that makes each a class."""
+    if classes is None:
+        return GRID_COLUMNS, {}
+    rows = min(len(classes), GRID_CLASSES)
+    return rows, {"class_labels": torch.arange(rows).repeat_interleave(GRID_COLUMNS)}
 
 
 def save_results(
@@ -380,7 +385,7 @@ def next_commands(config: TrainingConfig) -> list[str]:
             options = [*keys, f"output_dir={evaluator}"] if given else []
             commands += [["train", "features", "--config", f"{dataset}/evaluator.yaml", *options]]
         commands += [["evaluate", run, *flags, "--evaluator", evaluator]]
-        if isinstance(config, OTConfig) and config.prediction_type != "epsilon" and not config.class_conditional:
+        if isinstance(config, OTConfig) and config.prediction_type != "epsilon":
             tuned = [f"pretrained={run}", f"feature_extractor={config.feature_extractor}"]
             commands += [["train", "few_step", *tuned, *keys]]
     return [shlex.join(["ot-diffusers", *map(str, command)]) for command in commands]

@@ -55,6 +55,7 @@ class SampleChecks:
         bounds: smallest and largest allowed value of each measure.
         best: update and measures of the kept state.
         warned: measures outside their bounds at the last check.
+        labels: of all training images, [M], for a denoiser with classes; images are made by their frequencies.
     """
 
     config: FewStepConfig
@@ -65,16 +66,24 @@ class SampleChecks:
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
+    labels: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def of(
-        cls, config: FewStepConfig, chain: Chain, levels: ComparedLevels, images: Images, validation: Images
+        cls,
+        config: FewStepConfig,
+        chain: Chain,
+        levels: ComparedLevels,
+        images: Images,
+        validation: Images,
+        labels: Tensor | None = None,
     ) -> SampleChecks:
         """The checks against these splits; an earlier kept state in the folder of the run counts."""
         count = config.num_validation_samples
         train = images.fetch(evenly_spaced(images, MAX_COMPARED))
-        checks = cls(config, chain, levels, train, validation.fetch(evenly_spaced(validation, count)))
+        held_out = validation.fetch(evenly_spaced(validation, count))
+        checks = cls(config, chain, levels, train, held_out, labels=labels)
         real = checks.measured(images.fetch(evenly_spaced(images, count)))
         checks.bounds = {
             "recall": (FEWEST_MODES * real["recall"], float("inf")),
@@ -147,8 +156,15 @@ class SampleChecks:
         count, shape = self.config.num_validation_samples, self.validation.shape[1:]
         generator = keyed_generator("cpu", self.config.seed, "checks")
         noise = torch.randn((count, *shape), generator=generator)
-        parts = noise.split(self.config.train_batch_size)
-        return torch.cat([self.chain(unet, part.to(self.levels.device)).cpu() for part in parts])
+        asked = None
+        if self.labels is not None:
+            asked = self.labels[torch.randint(len(self.labels), (count,), generator=generator)].to(self.levels.device)
+        return torch.cat(
+            [
+                self.chain(unet, noise[part].to(self.levels.device), asked if asked is None else asked[part]).cpu()
+                for part in torch.arange(count).split(self.config.train_batch_size)
+            ]
+        )
 
     def _keep(self, unet: nn.Module) -> None:
         check_claim(self.config)

@@ -217,6 +217,9 @@ def test_what_is_no_tuned_pipeline_is_refused():
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(InputError, match="`pipeline` must have the scheduler that it was tuned with"):
         FewStepPrior.from_pipeline(pipe, 300)
+    pipe.unet.register_to_config(num_class_embeds=3)
+    with pytest.raises(InputError, match="`pipeline` must be unconditional, since a prior has no labels"):
+        FewStepPrior.from_pipeline(pipe, 300)
 
 
 def test_gaussian_parameters_are_frozen():
