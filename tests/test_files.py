@@ -389,7 +389,7 @@ def test_every_configuration_is_known_here() -> None:
 @pytest.mark.parametrize("kind", sorted(CONFIGS - {config.Options}, key=lambda kind: kind.__name__))
 def test_home_is_expanded_in_every_option_that_names_a_place(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    needed = {"pipeline": "p"} if kind is Variant else {}
+    needed = {Variant: {"pipeline": "p"}, config.PriorConfig: {"prior": "few_step", "pretrained": "p"}}.get(kind, {})
     if hasattr(kind, "noise_coupling"):
         needed = {"noise_coupling": "semidiscrete"}  # the only one with a place for `coupling`
     places = [entry.name for entry in dataclasses.fields(kind) if PLACE.search(entry.metadata["help"])]

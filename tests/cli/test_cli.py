@@ -419,9 +419,8 @@ def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
-    lines: list[str] = []
-    short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "log": lines.append}
+def test_demo_runs_the_whole_chain(tmp_path: Path) -> None:
+    short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "log": lambda line: None}
     results = run_demo(tmp_path / "demo", **short)
     coupled = ["coupled, 4 calls", "coupled and guided, 4 calls"]
     assert list(results["arms"]) == ["baseline", coupled[0], "OT-guided", coupled[1], "original guidance"]
@@ -441,12 +440,6 @@ def test_demo_runs_the_whole_chain_once(tmp_path: Path) -> None:
         "oracle",
     ]
 
-    lines.clear()
-    again = run_demo(tmp_path / "demo", **short)
-    assert not [line for line in lines if line.startswith(("train", "sample", "evaluate"))]  # all of it is there
-    assert {arm: entry["metrics"] for arm, entry in again["arms"].items()} == {
-        arm: entry["metrics"] for arm, entry in results["arms"].items()
-    }
     with pytest.raises(InputError, match="output"):
         run_demo(tmp_path / "demo", seed=1, **short)
 
