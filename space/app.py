@@ -20,7 +20,7 @@ from ot_diffusers.sampling import image_grid, network_calls, sample_images
 NUM_IMAGES = 36
 MODELS = Path(__file__).parent.parent / "model_cards"
 MNIST, CIFAR10 = "Digits (MNIST, 28×28)", "Photographs (CIFAR-10, 32×32)"
-FEW_CALLS = "Digits in few steps (MNIST, 16×16)"
+FEW_CALLS, ONE_CALL = "Digits in few steps (MNIST, 16×16)", "Digits in one step (MNIST, 16×16)"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ MODEL_OF = {
         (2, 1, 4, 8),
         "Noise and images were paired by optimal transport between noise and the whole data set, so that one or two "
         "steps are enough.",
+    ),
+    ONE_CALL: Model(
+        load(FlowMatchPipeline, "mnist16-one-call"),
+        (1,),
+        "The network of few steps, tuned by optimal transport on its finished samples. A single call makes an image.",
     ),
     CIFAR10: Model(
         load(TruncatedPriorPipeline, "cifar10-truncated-prior"),
@@ -101,7 +106,7 @@ with gr.Blocks(title="Optimal transport in diffusion models") as app:
         "moved towards the distribution of real images during sampling. The time includes the feature network, which "
         "guidance calls in addition."
     )
-    model = gr.Radio([MNIST, FEW_CALLS, CIFAR10], value=MNIST, label="Model", elem_id="model")
+    model = gr.Radio([*MODEL_OF], value=MNIST, label="Model", elem_id="model")
     about = gr.Markdown(MODEL_OF[MNIST].about, elem_id="about")
     with gr.Row():
         offered = MODEL_OF[MNIST].steps

@@ -304,7 +304,7 @@ def _picture(facts: CardFacts) -> str:
     if picture is None:
         return ""
     height, width = picture.image_size
-    calls = f"Each image takes {picture.nfe} network calls (NFE)"
+    calls = f"Each image takes {picture.nfe} network call{'s' * (picture.nfe != 1)} (NFE)"
     size = f"The images have {width}×{height} pixels and are enlarged with smooth interpolation."
     if picture.plain_file is None:
         return f"![Samples]({picture.file})\n\n*{picture.num_images} samples of this model. {calls}. {size}*"
