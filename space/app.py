@@ -54,7 +54,7 @@ MODEL_OF = {
     ONE_CALL: Model(
         load(FlowMatchPipeline, "mnist16-one-call"),
         (1,),
-        "The network of few steps, tuned by optimal transport on its finished samples. A single call makes an image.",
+        "The network for few steps, tuned by optimal transport on its finished samples: a single call makes an image.",
     ),
     CIFAR10: Model(
         load(TruncatedPriorPipeline, "cifar10-truncated-prior"),
