@@ -103,8 +103,8 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             self.components = nn.Parameter(torch.zeros(shape), requires_grad=False)
         labels = None if num_classes is None else torch.zeros(num_points, dtype=torch.long)
         self.register_buffer("labels", labels)
-        self.register_buffer("points", None, persistent=False)
-        self.register_buffer("longest", None, persistent=False)
+        for name in ("points", "longest", "order"):
+            self.register_buffer(name, None, persistent=False)
 
     @classmethod
     def from_images(
@@ -187,7 +187,11 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
         return self
 
     def _keep(self, points: Tensor) -> None:
+        """Keep the points; those of a class side by side, in the order of their `labels`."""
         self.points, self.longest = points, points.norm(dim=1).max()
+        if self.labels is not None:
+            self.order = self.labels.argsort(stable=True)
+            self.points = points[self.order]
 
     def assign(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The image that each noise is paired with, int64 [B]; from N on, mirrored images of a coupling with flips.
@@ -216,10 +220,12 @@ class SemidiscreteCoupling(PortableModel, ConfigMixin):
             return assign(rows, self.points, self.potentials.float(), longest=self.longest)
         known = len(labels) == len(noise) and bool(((labels >= 0) & (labels < count)).all())
         require(known, "labels", f"be {len(noise)} integers from 0 to {count - 1}", labels.tolist())
-        indices = torch.zeros_like(labels, device=noise.device)
-        for label in labels.unique():
-            asked, members = (labels == label).to(noise.device), (self.labels == label).nonzero()[:, 0]
-            found = assign(rows[asked], self.points[members], self.potentials[members].float(), longest=self.longest)
+        indices, counts = torch.zeros_like(labels, device=noise.device), self.labels.bincount().tolist()
+        potentials = self.potentials.float()
+        classes = zip(self.order.split(counts), self.points.split(counts), strict=True)
+        for label, (members, points) in enumerate(classes):
+            asked = (labels == label).to(noise.device)
+            found = assign(rows[asked], points, potentials[members], longest=self.longest)
             indices[asked] = members[found]
         return indices
 

@@ -179,13 +179,15 @@ def diffusion_batches(
     of `training_order`.
     """
     assigned = AssignedNoise(images, config, schedule, accelerator) if config.noise_coupling == "assignment" else None
+    null_label = len(class_counts(images)) if config.class_conditional else None
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start, coupling):
         noise, timesteps = update_noise(len(indices), clean.shape[1:], config, accelerator, update)
         if assigned is not None:
             noise = assigned.of_update(update)
         torch.manual_seed(key(config.seed, "dropout", update, part.start))
-        labels = update_labels(images, indices, config, accelerator, update)
-        labels = None if labels is None else labels[part]
+        labels: Tensor | None = None
+        if null_label is not None:
+            labels = told_labels(labels_of(images)[indices], null_label, config, accelerator, update)[part]
         yield noised_batch(clean, noise[part], timesteps[part], scheduler, indices, indices[part], update, labels)
 
 
@@ -235,17 +237,14 @@ def update_noise(
     return draw_noise(num_samples, image_shape, config, generator)
 
 
-def update_labels(
-    images: Images, indices: Tensor, config: DiffusionConfig, accelerator: Accelerator, update: int
-) -> Tensor | None:
-    """What the model is told of all images of an update, int64 [G]: their labels, or for a random `class_dropout` of
-    them the null label; None for an unconditional model."""
-    if not config.class_conditional:
-        return None
-    labels = labels_of(images)[indices].to(accelerator.device)
+def told_labels(
+    labels: Tensor, null_label: int, config: DiffusionConfig, accelerator: Accelerator, update: int
+) -> Tensor:
+    """What the model is told of all images of an update, int64 [G]: their `labels`, or for a random `class_dropout` of
+    them the null label."""
     generator = keyed_generator(accelerator.device, config.seed, "class dropout", update)
     untold = torch.rand(len(labels), generator=generator, device=accelerator.device) < config.class_dropout
-    return labels.masked_fill(untold, len(class_counts(images)))
+    return labels.to(accelerator.device).masked_fill(untold, null_label)
 
 
 def noised_batch(
