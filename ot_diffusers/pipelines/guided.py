@@ -265,11 +265,11 @@ class GuidedPipeline(PortablePipeline):
             return classes.draw(batch_size, generator, self._execution_device)
         return classes.labels_of(class_labels, batch_size)
 
-    def _guiding_labels(self, guidance: OTGuidance) -> tuple[Tensor, ...]:
-        """The labels of the images as a last argument of `correct`; none where they are not known, or where the
-        guidance field or else the reference set has none."""
+    def _guiding_labels(self, guidance: OTGuidance) -> Tensor | None:
+        """The labels of the images; None where they are not known, or where the guidance field or else the reference
+        set has none."""
         followed = guidance.guidance_field or self.reference_bank
-        return () if self._class_labels is None or followed.labels is None else (self._class_labels,)
+        return None if followed.labels is None else self._class_labels
 
     def _conditions(self, labels: Tensor | None, batch_size: int, class_guidance_scale: float) -> Conditions | None:
         """The conditions of the denoiser in a call with these labels, or with the null label where they are not known;
@@ -368,7 +368,7 @@ class GuidedPipeline(PortablePipeline):
         sample, predicted = model_input.float(), model_output[:, :channels].float()
         guidance.guidance_scale = self._guidance_scale
         labels = self._guiding_labels(guidance)
-        corrected = guidance.correct((a * sample + b * predicted).clamp(-1, 1), timestep, *labels)
+        corrected = guidance.correct((a * sample + b * predicted).clamp(-1, 1), timestep, labels)
         guided = ((corrected - a * sample) / b).to(model_output.dtype)
         return torch.cat([guided, model_output[:, channels:]], dim=1)
 

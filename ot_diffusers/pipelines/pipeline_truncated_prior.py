@@ -259,7 +259,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
             if chain.guidance and prior_timesteps:
                 images = images.clamp(-1, 1)
                 for timestep in prior_timesteps:
-                    images = chain.guidance.correct(images, timestep, *self._guiding_labels(chain.guidance))
+                    images = chain.guidance.correct(images, timestep, self._guiding_labels(chain.guidance))
             latents = self.prior.diffuse(images, alpha, sigma, generator=generator)
         latents = latents.to(device=device, dtype=dtype)
         finite.watch(name, latents)

@@ -180,7 +180,7 @@ def test_every_call_of_a_solver_is_guided_at_its_own_noise_level(kind, skip_prk_
     scheduler = PNDMScheduler(skip_prk_steps=skip_prk_steps)
     pipe = _pipe(kind, scheduler, _point_denoiser(scheduler), **_parts())
     clean, noise = [], []
-    monkeypatch.setattr(OTGuidance, "correct", lambda self, images, timestep: clean.append(images) or images)
+    monkeypatch.setattr(OTGuidance, "correct", lambda self, images, *_: clean.append(images) or images)
     forward = pipe.unet.forward
     pipe.unet.forward = lambda *arguments: noise.append(forward(*arguments).sample) or forward(*arguments)
     _latents(pipe, num_inference_steps=10)

@@ -108,7 +108,7 @@ def test_the_scheduler_uses_the_corrected_image(name, prediction_type, monkeypat
     scheduler = SCHEDULERS[name](prediction_type=prediction_type)
     corrected, used = [], []
 
-    def correct(self, images, timestep):
+    def correct(self, images, timestep, class_labels):
         result = original_correct(self, images, timestep)
         corrected.append(result)
         return result

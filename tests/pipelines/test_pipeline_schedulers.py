@@ -123,7 +123,7 @@ def test_guidance_sees_and_sets_the_clean_image(scheduler: Any, steps: int, monk
     x̂0 that it returns is where the chain ends, for every solver that goes down to σ = 0."""
     pipe, seen = _pipe(scheduler, guided=True), []
     chosen = torch.full((4, 1, 8, 8), -0.4)
-    monkeypatch.setattr(OTGuidance, "correct", lambda self, images, timestep: seen.append(images) or chosen)
+    monkeypatch.setattr(OTGuidance, "correct", lambda self, images, *_: seen.append(images) or chosen)
     found = _latents(pipe, num_inference_steps=steps)
     assert len(seen) == len(pipe.scheduler.timesteps)
     level = pipe.unet.levels(pipe.scheduler.timesteps[0])
