@@ -21,12 +21,15 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import yaml
 
 from .errors import InputError, require, shown
 from .files import expand_home
+
+if TYPE_CHECKING:
+    from typing import Self
 
 C = TypeVar("C")
 
@@ -149,6 +152,18 @@ class Options:
         InputError: a value out of its range.
     """
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Remember which options are given."""
+        config = super().__new__(cls)
+        names = [entry.name for entry in dataclasses.fields(cls)]
+        config.__dict__["_given"] = frozenset([*names[: len(arguments)], *options])
+        return config
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that were given, whether or not their values are the defaults."""
+        return self.__dict__["_given"]
+
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
@@ -171,6 +186,13 @@ class TrainingConfig(Options):
     dataset: str = data_option(
         "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or a folder of images"
     )
+    dataset_config_name: str | None = data_option(
+        None, "configuration of the data set, as in datasets.load_dataset(dataset, dataset_config_name)"
+    )
+    dataset_revision: str | None = data_option(
+        None, "branch, tag or commit of a data set on the Hub; none: its main branch"
+    )
+    data_dir: str | None = data_option(None, "folder within the data set that holds the images; none: all of it")
     image_column: str | None = data_option(
         None, "column that holds the images; none: image, or the only column of images"
     )
@@ -222,6 +244,10 @@ class TrainingConfig(Options):
         "auto",
         "experiment tracker, by its name in accelerate; auto: tensorboard if it is installed; none: no tracker",
     )
+    tracker_project_name: str = record_option("ot_diffusers", "project of the tracker; TensorBoard: folder in logs/")
+    run_name: str | None = record_option(
+        None, "name of the run in the tracker; TensorBoard: folder in that of the project; none: the tracker's choice"
+    )
     logging_steps: int = record_option(20, "training steps between two records of the losses", minimum=1)
     checkpointing_steps: int | None = record_option(
         None, "training steps between two checkpoints; none: one epoch", minimum=1
@@ -230,6 +256,13 @@ class TrainingConfig(Options):
     resume_from_checkpoint: str | None = run_option(
         "latest", "latest, the folder of a checkpoint, or none: refuse a folder that is in use"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tracker_project_name", "run_name"):
+            value = getattr(self, name)
+            fits = value is None or (value not in (".", "..") and not set(value) & set("/\\"))
+            require(fits, name, "be a name, not a path", value)
 
     @property
     def compares_distributions(self) -> bool:
@@ -361,6 +394,11 @@ class BaselineConfig(DiffusionConfig):
 
     output_dir: str = run_option(
         "runs/baseline", "folder of the run: a diffusers pipeline, checkpoints, samples and records"
+    )
+    pretrained: str | None = network_option(
+        None,
+        "folder or Hub id of a pipeline to start from, with its network, prediction, noise schedule, classes and size "
+        "of images, which need not be given then; none: new weights",
     )
     block_out_channels: tuple[int, ...] = network_option(
         (64, 128, 256), "channels of the UNet at each resolution, the finest first"
@@ -765,7 +803,16 @@ def _multiples(widths: Sequence[int], unit: int) -> bool:
 
 def _show(entry: dataclasses.Field[Any]) -> str:
     """The default of an option as a user would write it."""
-    default = entry.default if entry.default_factory is dataclasses.MISSING else ()
-    if isinstance(default, tuple):
-        return ",".join(map(str, default))
-    return str(default).lower() if default is None or isinstance(default, bool) else str(default)
+    return written(entry.default if entry.default_factory is dataclasses.MISSING else ())
+
+
+def written(value: Any) -> str:
+    """The value of an option as a user would write it.
+
+    Example:
+        >>> written((32, 64)), written(True), written(None)
+        ('32,64', 'true', 'none')
+    """
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -155,6 +155,13 @@ def record_calls(scheduler: S, num_inference_steps: int) -> None:
     scheduler.register_to_config(_num_inference_steps=num_inference_steps)
 
 
+def unrecorded(scheduler: Scheduler) -> dict[str, Any]:
+    """The configuration of a scheduler without the entries of `record_coupling` and `record_calls`: they do not hold
+    after further training."""
+    records = ("_noise_coupling", "_num_inference_steps")
+    return {name: value for name, value in scheduler.config.items() if name not in records}
+
+
 def require_independent(scheduler: Scheduler, argument: str, requirement: str, value: object) -> None:
     """Refuse what only a denoiser of independent pairs allows: with coupled pairs, or after tuning for a few calls, its
     output is not the score of the noised data, and x_t is not α_t x0 + σ_t ε with fresh noise.

@@ -20,6 +20,7 @@ from ot_diffusers.training import (
     check_output_dir,
     diffusion_batches,
     end_run,
+    load_source,
     load_splits,
     make_accelerator,
     make_classes,
@@ -35,28 +36,30 @@ from ot_diffusers.training import (
     save_sample_grid,
     saved_model,
     validation_loss,
+    with_source,
 )
 
 
 def main(config: BaselineConfig) -> None:
     """One run, from the checked configuration to the saved pipeline."""
     # Accelerator and data.
-    config = launched(config)
+    source = load_source(config.pretrained)
+    config = launched(with_source(config, source))
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = make_schedule(config, accelerator, images)
+    classes = make_classes(config, images, source)
     coupling = make_coupling(config, images, accelerator)
-    classes = make_classes(config, images)
 
     # Model, averaged weights, noising chain.
-    unet = make_unet(config, images.image_shape, classes)
+    unet = make_unet(config, images.image_shape, classes, source)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    scheduler = make_noise_scheduler(config)
+    scheduler = make_noise_scheduler(config, source)
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
-    open_run(config, accelerator, images, coupling=coupling)
+    open_run(config, accelerator, images, pretrained=source and source.unet, coupling=coupling)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
 

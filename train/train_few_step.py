@@ -18,10 +18,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 
 from ot_diffusers.config import FewStepConfig
-from ot_diffusers.errors import InputError, require
 from ot_diffusers.launch import launched, run_script
-from ot_diffusers.pipelines.call import check_networks, unet_image_shape
-from ot_diffusers.sampling import check_call_arguments, load_pipeline
 from ot_diffusers.schedules import Chain
 from ot_diffusers.seeds import seeded_generator
 from ot_diffusers.training import (
@@ -30,6 +27,7 @@ from ot_diffusers.training import (
     averaged_weights,
     check_output_dir,
     end_run,
+    load_source,
     load_splits,
     make_accelerator,
     open_run,
@@ -38,6 +36,7 @@ from ot_diffusers.training import (
     save_results,
     saved_model,
     wants_grid,
+    with_source,
 )
 from ot_diffusers.training.few_step import (
     check_prediction,
@@ -45,10 +44,10 @@ from ot_diffusers.training.few_step import (
     few_step_batches,
     few_step_pipeline,
     few_step_schedule,
-    few_step_scheduler,
     surrogate,
     tuned_labels,
 )
+from ot_diffusers.training.pretrained import check_images, deterministic_scheduler
 from ot_diffusers.training.records import GRID_COLUMNS, grid_rows
 from ot_diffusers.training.sample_checks import SampleChecks
 
@@ -56,16 +55,19 @@ from ot_diffusers.training.sample_checks import SampleChecks
 def main(config: FewStepConfig) -> None:
     """One run, from the checked configuration to the saved pipeline."""
     # Accelerator and data.
-    config = launched(config)
+    source = load_source(config.pretrained)
+    config = launched(with_source(config, source))
     check_output_dir(config)
     accelerator = make_accelerator(config)
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = few_step_schedule(config, accelerator, images)
 
     # The pipeline that is tuned, its chain of few calls, and the network before tuning.
-    source = load_source(config, images.image_shape)
+    check_images(source, images.image_shape)
+    check_prediction(source.scheduler, config.num_inference_steps)
     labels = tuned_labels(source, images, config, schedule)
-    scheduler, unet = few_step_scheduler(source.scheduler), source.unet.eval()  # a chain is made twice: without dropout
+    scheduler = deterministic_scheduler(source.scheduler, "trailing")
+    unet = source.unet.eval()  # a chain is made twice: without dropout
     frozen = copy.deepcopy(unet).requires_grad_(False).to(accelerator.device)
     chain = Chain.of(scheduler, config.num_inference_steps)
     levels = compared_levels(config, images, frozen, accelerator.device)
@@ -114,24 +116,6 @@ def main(config: FewStepConfig) -> None:
     accelerator.wait_for_everyone()
     save_results(state, config, schedule, accelerator, num_inference_steps=config.num_inference_steps)
     end_run(config, accelerator, state.stopped_by)
-
-
-def load_source(config: FewStepConfig, image_shape: tuple[int, int, int]) -> Any:
-    """The pipeline whose denoiser is tuned.
-
-    Raises:
-        InputError: no pipeline for images of this shape, or one that few calls cannot be tuned for.
-    """
-    try:
-        source = load_pipeline(config.pretrained)
-        shape = unet_image_shape(source.unet)
-        check_networks(source.unet, source.scheduler, shape, may_have_classes=True)
-        check_call_arguments(source, {})
-    except InputError as error:
-        raise InputError(str(error).replace("`pipeline`", "`pretrained`")) from error
-    require(shape == image_shape, "pretrained", f"be trained on images of shape {image_shape}", shape)
-    check_prediction(source.scheduler, config.num_inference_steps)
-    return source
 
 
 def save_grid(pipeline: Any, state: TrainingState, config: FewStepConfig, accelerator: Any) -> None:

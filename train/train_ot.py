@@ -34,6 +34,7 @@ from ot_diffusers.training import (
     diffusion_batches,
     end_run,
     gather_rows,
+    load_source,
     load_splits,
     make_accelerator,
     make_classes,
@@ -49,6 +50,7 @@ from ot_diffusers.training import (
     save_sample_grid,
     saved_model,
     validation_loss,
+    with_source,
 )
 from ot_diffusers.transport import check_backend, median_distance
 
@@ -56,19 +58,20 @@ from ot_diffusers.transport import check_backend, median_distance
 def main(config: OTConfig) -> None:
     """One run, from the checked configuration to the saved pipeline."""
     # Accelerator and data.
-    config = launched(config)
+    source = load_source(config.pretrained)
+    config = launched(with_source(config, source))
     check_output_dir(config)
     accelerator = make_accelerator(config)
     check_backend(config.ot_backend, accelerator.device, "ot_backend")
     images, validation_images = load_splits(config, accelerator, "train", "validation")
     schedule = make_schedule(config, accelerator, images)
+    classes = make_classes(config, images, source)
     coupling = make_coupling(config, images, accelerator)
-    classes = make_classes(config, images)
 
     # Model, averaged weights, noising chain.
-    unet = make_unet(config, images.image_shape, classes)
+    unet = make_unet(config, images.image_shape, classes, source)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    scheduler = make_noise_scheduler(config)
+    scheduler = make_noise_scheduler(config, source)
 
     # Frozen feature network, and for the transport term its features of the training set.
     feature_extractor = load_feature_extractor(config.feature_extractor).to(accelerator.device)
@@ -83,7 +86,8 @@ def main(config: OTConfig) -> None:
 
     # Optimizer; resume.
     state = TrainingState.prepare(accelerator, unet, config, schedule, ema)
-    open_run(config, accelerator, images, feature_extractor=feature_extractor, coupling=coupling)
+    frozen = {"pretrained": source and source.unet, "feature_extractor": feature_extractor, "coupling": coupling}
+    open_run(config, accelerator, images, **frozen)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
 

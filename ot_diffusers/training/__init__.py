@@ -22,6 +22,7 @@ from .checkpoints import TrainingState, checkpoints, resume, save_checkpoint
 from .coupling import make_coupling
 from .folder import check_output_dir, load_split, load_splits, make_accelerator, open_run, saved_model, write_json
 from .models import make_classes, make_noise_scheduler, make_optimizer, make_pipeline, make_unet
+from .pretrained import load_source, with_source
 from .processes import gather_rows
 from .records import Record, averaged_weights, end_run, save_results, save_sample_grid, validation_loss, wants_grid
 
@@ -40,6 +41,7 @@ __all__ = [
     "gather_rows",
     "image_batches",
     "index_batches",
+    "load_source",
     "load_split",
     "load_splits",
     "make_accelerator",
@@ -59,5 +61,6 @@ __all__ = [
     "saved_model",
     "validation_loss",
     "wants_grid",
+    "with_source",
     "write_json",
 ]

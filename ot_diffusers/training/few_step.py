@@ -27,22 +27,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ..config import FewStepConfig
 from ..data import evenly_spaced
-from ..errors import require, shown
+from ..errors import require
 from ..features import check_trained_on, class_counts, labels_of, load_feature_extractor
 from ..images import thumbnails, to_unit_range
 from ..losses.priors import denoiser_features, frechet_transport, network_features, sinkhorn_transport
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..pipelines.classes import class_options
-from ..schedules import Chain, Scheduler, matches_flow, prediction_type_of, preserves_variance, record_calls
+from ..schedules import Chain, Scheduler, prediction_type_of, record_calls
 from ..seeds import keyed_generator
 from ..transport import median_distance
 from ..transport.kernel import drifting_loss, squared_mmd
 from .batches import Images, Schedule, augmented
+from .pretrained import check_classes
 from .processes import gather_rows
 
 SCALED_BY = 1000
@@ -309,28 +309,14 @@ def tuned_labels(source: Any, images: Images, config: FewStepConfig, schedule: S
     """
     if source.unet.config.get("num_class_embeds") is None:
         return None
-    names, classes = tuple(class_counts(images)), source.classes
-    require(classes.names == names, "pretrained", f"know the classes {shown(names)} of the data set", classes.names)
+    check_classes(source, tuple(class_counts(images)))
     needs_network = "be given for a denoiser without a null label"
-    has_features = config.feature_extractor is not None or classes.null_label is not None
+    has_features = config.feature_extractor is not None or source.classes.null_label is not None
     require(has_features, "feature_extractor", needs_network, config.feature_extractor)
     size, count = schedule.global_batch_size, config.num_reference_samples
     equal = f"divide the {size} images of a training step, for equal shares of each class"
     require(count is None or size % count == 0, "num_reference_samples", equal, count)
     return labels_of(images)
-
-
-def few_step_scheduler(scheduler: Scheduler) -> Scheduler:
-    """The deterministic scheduler of the tuned chain: DDIM from pure noise on, or flow matching by Euler's method.
-
-    Raises:
-        InputError: a scheduler of another scaling.
-    """
-    if matches_flow(scheduler):
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    name = type(scheduler).__name__
-    require(preserves_variance(scheduler), "pretrained", "have a variance-preserving or flow-matching scheduler", name)
-    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def few_step_pipeline(source: Any, unet: nn.Module, scheduler: Scheduler, num_inference_steps: int) -> Any:

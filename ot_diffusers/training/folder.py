@@ -60,6 +60,8 @@ RESUMABLE = {
     "checkpoints_total_limit",
     "num_workers",
     "report_to",
+    "tracker_project_name",
+    "run_name",
     "output_dir",
     "max_skipped_updates",
     # Together with the number of processes, see `check_batch`.
@@ -175,6 +177,7 @@ def open_run(
         },
         "num_processes": accelerator.num_processes,
         "batch": batch_sizes(config, accelerator.num_processes),
+        "pretrained": {"hub_id": source_id(config)} if getattr(config, "pretrained", None) else None,
         "frozen": {name: weights_fingerprint(network) for name, network in frozen.items() if network is not None},
         "dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -189,9 +192,15 @@ def open_run(
         delete_partial(folder)
         write_json(folder / "run.json", record)
     accelerator.wait_for_everyone()
-    public = without_local_paths(_as_json(config), [images.hub_id] if images.hub_id else [])
+    public = without_local_paths(_as_json(config), filter(None, (images.hub_id, source_id(config))))
     flat = {key: str(value) if isinstance(value, list) else value for key, value in public.items()}
     accelerator.init_trackers("ot_diffusers", config={key: value for key, value in flat.items() if value is not None})
+
+
+def source_id(config: TrainingConfig) -> str | None:
+    """Hub id of the pipeline that the run starts from; None for a local one, or none."""
+    pretrained = getattr(config, "pretrained", None)
+    return None if pretrained is None or os.path.exists(pretrained) else pretrained
 
 
 def check_record(config: TrainingConfig, record: dict[str, Any]) -> None:

@@ -22,23 +22,37 @@ from ..models.feature_extractor import FeatureExtractor
 from ..models.reference_bank import ReferenceBank
 from ..pipelines import FlowMatchPipeline, OTGuidedDDIMPipeline
 from ..pipelines.classes import Classes
-from ..schedules import Scheduler, matches_flow, record_coupling
+from ..schedules import Scheduler, matches_flow, record_coupling, unrecorded
+from .pretrained import check_classes, check_images, continued_unet, deterministic_scheduler
 
 
-def make_classes(config: DiffusionConfig, images: ResidentImages | StreamedImages) -> Classes | None:
+def make_classes(
+    config: DiffusionConfig, images: ResidentImages | StreamedImages, source: Any = None
+) -> Classes | None:
     """The classes that the denoiser knows, with their frequencies in these images; None for an unconditional one.
-    Without `class_dropout` there is no null label, which would never be trained.
+    Without `class_dropout` there is no null label, which would never be trained. Where the run starts from a `source`
+    with classes, there is one if the source has one.
 
     Raises:
-        InputError: images without usable labels.
+        InputError: images without usable labels, or of other classes than those of the source.
     """
     if not config.class_conditional:
         return None
-    return Classes.from_counts(class_counts(images), has_null_label=config.class_dropout > 0)
+    counts, has_null_label = class_counts(images), config.class_dropout > 0
+    if getattr(source, "classes", None) is not None:
+        check_classes(source, tuple(counts))
+        has_null_label = source.classes.null_label is not None
+    return Classes.from_counts(counts, has_null_label=has_null_label)
 
 
-def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int], classes: Classes | None = None) -> UNet2DModel:
-    """A `UNet2DModel` for images of `image_shape` (C, H, W), which takes the labels of these classes."""
+def make_unet(
+    config: BaselineConfig, image_shape: tuple[int, int, int], classes: Classes | None = None, source: Any = None
+) -> UNet2DModel:
+    """A `UNet2DModel` for images of `image_shape` (C, H, W), which takes the labels of these classes: that of the
+    pipeline that the run starts from, or a new one."""
+    if source is not None:
+        check_images(source, image_shape)
+        return continued_unet(source.unet, config.dropout, classes)
     channels, height, width = image_shape
     levels = len(config.block_out_channels)
     require(height == width, "image_size", "be given for images that are not square", image_shape)
@@ -64,9 +78,14 @@ def make_unet(config: BaselineConfig, image_shape: tuple[int, int, int], classes
     )
 
 
-def make_noise_scheduler(config: BaselineConfig) -> Scheduler:
-    """The noising chain: variance-preserving, or the straight lines of flow matching."""
-    if config.prediction_type == FLOW:
+def make_noise_scheduler(config: BaselineConfig, source: Any = None) -> Scheduler:
+    """The noising chain: that of the pipeline that the run starts from, or a new one, variance-preserving or with the
+    straight lines of flow matching."""
+    scheduler: Scheduler
+    if source is not None:
+        scheduler = deterministic_scheduler(source.scheduler, config.timestep_spacing)
+        scheduler = type(scheduler).from_config(unrecorded(scheduler))
+    elif config.prediction_type == FLOW:
         scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps)
     else:
         scheduler = DDPMScheduler(

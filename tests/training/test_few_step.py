@@ -34,11 +34,11 @@ from ot_diffusers.training.few_step import (
     compared_levels,
     few_step_batches,
     few_step_schedule,
-    few_step_scheduler,
     finished_loss,
     surrogate,
     with_labels,
 )
+from ot_diffusers.training.pretrained import deterministic_scheduler
 from ot_diffusers.transport.kernel import squared_mmd
 
 pytestmark = pytest.mark.slow
@@ -62,9 +62,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_chain_is_that_of_the_pipeline(prediction_type: str, steps: int) -> None:
     unet = make_unet(seed=0, block_out_channels=(8, 16))
     if prediction_type == "flow_prediction":
-        pipe: Any = FlowMatchPipeline(unet, few_step_scheduler(FlowMatchEulerDiscreteScheduler()))
+        pipe: Any = FlowMatchPipeline(unet, deterministic_scheduler(FlowMatchEulerDiscreteScheduler(), "trailing"))
     else:
-        pipe = DDIMPipeline(unet, few_step_scheduler(DDPMScheduler(prediction_type=prediction_type)))
+        pipe = DDIMPipeline(unet, deterministic_scheduler(DDPMScheduler(prediction_type=prediction_type), "trailing"))
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipe(3, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
@@ -376,14 +376,16 @@ def test_what_cannot_be_tuned_is_refused(scheduler: Any, steps: int, message: st
     index.write_text(json.dumps(record | {"scheduler": ["diffusers", type(scheduler).__name__]}))
     if isinstance(scheduler, EulerDiscreteScheduler):
         with pytest.raises(InputError, match=message):
-            few_step_scheduler(scheduler)
+            deterministic_scheduler(scheduler, "trailing")
         return
     with pytest.raises(InputError, match=message):
         train("few_step", tmp_path / "run", pretrained=str(tmp_path / "source"), num_inference_steps=steps)
 
 
 def test_a_pipeline_of_other_images_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"`pretrained` must be trained on images of shape \(1, 16, 16\)"):
+    with pytest.raises(
+        InputError, match="`image_size` must be left out or 8, as in the pipeline of pretrained, got '16'"
+    ):
         train("few_step", tmp_path / "run", pretrained=str(source), image_size=16)
     with pytest.raises(InputError, match="`pretrained` must be a folder"):
         train("few_step", tmp_path / "run", pretrained=str(tmp_path / "nothing"))
