@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 PATH_OPTIONS = {
     "_name_or_path",
+    "coupling",
+    "data_dir",
     "dataset",
     "denoiser",
     "evaluator",
@@ -46,6 +48,7 @@ PATH_OPTIONS = {
     "output",
     "output_dir",
     "pipeline",
+    "pretrained",
     "resume_from_checkpoint",
 }
 """Options whose values are local paths, unless they are known to be Hub ids."""

@@ -10,12 +10,10 @@ it came from, which then takes this number of calls by default. The same command
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 
 from ot_diffusers.config import FewStepConfig
 from ot_diffusers.launch import launched, run_script
@@ -48,7 +46,7 @@ from ot_diffusers.training.few_step import (
     tuned_labels,
 )
 from ot_diffusers.training.pretrained import check_images, deterministic_scheduler
-from ot_diffusers.training.records import GRID_COLUMNS, grid_rows
+from ot_diffusers.training.records import GRID_COLUMNS, grid_rows, write_grid
 from ot_diffusers.training.sample_checks import SampleChecks
 
 
@@ -133,9 +131,7 @@ def save_grid(pipeline: Any, state: TrainingState, config: FewStepConfig, accele
             **({"guidance_scale": 0} if hasattr(pipeline, "feature_extractor") else {}),
             **labels,
         )
-        folder = Path(config.output_dir) / "samples"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows, GRID_COLUMNS).save(folder / f"update-{state.update:08d}.png")
+        write_grid(images, rows, f"update-{state.update:08d}", config, accelerator, state.update)
 
 
 if __name__ == "__main__":

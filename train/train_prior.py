@@ -19,7 +19,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from ot_diffusers import TruncatedPriorPipeline
@@ -68,6 +67,7 @@ from ot_diffusers.training.priors import (
     warm_start_terms,
     with_fitted_latents,
 )
+from ot_diffusers.training.records import GRID_COLUMNS, write_grid
 
 MakePipeline = Callable[[PriorMixin], TruncatedPriorPipeline]
 """The pipeline of a prior and the denoiser."""
@@ -291,19 +291,23 @@ def save_grid(
     the run is asked to stop."""
     if accelerator.is_main_process and wants_grid(state, config):
         with averaged_weights(state):
-            draw_grid(make_pipeline(prior), config, f"update-{state.update:08d}")
+            draw_grid(make_pipeline(prior), config, f"update-{state.update:08d}", accelerator, state.update)
     accelerator.wait_for_everyone()
 
 
-def draw_grid(pipeline: TruncatedPriorPipeline, config: PriorConfig, name: str, rows: int = 6) -> None:
-    """Save a grid of rows² samples under `samples/`."""
+def draw_grid(
+    pipeline: TruncatedPriorPipeline,
+    config: PriorConfig,
+    name: str,
+    accelerator: Accelerator,
+    step: int = 0,
+) -> None:
+    """A square grid of samples, see `write_grid`."""
     pipeline.set_progress_bar_config(disable=True)
     generator = seeded_generator(config.seed)
     call: dict[str, Any] = {"generator": generator, "num_inference_steps": config.num_inference_steps}
-    (images,) = pipeline(rows**2, **call, return_dict=False)
-    folder = Path(config.output_dir) / "samples"
-    folder.mkdir(exist_ok=True)
-    make_image_grid(images, rows, rows).save(folder / f"{name}.png")
+    (images,) = pipeline(GRID_COLUMNS**2, **call, return_dict=False)
+    write_grid(images, GRID_COLUMNS, name, config, accelerator, step)
 
 
 def save_untrained(
@@ -324,7 +328,7 @@ def save_untrained(
         results = {"updates": 0, "complete": True, "training_seconds": round(seconds, 2), "parameters": parameters}
         write_json(Path(config.output_dir) / "results.json", results)
         accelerator.print(f"everything is saved in {config.output_dir}", flush=True)
-        draw_grid(make_pipeline(prior), config, "closed-form" if tuned is None else "few-step")
+        draw_grid(make_pipeline(prior), config, "closed-form" if tuned is None else "few-step", accelerator)
     accelerator.wait_for_everyone()
     end_run(config, accelerator)
 

@@ -522,6 +522,15 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("data set")
     options.add_argument(
+        "--dataset-config-name", metavar="NAME", help="configuration of the data set, as in datasets.load_dataset"
+    )
+    options.add_argument(
+        "--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub (default: main)"
+    )
+    options.add_argument(
+        "--data-dir", metavar="FOLDER", help="folder within the data set that holds the images (default: all of it)"
+    )
+    options.add_argument(
         "--image-column", metavar="NAME", help="column that holds the images (default: image, or the only such column)"
     )
     options.add_argument(

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 DATASETS_VARIABLE = "OT_DIFFUSERS_DATASETS"
 HUB_IDS = {"digits": "sklearn-docs/digits", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 MAX_RESIDENT_BYTES = 2 * 2**30
-DATA_OPTIONS = ("image_column", "label_column", "image_size", "channels")
+PLACES = ("dataset_config_name", "dataset_revision", "data_dir")
+DATA_OPTIONS = (*PLACES, "image_column", "label_column", "image_size", "channels")
 """Options of `load_images` that commands accept."""
 
 
@@ -35,6 +36,9 @@ def load_images(
     dataset: str,
     split: str = "train",
     *,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
+    data_dir: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     image_size: int | None = None,
@@ -46,6 +50,9 @@ def load_images(
     Args:
         dataset: a name from the table in `ot_diffusers.data`, a local folder, or a Hub id.
         split: `"train"`, `"validation"` or `"test"`.
+        dataset_config_name: a configuration of the data set, for one that has several.
+        dataset_revision: a branch, tag or commit of a data set on the Hub.
+        data_dir: a folder within the data set; by default all of it.
         image_column: a column of images; by default `image`, or the only column of images.
         label_column: a column of integers, strings or booleans; by default `label`, else `labels`. Without such a
             column, `labels` is None.
@@ -65,7 +72,14 @@ def load_images(
     """
     require(split in SPLITS, "split", f"be one of {', '.join(SPLITS)}", split)
     opened = open_images(
-        dataset, image_column=image_column, label_column=label_column, image_size=image_size, channels=channels
+        dataset,
+        dataset_config_name=dataset_config_name,
+        dataset_revision=dataset_revision,
+        data_dir=data_dir,
+        image_column=image_column,
+        label_column=label_column,
+        image_size=image_size,
+        channels=channels,
     )
     return opened.load(split, max_resident_bytes)
 
@@ -73,6 +87,9 @@ def load_images(
 def open_images(
     dataset: str,
     *,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
+    data_dir: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     image_size: int | None = None,
@@ -85,7 +102,8 @@ def open_images(
     """
     require(image_size is None or image_size > 0, "image_size", "be positive", image_size)
     require(channels in (None, 1, 3), "channels", "be 1 (grey) or 3 (RGB)", channels)
-    return ImageSource(dataset, _open(dataset), image_column, label_column, image_size, channels)
+    tables = _open(dataset, dataset_config_name, dataset_revision, data_dir)
+    return ImageSource(dataset, tables, image_column, label_column, image_size, channels)
 
 
 @dataclass
@@ -138,33 +156,49 @@ def local_folder(dataset: str) -> Path | None:
 # Opening a data set ---------------------------------------------------------------------------------------------------
 
 
-def _open(dataset: str) -> datasets.DatasetDict:
+def _open(
+    dataset: str, name: str | None = None, revision: str | None = None, data_dir: str | None = None
+) -> datasets.DatasetDict:
     """The splits of `dataset` under their original names."""
     import datasets
 
     names = ", ".join(HUB_IDS)
     require(dataset != "", "dataset", f"be {names}, a folder or a Hub id", dataset)
     if dataset == "digits":
+        for option, value in zip(PLACES, (name, revision, data_dir), strict=True):
+            require(value is None, option, "be none for the embedded digits", value)
         return _load_digits()
     mirror = Path(os.environ.get(DATASETS_VARIABLE, os.devnull)) / dataset
     folder = mirror if dataset in HUB_IDS and mirror.is_dir() else local_folder(dataset)
     if folder is not None:
-        return _open_folder(folder)
+        require(revision is None, "dataset_revision", "be none for a local data set", revision)
+        inside = folder / (data_dir or "")
+        require(inside.is_dir(), "data_dir", f"be a folder in {str(folder)!r}", data_dir)
+        return _open_folder(inside, name)
     looks_like_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     require(not looks_like_path, "dataset", f"be {names}, an existing folder or a Hub id", dataset)
     hub_id = HUB_IDS.get(dataset, dataset)
     try:
-        return datasets.load_dataset(hub_id)
+        return datasets.load_dataset(hub_id, name, data_dir=data_dir, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
+        _check_config_name(error, name)
         requirement = f"be {names}, an existing folder or a Hub id that can be loaded"
         reason = f"no such folder here, and loading {hub_id!r} from the Hub failed: {first_line(error)}"
         raise InputError(f"`dataset` must {requirement}, got {dataset!r} ({reason})") from error
 
 
-def _open_folder(folder: Path) -> datasets.DatasetDict:
+def _check_config_name(error: Exception, name: str | None) -> None:
+    """Where `datasets` asks for another configuration, say so by the name of the option."""
+    asked = re.match(r"(?:Config name is missing|BuilderConfig).*?\[(.*?)\]", str(error), re.DOTALL)
+    require(asked is None, "dataset_config_name", f"be one of {asked[1] if asked else ''}", name)
+
+
+def _open_folder(folder: Path, name: str | None = None) -> datasets.DatasetDict:
     """The splits from the folder's README, else its tables, else its pictures, else from `datasets.load_dataset`."""
     import datasets
 
+    named = name is None or _has_configs(str(folder))
+    require(named, "dataset_config_name", "be none for a folder whose README.md lists no configurations", name)
     try:
         if (folder / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(folder))
@@ -175,21 +209,22 @@ def _open_folder(folder: Path) -> datasets.DatasetDict:
             tables = picture_tables(listing)
             listing.warn()
             return tables
-        return _load_files(listing)
+        return _load_files(listing, name)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        _check_config_name(error, name)
         requirement = "be a folder with parquet, arrow or image files"
         reason = first_line(error.__cause__ or error)
         raise InputError(f"`dataset` must {requirement}, got {str(folder)!r} ({reason})") from error
 
 
-def _load_files(listing: Listing) -> datasets.DatasetDict:
+def _load_files(listing: Listing, name: str | None = None) -> datasets.DatasetDict:
     """`datasets.load_dataset` of a folder, with checks for files that its naming rules would skip or use twice."""
     import datasets
 
     if _has_configs(listing.folder):
-        return datasets.load_dataset(listing.folder)
+        return datasets.load_dataset(listing.folder, name)
     files = listing.tables or [file for files in listing.left_out.values() for file in files]
     if listing.tables:
         _check_tables(listing)

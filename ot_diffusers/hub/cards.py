@@ -243,11 +243,17 @@ def metadata(facts: CardFacts) -> ModelCardData:
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=["diffusers", "diffusion", HOME, *KINDS[facts.class_name].tags],
+        base_model=next(filter(None, map(base_model, facts.runs.values())), None),
         datasets=[facts.dataset] if facts.dataset else None,
         metrics=[result.metric_type for result in results] or None,
         model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
+
+
+def base_model(records: tuple[Mapping[str, Any], Mapping[str, Any]]) -> str | None:
+    """Hub id of the pipeline that a run started from; None for a local one, or none."""
+    return (records[0].get("pretrained") or {}).get("hub_id")
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
@@ -379,10 +385,14 @@ def _procedure(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     script = run["script"].split("/")[-1]
     seconds = format_number(results.get("training_seconds"))
     seen = f" on {images:,} images" if images else ""
+    source = base_model((run, results))
+    named = f"[{source}](https://huggingface.co/{source})" if source else "a local pipeline"
+    start = f" It started from {named}." if run.get("pretrained") else ""
     return (
         f"- The {TRAINED.get(script, 'denoiser')} was trained by `{script}`{seen}: {results.get('updates', 0):,} "
         f"training steps of {config['train_batch_size']} images, AdamW with a learning rate of "
         f"{config['learning_rate']:g} ({config['lr_scheduler']} schedule), random seed {config['seed']}, {seconds} s."
+        f"{start}"
     )
 
 

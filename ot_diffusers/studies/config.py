@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
-from ..config import Options, data_option, load_config, network_option, option_of
+from ..config import Options, TrainingConfig, data_option, load_config, network_option, option_of
 from ..data import DATA_OPTIONS
 from ..errors import require
 from ..evaluation.extractors import load_evaluator
@@ -212,8 +210,9 @@ class StudyConfig(Options):
 
 def data_options(overrides: Sequence[str]) -> dict[str, Any]:
     """The `key=value` among these that are options of `load_images`."""
-    given = (override.partition("=") for override in overrides)
-    return {name: yaml.safe_load(value) for name, _, value in given if name in DATA_OPTIONS}
+    given = [override for override in overrides if override.partition("=")[0] in DATA_OPTIONS]
+    options = load_config(TrainingConfig, given)
+    return {name: getattr(options, name) for name in DATA_OPTIONS if name in options.given}
 
 
 def check_steps(steps: Sequence[int]) -> None:

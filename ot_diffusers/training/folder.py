@@ -19,7 +19,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
 from ..config import DiffusionConfig, TrainingConfig
-from ..data import SPLITS, ImageSource, StreamedImages, open_images
+from ..data import DATA_OPTIONS, SPLITS, ImageSource, StreamedImages, open_images
 from ..errors import InputError, TrainingError, missing, require
 from ..features import class_counts, labels_of, weights_fingerprint
 from ..files import check_folder
@@ -41,6 +41,14 @@ SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 weights and checkpoints need whole models, which are small compared with the memory of a GPU."""
 
 TENSORBOARD = "tensorboard"
+RUN_NAMES = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+}
+"""accelerate's name of a tracker to its option for the name of a run."""
 LOCK = ".lock"
 INDEX = "model_index.json"
 CLAIM_SECONDS = 60.0
@@ -194,7 +202,25 @@ def open_run(
     accelerator.wait_for_everyone()
     public = without_local_paths(_as_json(config), filter(None, (images.hub_id, source_id(config))))
     flat = {key: str(value) if isinstance(value, list) else value for key, value in public.items()}
-    accelerator.init_trackers("ot_diffusers", config={key: value for key, value in flat.items() if value is not None})
+    project, options = tracker_names(config, _chosen_tracker(config.report_to) or "none")
+    values = {key: value for key, value in flat.items() if value is not None}
+    accelerator.init_trackers(project, config=values, init_kwargs=options)
+
+
+def tracker_names(config: TrainingConfig, tracker: str) -> tuple[str, dict[str, dict[str, str]]]:
+    """The project, and the options of the tracker that name the run. TensorBoard has folders only.
+
+    Example:
+        >>> config = TrainingConfig(tracker_project_name="digits", run_name="first")
+        >>> tracker_names(config, "wandb"), tracker_names(config, "tensorboard")
+        (('digits', {'wandb': {'name': 'first'}}), ('digits/first', {}))
+    """
+    project, name = config.tracker_project_name, config.run_name
+    if name is not None and tracker == TENSORBOARD:
+        return f"{project}/{name}", {}
+    if name is None or tracker not in RUN_NAMES:
+        return project, {}
+    return project, {tracker: {RUN_NAMES[tracker]: name}}
 
 
 def source_id(config: TrainingConfig) -> str | None:
@@ -368,10 +394,4 @@ def load_splits(config: TrainingConfig, accelerator: Accelerator, *needed: str) 
 
 
 def _open_images(config: TrainingConfig) -> ImageSource:
-    return open_images(
-        config.dataset,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        image_size=config.image_size,
-        channels=config.channels,
-    )
+    return open_images(config.dataset, **{name: getattr(config, name) for name in DATA_OPTIONS})

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from diffusers.utils import make_image_grid
@@ -32,7 +34,7 @@ from .batches import Images, Schedule, draw_noise, noised_batch
 from .checkpoints import TrainingState
 from .coupling import coupled_images
 from .files import write_json, write_text
-from .folder import check_claim
+from .folder import TENSORBOARD, check_claim
 from .models import make_pipeline
 from .processes import CONTINUE, OUT_OF_TIME, SIGNALLED, Agreement
 
@@ -300,10 +302,29 @@ def save_sample_grid(
             call = {"generator": generator, "num_inference_steps": config.num_inference_steps}
             images = pipeline(rows * GRID_COLUMNS, **call, **labels).images
             model.train()
-        folder = Path(config.output_dir) / "samples"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows, GRID_COLUMNS).save(folder / f"update-{state.update:08d}.png")
+        write_grid(images, rows, f"update-{state.update:08d}", config, accelerator, state.update)
     accelerator.wait_for_everyone()
+
+
+def write_grid(
+    images: list[PIL.Image.Image],
+    rows: int,
+    name: str,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    step: int = 0,
+) -> None:
+    """`samples/NAME.png`, which also goes to TensorBoard and to Weights & Biases as `samples`."""
+    folder = Path(config.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    grid = make_image_grid(images, rows, len(images) // rows)
+    grid.save(folder / f"{name}.png")
+    pixels = np.asarray(grid)[None]  # one image [1, H, W, 3]
+    for tracker in accelerator.trackers:
+        if tracker.name == TENSORBOARD:
+            tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": list(pixels)}, step=step)
 
 
 def grid_rows(classes: Classes | None) -> tuple[int, dict[str, Tensor]]:

@@ -188,6 +188,37 @@ def test_image_folder_has_the_classes_as_labels(tmp_path):
 # Columns, size, channels
 
 
+def test_configurations_and_folders_of_a_data_set_are_chosen(tmp_path):
+    parts = {"odd": range(1, 40, 2), "even": range(0, 40, 2)}
+    for name, seeds in parts.items():
+        write_parquet(tmp_path / name, train=make_table([make_image(seed) for seed in seeds]))
+    refused("`dataset_config_name` must be none for a folder whose README", str(tmp_path), dataset_config_name="odd")
+    within = {name: load_images(str(tmp_path), data_dir=name).fingerprint for name in parts}
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in parts)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    named = {name: load_images(str(tmp_path), dataset_config_name=name).fingerprint for name in parts}
+    assert named == within and named["odd"] != named["even"]
+
+    refused(r"`dataset_config_name` must be one of '.*', '.*', got None", str(tmp_path))
+    refused(r"`dataset_config_name` must be one of '.*', '.*', got 'all'", str(tmp_path), dataset_config_name="all")
+    refused("`dataset_revision` must be none for a local data set, got 'v2'", str(tmp_path), dataset_revision="v2")
+    refused("`data_dir` must be a folder in .*, got 'absent'", str(tmp_path), data_dir="absent")
+    refused("`data_dir` must be none for the embedded digits, got 'odd'", "digits", data_dir="odd")
+
+
+def test_the_hub_is_asked_for_the_chosen_part(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.DatasetDict(train=make_table([make_image(seed) for seed in range(20)]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    part = {"dataset_config_name": "small", "dataset_revision": "v2", "data_dir": "photos"}
+    assert load_images("user/photos", **part).hub_id == "user/photos"
+    assert asked == [(("user/photos", "small"), {"data_dir": "photos", "revision": "v2"})]
+
+
 def test_image_column_is_found_or_named(tmp_path):
     images = [make_image(i) for i in range(12)]
     folder = write_parquet(tmp_path / "hub", train=make_table(images, "img"), test=make_table(images, "img"))

@@ -384,7 +384,7 @@ def test_what_cannot_be_tuned_is_refused(scheduler: Any, steps: int, message: st
 
 def test_a_pipeline_of_other_images_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="`image_size` must be left out or 8, as in the pipeline of pretrained, got '16'"
+        InputError, match="`image_size` must be left out or 8, as in the pipeline of pretrained, got 16"
     ):
         train("few_step", tmp_path / "run", pretrained=str(source), image_size=16)
     with pytest.raises(InputError, match="`pretrained` must be a folder"):

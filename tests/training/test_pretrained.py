@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCard, constants
+from makers import command
 from makers.models import make_truncated, make_unet
 from makers.runs import assert_same_end, metrics, train
 from safetensors.torch import load_file
@@ -177,3 +180,23 @@ def test_an_unconditional_network_learns_classes_from_where_it_stands(stock: str
     run = train("baseline", tmp_path / "run", pretrained=stock, **options)
     saved = load_file(next((run / "unet").glob("*.safetensors")))["class_embedding.weight"]
     assert saved.shape[0] == 11 and float(saved.abs().max()) > 0
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["hub", "local"])
+def test_the_card_says_what_training_started_from(
+    local: bool, stock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded, commit = tmp_path / "cache" / "models--someone--stock", 40 * "0"
+    shutil.copytree(stock, downloaded / "snapshots" / commit)
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    pretrained = stock if local else "someone/stock"
+    run = train("baseline", tmp_path / "run", pretrained=pretrained, max_train_steps=1)
+    assert command("card", run, "--output", tmp_path / "card", "--num-images", 0) == 0
+    card = ModelCard.load(tmp_path / "card" / "README.md")
+    assert card.data.base_model == (None if local else "someone/stock")
+    source = "a local pipeline" if local else "[someone/stock](https://huggingface.co/someone/stock)"
+    assert f"It started from {source}." in card.text
+    record = json.loads((tmp_path / "card" / "training" / "pipeline" / "run.json").read_text())
+    assert record["config"]["pretrained"] == (Path(stock).name if local else "someone/stock")

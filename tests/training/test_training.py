@@ -4,6 +4,7 @@ forward passes change what is learnt."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ from makers.runs import (
     train,
 )
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from ot_diffusers import FlowMatchPipeline, OTGuidedDDIMPipeline, SemidiscreteCoupling, cli, truncated_scheduler
@@ -591,10 +593,17 @@ def test_what_a_run_prints_into_a_file(
 
 def test_sample_grids_and_tensorboard(tmp_path: Path) -> None:
     values = {"train_batch_size": 576, "max_train_steps": 4, "sample_epochs": 1, "report_to": "tensorboard"}
-    run = train("baseline", tmp_path / "run", **values)
+    names = {"tracker_project_name": "my digits", "run_name": "first"}
+    run = train("baseline", tmp_path / "run", **values, **names, logging_steps=1)
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["update-00000002.png", "update-00000004.png"]
-    assert PIL.Image.open(run / "samples" / "update-00000004.png").size == (6 * 8, 6 * 8)
-    assert any((run / "logs").rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(run / "logs" / "my digits" / "first")).Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert events.Scalars("epoch/loss")[-1].value == pytest.approx(metrics(run)[-1]["loss"])
+    for image in events.Images("samples"):
+        with PIL.Image.open(run / "samples" / f"update-{image.step:08d}.png") as grid:
+            assert grid.size == (6 * 8, 6 * 8)
+            assert PIL.Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == grid.tobytes()
+    assert [image.step for image in events.Images("samples")] == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -602,6 +611,7 @@ def test_sample_grids_and_tensorboard(tmp_path: Path) -> None:
     [
         ({"image_size": 10, "block_out_channels": [8, 8, 8]}, "`image_size` must be a multiple of 4 for a UNet of 3"),
         ({"train_batch_size": 2000}, "`train_batch_size` must give a global batch of at most 1152 images, got 2000"),
+        ({"run_name": "../first"}, "`run_name` must be a name, not a path, got '../first'"),
         ({"report_to": "notes"}, "`report_to` must be auto, none or an installed tracker"),
         ({"dataset": "./absent"}, "`dataset` must be digits, mnist, cifar10, an existing folder or a Hub id"),
         ({"image_column": "img"}, "`image_column` must be one of the columns image, label, got 'img'"),
