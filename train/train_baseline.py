@@ -6,6 +6,8 @@ The run's folder opens with `DDIMPipeline.from_pretrained(output_dir)`, or with 
 `prediction_type=flow_prediction`, or `OTGuidedDDIMPipeline` after `class_conditional=true`; it also holds the losses
 per epoch (`metrics.jsonl`), sample grids, checkpoints and TensorBoard logs. The same command, run again, resumes where
 it stopped.
+
+`pretrained` names a pipeline to start from, a folder or a Hub id.
 """
 
 from diffusers.training_utils import EMAModel

@@ -11,6 +11,8 @@ With `ot_weight` λ > 0 the loss has one more term than in `train_baseline.py`: 
 between frozen features of the predicted clean images and of real images that are not in the batch, as in the original
 study (`configs/mnist/ot_original.yaml`). Without it and with the same pairs and prediction, the weights are those of
 `train_baseline.py` bit for bit. The same command, run again, resumes where it stopped.
+
+`pretrained` names a pipeline to start from, a folder or a Hub id.
 """
 
 from accelerate import Accelerator

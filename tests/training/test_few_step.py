@@ -35,6 +35,7 @@ from ot_diffusers.training.few_step import (
     few_step_batches,
     few_step_schedule,
     finished_loss,
+    reference_levels,
     surrogate,
     with_labels,
 )
@@ -162,6 +163,27 @@ def test_parts_of_classes_give_the_gradient_of_the_joint_law(tmp_path: Path) -> 
     whole = with_labels(levels(chain(of_classes, noise, labels)), labels)
     expected = gradient_of(original(whole, reference, pair, levels.weights, **solver), of_classes)
     assert (in_parts - expected).norm() < 2e-6 * expected.norm()  # float32 sums in another order: 6e-7
+
+
+def test_references_are_flipped_and_shifted_as_training_images_are() -> None:
+    reset_accelerate()
+    accelerator = make_accelerator(FewStepConfig(report_to="none"))
+    images, order = load_images("digits", "train"), torch.arange(64)
+    plain = images.fetch(order)
+    as_they_are = ComparedLevels(lambda batch: (batch.flatten(1),), (1.0,), 0.0, 0.0, torch.device("cpu"))
+
+    def references(**options: Any) -> Tensor:
+        config = FewStepConfig(train_batch_size=24, **options)
+        return reference_levels(images, as_they_are, config, accelerator, 3, order)[0].view_as(plain)
+
+    assert torch.equal(references(), plain)
+    batch = references(random_flip=True)
+    same, mirrored = ((batch == other).flatten(1).all(1) for other in (plain, plain.flip(3)))
+    assert bool((same | mirrored).all()) and 16 < int(mirrored.sum()) < 48  # four standard errors of a fair coin
+    shifted = references(crop_padding=2)
+    around = torch.nn.functional.pad(plain, (2, 2, 2, 2), mode="reflect").unfold(2, 8, 1).unfold(3, 8, 1)
+    moves = (around == shifted[:, :, None, None]).flatten(4).all(4)
+    assert bool(moves.flatten(1).any(1).all()) and int(moves[:, :, 2, 2].sum()) < 16  # 1 in 25 stays in its place
 
 
 def test_one_pass_makes_its_images_once(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMatchEulerD
 from huggingface_hub import ModelCard, constants
 from makers import command
 from makers.models import make_truncated, make_unet
-from makers.runs import assert_same_end, metrics, train
+from makers.runs import assert_same_end, metrics, results, train
 from safetensors.torch import load_file
 
 from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.config import BaselineConfig, OTConfig
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.hub.cards import CardFacts, render_card
 from ot_diffusers.losses.denoising import denoising_loss
 from ot_diffusers.pipelines.classes import Classes
 from ot_diffusers.schedules import record_calls, record_coupling
@@ -47,6 +48,20 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def run(stock: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One update that changes next to nothing, from the Hub id of the same pipeline."""
+    cache = tmp_path_factory.mktemp("cache")
+    downloaded, commit = cache / "models--someone--stock", 40 * "0"
+    shutil.copytree(stock, downloaded / "snapshots" / commit)
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text(commit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        options = {"pretrained": "someone/stock", "learning_rate": 1e-12, "max_train_steps": 1}
+        return train("baseline", tmp_path_factory.mktemp("runs") / "run", **options)
+
+
 def save_flow(
     folder: Path, unet: Any, noise_coupling: str | None = None, calls: int | None = None, **options: Any
 ) -> Any:
@@ -60,8 +75,7 @@ def save_flow(
     return load_source(str(folder))
 
 
-def test_a_run_goes_on_where_the_pipeline_stands(stock: str, tmp_path: Path) -> None:
-    run = train("baseline", tmp_path / "run", pretrained=stock, learning_rate=1e-12, max_train_steps=1)
+def test_a_run_goes_on_where_the_pipeline_stands(stock: str, run: Path) -> None:
     before, after = DDPMPipeline.from_pretrained(stock), DDIMPipeline.from_pretrained(run)
     weights = after.unet.state_dict()
     for name, value in before.unet.state_dict().items():
@@ -80,7 +94,9 @@ def test_a_run_goes_on_where_the_pipeline_stands(stock: str, tmp_path: Path) -> 
 
     record = json.loads((run / "run.json").read_text())
     assert record["config"]["image_size"] == 16 and record["config"]["num_train_timesteps"] == 200
-    assert record["config"]["beta_schedule"] == "squaredcos_cap_v2" and record["pretrained"] == {"hub_id": None}
+    assert record["config"]["beta_schedule"] == "squaredcos_cap_v2" and record["pretrained"] == {
+        "hub_id": "someone/stock"
+    }
 
 
 def test_an_interrupted_run_ends_like_the_uninterrupted_and_keeps_its_pipeline(stock: str, tmp_path: Path) -> None:
@@ -182,21 +198,16 @@ def test_an_unconditional_network_learns_classes_from_where_it_stands(stock: str
     assert saved.shape[0] == 11 and float(saved.abs().max()) > 0
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["hub", "local"])
-def test_the_card_says_what_training_started_from(
-    local: bool, stock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    downloaded, commit = tmp_path / "cache" / "models--someone--stock", 40 * "0"
-    shutil.copytree(stock, downloaded / "snapshots" / commit)
-    (downloaded / "refs").mkdir()
-    (downloaded / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    pretrained = stock if local else "someone/stock"
-    run = train("baseline", tmp_path / "run", pretrained=pretrained, max_train_steps=1)
+def test_the_card_says_what_training_started_from(run: Path, tmp_path: Path) -> None:
     assert command("card", run, "--output", tmp_path / "card", "--num-images", 0) == 0
     card = ModelCard.load(tmp_path / "card" / "README.md")
-    assert card.data.base_model == (None if local else "someone/stock")
-    source = "a local pipeline" if local else "[someone/stock](https://huggingface.co/someone/stock)"
-    assert f"It started from {source}." in card.text
+    assert card.data.base_model == "someone/stock"
+    assert "It started from [someone/stock](https://huggingface.co/someone/stock)." in card.text
     record = json.loads((tmp_path / "card" / "training" / "pipeline" / "run.json").read_text())
-    assert record["config"]["pretrained"] == (Path(stock).name if local else "someone/stock")
+    assert record["config"]["pretrained"] == "someone/stock"  # a Hub id is no local path
+
+    for source, sentence in (({"hub_id": None}, "It started from a local pipeline."), (None, None)):
+        runs = {"pipeline": (record | {"pretrained": source}, results(run))}
+        card = render_card(CardFacts("user/model", "DDIMPipeline", {"unet": 1}, runs=runs))
+        assert card.data.base_model is None and ("started from" in card.text) == (sentence is not None)
+        assert sentence is None or sentence in card.text
