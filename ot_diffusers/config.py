@@ -510,10 +510,17 @@ class PriorConfig(TrainingConfig):
     )
     num_inference_steps: int | None = record_option(None, "denoising steps of the sample grids; none: T'", minimum=1)
     sample_epochs: int = record_option(5, "epochs between two sample grids", minimum=1)
-    class_wise: bool = prior_option(False, "gaussian: fit one Gaussian per class")
+    class_conditional: bool = prior_option(
+        False,
+        "let the prior know the class of each image, so that samples of a chosen class can be drawn; gaussian: one "
+        "Gaussian for each class",
+    )
     beta: float = vae_option(1.0, "weight of the Kullback–Leibler divergence", minimum=0)
     latent_components: int = vae_option(
-        10, "Gaussians in the mixture that is fitted to the latents of the data; 0: N(0, I)", minimum=0
+        10,
+        "Gaussians in the mixture that is fitted to the latents of the data, divided between the classes of "
+        "class_conditional; 0: N(0, I)",
+        minimum=0,
     )
     discriminator_learning_rate: float | None = gan_option(
         None, "peak learning rate of the discriminator; none: learning_rate", above=0
@@ -549,7 +556,6 @@ class PriorConfig(TrainingConfig):
         closed_form, tuned = self.prior == "gaussian", self.prior == "few_step"
         named = tuned == (self.pretrained is not None)
         require(named, "pretrained", "be the tuned pipeline for prior=few_step, and none for others", self.pretrained)
-        require(closed_form or not self.class_wise, "class_wise", "be false but for prior=gaussian", self.class_wise)
         fits = not (closed_form or tuned) or self.prediction_type == "sample"
         clean = f"be sample for prior={self.prior}, which makes clean images"
         require(fits, "prediction_type", clean, self.prediction_type)

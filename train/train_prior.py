@@ -5,8 +5,9 @@
 The denoiser is a run of `train_baseline.py` (`denoiser=`); `feature_extractor=` may name a run of `train_features.py`.
 `prior=vae`, `gan` and `ot` train the same generator, whose parameters are printed. `prior=gaussian` is a closed form,
 and `prior=few_step` takes the network that `train_few_step.py` has tuned (`pretrained=`): both take a moment. Priors
-are compared with real images diffused to step T'. The run's folder opens with
-`TruncatedPriorPipeline.from_pretrained(output_dir)`. The same command, run again, resumes where it stopped.
+are compared with real images diffused to step T'. With `class_conditional=true` the prior makes images of a class that
+is asked for. The run's folder opens with `TruncatedPriorPipeline.from_pretrained(output_dir)`. The same command, run
+again, resumes where it stopped.
 """
 
 import dataclasses
@@ -23,11 +24,10 @@ from torch import Tensor
 
 from ot_diffusers import TruncatedPriorPipeline
 from ot_diffusers.config import PriorConfig
-from ot_diffusers.data import evenly_spaced
-from ot_diffusers.errors import InputError, require
+from ot_diffusers.errors import InputError, require, shown
 from ot_diffusers.features import class_counts, labels_of
 from ot_diffusers.launch import launched, run_script
-from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerator, PriorMixin
+from ot_diffusers.models.prior import FewStepPrior, PriorGenerator, PriorMixin
 from ot_diffusers.models.prior_networks import PriorDiscriminator, PriorEncoder
 from ot_diffusers.pipelines.classes import Classes
 from ot_diffusers.pipelines.guided import GuidedPipeline
@@ -54,10 +54,10 @@ from ot_diffusers.training import (
     write_json,
 )
 from ot_diffusers.training.priors import (
-    MAX_FITTED_IMAGES,
     VariationalPrior,
     adversarial_loss,
     discriminator_update,
+    fitted_gaussian,
     frozen_features,
     gaussian_map,
     needs_features,
@@ -67,7 +67,7 @@ from ot_diffusers.training.priors import (
     warm_start_terms,
     with_fitted_latents,
 )
-from ot_diffusers.training.records import GRID_COLUMNS, write_grid
+from ot_diffusers.training.records import GRID_COLUMNS, grid_rows, write_grid
 
 MakePipeline = Callable[[PriorMixin], TruncatedPriorPipeline]
 """The pipeline of a prior and the denoiser."""
@@ -82,24 +82,33 @@ def main(config: PriorConfig) -> None:
     (images,) = load_splits(config, accelerator, "train")
 
     # Frozen denoiser, and the last steps of its chain.
-    unet, scheduler, classes = load_denoiser(config, images, accelerator)
-    options: dict[str, Any] = {"unet": unet, "scheduler": scheduler, **classes}
+    unet, scheduler, known = load_denoiser(config, images, accelerator)
+    tuned, labels = None, None
+    if config.prior == "few_step":
+        tuned, classes = tuned_prior(config, images.image_shape, known)
+    else:
+        classes, labels = prior_classes(config, images, known)
+    options: dict[str, Any] = {"unet": unet, "scheduler": scheduler, **({} if classes is None else classes.options)}
     make_pipeline: MakePipeline = functools.partial(TruncatedPriorPipeline, **options)
     if config.prior in ("gaussian", "few_step"):
-        save_untrained(config, images, unet, make_pipeline, accelerator)
+        save_untrained(config, images, labels, tuned, unet, make_pipeline, accelerator)
         return
     schedule = make_schedule(config, accelerator, images)
+    check_references(config, schedule)
+    num_classes = None if labels is None or classes is None else len(classes)
 
     # Generator, with an encoder in a VAE; averaged weights. The discriminator of a GAN has its own optimizer.
-    generator = make_generator(config, images)
+    generator = make_generator(config, images, num_classes)
     parameters = sum(parameter.numel() for parameter in generator.parameters())
-    model = VariationalPrior(generator, make_encoder(config, images)) if config.prior == "vae" else generator
+    encoder = make_encoder(config, images, num_classes) if config.prior == "vae" else None
+    model = generator if encoder is None else VariationalPrior(generator, encoder)
     ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
     state = TrainingState.prepare(accelerator, model, config, schedule, ema)
-    discriminator = make_discriminator(config, images, schedule, accelerator) if config.prior == "gan" else None
+    is_gan = config.prior == "gan"
+    discriminator = make_discriminator(config, images, num_classes, schedule, accelerator) if is_gan else None
     state.discriminator = discriminator
     features = frozen_features(config, images, unet, scheduler) if needs_features(config) else None
-    gaussian = gaussian_map(config, images, accelerator.device) if config.ot_warmup_steps else None
+    gaussian = gaussian_map(config, images, accelerator.device, labels) if config.ot_warmup_steps else None
 
     # Resume.
     open_run(config, accelerator, images, denoiser=unet, feature_extractor=features.network if features else None)
@@ -109,7 +118,7 @@ def main(config: PriorConfig) -> None:
 
     # Loop.
     trained = [state.model] if discriminator is None else [state.model, discriminator.model]
-    for batch in prior_batches(images, scheduler, config, schedule, accelerator, start=state.update):
+    for batch in prior_batches(images, scheduler, config, schedule, accelerator, state.update, labels):
         with accelerator.accumulate(*trained):
             recorded = {}
             if config.prior == "vae":
@@ -140,7 +149,7 @@ def main(config: PriorConfig) -> None:
     prior = trained_prior(state, accelerator)
     if accelerator.is_main_process:
         with averaged_weights(state):
-            prior = finished_prior(state, images, scheduler, config, accelerator)
+            prior = finished_prior(state, images, labels, scheduler, config, accelerator)
             with saved_model(config) as folder:
                 make_pipeline(prior).save_pretrained(folder)
     accelerator.wait_for_everyone()
@@ -152,11 +161,8 @@ def main(config: PriorConfig) -> None:
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 
-def load_denoiser(
-    config: PriorConfig, images: Images, accelerator: Accelerator
-) -> tuple[Any, Any, dict[str, dict[int, Any]]]:
-    """The frozen UNet of a saved pipeline, its scheduler cut to T' steps, and the classes of the truncated pipeline:
-    those of the denoiser, or of the data where only the prior has some.
+def load_denoiser(config: PriorConfig, images: Images, accelerator: Accelerator) -> tuple[Any, Any, Classes | None]:
+    """The frozen UNet of a saved pipeline, its scheduler cut to T' steps, and its classes, if any.
 
     Raises:
         InputError: no denoiser, one of other images, T' beyond the steps it was trained on, or classes without a null
@@ -171,10 +177,42 @@ def load_denoiser(
     classes = pipeline.classes if isinstance(pipeline, GuidedPipeline) else None
     open_class = unet.config.get("num_class_embeds") is None or (classes is not None and classes.null_label is not None)
     require(open_class, "denoiser", "be unconditional, or know a null label", config.denoiser)
-    if classes is None and config.class_wise:
-        classes = Classes.from_counts({name: count for name, count in class_counts(images).items() if count})
-    scheduler = truncated_scheduler(pipeline.scheduler, config.truncation_timestep)
-    return unet, scheduler, {} if classes is None else classes.options
+    return unet, truncated_scheduler(pipeline.scheduler, config.truncation_timestep), classes
+
+
+def prior_classes(config: PriorConfig, images: Images, known: Classes | None) -> tuple[Classes | None, Tensor | None]:
+    """The classes of the truncated pipeline, and the labels that its prior is trained with, int64 [N].
+
+    The classes are those that the denoiser has, `known`, or of the data where only the prior has some. There are no
+    labels for a prior that makes images of any class.
+
+    Raises:
+        InputError: images without usable labels, other classes than those of the denoiser, or a class of one image.
+    """
+    if not config.class_conditional:
+        return known, None
+    counts, labels = class_counts(images), labels_of(images)
+    if known is None:  # classes without training images are left out
+        counts = {name: count for name, count in counts.items() if count}
+        labels = labels.unique(return_inverse=True)[1]
+    names = tuple(counts)
+    same = known is None or known.names == names
+    require(same, "denoiser", f"know the classes {shown(names)} of the data set", known and known.names)
+    for name, count in counts.items():
+        require(count >= 2, "dataset", f"have two training images or more of class {name!r}", count)
+    return known or Classes.from_counts(counts), labels
+
+
+def check_references(config: PriorConfig, schedule: Schedule) -> None:
+    """Refuse a number of references in which classes cannot have the shares that they have in the batch.
+
+    Raises:
+        InputError: with the requirement.
+    """
+    size, count = schedule.forward_batch_size, config.num_reference_samples
+    equal = f"be a multiple of the {size} images of a forward pass, for equal shares of each class"
+    fits = count is None or not config.class_conditional or count % size == 0
+    require(fits, "num_reference_samples", equal, count)
 
 
 def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, int]) -> None:
@@ -194,7 +232,7 @@ def check_denoiser(unet: Any, config: PriorConfig, image_shape: tuple[int, int, 
     require(enough, "truncation_timestep", f"be at most {limit}, the steps the denoiser was trained on", length)
 
 
-def make_generator(config: PriorConfig, images: Images) -> PriorGenerator:
+def make_generator(config: PriorConfig, images: Images, num_classes: int | None) -> PriorGenerator:
     """The generator that all learned priors share. Its group normalisation keeps no running statistics, which averaging
     of weights and several processes would have to handle."""
     channels, height, width = images.image_shape
@@ -206,10 +244,11 @@ def make_generator(config: PriorConfig, images: Images) -> PriorGenerator:
         block_out_channels=config.block_out_channels,
         norm_type="group",
         prediction_type=config.prediction_type,
+        num_classes=num_classes,
     )
 
 
-def make_encoder(config: PriorConfig, images: Images) -> PriorEncoder:
+def make_encoder(config: PriorConfig, images: Images, num_classes: int | None) -> PriorEncoder:
     """The VAE's encoder for images of that shape, with new weights."""
     channels, height, width = images.image_shape
     return PriorEncoder(
@@ -217,11 +256,12 @@ def make_encoder(config: PriorConfig, images: Images) -> PriorEncoder:
         in_channels=channels,
         latent_dim=config.latent_dim,
         block_out_channels=config.block_out_channels,
+        num_classes=num_classes,
     )
 
 
 def make_discriminator(
-    config: PriorConfig, images: Images, schedule: Schedule, accelerator: Accelerator
+    config: PriorConfig, images: Images, num_classes: int | None, schedule: Schedule, accelerator: Accelerator
 ) -> TrainingState:
     """The discriminator with its own optimizer."""
     channels, height, width = images.image_shape
@@ -230,6 +270,7 @@ def make_discriminator(
         in_channels=channels,
         block_out_channels=config.block_out_channels,
         use_spectral_norm=config.spectral_norm,
+        num_classes=num_classes,
     )
     own_rate = config.discriminator_learning_rate or config.learning_rate
     own_config = dataclasses.replace(config, learning_rate=own_rate)
@@ -243,36 +284,45 @@ def trained_prior(state: TrainingState, accelerator: Accelerator) -> PriorGenera
 
 
 def finished_prior(
-    state: TrainingState, images: Images, scheduler: Any, config: PriorConfig, accelerator: Accelerator
+    state: TrainingState,
+    images: Images,
+    labels: Tensor | None,
+    scheduler: Any,
+    config: PriorConfig,
+    accelerator: Accelerator,
 ) -> PriorGenerator:
     """The generator as it is saved; for a VAE, with the fitted distribution of its latents."""
     if config.prior != "vae" or not config.latent_components:
         return trained_prior(state, accelerator)
     accelerator.print("fitting the distribution of the latents", flush=True)
     model = accelerator.unwrap_model(state.model, keep_torch_compile=False)
-    return with_fitted_latents(model, images, scheduler, config)
+    return with_fitted_latents(model, images, scheduler, config, labels)
 
 
-def tuned_prior(config: PriorConfig, image_shape: tuple[int, int, int]) -> FewStepPrior:
-    """The network of a tuned pipeline.
+def tuned_prior(
+    config: PriorConfig, image_shape: tuple[int, int, int], known: Classes | None
+) -> tuple[FewStepPrior, Classes | None]:
+    """The network of a tuned pipeline, and the classes of the truncated pipeline: those of the tuned one or, where it
+    has none, those of the denoiser.
 
     Raises:
-        InputError: no such pipeline, one that was not tuned for a few calls, or one of other images.
+        InputError: no such pipeline, one that was not tuned for a few calls, or one of other images or classes.
     """
     try:
-        prior = FewStepPrior.from_pipeline(load_pipeline(str(config.pretrained)), config.truncation_timestep)
+        pipeline = load_pipeline(str(config.pretrained))
+        prior = FewStepPrior.from_pipeline(pipeline, config.truncation_timestep)
     except InputError as error:
         raise InputError(str(error).replace("`pipeline`", "`pretrained`")) from error
     shape = prior.image_shape
     require(shape == image_shape, "pretrained", f"be trained on images of shape {image_shape}", shape)
-    return prior
-
-
-def fitted_prior(config: PriorConfig, images: Images, labels: Tensor | None) -> GaussianPrior:
-    """The closed form: moments of real images, for each class where there are labels."""
-    rows = evenly_spaced(images, MAX_FITTED_IMAGES)
-    labels = labels[rows] if labels is not None else None
-    return GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, labels=labels)
+    if prior.num_classes is None:
+        unasked = not config.class_conditional
+        require(unasked, "pretrained", "be tuned with classes for class_conditional=true", config.pretrained)
+        return prior, known
+    names = pipeline.classes.names
+    if known is not None:
+        require(known.names == names, "pretrained", f"know the classes {shown(known.names)} of the denoiser", names)
+    return prior, pipeline.classes
 
 
 def tuning_seconds(pretrained: str) -> float:
@@ -302,24 +352,29 @@ def draw_grid(
     accelerator: Accelerator,
     step: int = 0,
 ) -> None:
-    """A square grid of samples, see `write_grid`."""
+    """A grid of samples, see `write_grid`, with a row for each class of the prior."""
     pipeline.set_progress_bar_config(disable=True)
     generator = seeded_generator(config.seed)
-    call: dict[str, Any] = {"generator": generator, "num_inference_steps": config.num_inference_steps}
-    (images,) = pipeline(GRID_COLUMNS**2, **call, return_dict=False)
-    write_grid(images, GRID_COLUMNS, name, config, accelerator, step)
+    rows, call = grid_rows(pipeline.classes if pipeline.prior.num_classes is not None else None)
+    call |= {"generator": generator, "num_inference_steps": config.num_inference_steps}
+    (images,) = pipeline(rows * GRID_COLUMNS, **call, return_dict=False)
+    write_grid(images, rows, name, config, accelerator, step)
 
 
 def save_untrained(
-    config: PriorConfig, images: Images, unet: Any, make_pipeline: MakePipeline, accelerator: Accelerator
+    config: PriorConfig,
+    images: Images,
+    labels: Tensor | None,
+    tuned: FewStepPrior | None,
+    unet: Any,
+    make_pipeline: MakePipeline,
+    accelerator: Accelerator,
 ) -> None:
     """A closed form, or a network that is tuned already; saved like a trained prior."""
-    labels = labels_of(images) if config.class_wise else None
-    tuned = tuned_prior(config, images.image_shape) if config.prior == "few_step" else None
     open_run(config, accelerator, images, denoiser=unet, pretrained=tuned)
     if accelerator.is_main_process:
         started = time.monotonic()
-        prior: Any = fitted_prior(config, images, labels) if tuned is None else tuned
+        prior: Any = fitted_gaussian(config, images, labels) if tuned is None else tuned
         seconds = time.monotonic() - started if tuned is None else tuning_seconds(str(config.pretrained))
         prior.to(accelerator.device)
         with saved_model(config) as folder:

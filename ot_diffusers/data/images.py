@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -129,7 +129,7 @@ def pixels_of(images: ResidentImages | StreamedImages, indices: Tensor | None = 
     return torch.cat([to_uint8(batch).cpu() for _, batch in images.stream(indices.split(DECODE_CHUNK))])
 
 
-def evenly_spaced(images: ResidentImages | StreamedImages, count: int) -> Tensor:
+def evenly_spaced(images: Sized, count: int) -> Tensor:
     """Indices of `count` images, evenly spaced over the whole set (all images, if there are fewer): int64."""
     return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
 

@@ -8,6 +8,8 @@ images, both diffused to step T', by one or more of
     feature    sliced Wasserstein between features of a frozen network
     sinkhorn   Sinkhorn divergence between such features, with two independent generated batches in the self-term
 
+With classes, the first two are compared in each class, and the others by the joint law of features and label.
+
 The features are those of a frozen network at several depths: the denoiser at step T', which was trained without labels
 on images of this noise level, or a feature network.
 """
@@ -15,7 +17,7 @@ on images of this noise level, or a feature network.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,8 @@ from ..transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
 
 POOLED_SIZE = 4
 """Feature maps are averaged to this many rows and columns: few numbers that still depend on positions."""
+CLASS_DISTANCE = 10.0
+"""Distance between classes in the joint law, where the median distance of real images is 1."""
 
 
 # --- VAE --------------------------------------------------------------------------------------------------------------
@@ -180,6 +184,35 @@ def sinkhorn_transport(
         for x, y, x_pair in zip(features, reference, pair, strict=True)
     ]
     return torch.stack(terms).mean()
+
+
+def with_labels(levels: Sequence[Tensor], class_labels: Tensor | None) -> tuple[Tensor, ...]:
+    """Levels of (image, label) pairs, `CLASS_DISTANCE` apart between classes: [N, D + C] each, of levels [N, D] and
+    labels [N], where C − 1 is the largest label. Without labels, the levels themselves."""
+    if class_labels is None:
+        return tuple(levels)
+    one_hot = F.one_hot(class_labels) * (CLASS_DISTANCE / 2**0.5)
+    return tuple(torch.cat([level, one_hot.to(level)], dim=1) for level in levels)
+
+
+def within_classes(
+    transport: Callable[..., Tensor], images: Tensor, reference: Tensor, class_labels: Tensor | None, **options: Any
+) -> Tensor:
+    """A transport term in each class, averaged by the shares of the classes; 0-d.
+
+    Args:
+        transport: function of images and references, such as `patch_transport`.
+        images, reference: [N, C, H, W] both, of the same classes row by row.
+        class_labels: int64 [N]; None for one term over all images.
+        options: further arguments of `transport`.
+    """
+    if class_labels is None:
+        return transport(images, reference, **options)
+    total = images.new_zeros(())
+    for label in class_labels.unique():
+        rows = class_labels == label
+        total = total + rows.float().mean() * transport(images[rows], reference[rows], **options)
+    return total
 
 
 def frechet_transport(x: Tensor, y: Tensor, *, x_pair: Tensor | None = None) -> Tensor:

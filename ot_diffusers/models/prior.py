@@ -1,8 +1,8 @@
 """Priors of the truncated chain: models that generate x_T', the noisy image from which the last T' reverse steps start.
 
 Every prior maps latents z, [B, latent_dim], to images in one call, or in the few calls of a tuned denoiser; z is drawn
-from N(0, I), or from a mixture of Gaussians that was fitted to the codes of an autoencoder. The `prediction_type`
-states which images it generates:
+from N(0, I), or from a mixture of Gaussians that was fitted to the codes of an autoencoder. A prior with classes takes
+a label beside each latent, and makes an image of this class. The `prediction_type` states which images it generates:
 
     "noisy_sample"   x_T' = G(z)                                  the generator makes the noisy image
     "sample"         x_T' = α G(z) + σ ε,  ε ~ N(0, I) fresh      the generator makes the clean part; (α, σ) of step T'
@@ -54,6 +54,8 @@ class PriorMixin:
     nfe: int = 1
     #: Number of classes that `draw` can be asked for; None for a prior that makes images of any class.
     num_classes: int | None = None
+    #: Whether `draw` must be asked for a class, which a mixture of classes can draw by itself.
+    needs_labels: bool = False
 
     @property
     def latent_dim(self) -> int:
@@ -78,6 +80,7 @@ class PriorMixin:
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         device: torch.device | str | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """Draw x_T', [B, C, H, W], in the dtype of the prior.
 
@@ -86,9 +89,10 @@ class PriorMixin:
             alpha, sigma: noise level of x_T', scalars: `alpha_sigma(scheduler, truncation_timestep − 1)`.
             generator: one generator, or one for each image, so that an image does not depend on the rest of its batch.
             device: where the noise is drawn; by default the device of the prior.
+            class_labels: int64 [B], see `draw`.
         """
         generator = list(generator) if isinstance(generator, Sequence) else generator
-        images = self.draw(batch_size, generator=generator, device=device)
+        images = self.draw(batch_size, generator=generator, device=device, class_labels=class_labels)
         return self.diffuse(images, alpha, sigma, generator=generator)
 
     def draw(
@@ -104,16 +108,19 @@ class PriorMixin:
         With class labels, int64 [B], they are of these classes, from the same latents.
 
         Raises:
-            InputError: labels for a prior without classes.
+            InputError: labels for a prior without classes, none for one that needs them, or another number of labels.
         """
-        takes = class_labels is None or self.num_classes is not None
-        require(takes, "class_labels", f"be none for a {type(self).__name__} that makes images of any class", "labels")
-        latents = self._draw_latents(batch_size, generator, torch.device(device or self.device))
-        labels = {} if class_labels is None else {"class_labels": class_labels.to(latents.device)}
-        return self(latents, **labels).sample  # type: ignore[operator]
+        self._check_labels(class_labels, batch_size)
+        device = torch.device(device or self.device)
+        labels = {} if class_labels is None else {"class_labels": class_labels.to(device)}
+        return self(self._draw_latents(batch_size, generator, device, **labels), **labels).sample  # type: ignore[operator]
 
     def _draw_latents(
-        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """z ~ N(0, I), [B, latent_dim]."""
         return randn_tensor((batch_size, self.latent_dim), generator=generator, device=device, dtype=self.dtype)
@@ -150,6 +157,16 @@ class PriorMixin:
         valid = latents.ndim == 2 and latents.shape[1] == self.latent_dim
         require(valid, "latents", f"have shape [B, {self.latent_dim}]", tuple(latents.shape))
 
+    def _check_labels(self, class_labels: Tensor | None, batch_size: int) -> None:
+        kind = type(self).__name__
+        if class_labels is None:
+            require(not self.needs_labels, "class_labels", f"be given to a {kind} of {self.num_classes} classes", None)
+            return
+        takes = self.num_classes is not None
+        require(takes, "class_labels", f"be none for a {kind} that makes images of any class", "labels")
+        shape = tuple(class_labels.shape)
+        require(shape == (batch_size,), "class_labels", f"have shape ({batch_size},)", shape)
+
 
 class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
     """DCGAN-style generator: a linear layer to a small map, upsampling by transposed convolutions, a last convolution.
@@ -166,13 +183,14 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         norm_type: `"batch"` as in DCGAN, or `"group"`, with which images are independent of each other during training.
         prediction_type: `"sample"` (clean images) or `"noisy_sample"` (x_T').
         num_latent_components: number of Gaussians in the mixture of latents; 0 for N(0, I). `with_latents` sets it.
+        num_classes: number of classes C: an embedding of the label stands beside z. None for no classes.
 
     Example:
         >>> prior = PriorGenerator(truncation_timestep=100, sample_size=8, latent_dim=16, block_out_channels=(32, 16))
         >>> prior(torch.randn(2, 16)).sample.shape
         torch.Size([2, 3, 8, 8])
 
-    Reference: [Radford2015]; the layers are those of [Miyato2018].
+    Reference: [Radford2015]; the layers are those of [Miyato2018]; classes as in [Mirza2014].
     """
 
     _supports_gradient_checkpointing = False
@@ -189,6 +207,7 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         norm_type: str = "batch",
         prediction_type: str = "sample",
         num_latent_components: int = 0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         require_sizes(truncation_timestep=truncation_timestep, out_channels=out_channels, latent_dim=latent_dim)
@@ -200,7 +219,13 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         require(allowed, "prediction_type", f"be one of {', '.join(PRIOR_PREDICTION_TYPES)}", prediction_type)
         height, width = smallest_map(sample_size, len(block_out_channels))
         first, last = block_out_channels[0], block_out_channels[-1]
-        self.project = nn.Linear(latent_dim, first * height * width)
+        if num_classes is not None:
+            require_sizes(num_classes=num_classes)
+            multiple = num_latent_components % num_classes == 0
+            equal = f"be a multiple of the {num_classes} classes"
+            require(multiple, "num_latent_components", equal, num_latent_components)
+            self.class_embedding = nn.Embedding(num_classes, latent_dim)
+        self.project = nn.Linear((1 if num_classes is None else 2) * latent_dim, first * height * width)
         blocks: list[nn.Module] = [nn.Unflatten(1, (first, height, width)), _norm(norm_type, first), nn.ReLU()]
         for narrow, wide in zip(block_out_channels[1:], block_out_channels, strict=False):
             upsample = nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False)
@@ -216,6 +241,9 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
     def with_latents(self, weight: Tensor, mean: Tensor, covariance: Tensor) -> PriorGenerator:
         """A copy that draws z from a mixture of K Gaussians.
 
+        With classes there are as many Gaussians for each, in the order of the classes, and z is drawn from those of the
+        class that is asked for.
+
         Args:
             weight: [K], positive.
             mean: [K, latent_dim].
@@ -230,21 +258,47 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         copied.load_state_dict(self.state_dict() | mixture)
         return copied.to(device=self.device, dtype=self.dtype).train(self.training)
 
+    @property
+    def num_classes(self) -> int | None:  # type: ignore[override]
+        """Number of classes that images can be asked for, if any."""
+        return self.config.num_classes
+
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        """Whether every image must be asked for by its class."""
+        return self.config.num_classes is not None
+
     def _draw_latents(
-        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
-        count = self.config.num_latent_components
+        # Of each class; one Gaussian leaves nothing to choose.
+        count = self.config.num_latent_components // (self.num_classes or 1)
         shape = (batch_size, int(count > 1) + self.latent_dim)
         normal = randn_tensor(shape, generator=generator, device=device, dtype=self.dtype)
         if not count:
             return normal
         choice, normal = normal.split([int(count > 1), self.latent_dim], dim=1)
-        component = pick_component(self.latent_weight, choice)
-        return self.latent_mean[component] + _times_factor(normal, component, self.latent_factor)
+        if class_labels is None:
+            component = pick_component(self.latent_weight, choice)
+        else:
+            component = class_labels * count + pick_component(self.latent_weight.view(-1, count)[class_labels], choice)
+        return self.latent_mean[component] + times_factor(normal, component, self.latent_factor)
 
-    def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
-        """Images of latents z, [B, latent_dim]: clean in (−1, 1), or x_T'; [B, C, H, W]."""
+    def forward(
+        self, latents: Tensor, return_dict: bool = True, class_labels: Tensor | None = None
+    ) -> PriorOutput | tuple[Tensor]:
+        """Images of latents z, [B, latent_dim]: clean in (−1, 1), or x_T'; [B, C, H, W].
+
+        A generator with classes is given those of the images, int64 [B].
+        """
         self._check_latents(latents)
+        self._check_labels(class_labels, len(latents))
+        if class_labels is not None:
+            latents = torch.cat([latents, self.class_embedding(class_labels)], dim=1)
         images = self.blocks(self.project(latents))
         if self.config.prediction_type == "sample":
             images = images.tanh()
@@ -381,7 +435,7 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         choice, codes, noise = latents.split([int(num_components > 1), rank, self.mean.shape[1]], dim=1)
         component = pick_component(self.weight, choice) if class_labels is None else class_labels
         images = self.mean[component] + self.residual_std[component, None] * noise
-        return images + _times_factor(codes, component, self.factor) if rank else images
+        return images + times_factor(codes, component, self.factor) if rank else images
 
 
 class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
@@ -395,6 +449,7 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
         unet_config: configuration of the tuned `UNet2DModel`.
         steps: the calls of its chain, the numbers of a `Step` each.
         clip_range: bound of |x̂0| in every step; None for no bound.
+        num_classes: number of classes that the tuned denoiser knows; None for an unconditional one.
 
     Example:
         >>> from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
@@ -419,6 +474,7 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
         unet_config: dict[str, Any],
         steps: Sequence[Sequence[float]],
         clip_range: float | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         require_sizes(truncation_timestep=truncation_timestep)
@@ -434,14 +490,16 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
             truncation_timestep: T' at which the chain behind the prior starts.
 
         Raises:
-            InputError: a pipeline that was not tuned for a number of calls, one with another scheduler, or one of a
-                denoiser with classes.
+            InputError: a pipeline that was not tuned for a number of calls, one with another scheduler, or one that
+                does not know the classes of its denoiser.
         """
         unet, scheduler = pipeline.unet, pipeline.scheduler
         calls, name = scheduler.config.get("_num_inference_steps"), type(scheduler).__name__
         require(calls is not None, "pipeline", "be tuned for a few calls by train_few_step.py", name)
-        size = unet.config.get("num_class_embeds")
-        require(size is None, "pipeline", "be unconditional, since a prior has no labels", f"num_class_embeds={size}")
+        classes = getattr(pipeline, "classes", None)
+        knows = classes is not None or unet.config.get("num_class_embeds") is None
+        kind = "know the classes of its denoiser, as an OTGuidedDDIMPipeline does"
+        require(knows, "pipeline", kind, type(pipeline).__name__)
         own = isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler))
         require(own, "pipeline", "have the scheduler that it was tuned with (DDIM or flow matching)", name)
         chain = Chain.of(copy.deepcopy(scheduler), calls)
@@ -450,6 +508,7 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
             unet_config={name: value for name, value in unet.config.items() if not name.startswith("_")},
             steps=[list(dataclasses.astuple(step)) for step in chain.steps],
             clip_range=chain.clip_range,
+            num_classes=None if classes is None else len(classes),
         )
         prior.unet = copy.deepcopy(unet)
         return prior.eval()
@@ -458,6 +517,16 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
     def nfe(self) -> int:  # type: ignore[override]
         """Number of function evaluations: the calls of the tuned denoiser."""
         return len(self.chain.steps)
+
+    @property
+    def num_classes(self) -> int | None:  # type: ignore[override]
+        """Number of classes of the tuned denoiser, if any."""
+        return self.config.num_classes
+
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        """Whether every image must be asked for by its class; the null label was not tuned."""
+        return self.config.num_classes is not None
 
     @property
     def prediction_type(self) -> str:
@@ -474,23 +543,30 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
         """(C, H, W) of the generated images."""
         return (self.unet.config.in_channels, *_height_width(self.unet.config.sample_size))
 
-    def forward(self, latents: Tensor, return_dict: bool = True) -> PriorOutput | tuple[Tensor]:
-        """Images of standard normal latents, [B, latent_dim]: clean in [−1, 1], [B, C, H, W]."""
+    def forward(
+        self, latents: Tensor, return_dict: bool = True, class_labels: Tensor | None = None
+    ) -> PriorOutput | tuple[Tensor]:
+        """Images of standard normal latents, [B, latent_dim]: clean in [−1, 1], [B, C, H, W].
+
+        A denoiser with classes is given those of the images, int64 [B].
+        """
         self._check_latents(latents)
-        images = self.chain(self.unet, latents.view(-1, *self.image_shape))
+        self._check_labels(class_labels, len(latents))
+        images = self.chain(self.unet, latents.view(-1, *self.image_shape), class_labels)
         return PriorOutput(sample=images) if return_dict else (images,)
 
 
 def pick_component(weight: Tensor, choice: Tensor) -> Tensor:
-    """The component whose share of [0, 1] contains Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture."""
+    """The component whose share of [0, 1] contains Φ(choice), [B]; `choice` is [B, 1], or [B, 0] without a mixture. The
+    weights of K components are [K], or [B, K] where each choice has its own."""
     if not choice.shape[1]:
         return torch.zeros(len(choice), dtype=torch.long, device=choice.device)
-    cumulative = weight.float().cumsum(0)
-    uniform = torch.special.ndtr(choice[:, 0].float()) * cumulative[-1]
-    return torch.searchsorted(cumulative, uniform).clamp(max=len(cumulative) - 1)
+    cumulative = weight.float().cumsum(-1).expand(len(choice), -1).contiguous()
+    uniform = torch.special.ndtr(choice.float()) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 
-def _times_factor(codes: Tensor, component: Tensor, factor: Tensor) -> Tensor:
+def times_factor(codes: Tensor, component: Tensor, factor: Tensor) -> Tensor:
     """Fᵀ_k z for the component k of each row of `codes`, [B, rank] to [B, D]; `factor` is [K, rank, D].
 
     Autocast is off: it is meant for networks, and would round these moments.

@@ -44,9 +44,9 @@ class TruncatedPriorPipeline(GuidedPipeline):
     With a feature network and its reference bank the chain is guided as by `OTGuidedDDIMPipeline`, and the clean images
     of the prior are corrected before they are diffused.
 
-    The class of an image is that of the prior's image, which T' steps hardly change. Images of a class need a prior of
-    classes, as a `GaussianPrior` with one Gaussian for each is; the denoiser may have the same classes or none. Where
-    the prior makes images of any class, a denoiser with classes is given the null label.
+    The class of an image is that of the prior's image, which T' steps hardly change. Images of a class need a prior
+    with classes, as `train_prior.py class_conditional=true` leaves it; the denoiser may have the same classes or none.
+    Where the prior makes images of any class, a denoiser with classes is given the null label.
 
     Args:
         prior: `PriorGenerator`, `FewStepPrior`, `GaussianPrior`, or another `PriorMixin`.
@@ -124,10 +124,10 @@ class TruncatedPriorPipeline(GuidedPipeline):
 
     @property
     def draws_labels(self) -> bool:
-        """Whether a call without labels draws them: if the denoiser has classes, and the prior has them too or is
-        N(0, I), from which the denoiser alone makes the class."""
+        """Whether a call without labels draws them: if the prior needs them, or if the denoiser has classes and the
+        prior has them too or is N(0, I), from which the denoiser alone makes the class."""
         has_classes = self.unet.config.get("num_class_embeds") is not None
-        return has_classes and (self.prior.num_classes is not None or self.prior.nfe == 0)
+        return self.prior.needs_labels or (has_classes and (self.prior.num_classes is not None or self.prior.nfe == 0))
 
     @torch.no_grad()
     def __call__(

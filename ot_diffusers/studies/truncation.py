@@ -82,7 +82,7 @@ FEW_STEP, COUPLED, TUNED = "few_step", "coupled", "tuned"
 """The prior that is a tuned network, and the runs that train and tune this network."""
 OPTIONS = {
     "ot": ("feature_extractor={features}",),
-    "gaussian_classes": ("class_wise=true",),
+    "gaussian_classes": ("class_conditional=true",),
     FEW_STEP: (f"pretrained={{{TUNED}}}",),
 }
 """Options of the script that trains the prior, in addition to those of its preset."""

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -34,7 +33,13 @@ from ..data import evenly_spaced
 from ..errors import require
 from ..features import check_trained_on, class_counts, labels_of, load_feature_extractor
 from ..images import thumbnails, to_unit_range
-from ..losses.priors import denoiser_features, frechet_transport, network_features, sinkhorn_transport
+from ..losses.priors import (
+    denoiser_features,
+    frechet_transport,
+    network_features,
+    sinkhorn_transport,
+    with_labels,
+)
 from ..models.backbone_extractor import BackboneFeatureExtractor
 from ..pipelines.classes import class_options
 from ..schedules import Chain, Scheduler, prediction_type_of, record_calls
@@ -49,8 +54,6 @@ SCALED_BY = 1000
 """Real images, evenly spaced, whose median distance is the unit of each level."""
 FEWEST_NOISE_CALLS = 4
 """Calls from which a network of noise prediction can be tuned."""
-CLASS_DISTANCE = 10.0
-"""Distance between classes in the joint law, where the median distance of real images is 1."""
 
 PEERS: dict[str, Callable[..., Tensor]] = {
     "mmd": squared_mmd,
@@ -130,15 +133,6 @@ def compared_levels(config: FewStepConfig, images: Images, denoiser: Any, device
 def backbone_features(network: BackboneFeatureExtractor, images: Tensor) -> Levels:
     """The one level of a backbone; the gradient flows to the images."""
     return (network(to_unit_range(images), return_dict=False)[0],)
-
-
-def with_labels(levels: Levels, class_labels: Tensor | None) -> Levels:
-    """Levels of (image, label) pairs, `CLASS_DISTANCE` apart between classes: [N, D + C] each, of levels [N, D] and
-    labels [N], where C − 1 is the largest label. Without labels, the levels themselves."""
-    if class_labels is None:
-        return levels
-    one_hot = F.one_hot(class_labels) * (CLASS_DISTANCE / 2**0.5)
-    return tuple(torch.cat([level, one_hot.to(level)], dim=1) for level in levels)
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------

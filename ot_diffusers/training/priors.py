@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from sklearn.mixture import GaussianMixture
@@ -30,8 +31,10 @@ from ..losses.priors import (
     patch_transport,
     pixel_transport,
     sinkhorn_transport,
+    with_labels,
+    within_classes,
 )
-from ..models.prior import GaussianPrior, PriorGenerator
+from ..models.prior import GaussianPrior, PriorGenerator, times_factor
 from ..models.prior_networks import PriorEncoder
 from ..schedules import Scheduler, alpha_sigma, truncated_samples
 from ..seeds import folded, key, keyed_generator
@@ -59,6 +62,8 @@ class PriorBatch:
         num_references: number of gathered references and pairs that count.
         latents, noise: of the generated images, [B, latent_dim] and [B, C, H, W].
         pair_latents, pair_noise: of an independent second draw, [M, latent_dim] and [M, C, H, W].
+        class_labels: of real and of generated images, int64 [B]; None for a prior without classes.
+        pair_labels: of references and of the second draw, int64 [M], each class with its share of the whole batch.
         alpha, sigma: noise level of T', scalars.
         update: number of the update, from 0.
     """
@@ -74,17 +79,29 @@ class PriorBatch:
     alpha: Tensor
     sigma: Tensor
     update: int
+    class_labels: Tensor | None = None
+    pair_labels: Tensor | None = None
 
 
 def prior_batches(
-    images: Images, scheduler: Scheduler, config: PriorConfig, schedule: Schedule, accelerator: Accelerator, start: int
+    images: Images,
+    scheduler: Scheduler,
+    config: PriorConfig,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    start: int,
+    labels: Tensor | None = None,
 ) -> Iterator[PriorBatch]:
-    """Batches from update `start` on. Every draw is a function of (seed, update); each process takes its rows."""
+    """Batches from update `start` on. Every draw is a function of (seed, update); each process takes its rows.
+
+    With `labels`, those of the data set [N], images are generated in the classes of the real ones.
+    """
     alpha, sigma = (level.to(accelerator.device) for level in alpha_sigma(scheduler, config.truncation_timestep - 1))
     for update, indices, part, clean in image_batches(images, config, schedule, accelerator, start):
         epoch = schedule.epoch(update)
         real = truncated_samples(clean, indices[part], scheduler, epoch=epoch, seed=config.seed)
         latents, noise = draw_latents(len(indices), clean, config, "generated", update)
+        class_labels = pair_labels = None if labels is None else labels[indices[part]].to(accelerator.device)
         if config.num_reference_samples is None:
             reference, num_references, pair_rows = real, schedule.forward_batch_size, torch.arange(len(indices))[part]
             pair_latents, pair_noise = draw_latents(len(indices), clean, config, "pair", update)
@@ -94,7 +111,13 @@ def prior_batches(
             share = math.ceil(num_references / accelerator.num_processes)
             pair_rows = (torch.arange(share) + share * accelerator.process_index) % num_references
             order = torch.randperm(len(images), generator=keyed_generator("cpu", config.seed, "references", update))
-            rows = order[pair_rows % len(images)]
+            if labels is not None:
+                first = part.start - part.start % schedule.forward_batch_size  # of this pass over all processes
+                asked = labels[indices[first : first + schedule.forward_batch_size]]
+                asked = asked.repeat(num_references // len(asked))
+                order = order_of_classes(order, labels, asked)
+                pair_labels = asked[pair_rows].to(accelerator.device)
+            rows = order[pair_rows % len(order)]
             others = images.fetch(rows).to(accelerator.device)
             reference = truncated_samples(others, rows, scheduler, epoch=update, seed=key(config.seed, "references"))
             pair_latents, pair_noise = draw_latents(num_references, clean, config, "pair", update)
@@ -110,7 +133,19 @@ def prior_batches(
             alpha=alpha,
             sigma=sigma,
             update=update,
+            class_labels=class_labels,
+            pair_labels=pair_labels,
         )
+
+
+def order_of_classes(order: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
+    """Rows of the classes `asked`, int64 [M], in the given order of all rows [N], whose classes are `labels`; a row
+    comes again only after all others of its class."""
+    rows = torch.empty_like(asked)
+    for label in asked.unique():
+        own, places = order[labels[order] == label], (asked == label).nonzero()[:, 0]
+        rows[places] = own[torch.arange(len(places)) % len(own)]
+    return rows
 
 
 def draw_latents(count: int, images: Tensor, config: PriorConfig, use: str, update: int) -> tuple[Tensor, Tensor]:
@@ -135,11 +170,16 @@ class VariationalPrior(nn.Module):
         super().__init__()
         self.generator, self.encoder = generator, encoder
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstructions of images [B, C, H, W], and mean and log-variance of their codes, [B, D]."""
-        mean, log_variance = self.encoder(images, return_dict=False)
+    def forward(
+        self, images: Tensor, noise: Tensor, class_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructions of images [B, C, H, W], and mean and log-variance of their codes, [B, D].
+
+        With classes, int64 [B], encoder and generator are both told them.
+        """
+        mean, log_variance = self.encoder(images, return_dict=False, class_labels=class_labels)
         latents = mean + (log_variance / 2).exp() * noise
-        return self.generator(latents).sample, mean, log_variance
+        return self.generator(latents, class_labels=class_labels).sample, mean, log_variance
 
 
 def vae_terms(
@@ -147,7 +187,7 @@ def vae_terms(
 ) -> dict[str, Tensor]:
     """The two terms of the evidence bound, over the batch of all processes."""
     target = batch.clean if config.prediction_type == "sample" else batch.real
-    reconstructed, mean, log_variance = state.model(target, batch.latents)
+    reconstructed, mean, log_variance = state.model(target, batch.latents, batch.class_labels)
     record.compare_spread(reconstructed, target)
     gathered = (gather_rows(rows, accelerator) for rows in (target, reconstructed, mean, log_variance))
     bound = evidence_bound(*gathered, beta=config.beta)
@@ -156,36 +196,42 @@ def vae_terms(
 
 @torch.no_grad()
 def with_fitted_latents(
-    model: VariationalPrior, images: Images, scheduler: Scheduler, config: PriorConfig
+    model: VariationalPrior, images: Images, scheduler: Scheduler, config: PriorConfig, labels: Tensor | None = None
 ) -> PriorGenerator:
     """The generator of a trained VAE with the mixture of Gaussians that fits the codes of its data best.
 
     The codes are not distributed as N(0, I), which the evidence bound only favours, so the generator was not trained on
     latents from N(0, I). The mixture is fitted after training, to one code of each of at most `MAX_FITTED_IMAGES`
-    images.
+    images. With `labels`, those of the data set [N], a mixture is fitted to the codes of each class, with an equal part
+    of the Gaussians, at least one.
 
     Reference: [Ghosh2020].
     """
     generator, device = model.generator, model.generator.device
     source = keyed_generator(device, config.seed, "codes")
-    codes = []
-    for rows in evenly_spaced(images, MAX_FITTED_IMAGES).split(1024):
-        target = images.fetch(rows)
-        if config.prediction_type == "noisy_sample":
-            target = truncated_samples(target, rows, scheduler, seed=config.seed)
-        codes.append(model.encoder(target.to(device)).sample(source))
-    components = min(config.latent_components, sum(map(len, codes)))
-    mixture = GaussianMixture(components, random_state=folded(config.seed, 32)).fit(
-        torch.cat(codes).double().cpu().numpy()
-    )
-    return generator.with_latents(
-        *(torch.from_numpy(values) for values in (mixture.weights_, mixture.means_, mixture.covariances_))
-    )
+    groups = [evenly_spaced(images, MAX_FITTED_IMAGES)]
+    if labels is not None:
+        members = [(labels == label).nonzero()[:, 0] for label in range(generator.config.num_classes)]
+        groups = [rows[evenly_spaced(rows, MAX_FITTED_IMAGES // len(members))] for rows in members]
+    components = min(max(1, config.latent_components // len(groups)), *map(len, groups))
+    fitted = []
+    for group in groups:
+        codes = []
+        for rows in group.split(1024):
+            target = images.fetch(rows)
+            if config.prediction_type == "noisy_sample":
+                target = truncated_samples(target, rows, scheduler, seed=config.seed)
+            told = {} if labels is None else {"class_labels": labels[rows].to(device)}
+            codes.append(model.encoder(target.to(device), **told).sample(source))
+        mixture = GaussianMixture(components, random_state=folded(config.seed, 32))
+        mixture.fit(torch.cat(codes).double().cpu().numpy())
+        fitted.append((mixture.weights_, mixture.means_, mixture.covariances_))
+    return generator.with_latents(*(torch.from_numpy(np.concatenate(values)) for values in zip(*fitted, strict=True)))
 
 
 def generated(batch: PriorBatch, state: TrainingState, config: PriorConfig, record: Record) -> Tensor:
     """x_T' from the batch's latents, [B, C, H, W]."""
-    made = state.model(batch.latents).sample
+    made = state.model(batch.latents, class_labels=batch.class_labels).sample
     record.compare_spread(made, batch.clean if config.prediction_type == "sample" else batch.real)
     return diffused(made, batch.noise, batch, config)
 
@@ -195,11 +241,15 @@ def discriminator_update(
 ) -> Tensor:
     """One update of the discriminator, with R1 in every `r1_interval`-th; returns its loss without the penalty."""
     with torch.no_grad():
-        fake = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
+        made = state.model(batch.pair_latents, class_labels=batch.pair_labels).sample
+        fake = diffused(made, batch.pair_noise, batch, config)
     penalised = config.r1_weight > 0 and batch.update % config.r1_interval == 0
     real = batch.real.clone().requires_grad_(penalised)
     discriminator.model.requires_grad_(True)
-    real_logits, fake_logits = discriminator.model(torch.cat([real, fake])).chunk(2)
+    told = None
+    if batch.class_labels is not None and batch.pair_labels is not None:
+        told = torch.cat([batch.class_labels, batch.pair_labels])
+    real_logits, fake_logits = discriminator.model(torch.cat([real, fake]), told).chunk(2)
     loss = discriminator_loss(real_logits, fake_logits)
     penalty = config.r1_weight * config.r1_interval * gradient_penalty(real_logits, real) if penalised else 0.0
     discriminator.backward(accelerator, loss + penalty, config.max_grad_norm)
@@ -216,7 +266,7 @@ def adversarial_loss(
 ) -> Tensor:
     """The loss of the generator; the discriminator receives no gradient."""
     network = accelerator.unwrap_model(discriminator.model, keep_torch_compile=False).requires_grad_(False)
-    return generator_loss(network(generated(batch, state, config, record)))
+    return generator_loss(network(generated(batch, state, config, record), batch.class_labels))
 
 
 @dataclass(frozen=True)
@@ -259,21 +309,33 @@ def frozen_features(config: PriorConfig, images: Images, unet: Any, scheduler: S
     return FrozenFeatures(extract, tuple(median_distance(level) for level in extract(real.to(unet.device))), network)
 
 
-def gaussian_map(config: PriorConfig, images: Images, device: torch.device) -> GaussianPrior:
+def gaussian_map(
+    config: PriorConfig, images: Images, device: torch.device, labels: Tensor | None = None
+) -> GaussianPrior:
     """The Gaussian with the moments of the data in as many directions as there are latents: μ + Fᵀz is the optimal
-    transport map from N(0, I) to it."""
+    transport map from N(0, I) to it. With `labels`, those of the data set [N], there is one for each class."""
+    rank = min(config.latent_dim, len(images) - 1, math.prod(images.image_shape))
+    return fitted_gaussian(config, images, labels, rank=rank).to(device)
+
+
+def fitted_gaussian(
+    config: PriorConfig, images: Images, labels: Tensor | None, rank: int | None = None
+) -> GaussianPrior:
+    """The moments of real images, for each class where there are labels."""
     rows = evenly_spaced(images, MAX_FITTED_IMAGES)
-    rank = min(config.latent_dim, len(rows) - 1, math.prod(images.image_shape))
-    return GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, rank=rank).to(device)
+    labels = labels[rows] if labels is not None else None
+    return GaussianPrior.from_images(images.fetch(rows), config.truncation_timestep, labels=labels, rank=rank)
 
 
 def warm_start_terms(
     batch: PriorBatch, state: TrainingState, gaussian: GaussianPrior, record: Record
 ) -> dict[str, Tensor]:
     """Squared distance to the images of the same latents under the closed-form map."""
-    made = state.model(batch.latents).sample
+    made = state.model(batch.latents, class_labels=batch.class_labels).sample
     record.compare_spread(made, batch.clean)
-    target = gaussian.mean[0] + batch.latents[:, : gaussian.config.rank] @ gaussian.factor[0]
+    codes, labels = batch.latents[:, : gaussian.config.rank], batch.class_labels
+    component = torch.zeros(len(codes), dtype=torch.long, device=codes.device) if labels is None else labels
+    target = gaussian.mean[component] + times_factor(codes, component, gaussian.factor)
     return {"warm_start": torch.nn.functional.mse_loss(made.float(), target.clamp(-1, 1).view_as(made))}
 
 
@@ -289,30 +351,37 @@ def transport_terms(
     names = config.ot_objective.split("+")
     fake = generated(batch, state, config, record)
     images, real = gather_rows(fake, accelerator), gather_rows(batch.real, accelerator)
+    labels, pair_labels = (
+        None if own is None else gather_rows(own, accelerator) for own in (batch.class_labels, batch.pair_labels)
+    )
     sliced: dict[str, Any] = {
         "num_projections": config.num_projections,
         "generator": keyed_generator(accelerator.device, config.seed, "directions", batch.update),
     }
     terms = {}
     if "pixel" in names:
-        terms["pixel"] = pixel_transport(images, real, **sliced)
+        terms["pixel"] = within_classes(pixel_transport, images, real, labels, **sliced)
     if "patch" in names:
-        terms["patch"] = patch_transport(
-            images, real, patch_sizes=config.patch_sizes, patch_stride=config.patch_stride, **sliced
-        )
+        grid: dict[str, Any] = {"patch_sizes": config.patch_sizes, "patch_stride": config.patch_stride}
+        terms["patch"] = within_classes(patch_transport, images, real, labels, **grid, **sliced)
     if features is None:
         return _weighted(terms, config)
 
-    fake_features = [gather_rows(level, accelerator) for level in features(fake)]
+    fake_features = with_labels([gather_rows(level, accelerator) for level in features(fake)], labels)
     if "feature" in names:
         with torch.no_grad():
             expected = [gather_rows(level, accelerator) for level in features(batch.real)]
-        terms["feature"] = feature_transport(fake_features, expected, **sliced)
+        terms["feature"] = feature_transport(fake_features, with_labels(expected, labels), **sliced)
     if "sinkhorn" in names:
         with torch.no_grad():
-            other = diffused(state.model(batch.pair_latents).sample, batch.pair_noise, batch, config)
+            other = state.model(batch.pair_latents, class_labels=batch.pair_labels).sample
+            other = diffused(other, batch.pair_noise, batch, config)
+            count = batch.num_references
             pair, reference = (
-                [gather_rows(level, accelerator)[: batch.num_references] for level in features(images)]
+                with_labels(
+                    [gather_rows(level, accelerator)[:count] for level in features(images)],
+                    None if pair_labels is None else pair_labels[:count],
+                )
                 for images in (other, batch.reference)
             )
         terms["sinkhorn"] = sinkhorn_transport(fake_features, reference, pair, blur=config.blur, scaling=config.scaling)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -327,7 +328,7 @@ def write_grid(
             tracker.log_images({"samples": list(pixels)}, step=step)
 
 
-def grid_rows(classes: Classes | None) -> tuple[int, dict[str, Tensor]]:
+def grid_rows(classes: Classes | None) -> tuple[int, dict[str, Any]]:
     """Rows of `GRID_COLUMNS` images in a grid, and the argument of a pipeline's call that makes each a class."""
     if classes is None:
         return GRID_COLUMNS, {}

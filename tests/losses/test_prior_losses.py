@@ -26,6 +26,8 @@ from ot_diffusers.losses.priors import (
     patch_transport,
     pixel_transport,
     sinkhorn_transport,
+    with_labels,
+    within_classes,
 )
 from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 
@@ -250,3 +252,43 @@ def test_network_features_end_in_the_penultimate_layer(network_class):
     # Two stages of feature maps, computed by the same functions from the same input.
     assert len(levels) == 3
     assert torch.equal(levels[-1], network.extract(images))
+
+
+# --- Classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_the_wrong_class_cost_what_they_lie_apart():
+    """Two classes at −1 and 1 whose labels are exchanged: the images are those of the data, only the pairs are not."""
+    labels = torch.arange(12) % 2
+    real = (2.0 * labels - 1).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    wrong = real.flip(0).clone().requires_grad_()
+    options = {"num_projections": 8, "generator": _seeded()}
+    for transport in (pixel_transport, lambda *images, **own: patch_transport(*images, patch_sizes=(2,), **own)):
+        assert within_classes(transport, wrong, real, None, **options).item() < 1e-10  # the rounding of projections
+        assert within_classes(transport, real, real, labels, **options).item() < 1e-10
+        wrong.grad = None
+        within_classes(transport, wrong, real, labels, **options).backward()
+        assert bool(((wrong - real) * wrong.grad).sum(dim=(1, 2, 3)).gt(0).all())  # every image is drawn to its class
+    # ½ ‖2‖² / D of every pixel, on average over directions: here by a full basis of them.
+    exact = {"num_projections": 16, "generator": _seeded()}
+    found = [within_classes(pixel_transport, wrong, real, labels, **exact).item() for _ in range(200)]
+    # ⟨θ, 1⟩² has mean 1 and a variance below 2: four standard errors of 3,200 directions are .1 of 2.
+    assert sum(found) / 200 == pytest.approx(2, rel=0.1)
+
+
+def test_joint_laws_compare_features_within_classes():
+    """Clouds of equal shares: the divergence of the joint law is the mean of those in the classes, and other classes of
+    the same points are seen."""
+    labels = torch.tensor([0, 1, 1] * 8)
+    x, y, pair = (torch.randn(24, 3, generator=_seeded(seed)) + labels[:, None] for seed in range(3))
+    options = {"blur": 0.1, "scaling": 0.7}
+    joint = sinkhorn_transport(*(with_labels([points], labels) for points in (x, y, pair)), **options)
+    parts = [
+        (labels == label).float().mean()
+        * sinkhorn_transport(*([points[labels == label]] for points in (x, y, pair)), **options)
+        for label in (0, 1)
+    ]
+    torch.testing.assert_close(joint, sum(parts), rtol=0.02, atol=0)  # two solutions of the annealed solver
+    told = labels.flip(0)
+    mixed = (with_labels([points], own) for points, own in ((x, told), (y, labels), (pair, told)))
+    assert sinkhorn_transport(*mixed, **options) > 1.5 * joint

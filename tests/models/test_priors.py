@@ -218,8 +218,77 @@ def test_what_is_no_tuned_pipeline_is_refused():
     with pytest.raises(InputError, match="`pipeline` must have the scheduler that it was tuned with"):
         FewStepPrior.from_pipeline(pipe, 300)
     pipe.unet.register_to_config(num_class_embeds=3)
-    with pytest.raises(InputError, match="`pipeline` must be unconditional, since a prior has no labels"):
+    with pytest.raises(InputError, match="`pipeline` must know the classes of its denoiser"):
         FewStepPrior.from_pipeline(pipe, 300)
+
+
+def test_a_tuned_pipeline_of_classes_makes_the_same_images_as_a_prior():
+    scheduler, names = FlowMatchEulerDiscreteScheduler(), {0: "a", 1: "b"}
+    record_calls(scheduler, 2)
+    pipe = FlowMatchPipeline(make_unet(seed=0, num_class_embeds=3), scheduler, id2label=names)
+    pipe.set_progress_bar_config(disable=True)
+    prior = FewStepPrior.from_pipeline(pipe, 300)
+    assert prior.num_classes == 2  # without the null label
+    with torch.no_grad():
+        images = prior.draw(3, generator=_seeded(7), class_labels=torch.tensor([1, 0, 1]))
+    call = {"class_labels": ["b", "a", "b"], "num_inference_steps": 2, "output_type": "np"}
+    expected = pipe(3, _seeded(7), **call).images
+    np.testing.assert_allclose(images.numpy()[:, 0] / 2 + 0.5, expected[..., 0], rtol=0, atol=1e-5)  # as above
+    with pytest.raises(InputError, match="`class_labels` must be given to a FewStepPrior of 2 classes, got None"):
+        prior.draw(3)
+
+
+def test_a_generator_of_classes_makes_them_from_the_same_latents(tmp_path):
+    prior, latents = _small(num_classes=3), torch.randn(4, 5, generator=_seeded())
+    labels = torch.tensor([0, 2, 2, 1])
+    with torch.no_grad():
+        images = prior(latents, class_labels=labels).sample
+        other = prior(latents, class_labels=labels.clone().index_fill_(0, torch.tensor([1]), 0)).sample
+        # Of the same batch size, so that equal rows are equal bit for bit.
+        assert [torch.equal(*rows) for rows in zip(images, other, strict=True)] == [True, False, True, True]
+        assert torch.equal(
+            prior.sample(4, *LEVEL, generator=_seeded(1), class_labels=labels)[2:],
+            prior.sample(4, *LEVEL, generator=_seeded(1), class_labels=torch.tensor([1, 1, 2, 1]))[2:],
+        )
+    prior.save_pretrained(tmp_path)
+    restored = PriorGenerator.from_pretrained(tmp_path)
+    torch.testing.assert_close(restored(latents, class_labels=labels).sample, images, rtol=0, atol=1e-5)  # as above
+    for given, message in (
+        (None, "`class_labels` must be given to a PriorGenerator of 3 classes, got None"),
+        (labels[:2], r"`class_labels` must have shape \(4,\), got \(2,\)"),
+    ):
+        for call in (prior.draw, lambda _, class_labels: prior(latents, class_labels=class_labels)):
+            with pytest.raises(InputError, match=message):
+                call(4, class_labels=given)
+    with pytest.raises(InputError, match="`class_labels` must be none for a PriorGenerator that makes images of any"):
+        _small()(latents, class_labels=labels)
+    with pytest.raises(InputError, match="`num_latent_components` must be a multiple of the 3 classes, got 4"):
+        prior.with_latents(torch.ones(4), torch.zeros(4, 5), torch.eye(5).repeat(4, 1, 1))
+
+
+def test_fitted_latents_of_a_class_come_from_its_own_mixture():
+    """Two Gaussians of each of three classes, whose means are ten apart and whose weights are 1 : 3."""
+    means = 10.0 * torch.arange(6)[:, None].expand(6, 5)
+    prior = _small(num_classes=3).with_latents(torch.tensor([1.0, 3.0] * 3), means, torch.eye(5).repeat(6, 1, 1))
+    labels = torch.arange(9000) % 3
+    found = (prior._draw_latents(9000, _seeded(), torch.device("cpu"), labels).mean(dim=1) / 10).round().long()
+    assert torch.equal(found // 2, labels)
+    # 3,000 draws of each: four standard deviations are .03.
+    shares = torch.stack([(found[labels == label] % 2).float().mean() for label in range(3)])
+    torch.testing.assert_close(shares, torch.full((3,), 0.75), rtol=0, atol=0.03)
+
+
+def test_encoder_and_discriminator_know_the_class():
+    options = {"sample_size": 8, "in_channels": 1, "block_out_channels": (16, 8), "num_classes": 3}
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 2])
+    encoder = PriorEncoder(latent_dim=4, **options)
+    first, second = (encoder(images, class_labels=asked).mean for asked in (labels, labels.flip(0)))
+    assert not torch.isclose(first, second).any(dim=1).all()
+    discriminator = PriorDiscriminator(use_spectral_norm=False, **options)
+    hidden, weight, bias = discriminator.blocks(images), discriminator.head.weight, discriminator.head.bias
+    projected = (hidden * (weight[0] + weight[1 + labels])).sum(1) + bias[0] + bias[1 + labels]
+    torch.testing.assert_close(discriminator(images, labels), projected, rtol=0, atol=1e-5)  # float32 sums
 
 
 def test_gaussian_parameters_are_frozen():

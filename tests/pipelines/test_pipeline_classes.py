@@ -13,10 +13,16 @@ from makers.draws import seeded
 from makers.models import make_features, make_truncated, make_unet
 from torch import Tensor
 
-from ot_diffusers import FlowMatchPipeline, GaussianPrior, OTGuidedDDIMPipeline, TruncatedPriorPipeline
+from ot_diffusers import (
+    FlowMatchPipeline,
+    GaussianPrior,
+    OTGuidedDDIMPipeline,
+    PriorGenerator,
+    TruncatedPriorPipeline,
+)
 from ot_diffusers.errors import InputError
 from ot_diffusers.sampling import load_pipeline
-from ot_diffusers.schedules import truncated_scheduler
+from ot_diffusers.schedules import alpha_sigma, truncated_scheduler
 
 NAMES = {0: "cat", 1: "dog", 2: "cow"}
 CLASSES: dict[str, Any] = {"id2label": NAMES, "class_frequencies": {0: 0.75, 1: 0.25, 2: 0.0}}
@@ -155,6 +161,38 @@ def test_a_prior_of_classes_makes_the_class() -> None:
     torch.testing.assert_close(levels, 0.9 * (drawn.class_labels.float() - 1), atol=0.15, rtol=0)
     again = drawn.at_truncation_timestep(5)
     assert again.classes == drawn.classes
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_learned_prior_of_classes_leads(size: int | None, tmp_path: Path) -> None:
+    """With a denoiser of the same classes and one without; labels are drawn where a call has none."""
+    torch.manual_seed(1)
+    prior = PriorGenerator(
+        truncation_timestep=10, sample_size=8, out_channels=1, latent_dim=4, block_out_channels=(8, 4), num_classes=3
+    )
+    unet, scheduler = make_unet(seed=0, num_class_embeds=size), truncated_scheduler(DDIMScheduler(), 10)
+    pipe = quiet(TruncatedPriorPipeline(prior, unet, scheduler, **CLASSES))
+    images = latents(pipe, 1, 2, class_labels=["cow", 0])
+    with torch.no_grad():
+        level = alpha_sigma(scheduler, 9)
+        noisy = prior.eval().sample(2, *level, generator=seeded(1, 2), class_labels=torch.tensor([2, 0]))
+    told = latents(pipe, 1, 2, latents=noisy, class_labels=[2, 0])
+    assert torch.equal(images, told) and pipe.class_labels.tolist() == [2, 0]
+    assert not torch.allclose(latents(pipe, 1, 2, class_labels=[1, 0])[0], images[0], atol=1e-3)
+
+    latents(pipe, *range(60))
+    counts = pipe.class_labels.bincount(minlength=3)
+    assert counts[2] == 0 and abs(int(counts[0]) - 45) <= 14  # four standard deviations of a binomial count
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(load_pipeline(tmp_path))
+    assert loaded.classes == pipe.classes and loaded.at_truncation_timestep(5).classes == pipe.classes
+    # Memory-mapped weights may be aligned differently, which changes the last bit of sums.
+    torch.testing.assert_close(latents(loaded, 1, 2, class_labels=["cow", 0]), images, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="`class_labels` must be among cat, dog, cow, got 'pig'"):
+        latents(pipe, 1, class_labels="pig")
+    if size is not None:
+        with pytest.raises(InputError, match="`prior` must have the 4 classes of the unet, got 3"):
+            TruncatedPriorPipeline(prior, make_unet(num_class_embeds=4), scheduler)
 
 
 def test_priors_without_classes_leave_the_class_open() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from makers import ROOT, snapshot
 from makers.models import make_unet, save_pipeline
 from makers.runs import assert_same_end, launch, results
 from makers.runs import train as train_script
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ot_diffusers import FlowMatchPipeline, OTGuidedDDIMPipeline, TruncatedPriorPipeline
@@ -25,7 +27,8 @@ from ot_diffusers.models.prior import FewStepPrior, GaussianPrior, PriorGenerato
 from ot_diffusers.models.prior_networks import PriorEncoder
 from ot_diffusers.schedules import record_calls, record_coupling, truncated_scheduler
 from ot_diffusers.studies.truncation import TruncationConfig
-from ot_diffusers.training.priors import VariationalPrior, with_fitted_latents
+from ot_diffusers.training import make_schedule
+from ot_diffusers.training.priors import PriorBatch, VariationalPrior, prior_batches, with_fitted_latents
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +86,48 @@ def test_vae_draws_latents_like_the_codes_of_its_data() -> None:
     torch.testing.assert_close(prior.latent_mean[0], codes.mean.mean(0), rtol=0, atol=0.1)
     torch.testing.assert_close(prior.latent_factor[0].T @ prior.latent_factor[0], expected, rtol=0, atol=0.2)
     assert (expected - torch.eye(6)).abs().max() > 0.4
+
+
+def test_latents_of_a_vae_are_fitted_class_by_class() -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"sample_size": 8, "latent_dim": 6, "block_out_channels": (16, 8), "num_classes": 10}
+    encoder = PriorEncoder(in_channels=1, **shape)
+    model = VariationalPrior(PriorGenerator(truncation_timestep=10, out_channels=1, **shape), encoder)
+    images, config = load_images("digits", "train"), make_config(PriorConfig, {"prior": "vae", "latent_components": 1})
+    scheduler = truncated_scheduler(DDIMScheduler(), 10)
+    prior = with_fitted_latents(model, images, scheduler, config, images.labels)
+    assert prior.config.num_latent_components == 10  # at least one for each
+    with torch.no_grad():
+        means = encoder(images.fetch(torch.arange(len(images))), class_labels=images.labels).mean
+    expected = torch.stack([means[images.labels == label].mean(0) for label in range(10)])
+    # One code of each of about 115 images, whose variances are about 1: standard errors of .1, here of 60 numbers.
+    assert (prior.latent_mean - expected).square().mean().sqrt() < 0.15 < expected.std(0).mean() / 1.5
+
+
+def test_batches_of_classes_have_equal_shares_and_do_not_depend_on_the_processes() -> None:
+    images, scheduler = load_images("digits", "train"), truncated_scheduler(DDIMScheduler(), 10)
+
+    def batch(index: int, processes: int) -> PriorBatch:
+        values = {"prior": "ot", "train_batch_size": 16 // processes, "num_reference_samples": 32, "latent_dim": 4}
+        config = make_config(PriorConfig, values | {"class_conditional": True})
+        accelerator: Any = SimpleNamespace(
+            device=torch.device("cpu"), process_index=index, num_processes=processes, gradient_accumulation_steps=2
+        )
+        schedule = make_schedule(config, accelerator, images)
+        passes = prior_batches(images, scheduler, config, schedule, accelerator, 0, images.labels)
+        next(passes)  # the second pass of the first update
+        return next(passes)
+
+    whole, parts = batch(0, 1), [batch(index, 2) for index in (0, 1)]
+    for name in ("real", "class_labels", "pair_labels", "reference", "latents", "pair_latents"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+    assert whole.class_labels is not None and whole.pair_labels is not None
+    assert torch.equal(whole.pair_labels.bincount(), 2 * whole.class_labels.bincount())
+    # At T' = 10 the noise is .04 of a pixel: the nearest image is the image itself.
+    clean = images.fetch(torch.arange(len(images))).flatten(1)
+    for rows, labels in ((whole.real, whole.class_labels), (whole.reference, whole.pair_labels)):
+        nearest = torch.cdist(rows.flatten(1), clean).argmin(dim=1)
+        assert images.labels is not None and torch.equal(images.labels[nearest], labels)
 
 
 def test_a_warm_start_learns_the_map_to_the_gaussian(denoiser: Path, tmp_path: Path) -> None:
@@ -161,9 +206,26 @@ def test_a_tuned_network_becomes_a_prior_without_training(denoiser: Path, tmp_pa
         train(tmp_path / "untuned", denoiser, **coupled)
     with pytest.raises(InputError, match="`scheduler` must "):
         train(tmp_path / "behind", tmp_path / "coupled", prior="few_step", pretrained=str(tmp_path / "tuned"))
+    with pytest.raises(InputError, match="`pretrained` must be tuned with classes for class_conditional=true"):
+        few_step = {"prior": "few_step", "pretrained": str(tmp_path / "tuned"), "class_conditional": True}
+        train(tmp_path / "classes", denoiser, **few_step)
     for bad in ({"prior": "few_step"}, {"prior": "vae", "pretrained": "x"}):
         with pytest.raises(InputError, match="`pretrained` must be the tuned pipeline for prior=few_step, and none"):
             train(tmp_path / "bad", denoiser, **bad)
+
+
+def test_a_tuned_network_of_classes_brings_them_along(denoiser: Path, tmp_path: Path) -> None:
+    scheduler, named = FlowMatchEulerDiscreteScheduler(), {0: "a", 1: "b"}
+    record_calls(scheduler, 1)
+    shares = {0: 0.9, 1: 0.1}
+    unet = make_unet(seed=1, block_out_channels=(8, 16), num_class_embeds=3)
+    tuned = FlowMatchPipeline(unet, scheduler, id2label=named, class_frequencies=shares)
+    tuned.save_pretrained(tmp_path / "tuned")
+    run = train(tmp_path / "run", denoiser, prior="few_step", pretrained=str(tmp_path / "tuned"))
+    pipe = TruncatedPriorPipeline.from_pretrained(run)
+    assert pipe.prior.num_classes == 2 and pipe.classes is not None
+    assert pipe.labels == {"a": 0, "b": 1} and pipe.classes.frequencies == (0.9, 0.1)
+    assert sample(run).std() > 0
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -219,7 +281,7 @@ def test_the_command_refuses_bad_input_in_one_line(capsys: pytest.CaptureFixture
 
 def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "one", denoiser, prior="gaussian")
-    classes = train(tmp_path / "classes", denoiser, prior="gaussian", class_wise=True)
+    classes = train(tmp_path / "classes", denoiser, prior="gaussian", class_conditional=True)
     assert results(run)["complete"] and results(run)["updates"] == 0
     images = load_images("digits", "train")
     mean = images.fetch(torch.arange(len(images))).flatten(1).mean(0)
@@ -233,18 +295,43 @@ def test_the_closed_form_needs_no_training_and_has_the_mean_of_the_data(denoiser
 
 
 def test_a_denoiser_with_classes_serves_any_prior(tmp_path: Path) -> None:
-    """A learned prior makes images of any class, which are compared and denoised with the null label."""
+    """A learned prior without labels makes images of any class, which are compared and denoised with the null label."""
     unet = make_unet(seed=0, add_attention=False, block_out_channels=(8, 16), num_class_embeds=11)
     named = {label: str(label) for label in range(10)}
     OTGuidedDDIMPipeline(unet, DDIMScheduler(), id2label=named).save_pretrained(tmp_path / "denoiser")
     learned = train(tmp_path / "ot", tmp_path / "denoiser", max_train_steps=1, **EVERY_TERM)
-    closed = train(tmp_path / "gaussian", tmp_path / "denoiser", prior="gaussian", class_wise=True)
+    closed = train(tmp_path / "gaussian", tmp_path / "denoiser", prior="gaussian", class_conditional=True)
     for run in (learned, closed):
         assert len(TruncatedPriorPipeline.from_pretrained(run).labels) == 10
         assert sample(run).isfinite().all()
     OTGuidedDDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "no null label")
     with pytest.raises(InputError, match="`denoiser` must be unconditional, or know a null label"):
         train(tmp_path / "refused", tmp_path / "no null label", prior="gaussian")
+    named[3] = "three"
+    OTGuidedDDIMPipeline(unet, DDIMScheduler(), id2label=named).save_pretrained(tmp_path / "others")
+    with pytest.raises(InputError, match="`denoiser` must know the classes"):
+        train(tmp_path / "refused", tmp_path / "others", prior="gan", class_conditional=True)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_prior_of_classes_opens_as_a_pipeline_of_them(name: str, denoiser: Path, tmp_path: Path) -> None:
+    own = LEARNED[name] | {"class_conditional": True, "max_train_steps": 2}
+    own |= {"num_reference_samples": 16, "feature_extractor": None} if name == "ot" else {}
+    run = train(tmp_path / "run", denoiser, **own)
+    pipe = TruncatedPriorPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.prior.num_classes == 10 and pipe.labels == {str(digit): digit for digit in range(10)}
+    assert pipe.classes is not None and pipe.classes.frequencies[0] == pytest.approx(114 / 1152)
+    call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    seven, eight = (
+        pipe(2, torch.Generator().manual_seed(0), class_labels=digit, **call).images for digit in ("7", "8")
+    )
+    assert (seven - eight).abs().max() > 1e-3 and sample(run).isfinite().all()
+    with Image.open(run / "samples" / "update-00000002.png") as grid:
+        assert grid.size == (6 * 8, 10 * 8)  # a row for each class
+    if name == "ot":
+        with pytest.raises(InputError, match="`num_reference_samples` must be a multiple of the 8 images of a forward"):
+            train(tmp_path / "other", denoiser, **own | {"num_reference_samples": 12})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +347,6 @@ def test_a_denoiser_with_classes_serves_any_prior(tmp_path: Path) -> None:
             "`ot_weights` must be none or a positive number for each of patch",
         ),
         ({"ot_objective": "patch+pixels"}, "`ot_objective` must join some of pixel, patch, feature, sinkhorn"),
-        ({"class_wise": True}, "`class_wise` must be false"),
         ({"prior": "gaussian", "prediction_type": "noisy_sample"}, "`prediction_type` must be sample"),
         ({"truncation_timestep": 0}, "`truncation_timestep` must be at least 1"),
         ({"truncation_timestep": 1001}, "`truncation_timestep` must be an integer from 1 to 1000"),
