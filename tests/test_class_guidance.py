@@ -126,6 +126,22 @@ def test_a_field_of_one_class_is_that_of_its_samples_alone() -> None:
     torch.testing.assert_close(*fields, atol=1e-3, rtol=0)  # the tolerance of the solver
 
 
+def test_a_batch_with_few_images_of_a_class_warns_once() -> None:
+    pipe, record = pipeline(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ot_diffusers.pipelines.guided.logger.warning", record.append)
+        sampled(pipe, [0] * 20 + [1] * 17, *range(37))
+        sampled(pipe, [0] * 20 + [1] * 7, *range(27), guidance_scale=0)
+        pipe.record_guidance_field(18, num_inference_steps=3, class_labels=[0, 1, 2] * 6)
+        sampled(pipe, [1], 0)  # follows the field
+        assert record == []
+        sampled(pipe, [0] * 20 + [1] * 7 + [2] * 9, *range(36), joint_batch=True)
+        sampled(pipeline(None), [0], 0)
+    assert len(record) == 2
+    assert "; 7 images of class '1' are too few for that" in record[0] and "`record_guidance_field`" in record[0]
+    assert "; 1 image is too few for that" in record[1]
+
+
 def test_labels_that_cannot_guide_are_named() -> None:
     network, bank = parts()
     images = torch.zeros(2, 1, 8, 8)

@@ -245,11 +245,24 @@ class GuidedPipeline(PortablePipeline):
             **recorded | _given(asked),
         )
         self._guidance = guidance if self._records else None
-        if not follows_field and batch_size < SMALL_BATCH:
-            logger.warning(
-                f"OT guidance compares the batch with real images; `batch_size` {batch_size} is too small for that."
-            )
+        if not follows_field and not self._records:  # a small field is completed by references
+            self._warn_of_few_images(guidance, batch_size)
         return guidance
+
+    def _warn_of_few_images(self, guidance: OTGuidance, batch_size: int) -> None:
+        """Warn of a joint batch, or of a class in it, that is too small to be compared with real images."""
+        labels, size, compared, of_class = self._guiding_labels(guidance), batch_size, "the batch", ""
+        if labels is not None and self.classes is not None:
+            present, counts = labels.unique(return_counts=True)
+            fewest = counts.argmin()
+            name, size = self.classes.names[present[fewest]], int(counts[fewest])
+            compared, of_class = "each class in the batch", f" of class {name!r}"
+        if size < SMALL_BATCH:
+            images = f"1 image{of_class} is" if size == 1 else f"{size} images{of_class} are"
+            logger.warning(
+                f"OT guidance compares {compared} with real images; {images} too few for that. Generate {SMALL_BATCH} "
+                "or more at once, or record a field (`record_guidance_field`), which guides single images."
+            )
 
     def _chosen_labels(self, class_labels: ClassLabels | None, batch_size: int, generator: Generators) -> Tensor | None:
         """The labels that a call asks for, or labels drawn by the frequencies of the classes; None without classes.
