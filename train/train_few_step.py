@@ -76,7 +76,7 @@ def main(config: FewStepConfig) -> None:
     open_run(config, accelerator, images, pretrained=frozen, feature_extractor=levels.network)
     resume(state, config, accelerator)
     record = Record(config, schedule, accelerator, state)
-    checks = SampleChecks.of(config, chain, levels, images, validation_images, labels)
+    checks = SampleChecks.of(config, chain, levels, images, validation_images, has_classes=labels is not None)
 
     # Loop.
     batches = few_step_batches(images, state.model, chain, levels, config, schedule, accelerator, state.update, labels)

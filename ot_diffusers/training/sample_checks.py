@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ..cache import read_verified, save_aside
 from ..config import FewStepConfig
 from ..data import evenly_spaced
+from ..errors import require
 from ..evaluation import metrics
 from ..evaluation.pixels import patch_sliced_wasserstein
+from ..features import labels_of
+from ..losses.priors import with_labels
 from ..schedules import Chain
 from ..seeds import keyed_generator
 from .batches import Images
@@ -48,6 +51,9 @@ class SampleChecks:
     lowest, since the divergence from few images is noisy; of states outside the bounds where none is within. Test
     images play no part.
 
+    Of a denoiser with classes, images are made in the classes of the validation images, and the divergence is that of
+    the joint law of image and label, so that images of a wrong class count.
+
     Attributes:
         chain: chain of the finished images.
         levels: what they are compared in; recall, memorisation and rank are those of its deepest features.
@@ -55,7 +61,7 @@ class SampleChecks:
         bounds: smallest and largest allowed value of each measure.
         best: update and measures of the kept state.
         warned: measures outside their bounds at the last check.
-        labels: of all training images, [M], for a denoiser with classes; images are made by their frequencies.
+        labels: of the validation images, [N], for a denoiser with classes; both halves have the same.
     """
 
     config: FewStepConfig
@@ -77,13 +83,22 @@ class SampleChecks:
         levels: ComparedLevels,
         images: Images,
         validation: Images,
-        labels: Tensor | None = None,
+        *,
+        has_classes: bool = False,
     ) -> SampleChecks:
-        """The checks against these splits; an earlier kept state in the folder of the run counts."""
+        """The checks against these splits; an earlier kept state in the folder of the run counts.
+
+        Raises:
+            InputError: for a denoiser with classes, validation images without labels or without two of any class.
+        """
         count = config.num_validation_samples
         train = images.fetch(evenly_spaced(images, MAX_COMPARED))
-        held_out = validation.fetch(evenly_spaced(validation, count))
-        checks = cls(config, chain, levels, train, held_out, labels=labels)
+        rows, labels = evenly_spaced(validation, count), None
+        if has_classes:
+            rows = rows[halved_by_class(labels_of(validation)[rows])]
+            require(len(rows) > 0, "num_validation_samples", "give two validation images of some class", count)
+            labels = labels_of(validation)[rows]
+        checks = cls(config, chain, levels, train, validation.fetch(rows), labels=labels)
         real = checks.measured(images.fetch(evenly_spaced(images, count)))
         checks.bounds = {
             "recall": (FEWEST_MODES * real["recall"], float("inf")),
@@ -96,18 +111,24 @@ class SampleChecks:
         return checks
 
     @torch.no_grad()
-    def measured(self, images: Tensor) -> dict[str, float]:
-        """Divergence, recall, precision, memorisation ratio, effective rank and patch distance of images in [-1, 1]."""
-        generated, (train, held_out) = self._levels(images), self._real_levels
-        half = len(images) // 2
+    def divergence(self, images: Tensor) -> float:
+        """Sinkhorn divergence of images in [-1, 1] from the validation images, in the classes that they were asked for;
+        the second half of the images makes the self-term."""
+        held_out, labels = self._real_levels[1], self._asked_labels(len(images))
+        generated, half = with_labels(self._levels(images), labels), len(images) // 2
         options: dict[str, Any] = {"objective": "sinkhorn", "blur": self.config.blur, "scaling": self.config.scaling}
         first, second = ([level[part] for level in generated] for part in (slice(half), slice(half, None)))
-        divergence = finished_loss(first, held_out, second, self.levels.weights, **options)
+        reference = with_labels(held_out, None if labels is None else labels[: len(self.validation)])
+        return float(finished_loss(first, reference, second, self.levels.weights, **options))
+
+    @torch.no_grad()
+    def measured(self, images: Tensor) -> dict[str, float]:
+        """Recall, precision, memorisation ratio, effective rank and patch distance of images in [-1, 1]."""
+        generated, (train, held_out) = self._levels(images), self._real_levels
         deepest = self.levels.deepest
         found, known, new = (part[deepest].cpu() for part in (generated, train, held_out))
         quality = metrics.precision_recall(found, new)
         return {
-            "divergence": float(divergence),
             "precision": quality.precision,
             "recall": quality.recall,
             "nearest_distance_ratio": metrics.nearest_distance_ratio(found, known, new),
@@ -123,7 +144,8 @@ class SampleChecks:
         if accelerator.is_main_process:
             with averaged_weights(state):
                 unet = accelerator.unwrap_model(state.model, keep_torch_compile=False)
-                values = self.measured(self._samples(unet))
+                samples = self._samples(unet)
+                values = {"divergence": self.divergence(samples), **self.measured(samples)}
                 outside = [name for name, (low, high) in self.bounds.items() if not low <= values[name] <= high]
                 self._warn(values, outside)
                 entry = {"update": state.update, "within_bounds": not outside, **values}
@@ -152,13 +174,18 @@ class SampleChecks:
         parts = [self.levels(part.to(self.levels.device)) for part in images.split(self.config.train_batch_size)]
         return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
+    def _asked_labels(self, count: int) -> Tensor | None:
+        """The classes of so many images: those of the validation images, again and again."""
+        if self.labels is None:
+            return None
+        return self.labels[torch.arange(count) % len(self.labels)].to(self.levels.device)
+
     def _samples(self, unet: nn.Module) -> Tensor:
         count, shape = self.config.num_validation_samples, self.validation.shape[1:]
-        generator = keyed_generator("cpu", self.config.seed, "checks")
-        noise = torch.randn((count, *shape), generator=generator)
-        asked = None
-        if self.labels is not None:
-            asked = self.labels[torch.randint(len(self.labels), (count,), generator=generator)].to(self.levels.device)
+        if self.labels is not None:  # whole repetitions, for equal shares of each class
+            count = max(1, count // len(self.labels)) * len(self.labels)
+        noise = torch.randn((count, *shape), generator=keyed_generator("cpu", self.config.seed, "checks"))
+        asked = self._asked_labels(count)
         return torch.cat(
             [
                 self.chain(unet, noise[part].to(self.levels.device), asked if asked is None else asked[part]).cpu()
@@ -178,6 +205,23 @@ class SampleChecks:
                 bound = f"below {low:.3g}" if values[name] < low else f"above {high:.3g}"
                 logger.warning("the samples' %s of %.3g is %s", name.replace("_", " "), values[name], bound)
         self.warned = set(outside)
+
+
+def halved_by_class(labels: Tensor) -> Tensor:
+    """Rows of `labels`, [N], in two halves that hold each class equally often; the last image of an odd number is left
+    out.
+
+    Example:
+        >>> halved_by_class(torch.tensor([1, 0, 1, 1, 0]))
+        tensor([1, 0, 4, 2])
+    """
+    first, second = [], []
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        half = len(rows) // 2
+        first.append(rows[:half])
+        second.append(rows[half : 2 * half])
+    return torch.cat(first + second)
 
 
 def replaces(entry: dict[str, Any], best: dict[str, Any]) -> bool:

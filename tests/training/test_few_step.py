@@ -40,6 +40,7 @@ from ot_diffusers.training.few_step import (
     with_labels,
 )
 from ot_diffusers.training.pretrained import deterministic_scheduler
+from ot_diffusers.training.sample_checks import SampleChecks
 from ot_diffusers.transport.kernel import squared_mmd
 
 pytestmark = pytest.mark.slow
@@ -352,6 +353,29 @@ def test_a_run_of_classes_samples_by_class(tmp_path: Path) -> None:
     assert pipe.class_labels is not None and pipe.class_labels.tolist() == [7, 0, 7] and pipe.nfe == 1
     with Image.open(run / "samples" / "update-00000002.png") as grid:
         assert grid.size == (6 * 8, 10 * 8)  # a row for each class
+
+
+def test_the_kept_state_is_chosen_by_the_joint_law(tmp_path: Path) -> None:
+    """Real images of the asked classes, and the same images for other classes: the divergence sees the difference,
+    which recall and the rest do not."""
+    images, validation = load_images("digits", "train"), load_images("digits", "validation")
+    levels = ComparedLevels(lambda batch: (batch.flatten(1),), (5.0,), 0.2, 0.0, torch.device("cpu"))
+    config = FewStepConfig(output_dir=str(tmp_path), num_validation_samples=60)
+    checks = {
+        has_classes: SampleChecks.of(config, Chain(()), levels, images, validation, has_classes=has_classes)
+        for has_classes in (True, False)
+    }
+    labels = checks[True].labels
+    assert labels is not None and images.labels is not None and 50 <= len(labels) <= 60
+    first, second = labels.chunk(2)
+    assert torch.equal(first.bincount(), second.bincount())
+    order = torch.stack([(images.labels == label).nonzero()[index, 0] for index, label in enumerate(labels)])
+    right = images.fetch(order)
+    wrong = torch.cat([half.roll(len(first) // 2, 0) for half in right.chunk(2)])  # each half has the same images
+    found = {has_classes: [one.divergence(made) for made in (right, wrong)] for has_classes, one in checks.items()}
+    assert found[True][1] > 2 * found[True][0]
+    assert found[False][1] == pytest.approx(found[False][0], rel=1e-3)  # the order of float32 sums
+    assert checks[True].measured(right) == pytest.approx(checks[True].measured(wrong), rel=1e-3)
 
 
 def test_classes_that_cannot_be_tuned_are_refused(tmp_path: Path) -> None:
