@@ -337,15 +337,15 @@ def _sample_files(images: Tensor, class_names: Sequence[str] | None) -> Iterator
         yield METADATA_NAME, partial(Path.write_text, data=text, encoding="utf-8")
 
 
-def save_grid(images: Tensor, file: Path) -> Path:
+def save_grid(images: Tensor, file: Path, columns: int | None = None) -> Path:
     """Write `image_grid` of uint8 images [N, C, H, W]; returns the file."""
-    image_grid(images).save(file)
+    image_grid(images, columns).save(file)
     return file
 
 
-def image_grid(images: Tensor) -> PIL.Image.Image:
-    """The first 400 of uint8 images [N, C, H, W] as one near-square picture; small ones are enlarged by bicubic
-    interpolation.
+def image_grid(images: Tensor, columns: int | None = None) -> PIL.Image.Image:
+    """The first 400 of uint8 images [N, C, H, W] as one picture, near-square or with so many columns; small images are
+    enlarged by bicubic interpolation.
 
     Example:
         >>> image_grid(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)).size
@@ -355,7 +355,8 @@ def image_grid(images: Tensor) -> PIL.Image.Image:
     enlargement = max(1, GRID_TILE // max(images.shape[2:]))
     large = nn.functional.interpolate(shown.float(), scale_factor=enlargement, mode="bicubic")
     large = large.round().clamp(0, 255).to(torch.uint8)
-    return _to_picture(make_grid(large, nrow=math.ceil(math.sqrt(len(shown))), padding=2, pad_value=255))
+    columns = columns or math.ceil(math.sqrt(len(shown)))
+    return _to_picture(make_grid(large, nrow=columns, padding=2, pad_value=255))
 
 
 def read_images(folder: str | Path, channels: int) -> Tensor:

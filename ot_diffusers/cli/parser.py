@@ -445,7 +445,10 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--dtype", default="float32", help=f"type of the stored weights: float32 or float16 {DEFAULT}")
     options.add_argument(
-        "--num-images", type=whole(0), default=36, metavar="N", help=f"sample images on the card; 0: none {DEFAULT}"
+        "--num-images",
+        type=whole(0),
+        metavar="N",
+        help="sample images on the card; 0: none (default: 36, or 16 of each class)",
     )
     options.add_argument(
         "--num-inference-steps",

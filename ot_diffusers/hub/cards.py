@@ -16,6 +16,7 @@ from ..data import HUB_IDS
 from ..errors import require
 from ..evaluation.health import evaluator_doubt
 from ..evaluation.metric_table import HEADLINE, METRICS, SECOND
+from ..pipelines.classes import LISTED
 from ..reporting.differences import interval_rows, verdict
 from ..reporting.quoting import quote
 from ..reporting.report import format_number, markdown_rows
@@ -148,6 +149,7 @@ class Picture:
         image_size: height and width of one sample in pixels.
         num_images: number of samples, which were generated as one batch.
         nfe: network calls for each image.
+        classes: names of the classes in the rows of the grid; none without classes.
     """
 
     file: str
@@ -155,6 +157,7 @@ class Picture:
     image_size: tuple[int, int]
     num_images: int
     nfe: int
+    classes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,11 @@ class CardFacts:
     picture: Picture | None = None
     num_inference_steps: int | None = None
     weights_dtype: str = "float32"
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether images can be asked for by their class."""
+        return bool(self.config.get("class_names"))
 
     @property
     def guided(self) -> bool:
@@ -242,7 +250,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         license=LICENSE,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=["diffusers", "diffusion", HOME, *KINDS[facts.class_name].tags],
+        tags=["diffusers", "diffusion", HOME, *KINDS[facts.class_name].tags, *facts.of_classes * ["class-conditional"]],
         base_model=next(filter(None, map(base_model, facts.runs.values())), None),
         datasets=[facts.dataset] if facts.dataset else None,
         metrics=[result.metric_type for result in results] or None,
@@ -292,15 +300,20 @@ def _metric_arguments(results: Mapping[str, Any], entry: Mapping[str, Any], metr
 # --- Sections ---------------------------------------------------------------------------------------------------------
 
 
+def _listed(names: Sequence[str]) -> str:
+    """The first names of classes."""
+    return ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
+
+
 def _title(facts: CardFacts) -> str:
     return facts.repo_id.split("/")[-1]
 
 
 def _summary(facts: CardFacts) -> str:
     summary = KINDS[facts.class_name].summary.format_map(facts.config)
-    if facts.config.get("classes"):
+    if facts.of_classes:
         summary = summary.replace("An unconditional", "A class-conditional")
-        summary += f" Its classes, by name for `class_labels`: {facts.config['classes']}."
+        summary += f" Its classes, by name for `class_labels`: {_listed(facts.config['class_names'])}."
     return f"{summary} {GUIDANCE}" if facts.guided else summary
 
 
@@ -312,6 +325,8 @@ def _picture(facts: CardFacts) -> str:
     height, width = picture.image_size
     calls = f"Each image takes {picture.nfe} network call{'s' * (picture.nfe != 1)} (NFE)"
     size = f"The images have {width}×{height} pixels and are enlarged with smooth interpolation."
+    if picture.classes:
+        size = f"There is a row for each class: {', '.join(picture.classes)}. {size}"
     if picture.plain_file is None:
         return f"![Samples]({picture.file})\n\n*{picture.num_images} samples of this model. {calls}. {size}*"
     return (
@@ -326,7 +341,11 @@ def _use(facts: CardFacts) -> str:
     name, tuned = facts.class_name, facts.config.get("tuned_steps")
     steps = facts.num_inference_steps or tuned or KINDS[name].steps
     package = HOME if name in OWN else "diffusers"
-    call = f"batch_size=64, num_inference_steps={steps}" if steps else "batch_size=64"
+    call = "batch_size=64"
+    if facts.of_classes:
+        call += f', class_labels="{facts.config["class_names"][0]}"'
+    if steps:
+        call += f", num_inference_steps={steps}"
     snippet = (
         f"```python\n"
         f"from {package.replace('-', '_')} import {name}\n\n"
@@ -336,7 +355,7 @@ def _use(facts: CardFacts) -> str:
         f'images[0].save("sample.png")\n```'
     )
     notes = [f"Install the package by `pip install {package}`."]
-    if facts.config.get("classes"):
+    if facts.of_classes:
         notes.append(
             "`class_labels` takes names or numbers of classes, one for all images or one for each; without it, they "
             "are drawn by their frequencies in the training data."
@@ -349,11 +368,13 @@ def _use(facts: CardFacts) -> str:
     if tuned:
         notes.append(f"The denoiser is tuned for {tuned} step{'s' * (tuned > 1)}; it is not meant for more.")
     if facts.guided:
+        compared = "the images of each class" if facts.config.get("guides_by_class") else "the whole batch"
+        of_class = " of a class" if facts.config.get("guides_by_class") else ""
         notes.append(
-            "Guidance compares the whole batch with real images: generate 64 images or more at once. "
+            f"Guidance compares {compared} with real images: generate 64 images or more{of_class} at once. "
             "`guidance_scale=0` turns guidance off."
         )
-    opens_elsewhere = name != "OTGuidedDDIMPipeline" or not facts.config.get("classes")  # DDIMPipeline has no labels
+    opens_elsewhere = name != "OTGuidedDDIMPipeline" or not facts.of_classes  # DDIMPipeline has no labels
     return f"{snippet}\n\n{' '.join([*notes, NOTES.get(name, '') if opens_elsewhere else ''])}".rstrip()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -28,7 +29,6 @@ from ..data import HUB_IDS
 from ..errors import InputError, require
 from ..files import check_folder, local_or_hub, user_path
 from ..outgoing import outgoing_files
-from ..pipelines.classes import LISTED
 from ..pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from ..sampling import load_pipeline, network_calls, sample_images, save_grid
 from ..schedules import prediction_type_of
@@ -36,6 +36,9 @@ from .cards import DATA, KINDS, MARK, CardFacts, Picture, Records, render_card, 
 
 CARD = "README.md"
 PICTURE, PLAIN_PICTURE = "samples.png", "samples_plain.png"
+NUM_IMAGES = 36
+IMAGES_OF_CLASS, SHOWN_CLASSES = 16, 10
+"""In a picture with a row for each class: as many images as guidance compares at least, of the first classes."""
 TRAINING = "training"
 RECORDS = ("run.json", "results.json", "metrics.jsonl")
 PICTURES_AND_LOGS = ("samples/update-*.png", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml")
@@ -65,7 +68,7 @@ def export_run(
     hardware: str | None = None,
     truncation_timestep: int | None = None,
     dtype: str = "float32",
-    num_images: int = 36,
+    num_images: int | None = None,
     num_inference_steps: int | None = None,
 ) -> Path:
     """Write what goes to the Hub: weights, card, samples, evaluation, training configuration and logs.
@@ -83,7 +86,8 @@ def export_run(
         hardware: what the times in `results` and in the training records were measured on, for the card.
         truncation_timestep: T' of a `TruncatedPriorPipeline`, where it is not that of the run.
         dtype: `"float32"`, or `"float16"` for half the size; such weights load as float32 by default.
-        num_images: images in `samples.png`, sampled as one batch; 0 writes no picture.
+        num_images: images in `samples.png`, sampled as one batch, 36 by default; of a pipeline with classes, 16 of each
+            of the first ten by default, with a row for each class. 0 writes no picture.
         num_inference_steps: denoising steps of the picture and the snippet; the pipeline's default otherwise.
 
     Returns:
@@ -100,7 +104,7 @@ def export_run(
     require(outside, "output", "lie outside the run, which is copied", str(output))
     features = None if features is None else user_path(features)
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
-    require(num_images >= 0, "num_images", "be at least 0", num_images)
+    require(num_images is None or num_images >= 0, "num_images", "be at least 0", num_images)
     evaluation = read_results(results) if results is not None else None
     arm = choose_arm(evaluation, arm) if evaluation else None
     try:
@@ -116,7 +120,7 @@ def export_run(
             pipeline = _restarted(pipeline, behind.get("denoiser"), truncation_timestep)
         _cast(pipeline, DTYPES[dtype])
         runs = _copy_training(run, behind, folder)
-        picture = _write_pictures(pipeline, folder, num_images, num_inference_steps) if num_images else None
+        picture = None if num_images == 0 else _write_pictures(pipeline, folder, num_images, num_inference_steps)
         write_repository(
             pipeline,
             folder,
@@ -147,21 +151,28 @@ def _restarted(pipeline: Any, denoiser: Path | None, truncation_timestep: int) -
     return pipeline.at_truncation_timestep(truncation_timestep, full_scheduler)
 
 
-def _write_pictures(pipeline: Any, folder: Path, num_images: int, num_inference_steps: int | None) -> Picture:
-    """Write a grid of samples in float32, and of a guided pipeline the one without guidance from the same noise."""
+def _write_pictures(pipeline: Any, folder: Path, num_images: int | None, num_inference_steps: int | None) -> Picture:
+    """Write a grid of samples in float32, with a row for each class, and of a guided pipeline the one without guidance
+    from the same noise."""
     stored = pipeline.unet.dtype
     _cast(pipeline, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    steps: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    images = sample_images(pipeline, num_images, **steps)
-    save_grid(images, folder / PICTURE)
+    call: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    columns, names = None, list(pipeline.labels)[:SHOWN_CLASSES] if getattr(pipeline, "takes_labels", False) else []
+    if names:
+        columns = IMAGES_OF_CLASS if num_images is None else math.ceil(num_images / len(names))
+        num_images = columns * len(names)
+        call["class_labels"] = [label for label in range(len(names)) for _ in range(columns)]
+    num_images = num_images or NUM_IMAGES
+    images = sample_images(pipeline, num_images, **call)
+    save_grid(images, folder / PICTURE, columns)
     guided = getattr(pipeline, "reference_bank", None) is not None
     if guided:
-        save_grid(sample_images(pipeline, num_images, guidance_scale=0, **steps), folder / PLAIN_PICTURE)
+        save_grid(sample_images(pipeline, num_images, guidance_scale=0, **call), folder / PLAIN_PICTURE, columns)
     _cast(pipeline, stored)
     height, width = images.shape[2:]
     plain_file = PLAIN_PICTURE if guided else None
-    return Picture(PICTURE, plain_file, (height, width), num_images, network_calls(pipeline))
+    return Picture(PICTURE, plain_file, (height, width), num_images, network_calls(pipeline), names)
 
 
 def _move(files: Files, output: Path) -> None:
@@ -261,9 +272,9 @@ def scheduler_facts(pipeline: Any) -> dict[str, Any]:
     }
     if isinstance(pipeline, TruncatedPriorPipeline):
         facts["truncation_timestep"] = pipeline.truncation_timestep
-    names = list(getattr(pipeline, "labels", ()))
-    if names:
-        facts["classes"] = ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
+    if getattr(pipeline, "takes_labels", False):
+        facts["class_names"] = list(pipeline.labels)
+        facts["guides_by_class"] = pipeline.reference_bank is not None and pipeline.reference_bank.labels is not None
     return facts
 
 

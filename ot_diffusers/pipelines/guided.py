@@ -108,6 +108,11 @@ class GuidedPipeline(PortablePipeline):
         return None if size is None else Classes.of(size, *map(self.config.get, CLASS_OPTIONS))
 
     @property
+    def takes_labels(self) -> bool:
+        """Whether images can be asked for by their class."""
+        return self.classes is not None
+
+    @property
     def draws_labels(self) -> bool:
         """Whether a call without labels draws them by the frequencies of the classes."""
         return self.classes is not None

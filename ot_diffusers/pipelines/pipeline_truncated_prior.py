@@ -123,6 +123,11 @@ class TruncatedPriorPipeline(GuidedPipeline):
         return Classes.of(self.prior.num_classes, *map(self.config.get, CLASS_OPTIONS))
 
     @property
+    def takes_labels(self) -> bool:
+        """Whether images can be asked for by their class, which a prior of any class does not know."""
+        return self.prior.num_classes is not None or self.draws_labels
+
+    @property
     def draws_labels(self) -> bool:
         """Whether a call without labels draws them: if the prior needs them, or if the denoiser has classes and the
         prior has them too or is N(0, I), from which the denoiser alone makes the class."""
@@ -231,7 +236,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         """As for any chain, but None where the class is not known: for images of a prior that makes images of any class
         or that draws classes itself, for a denoiser without them, and for images of given latents."""
         if class_labels is not None:
-            takes = self.prior.num_classes is not None or self.draws_labels or latents is not None
+            takes = self.takes_labels or latents is not None
             requirement = f"be none for a {type(self.prior).__name__} that makes images of any class"
             require(takes or self.classes is None, "class_labels", requirement, class_labels)
         elif not self.draws_labels or (latents is not None and self.prior.nfe > 0):

@@ -18,13 +18,13 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from huggingface_hub import ModelCard, constants
 from makers import ROOT, command
 from makers.loopback_hub import READER, WRITER, LoopbackHub, Repository
-from makers.models import make_guided, make_truncated, make_unet
+from makers.models import make_features, make_guided, make_truncated, make_unet
 
 import ot_diffusers
 from ot_diffusers import OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline
 from ot_diffusers.errors import InputError
 from ot_diffusers.hub.cards import CardFacts, _metric_arguments, render_card
-from ot_diffusers.hub.push import push_folder, repository_files
+from ot_diffusers.hub.push import export_run, push_folder, repository_files
 from ot_diffusers.reporting.differences import verdict
 from ot_diffusers.reporting.quoting import quote
 from ot_diffusers.studies.config import read_config
@@ -349,6 +349,15 @@ def test_a_card_names_the_classes(tmp_path: Path) -> None:
     card = (tmp_path / "card" / "README.md").read_text()
     assert "A class-conditional DDIM pipeline. Its classes, by name for `class_labels`: cats, dogs." in card
     assert "loads as a plain" not in card  # where it could not sample
+    assert 'images = pipe(batch_size=64, class_labels="cats", num_inference_steps=2).images' in card
+    assert "There is a row for each class: cats, dogs." in card
+    with PIL.Image.open(tmp_path / "card" / "samples.png") as grid:
+        assert grid.size == (2 * 66 + 2, 2 * 66 + 2)
+    OTGuidedDDIMPipeline(unet, DDIMScheduler(), *make_features(), id2label=named).save_pretrained(tmp_path / "guided")
+    export_run(tmp_path / "guided", tmp_path / "picture", num_inference_steps=1)
+    for file in ("samples.png", "samples_plain.png"):
+        with PIL.Image.open(tmp_path / "picture" / file) as grid:
+            assert grid.size == (16 * 66 + 2, 2 * 66 + 2)  # as many as guidance by class compares
     assert OTGuidedDDIMPipeline.from_pretrained(tmp_path / "card").labels == {"cats": 0, "dogs": 1}
 
 
