@@ -21,13 +21,21 @@ classes of a batch are solved together.
 
 The gradient comes either from a transport problem of the batch, solved anew at every step, or from a `GuidanceField`,
 which was recorded on a large batch and moves every image independently.
+
+In latent diffusion x̂0 is a latent z with the image x = D(z). The displacement d is carried back to the pixels,
+g = (∂ψ/∂x)ᵀ d, and through the decoder to the latent, u = (∂ψ/∂z)ᵀ d. The step
+
+    z ← z − η s'² (‖g‖² / ‖u‖²) u
+
+makes the progress in ψ that the step of pixels makes, to first order: ⟨d, ∂ψ⟩ = −η s'² ‖g‖² in both. It is therefore
+the same step where the decoder is orthogonal, and does not depend on the units of the latents, which are not clamped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,8 +68,14 @@ METRICS = ("sinkhorn", "mmd")
 COLD_ITERATIONS, WARM_ITERATIONS, SMALLEST_BLUR = 20, 10, 0.3
 # Pixel values that pass through the feature network at once on a CPU: 50 images of 32 × 32 in colour.
 CPU_VALUES = 153_600
+# A latent, nominally of unit variance, moves in one step by at most this root mean square, or this multiple of its
+# length. The step would have no bound where the decoder hardly changes along u.
+LONGEST_MOVE = 0.25
 # Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
+
+# The displacement of each row of features, [B, D], in the correction step of this index.
+Displaced = Callable[[Tensor, int], Tensor]
 
 
 class OTGuidance:
@@ -89,6 +103,10 @@ class OTGuidance:
         step_rule: `"displacement"` or `"adam"`; by default the first if `pixel_weight` is positive, else the second.
         guidance_field: follow this guidance field; the arguments above must be those of its recording.
         history: a list to which every correction of a joint batch is appended.
+        decode: for latent diffusion, a differentiable function from latents, float32 [B, c, h, w], to images
+            [B, C, H, W], nominally in [-1, 1]. x̂0 is then a latent, of any range.
+        decode_batch_size: number of latents that `decode` is given at once, ≥ 1; all by default. The images of the
+            whole batch are compared, but only so many have a graph at a time, which bounds the memory.
 
     Raises:
         InputError: components that do not fit together, or values out of range.
@@ -117,9 +135,13 @@ class OTGuidance:
         metric: str = "sinkhorn",
         guidance_field: GuidanceField | None = None,
         history: list[Correction] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        decode_batch_size: int | None = None,
     ) -> None:
         require_number("guidance_scale", guidance_scale, at_least=0)
         require_integer("num_correction_steps", num_correction_steps, at_least=1)
+        if decode_batch_size is not None:
+            require_integer("decode_batch_size", decode_batch_size, at_least=1)
         require_number("blur", blur, at_least=0)
         require(blur > 0, "blur", "be a positive length", blur)
         require(metric in METRICS, "metric", f"be one of {', '.join(METRICS)}", metric)
@@ -130,6 +152,8 @@ class OTGuidance:
         self.feature_extractor = feature_extractor
         self.guidance_field = guidance_field
         self.history = history
+        self.decode = decode
+        self.decode_batch_size = decode_batch_size
         self.guidance_scale = guidance_scale
         self.num_correction_steps = num_correction_steps
         self.blur = blur
@@ -177,21 +201,21 @@ class OTGuidance:
         """The corrected batch.
 
         Args:
-            pred_original_sample: x̂0, [B, C, H, W], floating point, nominally in [-1, 1].
+            pred_original_sample: x̂0, [B, C, H, W], floating point, nominally in [-1, 1]; with `decode` a latent.
             timestep: time of the denoising step, as the denoiser is given it, needed to follow or record a guidance
                 field. Far from all times of the field (`GuidanceField.index_of`) the images are returned unchanged.
             class_labels: class of each image, integers [B], for a reference set with labels: the images of each class
                 are moved towards the references of this class.
 
         Returns:
-            [B, C, H, W] in [-1, 1], same dtype, detached. The method works inside `no_grad` and `inference_mode`, and
-            does not change the gradient mode.
+            [B, C, H, W], same dtype, detached; images in [-1, 1], latents in any range. The method works inside
+            `no_grad` and `inference_mode`, and does not change the gradient mode.
 
         Raises:
             InputError: images of a wrong shape or range. The range is not checked on a GPU, which would need a
                 host–device synchronisation. Labels for references without, or a class without references.
         """
-        _check_images(pred_original_sample)
+        _check_images(pred_original_sample, has_range=self.decode is None)
         has_classes = self.guidance_field is not None and self.guidance_field.labels is not None
         told = self.guidance_field is None or has_classes == (class_labels is not None)
         require(told, "class_labels", "be given to follow a field of classes, and no other", class_labels)
@@ -214,22 +238,61 @@ class OTGuidance:
             self._potentials = None
         device = pred_original_sample.device
         references = self._references.to(device)
+
+        def displaced(features: Tensor, correction: int) -> Tensor:
+            _require_finite("feature_extractor", "give finite features", features)
+            return self._displacement(features.detach(), references, step, correction, groups)
+
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device_type=device.type, enabled=False),
         ):
-            images = pred_original_sample.detach().clone().float().requires_grad_()
-            optimizer = self._optimizer(images)
-            for correction in range(self.num_correction_steps):
-                features = self.features(images)
-                _require_finite("feature_extractor", "give finite features", features)
-                displacement = self._displacement(features.detach(), references, step, correction, groups)
-                (gradient,) = torch.autograd.grad(features, images, grad_outputs=displacement)
-                images.grad = self._bounded(gradient, displacement)
-                optimizer.step()
-                images.data.clamp_(-1, 1)
-        return images.detach().to(pred_original_sample.dtype)
+            correct = self._correct_images if self.decode is None else self._correct_latents
+            corrected = correct(pred_original_sample.detach().clone().float(), displaced)
+        return corrected.to(pred_original_sample.dtype)
+
+    def _correct_images(self, images: Tensor, displaced: Displaced) -> Tensor:
+        """The corrected images."""
+        optimizer = self._optimizer(images.requires_grad_())
+        for correction in range(self.num_correction_steps):
+            features = self.features(images)
+            displacement = displaced(features, correction)
+            (gradient,) = torch.autograd.grad(features, images, grad_outputs=displacement)
+            images.grad = self._bounded(gradient, displacement)
+            optimizer.step()
+            images.data.clamp_(-1, 1)
+        return images.detach()
+
+    def _correct_latents(self, latents: Tensor, displaced: Displaced) -> Tensor:
+        """The corrected latents. The step rule gives a step of the decoded images, and each latent goes along its own
+        gradient until it makes the progress of that step."""
+        step, optimizer = torch.empty(0), None
+        for correction in range(self.num_correction_steps):
+            with torch.no_grad():
+                features = self.features(latents)
+            displacement = displaced(features, correction)
+            gradient, latent_gradient = self._pulled_back(latents, displacement)
+            if optimizer is None:
+                step = torch.zeros_like(gradient)
+                optimizer = self._optimizer(step)
+            step.zero_().grad = self._bounded(gradient, displacement)
+            optimizer.step()
+            progress = -(step * gradient).flatten(1).sum(1)
+            limit = LONGEST_MOVE * _lengths(latents).clamp(min=latents[0].numel() ** 0.5)
+            latents = latents - _along(latent_gradient, progress, limit)
+        return latents
+
+    def _pulled_back(self, latents: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients Jᵀd of the decoded images and of the latents; only `decode_batch_size` rows at a time have a
+        graph, since the displacements of all are known."""
+        gradients = []
+        for part, rows in zip(self._parts(latents), self._parts(displacement), strict=True):
+            leaf = part.detach().clone().requires_grad_()
+            images = self._decoded(leaf)
+            gradients.append(torch.autograd.grad(self._points(images), (images, leaf), grad_outputs=rows))
+        of_images, of_latents = zip(*gradients, strict=True)
+        return torch.cat(of_images), torch.cat(of_latents)
 
     def recorded_field(self) -> GuidanceField:
         """The guidance field of the corrections in `history`, for an object that corrected one chain.
@@ -346,7 +409,24 @@ class OTGuidance:
         return WARM_ITERATIONS if is_warm else COLD_ITERATIONS
 
     def features(self, images: Tensor) -> Tensor:
-        """ψ(x) of images in [-1, 1]: points of the transport problem, float32 [B, D], or [B, D + D'] with pixels."""
+        """ψ(x) of images in [-1, 1] or ψ(D(z)) of latents: points of the transport problem, float32 [B, D], or
+        [B, D + D'] with pixels."""
+        if self.decode is None:
+            return self._points(images)
+        return torch.cat([self._points(self._decoded(part)) for part in self._parts(images)])
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows of latents, or of what belongs to them, that are decoded at once."""
+        return rows.split(self.decode_batch_size or len(rows))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The images of latents, clamped to [-1, 1]. As where pixels are corrected, the gradient passes the bounds."""
+        assert self.decode is not None
+        images = self.decode(latents).float()
+        return images + (images.clamp(-1, 1) - images).detach()
+
+    def _points(self, images: Tensor) -> Tensor:
+        """ψ(x) of images in [-1, 1]."""
         # On a CPU, small parts reuse caches and memory and are faster; an accelerator takes the whole batch.
         rows = max(1, CPU_VALUES // images[0].numel()) if images.device.type == "cpu" else len(images)
         parts = images.to(self.feature_extractor.dtype).split(rows)
@@ -465,12 +545,15 @@ def chosen_step_rule(step_rule: str | None, reference_bank: ReferenceBank, pixel
 def check_takes(feature_extractor: FeatureExtractor, image_shape: Sequence[int], argument: str) -> None:
     """Raise `InputError` unless the network takes images of `image_shape`, [C, H, W]; a backbone takes any size."""
     config = feature_extractor.config
+    hint = "" if image_shape[0] in (1, 3) else " (latents need a `vae`)"
     if "sample_size" in config:
         network_shape = (config.in_channels, config.sample_size, config.sample_size)
-        requirement = f"take images of shape {tuple(image_shape)}, as the UNet generates them"
+        requirement = f"take images of shape {tuple(image_shape)}, as the pipeline generates them{hint}"
         require(network_shape == tuple(image_shape), argument, requirement, network_shape)
     else:
-        require(image_shape[0] in (1, 3), argument, "be left out for images without 1 or 3 channels", image_shape)
+        require(
+            image_shape[0] in (1, 3), argument, f"be left out for images without 1 or 3 channels{hint}", image_shape
+        )
 
 
 def check_same_data(feature_extractor: FeatureExtractor, reference_bank: ReferenceBank) -> None:
@@ -491,12 +574,25 @@ def check_same_data(feature_extractor: FeatureExtractor, reference_bank: Referen
     )
 
 
-def _check_images(images: Tensor) -> None:
-    """Raise `InputError` for tensors that cannot be x̂0. Noise may take x̂0 far outside [-1, 1], but on both sides."""
+def _along(gradient: Tensor, progress: Tensor, limit: Tensor) -> Tensor:
+    """Multiples of the gradients whose scalar products with them are `progress`, [B], no longer than `limit`, [B]."""
+    length = _lengths(gradient)
+    factor = (progress / length).clamp(-limit, limit) / length
+    return gradient * torch.where(length > 0, factor, 0.0)[:, None, None, None]
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Euclidean length of each row, [B]."""
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1)
+
+
+def _check_images(images: Tensor, *, has_range: bool) -> None:
+    """Raise `InputError` for tensors that cannot be x̂0. Noise may take x̂0 far outside [-1, 1], but on both sides;
+    latents have no range."""
     name = "pred_original_sample"
     require(images.is_floating_point(), name, "be floating point, in [-1, 1]", images.dtype)
     _require_finite(name, "be finite", images)
-    if images.device.type == "cpu" and images.numel():
+    if has_range and images.device.type == "cpu" and images.numel():
         smallest, largest = (float(bound) for bound in images.aminmax())
         in_range = smallest < 0 or largest <= FARTHEST_PIXEL
         require(in_range, name, "lie in [-1, 1]", f"values from {smallest:g} to {largest:g}")

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline, LDMPipeline
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -27,8 +27,7 @@ from .errors import InputError, require, require_integer
 from .features import load_feature_extractor, load_reference_bank
 from .files import GRID_NAME, METADATA_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub, replace_own, user_path
 from .guidance import check_takes
-from .pipelines.call import unet_image_shape
-from .pipelines.classes import Classes, ClassLabels, class_options, listed
+from .pipelines.classes import Classes, ClassLabels, listed
 from .pipelines.guided import GuidedPipeline
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
@@ -41,6 +40,7 @@ PIPELINES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (OTGuidedDDIMPipeline, FlowMatchPipeline, TruncatedPriorPipeline, DDIMPipeline, DDPMPipeline)
 }
+LATENT_PIPELINES: dict[str, type[Any]] = {kind.__name__: kind for kind in (DiTPipeline, LDMPipeline)}
 INDEXED = "be a folder with a model_index.json, or a Hub id"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAX_BATCH_SIZE = 1000
@@ -70,8 +70,9 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Diffu
 
     Args:
         path: folder or Hub id of an `OTGuidedDDIMPipeline`, a `FlowMatchPipeline`, a `TruncatedPriorPipeline` or
-            diffusers' `DDIMPipeline` or `DDPMPipeline`. Weights are read as safetensors only; nothing in the folder is
-            executed.
+            diffusers' `DDIMPipeline` or `DDPMPipeline`. Its `LDMPipeline` and `DiTPipeline`, which work on latents,
+            become an `OTGuidedDDIMPipeline`, whose images without guidance are theirs. Weights are read as safetensors
+            only; nothing in the folder is executed.
         features: folder of a `train_features.py` run, whose network and reference bank guide the pipeline. A
             pipeline of diffusers becomes an `OTGuidedDDIMPipeline`; the others keep their class.
 
@@ -80,14 +81,17 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Diffu
     """
     place = local_or_hub(path, "pipeline", INDEXED)
     name = pipeline_class_name(place)
-    require(name in PIPELINES, "pipeline", f"be one of {', '.join(PIPELINES)}", name)
+    kinds = PIPELINES | LATENT_PIPELINES
+    require(name in kinds, "pipeline", f"be one of {', '.join(kinds)}", name)
     check_holds_no_code(place)
     if features is not None:
         features = local_or_hub(features, "features")
     try:
-        pipeline = PIPELINES[name].from_pretrained(place, use_safetensors=True)
+        pipeline = kinds[name].from_pretrained(place, use_safetensors=True)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"`pipeline` must be complete, got {str(path)!r} ({_one_line(error)})") from error
+    if name in LATENT_PIPELINES:
+        pipeline = OTGuidedDDIMPipeline.from_pipe(pipeline)
     return pipeline if features is None else with_guidance(pipeline, str(features))
 
 
@@ -98,13 +102,10 @@ def with_guidance(pipeline: DiffusionPipeline, features: str) -> GuidedPipeline:
         InputError: no such run, or a network for other images.
     """
     network, bank = load_feature_extractor(features), load_reference_bank(features)
-    truncated = isinstance(pipeline, TruncatedPriorPipeline)
-    check_takes(network, pipeline.prior.image_shape if truncated else unet_image_shape(pipeline.unet), "features")
-    if truncated:
-        parts = pipeline.prior, pipeline.unet, pipeline.scheduler, network, bank
-        return TruncatedPriorPipeline(*parts, **class_options(pipeline))
-    kind = type(pipeline) if isinstance(pipeline, OTGuidedDDIMPipeline) else OTGuidedDDIMPipeline
-    return kind(pipeline.unet, pipeline.scheduler, network, bank, **class_options(pipeline))
+    kind = type(pipeline) if isinstance(pipeline, GuidedPipeline) else OTGuidedDDIMPipeline
+    guided = kind.from_pipe(pipeline, feature_extractor=network, reference_bank=bank, guidance_field=None)
+    check_takes(network, guided.image_shape, "features")
+    return guided
 
 
 def accelerate_networks(pipeline: Pipeline, *, channels_last: bool = False, compile: bool = False) -> None:

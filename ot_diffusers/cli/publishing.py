@@ -91,18 +91,18 @@ def describe_pipeline(path: str) -> dict[str, Any]:
         InputError: no pipeline there.
     """
     from ..hub.push import parameters, scheduler_facts
+    from ..pipelines.call import unet_image_shape
     from ..sampling import load_pipeline
 
     pipeline = load_pipeline(path)
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    image_shape = getattr(pipeline, "image_shape", None) or unet_image_shape(pipeline.unet)
     parts = {name: part for name, part in pipeline.components.items() if part is not None}
     references = parts["reference_bank"].config if "reference_bank" in parts else None
     return {
         "pipeline": type(pipeline).__name__,
         "parts": {name: type(part).__name__ for name, part in parts.items()},
         "parameters": parameters(pipeline),
-        "image_shape": [pipeline.unet.config.in_channels, height, width],
+        "image_shape": list(image_shape),
         **scheduler_facts(pipeline),
         "num_references": references.num_samples if references else None,
         "dataset": references.dataset if references else None,

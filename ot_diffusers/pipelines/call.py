@@ -54,7 +54,7 @@ def check_networks(
     known = "have known noise levels, as DDIM, DPM-Solver++, UniPC, Euler, Heun, EDM and flow-matching schedulers do"
     require(is_known(scheduler), "scheduler", known, name)
     require(len(_needed(scheduler.step)) <= 3, "scheduler", "step from a model output, a timestep and a sample", name)
-    channels, predicted = image_shape[0], unet.config.get("out_channels", image_shape[0])
+    channels, predicted = image_shape[0], unet.config.get("out_channels") or image_shape[0]
     either = f"predict {channels} channels, or {2 * channels} with learned variances"
     require(predicted in (channels, 2 * channels), "unet", either, predicted)
     enough = predicted == 2 * channels or not learns_variance(scheduler)

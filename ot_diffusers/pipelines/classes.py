@@ -56,19 +56,25 @@ class Classes:
 
     @classmethod
     def of(
-        cls, size: int, id2label: Mapping[Any, str] | None, class_frequencies: Mapping[Any, float] | None
+        cls,
+        size: int,
+        id2label: Mapping[Any, str] | None,
+        class_frequencies: Mapping[Any, float] | None,
+        *,
+        has_null_label: bool = False,
     ) -> Classes:
         """The classes of a pipeline's configuration, whose keys are strings in a file.
 
         Args:
             size: labels that the denoiser takes, with or without a null label behind those of the classes.
-            id2label: label to name; by default there is no null label, and classes are named by their numbers.
+            id2label: label to name; by default classes are named by their numbers.
             class_frequencies: label to frequency; equal by default.
+            has_null_label: whether the last of the labels is a null label where classes are named by their numbers.
 
         Raises:
             InputError: classes that are not those of the denoiser.
         """
-        names = by_label("id2label", id2label or dict(enumerate(map(str, range(size)))), str)
+        names = by_label("id2label", id2label or dict(enumerate(map(str, range(size - has_null_label)))), str)
         fits = sorted(names) == list(range(len(names))) and len(names) in (size, size - 1)
         require(fits, "id2label", f"number classes from 0, for a denoiser of {size} labels", len(names))
         shares = by_label("class_frequencies", class_frequencies or dict.fromkeys(names, 1.0), float)
@@ -119,6 +125,16 @@ class Classes:
         return pick_component(torch.tensor(self.frequencies, device=normal.device), normal)
 
 
+def label_count(denoiser: Any) -> int | None:
+    """Labels that a denoiser takes; None without classes. The last of a DiT is always a null label."""
+    return denoiser.config["num_embeds_ada_norm"] + 1 if is_dit(denoiser) else denoiser.config.get("num_class_embeds")
+
+
+def is_dit(denoiser: Any) -> bool:
+    """Whether the denoiser has the classes of a `DiTTransformer2DModel`."""
+    return denoiser.config.get("num_embeds_ada_norm") is not None
+
+
 def by_label(name: str, entries: Mapping[Any, Any], kind: type[str] | type[float]) -> dict[int, Any]:
     """An entry of a configuration with integers as keys, which a JSON file holds as strings.
 
@@ -133,8 +149,14 @@ def by_label(name: str, entries: Mapping[Any, Any], kind: type[str] | type[float
 
 
 def class_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The entries of a pipeline's configuration that describe its classes; none without classes."""
-    return {name: pipeline.config[name] for name in CLASS_OPTIONS if pipeline.config.get(name) is not None}
+    """The entries of a pipeline's configuration that describe its classes; none without classes. `DiTPipeline` has them
+    in its `labels` alone: the label of each of several names of a class."""
+    options = {name: pipeline.config[name] for name in CLASS_OPTIONS if pipeline.config.get(name) is not None}
+    labels: dict[str, int] = {} if options else getattr(pipeline, "labels", {})
+    if labels:
+        names = {label: ", ".join(name for name in labels if labels[name] == label) for label in labels.values()}
+        options["id2label"] = dict(sorted(names.items()))
+    return options
 
 
 def listed(class_labels: ClassLabels | None) -> Sequence[int | str] | None:
@@ -170,11 +192,11 @@ class Conditions:
 
         Reference: [Ho2022].
         """
-        labels = self.labels.to(sample.device)
+        labels, timestep = self.labels.to(sample.device), timestep.to(sample.device).expand(len(sample))
         if self.scale == 1:
             return unet(sample, timestep, class_labels=labels).sample
         both = torch.cat([labels, torch.full_like(labels, self.null_label)])  # type: ignore[arg-type]
-        told, untold = unet(sample.repeat(2, 1, 1, 1), timestep, class_labels=both).sample.chunk(2)
+        told, untold = unet(sample.repeat(2, 1, 1, 1), timestep.repeat(2), class_labels=both).sample.chunk(2)
         mean, rest = told[:, : sample.shape[1]], told[:, sample.shape[1] :]
         untold = untold[:, : sample.shape[1]]
         return torch.cat([untold + self.scale * (mean - untold), rest], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from ..schedules import (
     set_timesteps,
 )
 from .call import CALLBACK_TENSORS, FiniteValues, Generators, evaluation_mode, extra_step_arguments, learns_variance
-from .classes import CLASS_OPTIONS, Classes, ClassLabels, Conditions, by_label
+from .classes import CLASS_OPTIONS, Classes, ClassLabels, Conditions, by_label, is_dit, label_count
+from .latents import decode, decode_batch_size, decoded_shape, latent_bound
 from .portable import PortablePipeline
 
 logger = logging.get_logger(__name__)
@@ -63,9 +65,11 @@ class GuidedPipeline(PortablePipeline):
     """A pipeline that can correct x̂0 by OT guidance; see `OTGuidance`."""
 
     unet: Any
+    vae: Any = None
 
-    _optional_components = ["feature_extractor", "reference_bank", "guidance_field"]
-    _exclude_from_cpu_offload = ["feature_extractor", "reference_bank", "guidance_field"]
+    _guidance_components = ["feature_extractor", "reference_bank", "guidance_field"]
+    _optional_components = _guidance_components
+    _exclude_from_cpu_offload = _guidance_components
     _callback_tensor_inputs = list(CALLBACK_TENSORS)
 
     def _register_guidance(
@@ -104,8 +108,9 @@ class GuidedPipeline(PortablePipeline):
     @property
     def classes(self) -> Classes | None:
         """The classes that images can be asked for; None without classes."""
-        size = self.unet.config.get("num_class_embeds")
-        return None if size is None else Classes.of(size, *map(self.config.get, CLASS_OPTIONS))
+        size = label_count(self.unet)
+        entries = map(self.config.get, CLASS_OPTIONS)
+        return None if size is None else Classes.of(size, *entries, has_null_label=is_dit(self.unet))
 
     @property
     def takes_labels(self) -> bool:
@@ -200,7 +205,7 @@ class GuidedPipeline(PortablePipeline):
         Raises:
             InputError: it has only some of them.
         """
-        names = self._optional_components
+        names = self._guidance_components
         present = [name for name in names if getattr(self, name) is not None]
         missing = [name for name in ("feature_extractor", "reference_bank") if name not in present]
         whole = not present or not missing
@@ -247,6 +252,8 @@ class GuidedPipeline(PortablePipeline):
             guidance_scale=scale,
             guidance_field=self.guidance_field if follows_field else None,
             history=[] if self._records else None,
+            decode=None if self.vae is None else partial(decode, self.vae, quantize=False),
+            decode_batch_size=None if self.vae is None else decode_batch_size(self.vae, image_shape),
             **recorded | _given(asked),
         )
         self._guidance = guidance if self._records else None
@@ -296,7 +303,7 @@ class GuidedPipeline(PortablePipeline):
         Raises:
             InputError: guidance by class for a denoiser without classes, or a null label that it does not have.
         """
-        name, size = "class_guidance_scale", self.unet.config.get("num_class_embeds")
+        name, size = "class_guidance_scale", label_count(self.unet)
         require_number(name, class_guidance_scale, at_least=0)
         self._class_labels, plain = labels, class_guidance_scale == 1
         require(plain or size is not None, name, "be 1 for an unconditional model", class_guidance_scale)
@@ -339,7 +346,8 @@ class GuidedPipeline(PortablePipeline):
         """The context of one chain: evaluation mode, potentials of this chain only, and checks of finite values."""
         self._interrupt, self._nfe, self._num_timesteps = False, 0, len(chain.timesteps)
         potentials = chain.guidance.chain() if chain.guidance else nullcontext()
-        with evaluation_mode(*networks, self.unet, self.feature_extractor), potentials, FiniteValues() as finite:
+        networks = (*networks, self.unet, self.vae, self.feature_extractor)
+        with evaluation_mode(*networks), potentials, FiniteValues() as finite:
             yield finite
 
     def _denoise(
@@ -386,9 +394,17 @@ class GuidedPipeline(PortablePipeline):
         sample, predicted = model_input.float(), model_output[:, :channels].float()
         guidance.guidance_scale = self._guidance_scale
         labels = self._guiding_labels(guidance)
-        corrected = guidance.correct((a * sample + b * predicted).clamp(-1, 1), timestep, labels)
+        bound = 1.0 if self.vae is None else latent_bound(chain.scheduler)
+        corrected = guidance.correct((a * sample + b * predicted).clamp(-bound, bound), timestep, labels)
         guided = ((corrected - a * sample) / b).to(model_output.dtype)
         return torch.cat([guided, model_output[:, channels:]], dim=1)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The images of the latents, or the images that they are already without a VAE."""
+        if self.vae is None:
+            return latents
+        rows = decode_batch_size(self.vae, decoded_shape(self.vae, latents.shape[1:]))
+        return torch.cat([decode(self.vae, part) for part in latents.split(rows)])
 
 
 def guided_steps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, SchedulerMixin, UNet2DModel, VQModel
 
 from ..errors import require
 from ..models.feature_extractor import FeatureExtractor
@@ -24,12 +24,14 @@ class FlowMatchPipeline(OTGuidedDDIMPipeline):
     `ot_diffusers.schedules.set_timesteps`). diffusers itself has no unconditional pipeline for flow matching.
 
     Args:
-        unet: `UNet2DModel` that predicts ε − x0 (`prediction_type=flow_prediction` in training).
+        unet: `UNet2DModel` or `DiTTransformer2DModel` that predicts ε − x0 (`prediction_type=flow_prediction` in
+            training).
         scheduler: `FlowMatchEulerDiscreteScheduler`, `FlowMatchHeunDiscreteScheduler`, or a solver with
             `use_flow_sigmas=True` and `prediction_type="flow_prediction"` (UniPC, DPM-Solver++).
         feature_extractor, reference_bank, guidance_field: the parts of guidance, optional, as in
             `OTGuidedDDIMPipeline`.
         id2label, class_frequencies: names and frequencies of the classes, likewise.
+        vae: decoder of latents, likewise.
 
     Raises:
         InputError: another scheduler.
@@ -51,15 +53,16 @@ class FlowMatchPipeline(OTGuidedDDIMPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | DiTTransformer2DModel,
         scheduler: SchedulerMixin,
         feature_extractor: FeatureExtractor | None = None,
         reference_bank: ReferenceBank | None = None,
         guidance_field: GuidanceField | None = None,
         id2label: dict[Any, str] | None = None,
         class_frequencies: dict[Any, float] | None = None,
+        vae: AutoencoderKL | VQModel | None = None,
     ) -> None:
         name = type(scheduler).__name__
         require(matches_flow(scheduler), "scheduler", "be a flow-matching one (FlowMatchEulerDiscreteScheduler)", name)
         parts = feature_extractor, reference_bank, guidance_field
-        super().__init__(unet, scheduler, *parts, id2label, class_frequencies)
+        super().__init__(unet, scheduler, *parts, id2label, class_frequencies, vae)

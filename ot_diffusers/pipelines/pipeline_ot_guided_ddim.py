@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -16,6 +23,7 @@ from ..models.reference_bank import ReferenceBank
 from .call import Generators, check_call, check_networks, initial_latents, postprocess, unet_image_shape
 from .classes import ClassLabels, listed
 from .guided import Callback, GuidedPipeline
+from .latents import check_vae, decoded_shape
 from .portable import register
 
 logger = logging.get_logger(__name__)
@@ -46,7 +54,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
     in evaluation mode during the call.
 
     Args:
-        unet: `UNet2DModel`, unconditional or with `num_class_embeds`.
+        unet: `UNet2DModel`, unconditional or with `num_class_embeds`, or the `DiTTransformer2DModel` of a
+            `DiTPipeline`.
         scheduler: DDIM, DPM-Solver++, UniPC, Euler, Heun, EDM or flow matching (see `FlowMatchPipeline`), of any
             prediction type. It is not converted to DDIM; as in diffusers' pipelines, `scheduler.timesteps` are those
             of the last call.
@@ -57,6 +66,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         id2label: name of each of C classes by its label, for a denoiser with classes; its `num_class_embeds` is C, or
             C + 1 with a null label behind those of the classes.
         class_frequencies: share of each class in the training data, by its label; equal by default.
+        vae: `AutoencoderKL` or `VQModel` that decodes the latents of a denoiser of latents, optional. Without guidance
+            the images are then those of diffusers' `LDMPipeline` or `DiTPipeline`. Guidance compares decoded images.
 
     Reference: DDIM [Song2021]; guidance by class [Ho2022]; the guidance is described in `ot_diffusers.guidance`.
 
@@ -71,22 +82,32 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         (2, 8, 8, 1)
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = [*GuidedPipeline._optional_components, "vae"]
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | DiTTransformer2DModel,
         scheduler: SchedulerMixin,
         feature_extractor: FeatureExtractor | None = None,
         reference_bank: ReferenceBank | None = None,
         guidance_field: GuidanceField | None = None,
         id2label: dict[Any, str] | None = None,
         class_frequencies: dict[Any, float] | None = None,
+        vae: AutoencoderKL | VQModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        if vae is not None:
+            check_vae(vae, unet_image_shape(unet))
         self._register_guidance(feature_extractor, reference_bank, guidance_field)
         self._register_classes(id2label, class_frequencies)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the images."""
+        shape = unet_image_shape(self.unet)
+        return shape if self.vae is None else decoded_shape(self.vae, shape)
 
     @torch.no_grad()
     def __call__(
@@ -127,9 +148,10 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 and Heun: 19 for 10 steps); guidance counts timesteps.
             use_clipped_model_output: passed on to `DDIMScheduler.step`.
             output_type: `"pil"`, `"np"` ([B, H, W, C] in [0, 1]), `"pt"` ([B, C, H, W] in [0, 1]), or `"latent"` for
-                the result of the last step.
+                the result of the last step, which is not decoded.
             return_dict: `False` returns a tuple.
-            latents: starting noise of unit variance, [B, C, H, W]; by default it is drawn from `generator`.
+            latents: starting noise of unit variance, [B, C, H, W] of the denoiser; by default it is drawn from
+                `generator`.
             class_labels: class of all images, or of each: labels 0 … C − 1, their names, or an integer tensor [B]. By
                 default a denoiser with classes gets labels that are drawn by the frequencies of the classes; the
                 attribute `class_labels` of the pipeline tells them.
@@ -175,7 +197,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         labels = self._chosen_labels(class_labels, batch_size, generator)
         chain = self._prepare_chain(
             self.scheduler,
-            shape,
+            self.image_shape,
             batch_size,
             self._chosen_steps(num_inference_steps),
             num_guidance_steps,
@@ -199,6 +221,9 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         latents = initial_latents(latents, (batch_size, *shape), self.scheduler, generator, like)
         with self._sampling(chain) as finite:
             latents = self._denoise(latents, chain, finite, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            if output_type != "latent":
+                latents = self._decoded(latents)
+                finite.watch("the decoded image", latents)
 
         # 3. Return images.
         images = postprocess(latents, output_type)

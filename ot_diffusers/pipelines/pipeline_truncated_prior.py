@@ -100,6 +100,11 @@ class TruncatedPriorPipeline(GuidedPipeline):
         """T', the length of the chain."""
         return self.scheduler.config.num_train_timesteps
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the images."""
+        return self.prior.image_shape
+
     def at_truncation_timestep(self, truncation_timestep: int, full_scheduler: SchedulerMixin | None = None) -> Self:
         """A pipeline of the same parts whose chain starts at another T', without the guidance field of this chain.
 

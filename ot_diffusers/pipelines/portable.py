@@ -26,6 +26,7 @@ from ..models.portable import hub, take_push_options, to_json, with_known_dtype,
 from ..models.prior import FewStepPrior, GaussianPrior, PriorGenerator
 from ..models.reference_bank import ReferenceBank
 from .classes import class_options
+from .latents import SAME_PARTS, check_has_no_text
 
 if TYPE_CHECKING:
     from typing import Self
@@ -85,26 +86,36 @@ class PortablePipeline(DiffusionPipeline):
         float32, in the other pipeline too. Here all parts stay as they are.
 
         Args:
-            pipeline: any pipeline whose UNet is a `UNet2DModel`.
+            pipeline: any pipeline whose denoiser is a `UNet2DModel`; for `OTGuidedDDIMPipeline` also a `DiTPipeline`,
+                and pipelines of latents, whose `vqvae` becomes the `vae` here.
             dtype: dtype of all parts, which are cast in `pipeline` too; by default each keeps its own.
             torch_dtype: an older name of `dtype`.
             parts: parts by name that replace those of `pipeline`.
 
         Raises:
-            InputError: an unknown part, or a required part that is missing.
+            InputError: an unknown part, a required part that is missing, such as the VAE of a pipeline of latents, or a
+                pipeline that is conditioned on text.
         """
+        kind, is_ours = type(pipeline).__name__, isinstance(pipeline, PortablePipeline)
+        components = {SAME_PARTS.get(part, part): value for part, value in pipeline.components.items()}
+        check_has_no_text(components, kind)
         needed = {name: one for name, one in inspect.signature(cls.__init__).parameters.items() if name != "self"}
         unknown = [name for name in parts if name not in needed]
         require(not unknown, unknown[0] if unknown else "", f"be one of {', '.join(needed)}", "another argument")
         kinds = cls._get_signature_types()
-        shared = {name: part for name, part in pipeline.components.items() if name in needed}
-        if not isinstance(pipeline, PortablePipeline):
+        has_latents = components.get("vae") is not None or ("vae" in components and not is_ours)
+        pixels = f"generate pixels, not latents, for a {cls.__name__}"
+        require(not has_latents or "vae" in needed, "pipeline", pixels, kind)
+        shared = {name: part for name, part in components.items() if name in needed}
+        if not is_ours:
             shared = {name: part for name, part in shared.items() if _fits(part, kinds[name])}
         options = {name: value for name, value in class_options(pipeline).items() if name in needed}
         chosen = shared | options | parts
         for name, parameter in needed.items():
             given = parameter.default is not parameter.empty or chosen.get(name) is not None
-            require(given, name, f"be given, as no part of a {type(pipeline).__name__} fits", None)
+            require(given, name, f"be given, as no part of a {kind} fits", None)
+        decodes = not has_latents or chosen.get("vae") is not None
+        require(decodes, "vae", f"be given for the latents of a {kind}", None)
         made = cls(**chosen)
         return made.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else made
 
@@ -177,7 +188,16 @@ class PortablePipeline(DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers, with the module of each part of this package."""
+        """As in diffusers, with the module of each part of this package.
+
+        Raises:
+            InputError: the folder of a pipeline of text, or of diffusers' pipelines whose parts have other names.
+        """
+        parts = [part for part, entry in config_dict.items() if isinstance(entry, (list, tuple)) and any(entry)]
+        name = str(config_dict.get("_class_name"))
+        check_has_no_text(parts, name)
+        takes_over = f"be loaded as it is and given to {cls.__name__}.from_pipe"
+        require(not SAME_PARTS.keys() & set(parts), "pipeline", takes_over, name)
         located = {name: _located(entry) for name, entry in config_dict.items()}
         return super().extract_init_dict(located, **kwargs)
 

@@ -67,3 +67,10 @@ def make_truncated() -> TruncatedPriorPipeline:
     options: dict[str, Any] = {"out_channels": 1, "latent_dim": 4, "block_out_channels": (8, 4)}
     prior = PriorGenerator(truncation_timestep=10, sample_size=8, **options)
     return TruncatedPriorPipeline(prior, make_unet(), truncated_scheduler(DDIMScheduler(), 10))
+
+
+def make_vae(kind: type, **options: Any) -> Any:
+    """A VAE of two resolutions for 8×8 images, with latents of 2 channels of 4×4."""
+    options = {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "block_out_channels": (8, 16)} | options
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return kind(layers_per_block=1, norm_num_groups=4, **blocks, **options).eval()

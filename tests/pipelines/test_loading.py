@@ -52,6 +52,7 @@ GUIDED = {
     "feature_extractor": "ConvFeatureExtractor",
     "reference_bank": "ReferenceBank",
     "guidance_field": "NoneType",
+    "vae": "NoneType",
 }
 TRUNCATED = {
     "prior": "PriorGenerator",

@@ -322,7 +322,9 @@ def test_unusual_images_are_sampled(kind, channels, size):
 @both
 def test_a_feature_network_of_other_images_is_named(kind):
     pipe = _pipe(kind, unet=_unet(sample_size=(8, 16)), shape=(8, 16), **_parts())
-    message = r"`feature_extractor` must take images of shape \(1, 8, 16\), as the UNet generates them, got \(1, 8, 8\)"
+    message = (
+        r"`feature_extractor` must take images of shape \(1, 8, 16\), as the pipeline generates them, got \(1, 8, 8\)"
+    )
     with pytest.raises(InputError, match=message):
         _latents(pipe)
     assert _latents(pipe, guidance_scale=0).shape == (4, 1, 8, 16)
@@ -584,8 +586,8 @@ def test_from_pipe_takes_parts_by_name_and_refuses_others():
     assert (again.feature_extractor, again.scheduler) == (network, scheduler) and again.unet is pipe.unet
     plain = GUIDED.from_pipe(pipe, feature_extractor=None, reference_bank=None)
     assert torch.equal(_latents(plain), _latents(pipe, guidance_scale=0))
-    with pytest.raises(InputError, match="`vae` must be one of unet, scheduler, feature_extractor"):
-        GUIDED.from_pipe(pipe, vae=network)
+    with pytest.raises(InputError, match="`prior` must be one of unet, scheduler, feature_extractor"):
+        GUIDED.from_pipe(pipe, prior=network)
     with pytest.raises(InputError, match="`reference_bank` must accompany `feature_extractor`, got None"):
         GUIDED.from_pipe(pipe, reference_bank=None)
     compiled = GUIDED.from_pipe(pipe, unet=torch.compile(pipe.unet, backend="eager"))
