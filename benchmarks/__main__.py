@@ -22,7 +22,7 @@ import torch
 from ot_diffusers.reporting.page import provenance
 from ot_diffusers.reporting.report import format_number
 
-from . import couplings, evaluation, package, sampling, scaling, solver, training
+from . import couplings, evaluation, latent, package, sampling, scaling, solver, training
 from .timing import Row
 
 PARTS = {
@@ -31,6 +31,7 @@ PARTS = {
     "couplings": couplings,
     "scaling": scaling,
     "sampling": sampling,
+    "latent": latent,
     "evaluation": evaluation,
     "package": package,
 }
