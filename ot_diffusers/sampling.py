@@ -29,6 +29,7 @@ from .files import GRID_NAME, METADATA_NAME, SAMPLE, SAMPLE_NAMES, local_or_hub,
 from .guidance import check_takes
 from .pipelines.classes import Classes, ClassLabels, listed
 from .pipelines.guided import GuidedPipeline
+from .pipelines.latents import check_has_no_text
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
 from .pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
@@ -77,10 +78,11 @@ def load_pipeline(path: str | Path, features: str | Path | None = None) -> Diffu
             pipeline of diffusers becomes an `OTGuidedDDIMPipeline`; the others keep their class.
 
     Raises:
-        InputError: no such pipeline, or a feature network that does not fit the UNet.
+        InputError: no such pipeline, one that is conditioned on text, or a feature network that does not fit the UNet.
     """
     place = local_or_hub(path, "pipeline", INDEXED)
     name = pipeline_class_name(place)
+    check_has_no_text(DiffusionPipeline.load_config(place), name)
     kinds = PIPELINES | LATENT_PIPELINES
     require(name in kinds, "pipeline", f"be one of {', '.join(kinds)}", name)
     check_holds_no_code(place)

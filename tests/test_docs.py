@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, VQModel
 from makers import ROOT
 from makers.loopback_hub import LoopbackHub
-from makers.models import digits, make_guided, make_truncated, make_unet, save_pipeline
+from makers.models import digits, make_guided, make_truncated, make_unet, make_vae, save_pipeline
 
 from ot_diffusers import FlowMatchPipeline
 from ot_diffusers.cli import make_parser
@@ -53,6 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pipeline(folder / "runs/demo/baseline", guided.unet)
     guided.feature_extractor.save_pretrained(folder / "runs/demo/evaluator")
     make_truncated().save_pretrained(folder / "model_cards/digits-truncated-prior")
+    vae = make_vae(VQModel, in_channels=3, out_channels=3, latent_channels=3)
+    unet = make_unet(sample_size=4, in_channels=3, out_channels=3)
+    LDMPipeline(vae, unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "CompVis/ldm-celebahq-256")
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     transformers.Dinov2Model(transformers.Dinov2Config(**small)).save_pretrained(folder / "facebook/dinov2-small")

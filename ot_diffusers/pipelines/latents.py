@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,23 @@ SAME_PARTS = {"transformer": "unet", "vqvae": "vae"}
 """Names of parts in diffusers' `DiTPipeline` and `LDMPipeline`, and here."""
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """Beginnings of the names of parts that read a text."""
+ABSENT = (None, [None, None], (None, None))
+"""Parts that a pipeline does without, as they are in its components and in its `model_index.json`."""
 DECODED_VALUES = 4 * 3 * 256 * 256
 """Pixel values that are decoded at once: 4 images of 256 × 256 in colour."""
 
 
-def check_has_no_text(parts: Iterable[str], class_name: str) -> None:
-    """Refuse a pipeline with these parts if one of them reads a text.
+def check_has_no_text(parts: Mapping[str, Any], class_name: str) -> None:
+    """Refuse a pipeline if one of its parts reads a text.
+
+    Args:
+        parts: parts by name, or the entries of a `model_index.json`.
+        class_name: name of the pipeline's class.
 
     Raises:
         InputError: such a part.
     """
-    reads_text = any(name.startswith(TEXT_PARTS) for name in parts)
+    reads_text = any(name.startswith(TEXT_PARTS) for name, part in parts.items() if part not in ABSENT)
     require(not reads_text, "pipeline", "be unconditional or conditioned on classes, not on text", class_name)
 
 

@@ -193,11 +193,10 @@ class PortablePipeline(DiffusionPipeline):
         Raises:
             InputError: the folder of a pipeline of text, or of diffusers' pipelines whose parts have other names.
         """
-        parts = [part for part, entry in config_dict.items() if isinstance(entry, (list, tuple)) and any(entry)]
         name = str(config_dict.get("_class_name"))
-        check_has_no_text(parts, name)
+        check_has_no_text(config_dict, name)
         takes_over = f"be loaded as it is and given to {cls.__name__}.from_pipe"
-        require(not SAME_PARTS.keys() & set(parts), "pipeline", takes_over, name)
+        require(not SAME_PARTS.keys() & config_dict.keys(), "pipeline", takes_over, name)
         located = {name: _located(entry) for name, entry in config_dict.items()}
         return super().extract_init_dict(located, **kwargs)
 

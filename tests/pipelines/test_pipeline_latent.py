@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     UNet2DModel,
     VQModel,
@@ -23,7 +25,14 @@ from makers.draws import seeded
 from makers.models import make_truncated, make_unet, make_vae
 from torch import Tensor
 
-from ot_diffusers import ConvFeatureExtractor, OTGuidance, OTGuidedDDIMPipeline, ReferenceBank, TruncatedPriorPipeline
+from ot_diffusers import (
+    ConvFeatureExtractor,
+    FlowMatchPipeline,
+    OTGuidance,
+    OTGuidedDDIMPipeline,
+    ReferenceBank,
+    TruncatedPriorPipeline,
+)
 from ot_diffusers.errors import InputError
 from ot_diffusers.pipelines import latents as latent_images
 from ot_diffusers.sampling import load_pipeline
@@ -118,6 +127,20 @@ def test_a_dit_without_names_has_a_null_label() -> None:
     stock = dit()
     classes = OTGuidedDDIMPipeline(stock.transformer, stock.scheduler, vae=stock.vae).classes
     assert classes is not None and (len(classes), classes.null_label) == (1000, 1000)
+
+
+def test_flow_matching_offloading_and_half_precision_decode_as_well() -> None:
+    pipe = quiet(FlowMatchPipeline.from_pipe(ldm(), scheduler=FlowMatchEulerDiscreteScheduler()))
+    expected = pixels(pipe, 0)
+    with torch.no_grad():
+        latents = pixels(pipe, 0, output_type="latent")
+        images = latent_images.decode(pipe.vae, latents).permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(expected, (images / 2 + 0.5).clamp(0, 1))
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(pixels(pipe, 0), expected)
+    half = guided().to(torch.bfloat16)
+    latents = half(16, seeded(0)[0], num_inference_steps=2, output_type="latent").images
+    assert latents.dtype == torch.bfloat16 and latents.isfinite().all() and half.vae.dtype == torch.bfloat16
 
 
 def test_latents_are_scaled_shifted_and_normalised_by_channel() -> None:
@@ -266,7 +289,11 @@ def test_pipelines_and_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
     stock, network_and_bank = ldm(), guiding_parts()
     take = OTGuidedDDIMPipeline.from_pipe
     text = TextToImage(torch.nn.Linear(1, 1), stock.vqvae, stock.unet, stock.scheduler)
-    stock.save_pretrained(tmp_path)
+    stock.save_pretrained(tmp_path / "ldm")
+    reads_text = "`pipeline` must be unconditional or conditioned on classes, not on text, got "
+    (tmp_path / "text").mkdir()
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "text" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: take(stock, vae=None), "`vae` must be given for the latents of a LDMPipeline, got None"),
         (lambda: take(take(stock), vae=None), "`vae` must be given for the latents of a OTGuidedDDIMPipeline, got N"),
@@ -274,12 +301,11 @@ def test_pipelines_and_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
             lambda: take(stock, vae=make_vae(AutoencoderKL, latent_channels=4)),
             "`vae` must have latents of 2 channels, as the denoiser has, got 4",
         ),
+        (lambda: take(text), f"{reads_text}'TextToImage'"),
+        (lambda: OTGuidedDDIMPipeline.from_pretrained(tmp_path / "text"), f"{reads_text}'StableDiffusionPipeline'"),
+        (lambda: load_pipeline(tmp_path / "text"), f"{reads_text}'StableDiffusionPipeline'"),
         (
-            lambda: take(text),
-            "`pipeline` must be unconditional or conditioned on classes, not on text, got 'TextToImage'",
-        ),
-        (
-            lambda: OTGuidedDDIMPipeline.from_pretrained(tmp_path),
+            lambda: OTGuidedDDIMPipeline.from_pretrained(tmp_path / "ldm"),
             "`pipeline` must be loaded as it is and given to OTGuidedDDIMPipeline.from_pipe, got 'LDMPipeline'",
         ),
         (
