@@ -374,7 +374,8 @@ def _use(facts: CardFacts) -> str:
             f"Guidance compares {compared} with real images: generate 64 images or more{of_class} at once. "
             "`guidance_scale=0` turns guidance off."
         )
-    opens_elsewhere = name != "OTGuidedDDIMPipeline" or not facts.of_classes  # DDIMPipeline has no labels
+    # DDIMPipeline has neither labels nor a decoder of latents.
+    opens_elsewhere = name != "OTGuidedDDIMPipeline" or not (facts.of_classes or "vae" in facts.parameters)
     return f"{snippet}\n\n{' '.join([*notes, NOTES.get(name, '') if opens_elsewhere else ''])}".rstrip()
 
 

@@ -361,6 +361,12 @@ def test_a_card_names_the_classes(tmp_path: Path) -> None:
     assert OTGuidedDDIMPipeline.from_pretrained(tmp_path / "card").labels == {"cats": 0, "dogs": 1}
 
 
+def test_a_card_names_a_pipeline_of_diffusers_only_where_it_makes_the_images() -> None:
+    for parts, named in (({"unet": 10}, True), ({"unet": 10, "vae": 10}, False)):
+        card = render_card(CardFacts("user/model", "OTGuidedDDIMPipeline", parts))
+        assert ("loads as a plain `diffusers.DDIMPipeline`" in card.text) == named
+
+
 def test_a_card_without_an_evaluation_says_so() -> None:
     card = render_card(CardFacts("user/model", "OTGuidedDDIMPipeline", {"unet": 10}))
     assert "has not been evaluated" in card.text and card.data.eval_results is None
