@@ -53,7 +53,7 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     words = [expand_home(word) for word in (*arguments.variants, *unknown)]
     options = [word for word in words if word.startswith("-")]
     require(not options, "variants", "be pipelines, names or key=value", "".join(options[:1]))
-    names = [word for word in words if "=" not in word or os.path.exists(word)]
+    names = [word for word in words if not _is_override(word)]
     given = {name: getattr(arguments, name) for name in ("dataset", "evaluator", "seeds", "num_samples")}
     given["output_dir"] = arguments.output
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -66,6 +66,17 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     config = read_config(arguments.config, overrides, arguments.num_inference_steps)
     results = run_study(choose_variants(config, names) if names else config, max_seconds=arguments.max_seconds)
     return 0 if results["complete"] else 3
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is a `key=value`, and not the name of a variant or a pipeline.
+
+    Example:
+        >>> _is_override("seeds=3"), _is_override("guided, w=2")
+        (True, False)
+    """
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.isidentifier() and not os.path.exists(word)
 
 
 def run_track(arguments: argparse.Namespace, _: Sequence[str]) -> int:
