@@ -99,6 +99,9 @@ class OTGuidance:
             the original study's form.
         pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
             thumbnails and features are normalised, else 0.
+        reach: length in the units of `blur` beyond which a reference has little effect, by unbalanced transport, so
+            that outliers among the references are ignored; None, the default, gives every reference its whole mass.
+            There is no guidance field with it.
         metric: `"sinkhorn"`, the Sinkhorn divergence, or `"mmd"`, for which there is no guidance field and no blur.
         step_rule: `"displacement"` or `"adam"`; by default the first if `pixel_weight` is positive, else the second.
         guidance_field: follow this guidance field; the arguments above must be those of its recording.
@@ -133,6 +136,7 @@ class OTGuidance:
         pixel_weight: float | None = None,
         step_rule: str | None = None,
         metric: str = "sinkhorn",
+        reach: float | None = None,
         guidance_field: GuidanceField | None = None,
         history: list[Correction] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
@@ -145,10 +149,16 @@ class OTGuidance:
         require_number("blur", blur, at_least=0)
         require(blur > 0, "blur", "be a positive length", blur)
         require(metric in METRICS, "metric", f"be one of {', '.join(METRICS)}", metric)
-        plan = metric == "sinkhorn" or (guidance_field is None and history is None)
+        joint = guidance_field is None and history is None
+        plan = metric == "sinkhorn" or joint
         require(plan, "metric", "be sinkhorn where a guidance field is recorded or followed", metric)
+        if reach is not None:
+            require_number("reach", reach, at_least=0)
+            require(reach > 0, "reach", "be a positive length or None", reach)
+            possible = joint and metric == "sinkhorn"
+            require(possible, "reach", "be None for mmd, and where a guidance field is recorded or followed", reach)
         check_same_data(feature_extractor, reference_bank)
-        self.metric = metric
+        self.metric, self.reach = metric, reach
         self.feature_extractor = feature_extractor
         self.guidance_field = guidance_field
         self.history = history
@@ -171,6 +181,7 @@ class OTGuidance:
         self._reference_labels, self._num_classes = reference_bank.labels, reference_bank.config.num_classes
         self._groups: tuple[Tensor, ClassGroups] | None = None
         self._references = self._beside_pixels(reference_bank.features.detach().float(), reference_bank.thumbnails)
+        self._masses = reference_bank.masses()
         _require_finite("reference_bank", "hold finite features", self._references)
 
     @contextmanager
@@ -238,6 +249,7 @@ class OTGuidance:
             self._potentials = None
         device = pred_original_sample.device
         references = self._references.to(device)
+        self._masses = None if self._masses is None else self._masses.to(device)
 
         def displaced(features: Tensor, correction: int) -> Tensor:
             _require_finite("feature_extractor", "give finite features", features)
@@ -329,7 +341,7 @@ class OTGuidance:
             fits = tuple(class_labels.shape) == (len(images),)
             require(fits, "class_labels", f"have shape ({len(images)},)", tuple(class_labels.shape))
             assert known is not None
-            self._groups = class_labels, ClassGroups.of(class_labels, known, images.device)
+            self._groups = class_labels, ClassGroups.of(class_labels, known, images.device, self._masses)
             self._potentials = None
         return self._groups[1]
 
@@ -348,15 +360,22 @@ class OTGuidance:
             assert step is not None
             members = None if groups is None else groups.members
             return self.guidance_field.gradient(
-                features, references, timestep=step, correction=correction, members=members
+                features, references, timestep=step, correction=correction, members=members, masses=self._masses
             )
         if self.metric == "mmd":
-            return mmd_displacement(features, references)
-        cloud, weights = (features, None) if self.history is None else completed(features, references)
+            return mmd_displacement(features, references, self._masses)
+        cloud, weights = (features, None) if self.history is None else completed(features, references, self._masses)
         initial = self._warm_start(cloud.shape[:-1], cloud.device)
         num_iterations = self._num_iterations(features.device, initial is not None)
         gradient, self._potentials = divergence_gradient(
-            cloud, references, blur=self.blur, x_weights=weights, initial=initial, num_iterations=num_iterations
+            cloud,
+            references,
+            blur=self.blur,
+            reach=self.reach,
+            x_weights=weights,
+            y_weights=self._masses,
+            initial=initial,
+            num_iterations=num_iterations,
         )
         if self.history is not None:
             assert step is not None
@@ -371,7 +390,8 @@ class OTGuidance:
         if self.metric == "mmd":
             moved = torch.empty_like(features)
             for _, rows, others in groups.members:
-                moved[rows] = mmd_displacement(features[rows], references[others])
+                masses = None if self._masses is None else self._masses[others] / self._masses[others].sum()
+                moved[rows] = mmd_displacement(features[rows], references[others], masses)
             return moved
         cloud, weights, targets = features[groups.rows], groups.weights, references[groups.reference_rows]
         if self.history is not None:
@@ -383,6 +403,7 @@ class OTGuidance:
             cloud,
             targets,
             blur=self.blur,
+            reach=self.reach,
             x_weights=weights,
             y_weights=groups.reference_weights,
             initial=initial,
@@ -404,7 +425,8 @@ class OTGuidance:
 
     def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
         """Number of Sinkhorn iterations; None (to convergence) on a CPU, or if no tested number suffices."""
-        if device.type == "cpu" or not self.normalize_features or self.blur < SMALLEST_BLUR:
+        tested = self.normalize_features and self.blur >= SMALLEST_BLUR and self._masses is None and self.reach is None
+        if device.type == "cpu" or not tested:
             return None
         return WARM_ITERATIONS if is_warm else COLD_ITERATIONS
 
@@ -465,8 +487,10 @@ class ClassGroups:
     places: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, labels: Tensor, reference_labels: Tensor, device: torch.device) -> ClassGroups:
-        """The groups of images with these labels, [B], and of references, [M].
+    def of(
+        cls, labels: Tensor, reference_labels: Tensor, device: torch.device, masses: Tensor | None = None
+    ) -> ClassGroups:
+        """The groups of images with these labels, [B], and of references, [M], with the mass of each, equal by default.
 
         Raises:
             InputError: a class without references.
@@ -484,7 +508,7 @@ class ClassGroups:
             require(len(others) > 0, "class_labels", "be classes of the reference set", label)
             members.append((label, own, others))
         rows, weights = _repeated([own for _, own, _ in members])
-        reference_rows, reference_weights = _repeated([others for *_, others in members])
+        reference_rows, reference_weights = _repeated([others for *_, others in members], masses)
         problem, place = torch.empty((2, len(labels)), dtype=torch.long, device=device)
         for index, (_, own, _) in enumerate(members):
             problem[own], place[own] = index, torch.arange(len(own), device=device)
@@ -503,13 +527,16 @@ class ClassGroups:
         return DivergencePotentials(solved, torch.cat([images, among]))
 
 
-def _repeated(members: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Lists of rows as one [P, N], shorter ones repeated to the length of the longest, and the weights of the rows."""
+def _repeated(members: Sequence[Tensor], masses: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Lists of rows as one [P, N], shorter ones repeated to the length of the longest, and the weights of the rows,
+    which are their share of the `masses` of the list."""
     longest, rows, weights = max(map(len, members)), [], []
     for own in members:
         index = torch.arange(longest) % len(own)
         rows.append(own[index])
-        weights.append((1 / (len(own) * index.bincount()[index])).to(own.device))
+        among = torch.ones(len(own)) if masses is None else masses[own].cpu()
+        shares = among / among.sum()
+        weights.append((shares[index] / index.bincount()[index]).to(own.device))
     return torch.stack(rows), torch.stack(weights)
 
 

@@ -10,7 +10,7 @@ import torch
 from ot_diffusers import guidance
 from ot_diffusers.errors import InputError
 from ot_diffusers.guidance import PIXELS_PER_STEP, OTGuidance
-from ot_diffusers.models.feature_extractor import ConvFeatureExtractor
+from ot_diffusers.models.feature_extractor import ConvFeatureExtractor, FeatureExtractorOutput
 from ot_diffusers.models.guidance_field import Correction, GuidanceField, completed
 from ot_diffusers.models.reference_bank import ReferenceBank
 from ot_diffusers.transport import divergence_gradient, median_distance, mmd_displacement, sinkhorn_divergence
@@ -491,3 +491,104 @@ def test_a_field_wants_the_timestep_and_the_references_it_was_recorded_with(part
     other = ReferenceBank.from_features(bank.features[:50])
     with pytest.raises(InputError, match="`guidance_field` must be recorded with references of shape"):
         OTGuidance(network, other, num_correction_steps=2, guidance_field=field)
+
+
+# --- the mass of references -----------------------------------------------------------------------------------------
+
+
+class _Pixels(ConvFeatureExtractor):
+    """The image itself as its features: plans can be derived by hand."""
+
+    def forward(self, images, return_dict=True):
+        features = images.flatten(1)
+        return FeatureExtractorOutput(features, features) if return_dict else (features, features)
+
+
+def _two_points(weights=None, counts=(1, 1), **options):
+    """References that are two images, all dark or all bright (16 pixels, features in [0, 1]: distance 4)."""
+    pair = torch.stack([torch.full((1, 4, 4), -1.0), torch.full((1, 4, 4), 1.0)])
+    images = pair.repeat_interleave(torch.tensor(counts), dim=0)
+    network = _Pixels(sample_size=4, feature_dim=16)
+    features = network.extract(images)
+    return network, ReferenceBank.from_features(features, feature_scale=4.0, images=images, weights=weights, **options)
+
+
+def _grey(count: int) -> torch.Tensor:
+    return 0.1 * torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+SHARES = torch.tensor([0.9, 0.1])
+
+
+@pytest.mark.parametrize("kind", [OTGuidance, "fixed"])
+def test_images_end_in_the_proportions_of_the_weights(kind):
+    """Two point masses .9 and .1: of 40 grey images, 36 turn dark and 4 bright. One image may split its mass."""
+    kind = _Fixed if kind == "fixed" else kind
+    guidance = kind(*_two_points(SHARES), num_correction_steps=30, blur=0.1)
+    moved = guidance.correct(_grey(40)).mean((1, 2, 3))
+    assert (moved.abs() > 0.9).sum() >= 39
+    assert abs(int((moved > 0).sum()) - 4) <= 1
+
+
+@pytest.mark.parametrize("pixel_weight", [0, 1])
+def test_a_step_is_half_of_the_displacement_of_the_plan(pixel_weight):
+    """The destination of a single grey image is the weighted mean, .9 · (−1) + .1 · 1 = −.8, in both of its parts."""
+    options = {"num_correction_steps": 1, "step_rule": "displacement", "pixel_weight": pixel_weight}
+    moved = OTGuidance(*_two_points(SHARES), **options).correct(torch.zeros(1, 1, 4, 4))
+    torch.testing.assert_close(moved, torch.full((1, 1, 4, 4), -0.4), atol=1e-4, rtol=0)  # tolerance of the solver
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"metric": "mmd"}, {"reach": 2.0}, {"history": []}])
+def test_weights_are_repetitions(options, labelled):
+    """A mass of 2 is a reference twice: joint, by class, by a kernel, unbalanced, and in a recorded field."""
+    labels = {"labels": torch.tensor([0, 0])} if labelled else {}
+    repeated = {"labels": torch.tensor([0, 0, 0])} if labelled else {}
+    of_images = {"class_labels": torch.zeros(12, dtype=torch.long)} if labelled else {}
+    results = []
+    for parts in (_two_points(torch.tensor([2.0, 1.0]), **labels), _two_points(counts=(2, 1), **repeated)):
+        own = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
+        guidance = OTGuidance(*parts, **own)
+        result = [guidance.correct(_grey(12), 500, **of_images)]
+        if "history" in options:
+            field = guidance.recorded_field()
+            labels_of_one = {name: value[:1] for name, value in of_images.items()}
+            result.append(OTGuidance(*parts, guidance_field=field).correct(_grey(13)[12:], 500, **labels_of_one))
+        results.append(result)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)  # the tolerance of the solver
+
+
+def test_reach_leaves_outliers_among_the_references_alone():
+    """With a tenth of the references far away, a balanced plan sends a tenth of the images there, others none."""
+    far = {reach: OTGuidance(*_two_points(SHARES), num_correction_steps=30, reach=reach).correct(_grey(40) - 0.8)
+           for reach in (None, 0.3)}  # fmt: skip
+    assert (far[None].mean((1, 2, 3)) > 0).float().mean() == pytest.approx(0.1, abs=0.03)
+    assert (far[0.3].mean((1, 2, 3)) > -0.5).sum() == 0
+
+
+def test_a_bank_keeps_its_weights_and_old_banks_load(tmp_path):
+    _, bank = _two_points(torch.tensor([9.0, 1.0]))
+    bank.half().save_pretrained(tmp_path / "weighted")
+    loaded = ReferenceBank.from_pretrained(tmp_path / "weighted")
+    torch.testing.assert_close(loaded.masses(), SHARES, atol=1e-3, rtol=0)  # half precision
+    _, bank = _two_points()
+    bank.save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["has_weights"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert ReferenceBank.from_pretrained(tmp_path / "old").masses() is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _two_points(torch.tensor([1.0, 0.0])), "`weights` must be positive, got 0.0"),
+        (lambda: _two_points(torch.ones(3)), "`weights` must be 2 numbers"),
+        (lambda: OTGuidance(*_two_points(), reach=0), "`reach` must be a positive length or None, got 0"),
+        (lambda: OTGuidance(*_two_points(), reach=1, history=[]), "`reach` must be None for mmd, and where"),
+    ],
+)
+def test_weights_and_reach_out_of_range_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

@@ -18,7 +18,7 @@ ENOUGH_SAMPLES = 1000
 """A guidance field of so many samples needs no completion; for each missing sample, references get a mass of 2."""
 
 
-def completed(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor | None]:
+def completed(features: Tensor, references: Tensor, masses: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The cloud of a guidance field of N samples, completed by references if N is small, and its weights (None: equal).
 
     The potentials of a few samples describe the space between them badly. References in the cloud mean "already right":
@@ -28,13 +28,14 @@ def completed(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor | No
     Args:
         features: [N, D], of the samples.
         references: [M, D], the reference set.
+        masses: [M], sum 1, the mass of each reference; equal by default.
     """
     missing = 2 * (ENOUGH_SAMPLES - len(features))
     if missing <= 0:
         return features, None
     total = len(features) + missing
     weights = features.new_full((len(features) + len(references),), 1 / total)
-    weights[len(features) :] = missing / len(references) / total
+    weights[len(features) :] = (1 / len(references) if masses is None else masses) * (missing / total)
     return torch.cat([features, references]), weights
 
 
@@ -192,6 +193,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         timestep: float,
         correction: int,
         members: Sequence[tuple[int, Tensor, Tensor]] | None = None,
+        masses: Tensor | None = None,
     ) -> Tensor:
         """The displacement of each row of `features`, [B, D], as one more member of the recorded samples.
 
@@ -201,6 +203,7 @@ class GuidanceField(PortableModel, ConfigMixin):
             timestep: a time for which `index_of` finds a recorded one.
             correction: index of the correction step, from 0.
             members: for a field of classes, each class with the rows of its features and of its references.
+            masses: [M], the mass of each reference in the recording; equal by default.
 
         Returns:
             [B, D], float32; a row depends on its own features and class alone.
@@ -212,9 +215,9 @@ class GuidanceField(PortableModel, ConfigMixin):
         require(step is not None, "timestep", f"be near the recorded {self.config.timesteps}", timestep)
         if members is not None:
             assert step is not None
-            return self._gradient_in_classes(features, references, step, correction, members)
+            return self._gradient_in_classes(features, references, step, correction, members, masses)
         samples = self.features[step, correction].float()
-        samples, weights = completed(samples, references) if self.config.is_completed else (samples, None)
+        samples, weights = completed(samples, references, masses) if self.config.is_completed else (samples, None)
         return divergence_gradient_at(
             features.float(),
             samples,
@@ -223,6 +226,7 @@ class GuidanceField(PortableModel, ConfigMixin):
             self.own_potentials[step, correction].float(),
             blur=self.config.blur,
             x_weights=weights,
+            y_weights=masses,
         )
 
     def _gradient_in_classes(
@@ -232,6 +236,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         step: int,
         correction: int,
         members: Sequence[tuple[int, Tensor, Tensor]],
+        masses: Tensor | None,
     ) -> Tensor:
         """As `gradient`, in the problem of the class of each row."""
         assert self.labels is not None
@@ -242,7 +247,9 @@ class GuidanceField(PortableModel, ConfigMixin):
             require(len(own) > 0, "class_labels", "be classes of the recorded samples", label)
             mass, rest = completed_mass(len(own))
             weights = features.new_full((len(own) + len(others),), mass / len(own))
-            weights[len(own) :] = rest / len(others)
+            shares = features.new_full((len(others),), 1 / len(others)) if masses is None else masses[others]
+            shares = shares / shares.sum()
+            weights[len(own) :] = rest * shares
             gradient[rows] = divergence_gradient_at(
                 features[rows].float(),
                 torch.cat([self.features[step, correction, own].float(), references[others]]),
@@ -251,5 +258,6 @@ class GuidanceField(PortableModel, ConfigMixin):
                 torch.cat([potentials[own], potentials[count + others]]),
                 blur=self.config.blur,
                 x_weights=weights,
+                y_weights=shares,
             )
         return gradient

@@ -43,6 +43,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
         thumbnail_shape: (C, H, W) of the thumbnails; None for features alone.
         pixel_scale: median distance between thumbnails.
         num_classes: number of classes of references with labels, which guide images of each class by themselves.
+        has_weights: whether references have a mass of their own, `weights`; otherwise all have the same.
 
     Example:
         >>> bank = ReferenceBank.from_features(torch.randn(100, 16), feature_scale=2.0)
@@ -63,6 +64,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
         thumbnail_shape: tuple[int, int, int] | None = None,
         pixel_scale: float = 1.0,
         num_classes: int | None = None,
+        has_weights: bool = False,
     ) -> None:
         super().__init__()
         require_sizes(num_samples=num_samples, feature_dim=feature_dim)
@@ -78,6 +80,8 @@ class ReferenceBank(PortableModel, ConfigMixin):
             require_sizes(num_classes=num_classes)
         labels = None if num_classes is None else torch.zeros(num_samples, dtype=torch.long)
         self.register_buffer("labels", labels)
+        # Relative to their mean, so that half precision keeps the weights of large sets.
+        self.weights = nn.Parameter(torch.ones(num_samples), requires_grad=False) if has_weights else None
 
     @classmethod
     def from_features(
@@ -90,9 +94,11 @@ class ReferenceBank(PortableModel, ConfigMixin):
         images: Tensor | None = None,
         labels: Tensor | None = None,
         num_classes: int | None = None,
+        weights: Tensor | None = None,
     ) -> ReferenceBank:
         """A reference set of `features`, [N, D], N ≥ 2, with thumbnails of their `images`, [N, C, H, W] in [-1, 1], and
-        their `labels`, integers [N] from 0 to `num_classes` − 1 (by default the largest label)."""
+        their `labels`, integers [N] from 0 to `num_classes` − 1 (by default the largest label), and their `weights`,
+        [N], positive: the relative mass of each reference, where they should not all count alike."""
         require(features.ndim == 2, "features", "have shape [N, D]", tuple(features.shape))
         require(bool(features.isfinite().all()), "features", "be finite", "NaN or Inf")
         small, pixels = None, {}
@@ -109,12 +115,19 @@ class ReferenceBank(PortableModel, ConfigMixin):
             in_range = int(labels.min()) >= 0 and int(labels.max()) < num_classes
             require(in_range, "labels", f"lie in 0 … {num_classes - 1}", (int(labels.min()), int(labels.max())))
             pixels |= {"num_classes": num_classes}
+        if weights is not None:
+            require(tuple(weights.shape) == (len(features),), "weights", f"be {len(features)} numbers", weights)
+            positive = bool((weights.isfinite() & (weights > 0)).all())
+            require(positive, "weights", "be positive", float(weights.min()))
+            pixels |= {"has_weights": True}
         bank = cls(len(features), features.shape[1], feature_scale, dataset, data_fingerprint, **pixels)
         bank.features.data.copy_(features)
         if bank.labels is not None and labels is not None:
             bank.labels.copy_(labels)
         if bank.thumbnails is not None and small is not None:
             bank.thumbnails.data.copy_(small)
+        if bank.weights is not None and weights is not None:
+            bank.weights.data.copy_(weights / weights.double().mean())
         return bank
 
     def forward(self, return_dict: bool = True) -> ReferenceBankOutput | tuple[Tensor]:
@@ -125,3 +138,7 @@ class ReferenceBank(PortableModel, ConfigMixin):
     def references(self) -> Tensor:
         """The features divided by `feature_scale`, float32 [N, D]."""
         return self.features.float() / self.config.feature_scale
+
+    def masses(self) -> Tensor | None:
+        """The mass of each reference in a transport problem, float32 [N] with the sum 1; None where all are equal."""
+        return None if self.weights is None else self.weights.detach().float() / self.weights.detach().float().sum()

@@ -132,6 +132,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
         pixel_weight: float | None = None,
         step_rule: str | None = None,
         metric: str | None = None,
+        reach: float | None = None,
         joint_batch: bool | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
@@ -175,6 +176,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 displacement in the transport plan, and `"adam"` moves every pixel by about `guidance_scale` · 0.02. The
                 default is `"displacement"` where `pixel_weight` is above 0, else `"adam"`.
             metric: `"sinkhorn"`, the default, or `"mmd"`, a kernel discrepancy for comparison (MMD guidance).
+            reach: length in the units of `blur` beyond which references have little effect, so that outliers among them
+                are ignored; off by default.
             joint_batch: guide the batch by its own transport problem (`True`), or each image by the guidance field
                 (`False`); the default is `False` where there is a field. Arguments of guidance that contradict those
                 of the field are refused.
@@ -211,6 +214,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 "pixel_weight": pixel_weight,
                 "step_rule": step_rule,
                 "metric": metric,
+                "reach": reach,
                 "joint_batch": joint_batch,
             },
             self._conditions(labels, batch_size, class_guidance_scale),

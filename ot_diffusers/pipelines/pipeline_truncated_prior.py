@@ -163,6 +163,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
         pixel_weight: float | None = None,
         step_rule: str | None = None,
         metric: str | None = None,
+        reach: float | None = None,
         joint_batch: bool | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
@@ -181,7 +182,8 @@ class TruncatedPriorPipeline(GuidedPipeline):
             latents: x_T' that replaces the prior's, [B, C, H, W]; with noisy real images the chain is the oracle.
             class_labels, class_guidance_scale: as in `OTGuidedDDIMPipeline`.
             guidance_scale, num_guidance_steps, guidance_start_step: as in `OTGuidedDDIMPipeline`.
-            num_correction_steps, blur, normalize_features, pixel_weight, step_rule, metric, joint_batch: likewise.
+            num_correction_steps, blur, normalize_features, pixel_weight, step_rule: likewise.
+            metric, reach, joint_batch: likewise.
             num_prior_guidance_steps: number of corrections of the prior's clean images before they are diffused, each
                 as in a guided step; 5 by default where there is guidance and the prior generates clean images.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in `OTGuidedDDIMPipeline`.
@@ -214,6 +216,7 @@ class TruncatedPriorPipeline(GuidedPipeline):
                 "pixel_weight": pixel_weight,
                 "step_rule": step_rule,
                 "metric": metric,
+                "reach": reach,
                 "joint_batch": joint_batch,
             },
             self._conditions(labels, batch_size, class_guidance_scale),

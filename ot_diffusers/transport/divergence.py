@@ -300,6 +300,7 @@ def divergence_gradient_at(
     *,
     blur: float,
     x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
 ) -> Tensor:
     """The direction ∂S/∂x_i / a_i for each of `points` if that point alone joined the cloud x.
 
@@ -314,7 +315,7 @@ def divergence_gradient_at(
         reference_potential: [M], `potentials.cross.g` of `divergence_gradient(x, y)`.
         self_potential: [N], `potentials.self_potential`.
         blur: the blur of the solved problem.
-        x_weights: [N], the weights a of x, positive, sum 1 (uniform by default).
+        x_weights, y_weights: [N], [M], the weights a of x, and those of y, positive, sum 1 (uniform by default).
 
     Returns:
         [B, D]; row i depends on point i alone.
@@ -337,7 +338,9 @@ def divergence_gradient_at(
         eps, points, x, y = blur**2, points.to(solved_in), x.to(solved_in), y.to(solved_in)
         mean = y.mean(0)
         points, x, y = points - mean, x - mean, y - mean
-        towards = torch.softmax((reference_potential - half_squared_distances(points, y)) / eps, dim=1) @ y
+        attraction = (reference_potential - half_squared_distances(points, y)) / eps
+        attraction = attraction if y_weights is None else attraction + y_weights.log()
+        towards = torch.softmax(attraction, dim=1) @ y
         scores = (self_potential - half_squared_distances(points, x)) / eps + log_ratios
         log_others = torch.logsumexp(scores, dim=1) - log_size
         root = torch.logaddexp(2 * log_others, log_others.new_zeros(()) + (math.log(4) - log_size)) / 2

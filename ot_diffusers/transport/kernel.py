@@ -14,7 +14,7 @@ TEMPERATURES = (0.02, 0.05, 0.2)
 """Lengths of the exponential kernels of drifting, in the same units."""
 
 
-def mmd_displacement(x: Tensor, y: Tensor) -> Tensor:
+def mmd_displacement(x: Tensor, y: Tensor, y_weights: Tensor | None = None) -> Tensor:
     """N times the gradient of MMD²(x, y) with respect to x, [N, D]; points that step against it come closer to y.
 
     The kernel is Σ_h h² k_h(x, y) over the `BANDWIDTHS`, k_h(x, y) = exp(−‖x − y‖²/2h²). The factor h² makes every term
@@ -25,6 +25,7 @@ def mmd_displacement(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: [N, D], points that move.
         y: [M, D], references.
+        y_weights: [M], their weights, which sum to 1 (uniform by default); means over y are weighted by them.
 
     Reference: [Sani2026] for guidance by the MMD.
 
@@ -32,13 +33,14 @@ def mmd_displacement(x: Tensor, y: Tensor) -> Tensor:
         >>> mmd_displacement(torch.zeros(1, 1), torch.ones(1, 1)).item() < 0  # stepping against it leads towards y
         True
     """
-    return 2 * (_shift(x, y) - _shift(x, x))
+    return 2 * (_shift(x, y, y_weights) - _shift(x, x))
 
 
-def _shift(x: Tensor, y: Tensor) -> Tensor:
+def _shift(x: Tensor, y: Tensor, y_weights: Tensor | None = None) -> Tensor:
     """Σ_h mean_j exp(−‖x_i − y_j‖²/2h²) (x_i − y_j)."""
     costs = half_squared_distances(x, y)
-    weights = torch.stack([torch.exp(-costs / width**2) for width in BANDWIDTHS]).sum(0) / len(y)
+    kernels = torch.stack([torch.exp(-costs / width**2) for width in BANDWIDTHS]).sum(0)
+    weights = kernels / len(y) if y_weights is None else kernels * y_weights
     return weights.sum(1, keepdim=True) * x - weights @ y
 
 
