@@ -14,6 +14,7 @@ from .registration import register_pipelines
 if TYPE_CHECKING:
     from .guidance import OTGuidance
     from .models.backbone_extractor import BackboneFeatureExtractor
+    from .models.denoiser_extractor import DenoiserFeatureExtractor
     from .models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
     from .models.guidance_field import GuidanceField
     from .models.prior import FewStepPrior, GaussianPrior, PriorGenerator
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BackboneFeatureExtractor": ".models.backbone_extractor",
     "ConvFeatureExtractor": ".models.feature_extractor",
+    "DenoiserFeatureExtractor": ".models.denoiser_extractor",
     "FewStepPrior": ".models.prior",
     "FlowMatchPipeline": ".pipelines.pipeline_flow_match",
     "GaussianPrior": ".models.prior",
@@ -48,6 +50,7 @@ _MODULES = {
 __all__ = [
     "BackboneFeatureExtractor",
     "ConvFeatureExtractor",
+    "DenoiserFeatureExtractor",
     "FewStepPrior",
     "FlowMatchPipeline",
     "GaussianPrior",

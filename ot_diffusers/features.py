@@ -18,6 +18,7 @@ from .files import local_or_hub
 from .images import to_model_range
 from .losses.denoising import image_features
 from .models.backbone_extractor import PREPROCESSING, BackboneFeatureExtractor
+from .models.denoiser_extractor import DenoiserFeatureExtractor
 from .models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualFeatureExtractor
 from .models.reference_bank import ReferenceBank
 from .transport import median_distance
@@ -42,7 +43,8 @@ def load_feature_extractor(path: str | Path) -> FeatureExtractor:
         ) from error
     if "model_type" in config:  # a backbone in the format of transformers
         return BackboneFeatureExtractor.from_transformers(folder)
-    for network in (BackboneFeatureExtractor, ConvFeatureExtractor, ResidualFeatureExtractor):
+    kinds = (BackboneFeatureExtractor, ConvFeatureExtractor, DenoiserFeatureExtractor, ResidualFeatureExtractor)
+    for network in kinds:
         if network.__name__ == config.get("_class_name"):
             return _load_network(network, folder)
     given = f"{config.get('_class_name')!r} in {str(path)!r}"
@@ -207,9 +209,8 @@ def check_trained_on(
     """Raise `InputError` if the feature network given as `argument` has another image shape or other training data."""
     if isinstance(network, BackboneFeatureExtractor):
         return  # takes images of any size and was trained on general data
-    config = network.config
-    size = (config.in_channels, config.sample_size, config.sample_size)
-    require(size == images.image_shape, argument, f"take images of shape {images.image_shape}", size)
+    config, shape = network.config, network.image_shape
+    require(shape == images.image_shape, argument, f"take images of shape {images.image_shape}", shape)
     comparable = config.data_fingerprint is not None
     require(
         not comparable or config.data_fingerprint == images.fingerprint,

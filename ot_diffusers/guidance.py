@@ -571,10 +571,9 @@ def chosen_step_rule(step_rule: str | None, reference_bank: ReferenceBank, pixel
 
 def check_takes(feature_extractor: FeatureExtractor, image_shape: Sequence[int], argument: str) -> None:
     """Raise `InputError` unless the network takes images of `image_shape`, [C, H, W]; a backbone takes any size."""
-    config = feature_extractor.config
     hint = "" if image_shape[0] in (1, 3) else " (latents need a `vae`)"
-    if "sample_size" in config:
-        network_shape = (config.in_channels, config.sample_size, config.sample_size)
+    network_shape = feature_extractor.image_shape
+    if network_shape is not None:
         requirement = f"take images of shape {tuple(image_shape)}, as the pipeline generates them{hint}"
         require(network_shape == tuple(image_shape), argument, requirement, network_shape)
     else:

@@ -26,12 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
+from ..models.denoiser_extractor import contracting_maps, pooled
 from ..models.feature_extractor import FeatureExtractor, ResidualBlock
 from ..transport import sinkhorn_divergence
 from ..transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
 
-POOLED_SIZE = 4
-"""Feature maps are averaged to this many rows and columns: few numbers that still depend on positions."""
 CLASS_DISTANCE = 10.0
 """Distance between classes in the joint law, where the median distance of real images is 1."""
 
@@ -270,17 +269,7 @@ def denoiser_features(unet: Any, images: Tensor, timestep: int) -> tuple[Tensor,
         timestep: t, one of the timesteps that the denoiser was trained on.
     """
     with torch.autocast(device_type=images.device.type, enabled=False):
-        hidden = unet.conv_in(images.float())
-        steps = torch.full((len(images),), timestep, device=images.device)
-        embedding = unet.time_embedding(unet.time_proj(steps).to(hidden.dtype))
-        if unet.config.get("num_class_embeds") is not None:
-            embedding = embedding + unet.class_embedding(torch.full_like(steps, unet.config.num_class_embeds - 1))
-        levels = []
-        for block in unet.down_blocks:
-            hidden, _ = block(hidden_states=hidden, temb=embedding)
-            levels.append(hidden)
-        levels.append(unet.mid_block(hidden, embedding))
-        return tuple(_pooled(level) for level in levels)
+        return tuple(pooled(level) for level in contracting_maps(unet, images.float(), timestep))
 
 
 def network_features(network: FeatureExtractor, images: Tensor) -> tuple[Tensor, ...]:
@@ -299,10 +288,5 @@ def network_features(network: FeatureExtractor, images: Tensor) -> tuple[Tensor,
         for layer in network.backbone.children():
             hidden = layer(hidden)
             if isinstance(layer, (nn.MaxPool2d, ResidualBlock)):
-                levels.append(_pooled(hidden))
+                levels.append(pooled(hidden))
         return (*levels, hidden)
-
-
-def _pooled(feature_map: Tensor) -> Tensor:
-    height, width = feature_map.shape[2:]
-    return F.adaptive_avg_pool2d(feature_map, (min(POOLED_SIZE, height), min(POOLED_SIZE, width))).flatten(1)

@@ -40,15 +40,24 @@ class FeatureExtractor(PortableModel, ConfigMixin):
     backbone: nn.Module
     classifier: nn.Linear
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """[C, H, W] of the images that it takes; None for images of any size."""
+        size = self.config.get("sample_size")
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.config.in_channels, height, width
+
+    def _check_shape(self, images: Tensor) -> None:
+        """Raise `InputError` for images of another shape than `image_shape`."""
+        shape = self.image_shape
+        fits = shape is None or tuple(images.shape[1:]) == shape
+        require(fits, "images", f"have shape [B, {', '.join(map(str, shape or ()))}]", tuple(images.shape))
+
     def forward(self, images: Tensor, return_dict: bool = True) -> FeatureExtractorOutput | tuple[Tensor, Tensor]:
         """Features and logits of `images`, [B, C, H, W] in [0, 1]."""
-        size = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
-        require(
-            tuple(images.shape[1:]) == size,
-            "images",
-            f"have shape [B, {size[0]}, {size[1]}, {size[2]}]",
-            tuple(images.shape),
-        )
+        self._check_shape(images)
         features = self.backbone(images)
         logits = self.classifier(features)
         return FeatureExtractorOutput(features, logits) if return_dict else (features, logits)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import require
 from ..models.backbone_extractor import BackboneFeatureExtractor
+from ..models.denoiser_extractor import DenoiserFeatureExtractor
 from ..models.feature_extractor import ConvFeatureExtractor, ResidualFeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.portable import hub, take_push_options, to_json, with_known_dtype, without_origin
@@ -36,6 +37,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 PARTS = (
     BackboneFeatureExtractor,
     ConvFeatureExtractor,
+    DenoiserFeatureExtractor,
     FewStepPrior,
     GaussianPrior,
     GuidanceField,

@@ -40,7 +40,7 @@ from ..losses.priors import (
     sinkhorn_transport,
     with_labels,
 )
-from ..models.backbone_extractor import BackboneFeatureExtractor
+from ..models.feature_extractor import FeatureExtractor
 from ..pipelines.classes import class_options
 from ..schedules import Chain, Scheduler, prediction_type_of, record_calls
 from ..seeds import keyed_generator
@@ -123,15 +123,15 @@ def compared_levels(config: FewStepConfig, images: Images, denoiser: Any, device
     else:
         network = load_feature_extractor(config.feature_extractor).to(device)
         check_trained_on(network, images)
-        is_backbone = isinstance(network, BackboneFeatureExtractor)
-        extract = functools.partial(backbone_features if is_backbone else network_features, network)
+        has_levels = hasattr(network, "backbone")
+        extract = functools.partial(network_features if has_levels else single_level, network)
     unscaled = ComparedLevels(extract, (), config.shallow_weight, config.pixel_weight, device, network)
     real = images.fetch(evenly_spaced(images, SCALED_BY)).to(device)
     return dataclasses.replace(unscaled, scales=tuple(median_distance(level) for level in unscaled.raw(real)))
 
 
-def backbone_features(network: BackboneFeatureExtractor, images: Tensor) -> Levels:
-    """The one level of a backbone; the gradient flows to the images."""
+def single_level(network: FeatureExtractor, images: Tensor) -> Levels:
+    """The features of any network as the one level; the gradient flows to the images."""
     return (network(to_unit_range(images), return_dict=False)[0],)
 
 
