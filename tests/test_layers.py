@@ -21,7 +21,7 @@ LAYERS = (
     ("data", "config", "cache"),
     ("launch",),
     ("features", "outgoing"),
-    ("sampling",),
+    ("sampling", "references"),
     ("training", "evaluation"),
     ("reporting",),
     ("hub",),

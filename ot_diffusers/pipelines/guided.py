@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
@@ -28,6 +30,9 @@ from .call import CALLBACK_TENSORS, FiniteValues, Generators, evaluation_mode, e
 from .classes import CLASS_OPTIONS, Classes, ClassLabels, Conditions, by_label, is_dit, label_count
 from .latents import decode, decode_batch_size, decoded_shape, latent_bound
 from .portable import PortablePipeline
+
+if TYPE_CHECKING:
+    from typing import Self
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +157,53 @@ class GuidedPipeline(PortablePipeline):
         """Number of function evaluations (NFE) per image in the last call: those of the denoiser and of the prior, but
         not those of the feature network. 0 before the first call."""
         return self._nfe
+
+    def with_references(
+        self,
+        images: Any,
+        *,
+        network: FeatureExtractor | str | os.PathLike[str] | None = None,
+        weights: Any = None,
+        labels: Any = None,
+        num_references: int = 2000,
+        split: str = "train",
+        **data_options: Any,
+    ) -> Self:
+        """A pipeline of the same networks that is guided towards these images, without training.
+
+        Args:
+            images: what samples should resemble: a folder, a name or Hub id of a data set, what `load_images` returns,
+                a list of PIL images, or a tensor [N, C, H, W] in [-1, 1]. They are scaled and cropped to the size of
+                the denoiser's images, in its colours.
+            network: feature network, or a folder or Hub id of one or of a vision backbone; by default the features of
+                the denoiser itself (`DenoiserFeatureExtractor`), which need neither labels nor a download.
+            weights: what decides the proportions: a mass for each image, [N], at least 0; or shares of classes by name,
+                such as `{"cat": 0.9}`, where the others keep their proportions in the rest. Equal by default. A
+                denoiser with classes then draws its labels by these shares.
+            labels: classes of images that are not a data set, integers [N].
+            num_references: at most this many of the images are used, evenly spaced over all of them.
+            split: split of a data set that is named.
+            data_options: `image_column` and `label_column` of a data set that is named.
+
+        Returns:
+            A pipeline that shares the networks of this one, which stays as it is. A guidance field is not kept.
+
+        Raises:
+            InputError: images that cannot be read, are all alike or have no such class, or a network for other images.
+
+        Example:
+            >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+            >>> from ot_diffusers import OTGuidedDDIMPipeline
+            >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> stock = DDIMPipeline(UNet2DModel(8, 1, 1, block_out_channels=(32,), **blocks), DDIMScheduler())
+            >>> pipe = OTGuidedDDIMPipeline.from_pipe(stock).with_references("digits", weights={"7": 0.5})
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> len(pipe(batch_size=16, num_inference_steps=2).images)
+            16
+        """
+        references = import_module("ot_diffusers.references")  # its layer is above
+        options = {"network": network, "weights": weights, "labels": labels, "num_references": num_references}
+        return references.with_references(self, images, **options, split=split, **data_options)
 
     def record_guidance_field(
         self, num_samples: int = 1000, generator: torch.Generator | None = None, **call_arguments: Any
