@@ -20,6 +20,7 @@ from .publishing import run_card, run_completion, run_info, run_push, run_report
 from .studies import (
     run_compare,
     run_demo,
+    run_guide,
     run_stress,
     run_track,
     run_train,
@@ -102,6 +103,16 @@ def number(least: float, *, above: bool = False) -> Callable[[str], float]:
     return convert
 
 
+def shares(text: str) -> dict[str, float]:
+    """The type of an option with shares of classes: `cat=.9,dog=.1`."""
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    if not all(name and equals for name, equals, _ in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+        raise argparse.ArgumentTypeError(
+            f"must be shares of different classes such as cat=.9,dog=.1, got {shown(text)}"
+        )
+    return {name: number(0)(value) for name, _, value in pairs}
+
+
 def make_parser() -> Parser:
     """The parser of all commands."""
     parser = Parser(
@@ -116,6 +127,7 @@ def make_parser() -> Parser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_guide(commands)
     _add_evaluate(commands)
     _add_compare(commands)
     _add_track(commands)
@@ -230,6 +242,72 @@ def _add_sample(commands: Any) -> None:
     _add_speed_options(sample)
     _add_overwrite(sample)
     sample.set_defaults(command=run_sample)
+
+
+def _add_guide(commands: Any) -> None:
+    guide = commands.add_parser(
+        "guide",
+        help="guide a pipeline that you have towards your pictures, without training",
+        description="Build a reference set from pictures, sample plain and guided images from the same noise, compare "
+        "both with held-out pictures, and save the guided pipeline with a report. Nothing is trained.",
+        example="guide runs/baseline path/to/images --class-shares cat=.9,dog=.1 --output runs/guided",
+    )
+    guide.add_argument("pipeline", help="folder or Hub id of a saved pipeline")
+    guide.add_argument("dataset", help="what the samples should resemble: digits, mnist, cifar10, a Hub id or a folder")
+    guide.add_argument(
+        "--network",
+        metavar="RUN",
+        help="feature network that guides: a folder, or a Hub id such as a vision backbone (default: the denoiser)",
+    )
+    guide.add_argument("--evaluator", help=f"{EVALUATOR_HELP} (default: one that does not guide, stated in the report)")
+    guide.add_argument(
+        "--class-shares",
+        type=shares,
+        metavar="A=X,B=Y,…",
+        help="shares of classes by name; others keep their proportions in the rest (default: those of the data)",
+    )
+    guide.add_argument(
+        "--num-images",
+        type=whole(2),
+        metavar="N",
+        help="images of each kind (default: as many as test images, to 1,000)",
+    )
+    guide.add_argument(
+        "--num-references", type=whole(2), default=2000, metavar="N", help=f"use at most this many pictures {DEFAULT}"
+    )
+    guide.add_argument(
+        "--field",
+        type=whole(16),
+        nargs="?",
+        const=1000,
+        metavar="N",
+        help="record a guidance field of N samples, which guides images one at a time (1,000 without a number)",
+    )
+    _add_output(
+        guide, check_folder, default="runs/guided", help=f"folder of report.html, results.json and pipeline {DEFAULT}"
+    )
+    guide.add_argument("--json", action="store_true", help="print the results as JSON in place of the table")
+    options = guide.add_argument_group("sampling")
+    options.add_argument(
+        "--num-inference-steps", type=whole(1), metavar="N", help="denoising steps (default: the pipeline's own)"
+    )
+    options.add_argument(
+        "--class-guidance-scale", type=number(0), metavar="X", help="strength of classifier-free guidance (default: 1)"
+    )
+    options.add_argument(
+        "--guidance-scale",
+        type=number(0, above=True),
+        metavar="X",
+        help="strength of the guidance (default: 1, or 2 with --class-shares)",
+    )
+    _add_seed(options, "random seed for the starting noise")
+    options.add_argument(
+        "--batch-size", type=whole(1), metavar="N", help="images that are guided together (default: all, up to 1,000)"
+    )
+    options.add_argument("--device", help=DEVICE_HELP)
+    _add_data_places(guide.add_argument_group("data set"))
+    _add_overwrite(guide)
+    guide.set_defaults(command=run_guide)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -524,6 +602,16 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("data set")
+    _add_data_places(options)
+    options.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="resize and crop images to this size (default: as stored)"
+    )
+    options.add_argument(
+        "--channels", type=int, metavar="N", help="convert images to grey (1) or RGB (3) (default: as stored)"
+    )
+
+
+def _add_data_places(options: Any) -> None:
     options.add_argument(
         "--dataset-config-name", metavar="NAME", help="configuration of the data set, as in datasets.load_dataset"
     )
@@ -538,12 +626,6 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--label-column", metavar="NAME", help="column that holds the labels (default: label, or the class folders)"
-    )
-    options.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="resize and crop images to this size (default: as stored)"
-    )
-    options.add_argument(
-        "--channels", type=int, metavar="N", help="convert images to grey (1) or RGB (3) (default: as stored)"
     )
 
 

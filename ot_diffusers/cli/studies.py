@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import require
 from ..files import expand_home
@@ -34,6 +37,34 @@ def run_train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     print(f"train {arguments.script}: importing libraries, then loading the data set", flush=True)
     return run_command(command)
+
+
+def run_guide(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    """A pipeline that exists, guided towards a data set, beside the plain one."""
+    stop_on_sigterm()
+    prepare_libraries()
+    from ..studies.guide import GuideOptions, guide
+
+    passed_on = ("num_inference_steps", "class_guidance_scale", "guidance_scale")
+    columns = ("image_column", "label_column")
+    call, data = (
+        {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+        for names in (passed_on, columns)
+    )
+    same = ("network", "evaluator", "class_shares", "num_images", "num_references", "batch_size", "seed")
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in same}
+    results = guide(
+        arguments.pipeline,
+        arguments.dataset,
+        arguments.output,
+        GuideOptions(**given, field_samples=arguments.field, call=call, data_options=data),
+        device=chosen_device(arguments.device),
+        overwrite=arguments.overwrite,
+        log=(lambda line: None) if arguments.json else partial(print, flush=True),
+    )
+    if arguments.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    return 0
 
 
 def study_options(name: str) -> type:

@@ -1,0 +1,410 @@
+"""Guide a pipeline towards a data set without training, and compare plain with guided samples.
+
+    ot-diffusers guide google/ddpm-cifar10-32 path/to/images --output runs/guided
+
+Every choice that the user leaves open is stated with its reason, in the output and in the report.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..data import ResidentImages, StreamedImages, evenly_spaced, load_images, pixels_of
+from ..errors import require
+from ..evaluation.evaluate import ImageSet, evaluate_images, extract_image_set, real_floor
+from ..evaluation.extractors import EfficientNetLiteExtractor, dataset_facts, evaluator_facts, load_evaluator
+from ..evaluation.neighbors import nearest_rows
+from ..features import weights_fingerprint
+from ..files import not_own, replace_own
+from ..guidance import check_takes
+from ..models.denoiser_extractor import DenoiserFeatureExtractor
+from ..models.feature_extractor import FeatureExtractor, ResidualFeatureExtractor
+from ..outgoing import last_name, public_name, without_local_paths
+from ..pipelines.guided import GuidedPipeline
+from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
+from ..references import NUM_REFERENCES, centre, class_shares, generated_shape
+from ..reporting import report
+from ..reporting.page import Picture, Rows, provenance
+from ..sampling import MAX_BATCH_SIZE, load_pipeline, network_calls, sample_images
+from ..seeds import keyed_generator
+from .pictures import draw_samples
+from .study import Log
+
+GUIDE = "guide"
+"""Under this name the command lists the files that it has written."""
+PIPELINE_FOLDER = "pipeline"
+PLAIN, GUIDED, FIELD = "plain", "guided", "guidance field"
+BALANCING_SCALE = 2.0
+"""Strength of guidance that changes the shares of classes: on digits to 90/10 in 20 steps, their total variation to the
+target is .044 at 1 and .026 at 2, while the precision stays."""
+ENOUGH_IMAGES = 1000
+MOST_EVALUATED = 2000
+"""At most so many images of each split are compared, so that a general network needs minutes, not hours."""
+
+
+@dataclass(frozen=True)
+class GuideOptions:
+    """What a user may set; the rest is chosen.
+
+    Attributes:
+        network, evaluator: folder or Hub id; see `choose_evaluator` for the default evaluator.
+        class_shares: name of a class to its share; the others keep their proportions in the rest.
+        num_images: number of plain and of guided images.
+        num_references: largest number of references.
+        batch_size: images that are guided together.
+        field_samples: record a guidance field of so many samples.
+        call: arguments of the pipeline's call.
+        seed: random seed of the starting noise.
+        data_options: options of `load_images`.
+    """
+
+    network: str | None = None
+    evaluator: str | None = None
+    class_shares: Mapping[str, float] | None = None
+    num_images: int | None = None
+    num_references: int = NUM_REFERENCES
+    batch_size: int | None = None
+    field_samples: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def guide(
+    pipeline: str,
+    dataset: str,
+    output: Path,
+    options: GuideOptions,
+    *,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    log: Log = print,
+) -> dict[str, Any]:
+    """Write the guided pipeline, `results.json`, `report.html` and a picture into `output`; returns the results.
+
+    Raises:
+        InputError: parts that do not fit, or an `output` that holds other files.
+    """
+    check_output(output, overwrite)
+    reasons: list[str] = []
+
+    def choose(sentence: str) -> None:
+        reasons.append(sentence)
+        log(sentence)
+
+    base = prepared(load_pipeline(pipeline).to(device), choose)
+    channels, *size = generated_shape(base)
+    stored = {"image_size": max(size), "channels": channels, **options.data_options}
+    data = {split: load_images(dataset, split, **stored) for split in ("train", "test")}
+    weights = options.class_shares
+    guided = base.with_references(
+        dataset, network=options.network, weights=weights, num_references=options.num_references, **options.data_options
+    )
+    num_references = len(guided.reference_bank.features)
+    own = options.network is None
+    choose(
+        f"Feature network: {'the denoiser itself, because none was given (--network)' if own else options.network}; "
+        f"{num_references} references of {data['train'].name}."
+    )
+    evaluator = choose_evaluator(options.evaluator, guided, choose).to(device).requires_grad_(False).eval()
+    sets = {split: image_set(images, size, evaluator) for split, images in data.items()}
+    for split, images in data.items():
+        if len(images) > MOST_EVALUATED:
+            choose(f"Evaluation: by {MOST_EVALUATED} of {len(images)} {split} images, evenly spaced, to save time.")
+    targets = {split: rebalanced(images, weights, data[split]) for split, images in sets.items()}
+    call, count = chosen_call(options, weights, choose), chosen_count(options.num_images, targets, choose)
+    batch = chosen_batch(options.batch_size, count, choose)
+
+    samples: dict[str, Tensor] = {}
+    costs: dict[str, dict[str, Any]] = {}
+
+    def sample(name: str, source: GuidedPipeline, **more: Any) -> None:
+        started = time.monotonic()
+        samples[name] = sample_images(source, count, batch_size=batch, seed=options.seed, **call | more)
+        seconds = time.monotonic() - started
+        per_1000 = round(1000 * seconds / count, 1)
+        costs[name] = {"nfe": network_calls(source), "seconds": round(seconds, 2), "seconds_per_1000": per_1000}
+        log(f"{name}: {count} images in {seconds:.0f} s")
+
+    sample(PLAIN, base, guidance_scale=0)
+    sample(GUIDED, guided)
+    if options.field_samples is not None:
+        started = time.monotonic()
+        generator = keyed_generator("cpu", options.seed, FIELD)
+        guided.record_guidance_field(options.field_samples, generator, **call)
+        log(f"guidance field of {options.field_samples} samples: {time.monotonic() - started:.0f} s")
+        sample(FIELD, guided)
+
+    results = scores(samples, costs, sets, targets, evaluator)
+    shares: dict[str, dict[str, float]] = {}
+    if data["test"].labels is not None and data["test"].label_problem is None:
+        shares, accuracy = measured_shares(samples, sets, targets, data["train"], evaluator)
+        reasons.append(f"Classes of samples are those that {accuracy}.")
+    results |= {
+        "title": f"{public_name(pipeline)} guided towards {data['test'].name}",
+        **dataset_facts(data["test"]),
+        "class_shares": shares,
+        "costs": ["nfe", "seconds_per_1000"],
+        "notes": reasons,
+        "next": next_commands(call),
+        "provenance": provenance()
+        | {
+            "pipeline": last_name(pipeline),
+            "network": None if own else last_name(str(options.network)),
+            "num_references": num_references,
+            "sampling": {**call, "seed": options.seed, "batch_size": batch},
+            "asked_shares": dict(weights or {}),
+            "field_samples": options.field_samples,
+        },
+    }
+    results = without_local_paths(results)
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch), guided, results, sets["test"].images, samples)
+        publish(Path(scratch), output)
+    log(f"\n{text(results)}\n\nThe report: {output / 'report.html'}\nThe pipeline: {output / PIPELINE_FOLDER}")
+    return results
+
+
+# --- Choices ----------------------------------------------------------------------------------------------------------
+
+
+def prepared(loaded: Any, choose: Log) -> GuidedPipeline:
+    """The loaded pipeline without parts of guidance, as one that can be guided; DDPM becomes DDIM."""
+    base = loaded if isinstance(loaded, GuidedPipeline) else OTGuidedDDIMPipeline.from_pipe(loaded)
+    parts: dict[str, Any] = dict.fromkeys(base._optional_components)
+    if type(base.scheduler).__name__ == "DDPMScheduler":
+        choose("Scheduler: DDIM in place of DDPM, which needs hundreds of steps for the same images.")
+        parts["scheduler"] = DDIMScheduler.from_config(base.scheduler.config)
+    made = type(base).from_pipe(base, **parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> Any:
+    """The named evaluation network, or the best one here that is not the network that guides.
+
+    These are EfficientNet-Lite0, if its package is installed; else the features of the denoiser, if another network
+    guides; else an untrained network, which sees less, but was made by nobody's data.
+
+    Raises:
+        InputError: a network for images of another size.
+    """
+    shape = generated_shape(guided)
+    if name is not None:
+        given = load_evaluator(name)
+        if isinstance(given, FeatureExtractor):
+            check_takes(given, shape, "evaluator")
+        same = weights_fingerprint(given) == weights_fingerprint(guided.feature_extractor)
+        require(not same, "evaluator", "be another network than the one that guides", name)
+        return given
+    if find_spec("efficientnet_lite_pytorch") is not None and shape[0] in (1, 3):
+        choose("Evaluator: efficientnet-lite0, trained on ImageNet, because none was given (--evaluator).")
+        return load_evaluator(EfficientNetLiteExtractor.name)
+    if not isinstance(guided.feature_extractor, DenoiserFeatureExtractor):
+        choose("Evaluator: the features of the denoiser, because none was given (--evaluator).")
+        return DenoiserFeatureExtractor.from_denoiser(guided.unet, guided.scheduler)
+    choose("Evaluator: an untrained network, because none was given (--evaluator); it sees coarse differences only.")
+    square = shape[1] == shape[2]
+    require(square, "evaluator", "be given for images that are not square", name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ResidualFeatureExtractor(sample_size=shape[1], in_channels=shape[0], num_classes=1)
+
+
+def chosen_call(options: GuideOptions, weights: Mapping[str, float] | None, choose: Log) -> dict[str, Any]:
+    """The arguments of the pipeline's call, with the strength of the guidance."""
+    call = dict(options.call)
+    if "guidance_scale" not in call and weights:
+        call["guidance_scale"] = BALANCING_SCALE
+        choose(
+            f"Guidance scale: {BALANCING_SCALE:g}, because shares of classes are asked for, and images have to change "
+            "their class; on digits, 1 leaves them .044 from a 90/10 target, 2 leaves .026."
+        )
+    elif "guidance_scale" not in call:
+        choose("Guidance scale: 1, half of the way to the references in each correction, as in all studies.")
+    return call
+
+
+def chosen_count(asked: int | None, targets: Mapping[str, ImageSet], choose: Log) -> int:
+    """The number of images.
+
+    Raises:
+        InputError: too many for the real-vs-real score.
+    """
+    most = len(targets["train"]) - 2
+    if asked is None:
+        asked = min(ENOUGH_IMAGES, len(targets["test"]), most)
+        choose(f"Images: {asked}, at most {ENOUGH_IMAGES} and as many as test images.")
+    require(2 <= asked <= most, "num_images", f"be from 2 to {most}, two fewer than the training images", asked)
+    return asked
+
+
+def chosen_batch(asked: int | None, count: int, choose: Log) -> int:
+    """The number of images that are guided together."""
+    if asked is not None:
+        return asked
+    batch = min(count, MAX_BATCH_SIZE)
+    choose(f"Batch size: {batch}, as many as possible, because guidance compares all images of a batch at once.")
+    return batch
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def image_set(images: ResidentImages | StreamedImages, size: list[int], evaluator: Any) -> ImageSet:
+    """Evenly spaced images of a split in the size of the samples, with their features."""
+    rows = evenly_spaced(images, MOST_EVALUATED)
+    pixels = centre(pixels_of(images, rows), size).contiguous()
+    labels = None if images.labels is None or images.label_problem is not None else images.labels[rows]
+    return extract_image_set(pixels, evaluator, labels=labels, cache=True)
+
+
+def rebalanced(
+    images: ImageSet, weights: Mapping[str, float] | None, data: ResidentImages | StreamedImages
+) -> ImageSet:
+    """The largest part of real images whose classes have the shares that are asked for; all of them without shares."""
+    if not weights:
+        return images
+    shares = class_shares(weights, images.labels, data.class_names or ())
+    assert images.labels is not None
+    counts = images.labels.bincount(minlength=len(shares))
+    total = min(float(counts[label] / share) for label, share in enumerate(shares.tolist()) if share > 0)
+    kept = [
+        (images.labels == label).nonzero()[: round(total * share), 0] for label, share in enumerate(shares.tolist())
+    ]
+    return images.rows(torch.cat(kept))
+
+
+def scores(
+    samples: Mapping[str, Tensor],
+    costs: Mapping[str, Mapping[str, Any]],
+    sets: Mapping[str, ImageSet],
+    targets: Mapping[str, ImageSet],
+    evaluator: Any,
+) -> dict[str, Any]:
+    """The rows of `results.json`, and the real-vs-real score, against the held-out images in the asked proportions."""
+    reference = targets["test"]
+    arms = {}
+    for name, images in samples.items():
+        metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=sets["train"])
+        arms[name] = {"metrics": metrics, **costs[name]}
+    count, measured = len(next(iter(samples.values()))), list(next(iter(arms.values()))["metrics"])
+    floor = real_floor(reference, targets["train"], count, extractor=evaluator, metrics=measured)
+    facts = evaluator_facts(evaluator, sets["test"])
+    return {"num_samples": count, "extractor": facts, "arms": arms, "floor": {"metrics": floor}}
+
+
+def measured_shares(
+    samples: Mapping[str, Tensor],
+    sets: Mapping[str, ImageSet],
+    targets: Mapping[str, ImageSet],
+    data: ResidentImages | StreamedImages,
+    evaluator: Any,
+) -> tuple[dict[str, dict[str, float]], str]:
+    """Share of each class in the samples and in the real images, and what tells the classes.
+
+    A classifier that knows the classes tells them, else the nearest training image.
+    """
+    train, test = sets["train"], sets["test"]
+    assert test.labels is not None
+    names = data.class_names or tuple(map(str, range(int(test.labels.max()) + 1)))
+
+    def classify(images: ImageSet) -> Tensor:
+        if "test_accuracy" in test.health and images.logits is not None:
+            return images.logits.argmax(1)
+        assert train.labels is not None
+        return train.labels[nearest_rows(images.features, train.features)]
+
+    by = "the evaluator sees" if "test_accuracy" in test.health else "their nearest training images have"
+    accuracy = float((classify(test) == test.labels).double().mean())
+    labels = {name: classify(extract_image_set(images, evaluator)) for name, images in samples.items()}
+    real = targets["test"].labels
+    assert real is not None
+    shares = {}
+    for name, own in (labels | {"real": real}).items():
+        counts = own.bincount(minlength=len(names))
+        shares[name] = dict(zip(names, (counts / len(own)).tolist(), strict=False))
+    return shares, f"{by}, which is right for {accuracy:.1%} of the test images"
+
+
+def share_rows(results: Mapping[str, Any]) -> Rows:
+    """The shares of the classes, and the total variation to those of the real images."""
+    shares = results["class_shares"]
+    real = shares["real"]
+    rows = [["", *real, "total variation"]]
+    for name, own in shares.items():
+        distance = sum(abs(own[label] - real[label]) for label in real) / 2
+        rows.append([name, *(f"{own[label]:.1%}" for label in real), "–" if own is real else f"{distance:.3f}"])
+    return rows
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse, before the work, a folder whose files would be lost.
+
+    Raises:
+        InputError: files there without `overwrite`, or files that this command did not write.
+    """
+    used = output.is_dir() and any(output.iterdir())
+    require(overwrite or not used, "output", "be a new or empty folder, unless --overwrite is given", str(output))
+    folders = [output, *(path for path in output.rglob("*") if path.is_dir())] if used else []
+    others = [path for folder in folders for path in not_own(folder, GUIDE) if path.is_symlink() or not path.is_dir()]
+    requirement = "hold only unchanged files of `guide` with --overwrite"
+    require(not others, "output", requirement, ", ".join(map(str, others[:1])))
+
+
+def write(
+    folder: Path, guided: GuidedPipeline, results: Mapping[str, Any], real: Tensor, samples: Mapping[str, Tensor]
+) -> None:
+    """The pipeline, the results, the report and its picture."""
+    guided.save_pretrained(folder / PIPELINE_FOLDER)
+    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    pictures = {}
+    if find_spec("matplotlib") is not None:
+        caption = "Plain and guided samples in the same place begin with the same noise."
+        pictures["Samples"] = Picture(draw_samples(real, samples, folder / "samples.png"), caption)
+    tables = {"Shares of classes": share_rows(results)} if results["class_shares"] else {}
+    report.write_report(results, pictures, folder / "report.html", tables=tables)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Copy a folder into the output, in place of what this command wrote there before."""
+    for source in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        target = output / source.relative_to(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        files = [path for path in sorted(source.iterdir()) if path.is_file()]
+        replace_own(target, GUIDE, ((path.name, partial(shutil.copyfile, path)) for path in files), names="(?!)")
+
+
+def next_commands(call: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader may do next, in the folder of the report."""
+    options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in call.items())
+    sample = f"ot-diffusers sample {PIPELINE_FOLDER} --num-images 256 {options}"
+    push = f"ot-diffusers push {PIPELINE_FOLDER} --repo user/name --dry-run"
+    return [
+        ("In the folder of this page, sample from the guided pipeline:", sample.rstrip()),
+        ("List what would be uploaded:", push),
+    ]
+
+
+def text(results: Mapping[str, Any]) -> str:
+    """The tables for a terminal."""
+    lines = [report.text_table(results)]
+    if results["class_shares"]:
+        lines += ["", *("  ".join(cell.rjust(7) for cell in row) for row in share_rows(results))]
+    return "\n".join(lines)
