@@ -32,7 +32,7 @@ from ..files import not_own, replace_own
 from ..guidance import check_takes
 from ..models.denoiser_extractor import DenoiserFeatureExtractor
 from ..models.feature_extractor import FeatureExtractor, ResidualFeatureExtractor
-from ..outgoing import last_name, public_name, without_local_paths
+from ..outgoing import public_name, without_local_paths
 from ..pipelines.guided import GuidedPipeline
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
 from ..references import NUM_REFERENCES, centre, class_shares, generated_shape
@@ -46,11 +46,11 @@ from .study import Log
 GUIDE = "guide"
 """Under this name the command lists the files that it has written."""
 PIPELINE_FOLDER = "pipeline"
-PLAIN, GUIDED, FIELD = "plain", "guided", "guidance field"
+PLAIN, GUIDED, FIELD, REAL = "plain", "guided", "guidance field", "real"
 BALANCING_SCALE = 2.0
 """Strength of guidance that changes the shares of classes: on digits to 90/10 in 20 steps, their total variation to the
 target is .044 at 1 and .026 at 2, while the precision stays."""
-ENOUGH_IMAGES = 1000
+FEWEST_IMAGES, MOST_IMAGES = 64, 1000
 MOST_EVALUATED = 2000
 """At most so many images of each split are compared, so that a general network needs minutes, not hours."""
 
@@ -106,65 +106,30 @@ def guide(
         log(sentence)
 
     base = prepared(load_pipeline(pipeline).to(device), choose)
-    channels, *size = generated_shape(base)
-    stored = {"image_size": max(size), "channels": channels, **options.data_options}
-    data = {split: load_images(dataset, split, **stored) for split in ("train", "test")}
     weights = options.class_shares
-    guided = base.with_references(
-        dataset, network=options.network, weights=weights, num_references=options.num_references, **options.data_options
-    )
-    num_references = len(guided.reference_bank.features)
-    own = options.network is None
-    choose(
-        f"Feature network: {'the denoiser itself, because none was given (--network)' if own else options.network}; "
-        f"{num_references} references of {data['train'].name}."
-    )
+    references: dict[str, Any] = {"weights": weights, "num_references": options.num_references}
+    guided = base.with_references(dataset, network=options.network, **references, **options.data_options)
+    named = options.network and public_name(options.network)
+    choose(f"Feature network: {named or 'the denoiser itself, because none was given (--network)'}.")
     evaluator = choose_evaluator(options.evaluator, guided, choose).to(device).requires_grad_(False).eval()
-    sets = {split: image_set(images, size, evaluator) for split, images in data.items()}
-    for split, images in data.items():
-        if len(images) > MOST_EVALUATED:
-            choose(f"Evaluation: by {MOST_EVALUATED} of {len(images)} {split} images, evenly spaced, to save time.")
-    targets = {split: rebalanced(images, weights, data[split]) for split, images in sets.items()}
-    call, count = chosen_call(options, weights, choose), chosen_count(options.num_images, targets, choose)
+    real = read_real(dataset, options, generated_shape(guided), evaluator, choose)
+    call, count = chosen_call(options, choose), chosen_count(options.num_images, len(real.sets["test"]), choose)
     batch = chosen_batch(options.batch_size, count, choose)
 
-    samples: dict[str, Tensor] = {}
-    costs: dict[str, dict[str, Any]] = {}
-
-    def sample(name: str, source: GuidedPipeline, **more: Any) -> None:
-        started = time.monotonic()
-        samples[name] = sample_images(source, count, batch_size=batch, seed=options.seed, **call | more)
-        seconds = time.monotonic() - started
-        per_1000 = round(1000 * seconds / count, 1)
-        costs[name] = {"nfe": network_calls(source), "seconds": round(seconds, 2), "seconds_per_1000": per_1000}
-        log(f"{name}: {count} images in {seconds:.0f} s")
-
-    sample(PLAIN, base, guidance_scale=0)
-    sample(GUIDED, guided)
-    if options.field_samples is not None:
-        started = time.monotonic()
-        generator = keyed_generator("cpu", options.seed, FIELD)
-        guided.record_guidance_field(options.field_samples, generator, **call)
-        log(f"guidance field of {options.field_samples} samples: {time.monotonic() - started:.0f} s")
-        sample(FIELD, guided)
-
-    results = scores(samples, costs, sets, targets, evaluator)
-    shares: dict[str, dict[str, float]] = {}
-    if data["test"].labels is not None and data["test"].label_problem is None:
-        shares, accuracy = measured_shares(samples, sets, targets, data["train"], evaluator)
-        reasons.append(f"Classes of samples are those that {accuracy}.")
-    results |= {
-        "title": f"{public_name(pipeline)} guided towards {data['test'].name}",
-        **dataset_facts(data["test"]),
-        "class_shares": shares,
+    drawn = draw(base, guided, count, batch, call, options, log)
+    results: dict[str, Any] = {
+        "title": f"{public_name(pipeline)} guided towards {real.data['test'].name}",
+        **dataset_facts(real.data["test"]),
+        **scores(drawn, real, evaluator, choose),
+        "class_shares": measured_shares(drawn, real, evaluator, choose),
         "costs": ["nfe", "seconds_per_1000"],
         "notes": reasons,
         "next": next_commands(call),
         "provenance": provenance()
         | {
-            "pipeline": last_name(pipeline),
-            "network": None if own else last_name(str(options.network)),
-            "num_references": num_references,
+            "pipeline": public_name(pipeline),
+            "network": named,
+            "num_references": len(guided.reference_bank.features),
             "sampling": {**call, "seed": options.seed, "batch_size": batch},
             "asked_shares": dict(weights or {}),
             "field_samples": options.field_samples,
@@ -172,10 +137,80 @@ def guide(
     }
     results = without_local_paths(results)
     with tempfile.TemporaryDirectory() as scratch:
-        write(Path(scratch), guided, results, sets["test"].images, samples)
+        write(Path(scratch), guided, results, real.sets["test"].images, drawn)
         publish(Path(scratch), output)
     log(f"\n{text(results)}\n\nThe report: {output / 'report.html'}\nThe pipeline: {output / PIPELINE_FOLDER}")
     return results
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of one kind, and what they cost.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        nfe: number of function evaluations for each image.
+        seconds: of sampling all of them.
+    """
+
+    images: Tensor
+    nfe: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real images by split.
+
+    Attributes:
+        data: the data sets.
+        sets: evenly spaced images in the size of the samples, with their features.
+        targets: those of them that have the asked shares of classes; all without shares.
+    """
+
+    data: dict[str, ResidentImages | StreamedImages]
+    sets: dict[str, ImageSet]
+    targets: dict[str, ImageSet]
+
+
+def read_real(dataset: str, options: GuideOptions, shape: tuple[int, int, int], evaluator: Any, choose: Log) -> Real:
+    """The images of both splits."""
+    channels, *size = shape
+    stored = {"image_size": max(size), "channels": channels, **options.data_options}
+    data = {split: load_images(dataset, split, **stored) for split in ("train", "test")}
+    for split, images in data.items():
+        if len(images) > MOST_EVALUATED:
+            choose(f"Evaluation: by {MOST_EVALUATED} of {len(images)} {split} images, evenly spaced, to save time.")
+    sets = {split: image_set(images, size, evaluator) for split, images in data.items()}
+    targets = {split: rebalanced(images, options.class_shares, data[split]) for split, images in sets.items()}
+    return Real(data, sets, targets)
+
+
+def draw(
+    base: GuidedPipeline,
+    guided: GuidedPipeline,
+    count: int,
+    batch: int,
+    call: Mapping[str, Any],
+    options: GuideOptions,
+    log: Log,
+) -> dict[str, Drawn]:
+    """Plain and guided samples from the same noise, and those by a guidance field, if one is asked for."""
+
+    def sample(name: str, source: GuidedPipeline, **more: Any) -> Drawn:
+        started = time.monotonic()
+        images = sample_images(source, count, batch_size=batch, seed=options.seed, **{**call, **more})
+        seconds = time.monotonic() - started
+        log(f"{name}: {count} images in {seconds:.0f} s")
+        return Drawn(images, network_calls(source), seconds)
+
+    drawn = {PLAIN: sample(PLAIN, base, guidance_scale=0), GUIDED: sample(GUIDED, guided)}
+    if options.field_samples is not None:
+        started = time.monotonic()
+        guided.record_guidance_field(options.field_samples, keyed_generator("cpu", options.seed, FIELD), **call)
+        log(f"guidance field of {options.field_samples} samples: {time.monotonic() - started:.0f} s")
+        drawn[FIELD] = sample(FIELD, guided)
+    return drawn
 
 
 # --- Choices ----------------------------------------------------------------------------------------------------------
@@ -188,9 +223,7 @@ def prepared(loaded: Any, choose: Log) -> GuidedPipeline:
     if type(base.scheduler).__name__ == "DDPMScheduler":
         choose("Scheduler: DDIM in place of DDPM, which needs hundreds of steps for the same images.")
         parts["scheduler"] = DDIMScheduler.from_config(base.scheduler.config)
-    made = type(base).from_pipe(base, **parts)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return type(base).from_pipe(base, **parts)
 
 
 def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> Any:
@@ -224,32 +257,27 @@ def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> A
         return ResidualFeatureExtractor(sample_size=shape[1], in_channels=shape[0], num_classes=1)
 
 
-def chosen_call(options: GuideOptions, weights: Mapping[str, float] | None, choose: Log) -> dict[str, Any]:
+def chosen_call(options: GuideOptions, choose: Log) -> dict[str, Any]:
     """The arguments of the pipeline's call, with the strength of the guidance."""
     call = dict(options.call)
-    if "guidance_scale" not in call and weights:
-        call["guidance_scale"] = BALANCING_SCALE
-        choose(
-            f"Guidance scale: {BALANCING_SCALE:g}, because shares of classes are asked for, and images have to change "
-            "their class; on digits, 1 leaves them .044 from a 90/10 target, 2 leaves .026."
+    if "guidance_scale" not in call:
+        call["guidance_scale"] = BALANCING_SCALE if options.class_shares else 1.0
+        why = (
+            "2, because shares of classes are asked for and images have to change their class: on digits, samples at 1 "
+            "stay .044 away from a 90/10 target (total variation), at 2 .026"
         )
-    elif "guidance_scale" not in call:
-        choose("Guidance scale: 1, half of the way to the references in each correction, as in all studies.")
+        usual = "1, half of the way to the references in each correction, as in all studies"
+        choose(f"Guidance scale: {why if options.class_shares else usual}.")
     return call
 
 
-def chosen_count(asked: int | None, targets: Mapping[str, ImageSet], choose: Log) -> int:
-    """The number of images.
-
-    Raises:
-        InputError: too many for the real-vs-real score.
-    """
-    most = len(targets["train"]) - 2
-    if asked is None:
-        asked = min(ENOUGH_IMAGES, len(targets["test"]), most)
-        choose(f"Images: {asked}, at most {ENOUGH_IMAGES} and as many as test images.")
-    require(2 <= asked <= most, "num_images", f"be from 2 to {most}, two fewer than the training images", asked)
-    return asked
+def chosen_count(asked: int | None, num_test: int, choose: Log) -> int:
+    """The number of images."""
+    if asked is not None:
+        return asked
+    count = max(FEWEST_IMAGES, min(MOST_IMAGES, num_test))
+    choose(f"Images: {count}, as many as test images, but from {FEWEST_IMAGES} to {MOST_IMAGES}.")
+    return count
 
 
 def chosen_batch(asked: int | None, count: int, choose: Log) -> int:
@@ -288,62 +316,55 @@ def rebalanced(
     return images.rows(torch.cat(kept))
 
 
-def scores(
-    samples: Mapping[str, Tensor],
-    costs: Mapping[str, Mapping[str, Any]],
-    sets: Mapping[str, ImageSet],
-    targets: Mapping[str, ImageSet],
-    evaluator: Any,
-) -> dict[str, Any]:
+def scores(drawn: Mapping[str, Drawn], real: Real, evaluator: Any, choose: Log) -> dict[str, Any]:
     """The rows of `results.json`, and the real-vs-real score, against the held-out images in the asked proportions."""
-    reference = targets["test"]
-    arms = {}
-    for name, images in samples.items():
-        metrics = evaluate_images(images, reference=reference, extractor=evaluator, train=sets["train"])
-        arms[name] = {"metrics": metrics, **costs[name]}
-    count, measured = len(next(iter(samples.values()))), list(next(iter(arms.values()))["metrics"])
-    floor = real_floor(reference, targets["train"], count, extractor=evaluator, metrics=measured)
-    facts = evaluator_facts(evaluator, sets["test"])
-    return {"num_samples": count, "extractor": facts, "arms": arms, "floor": {"metrics": floor}}
+    reference, count = real.targets["test"], len(drawn[PLAIN].images)
+    arms: dict[str, Any] = {}
+    for name, samples in drawn.items():
+        metrics = evaluate_images(samples.images, reference=reference, extractor=evaluator, train=real.sets["train"])
+        per_1000 = round(1000 * samples.seconds / count, 1)
+        costs = {"nfe": samples.nfe, "seconds": round(samples.seconds, 2), "seconds_per_1000": per_1000}
+        arms[name] = {"metrics": metrics, **costs}
+    results = {"num_samples": count, "extractor": evaluator_facts(evaluator, real.sets["test"]), "arms": arms}
+    if count > len(real.targets["train"]) - 2:
+        choose(f"Real vs real: not measured, which takes {count + 2} training images in the asked proportions.")
+        return results
+    measured = list(arms[PLAIN]["metrics"])
+    floor = real_floor(reference, real.targets["train"], count, extractor=evaluator, metrics=measured)
+    return results | {"floor": {"metrics": floor}}
 
 
-def measured_shares(
-    samples: Mapping[str, Tensor],
-    sets: Mapping[str, ImageSet],
-    targets: Mapping[str, ImageSet],
-    data: ResidentImages | StreamedImages,
-    evaluator: Any,
-) -> tuple[dict[str, dict[str, float]], str]:
-    """Share of each class in the samples and in the real images, and what tells the classes.
+def measured_shares(drawn: Mapping[str, Drawn], real: Real, evaluator: Any, choose: Log) -> dict[str, dict[str, float]]:
+    """Share of each class in the samples and in the real images; empty where these have no classes.
 
-    A classifier that knows the classes tells them, else the nearest training image.
+    The evaluator tells the classes if it knows them, else the nearest training image.
     """
-    train, test = sets["train"], sets["test"]
-    assert test.labels is not None
-    names = data.class_names or tuple(map(str, range(int(test.labels.max()) + 1)))
+    train, test, known = real.sets["train"], real.sets["test"], real.targets["test"].labels
+    if train.labels is None or test.labels is None or known is None:
+        return {}
+    by_evaluator, of_train = "test_accuracy" in test.health, train.labels
 
     def classify(images: ImageSet) -> Tensor:
-        if "test_accuracy" in test.health and images.logits is not None:
+        if by_evaluator and images.logits is not None:
             return images.logits.argmax(1)
-        assert train.labels is not None
-        return train.labels[nearest_rows(images.features, train.features)]
+        return of_train[nearest_rows(images.features, train.features)]
 
-    by = "the evaluator sees" if "test_accuracy" in test.health else "their nearest training images have"
     accuracy = float((classify(test) == test.labels).double().mean())
-    labels = {name: classify(extract_image_set(images, evaluator)) for name, images in samples.items()}
-    real = targets["test"].labels
-    assert real is not None
+    by = "by the evaluator" if by_evaluator else "by the nearest training image"
+    choose(f"Classes of samples: {by}, which is right for {accuracy:.1%} of the test images.")
+    labels = {name: classify(extract_image_set(samples.images, evaluator)) for name, samples in drawn.items()}
+    names = real.data["test"].class_names or tuple(map(str, range(int(of_train.max()) + 1)))
     shares = {}
-    for name, own in (labels | {"real": real}).items():
+    for name, own in (labels | {REAL: known}).items():
         counts = own.bincount(minlength=len(names))
         shares[name] = dict(zip(names, (counts / len(own)).tolist(), strict=False))
-    return shares, f"{by}, which is right for {accuracy:.1%} of the test images"
+    return shares
 
 
 def share_rows(results: Mapping[str, Any]) -> Rows:
     """The shares of the classes, and the total variation to those of the real images."""
     shares = results["class_shares"]
-    real = shares["real"]
+    real = shares[REAL]
     rows = [["", *real, "total variation"]]
     for name, own in shares.items():
         distance = sum(abs(own[label] - real[label]) for label in real) / 2
@@ -369,7 +390,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def write(
-    folder: Path, guided: GuidedPipeline, results: Mapping[str, Any], real: Tensor, samples: Mapping[str, Tensor]
+    folder: Path, guided: GuidedPipeline, results: Mapping[str, Any], real: Tensor, drawn: Mapping[str, Drawn]
 ) -> None:
     """The pipeline, the results, the report and its picture."""
     guided.save_pretrained(folder / PIPELINE_FOLDER)
@@ -377,7 +398,8 @@ def write(
     pictures = {}
     if find_spec("matplotlib") is not None:
         caption = "Plain and guided samples in the same place begin with the same noise."
-        pictures["Samples"] = Picture(draw_samples(real, samples, folder / "samples.png"), caption)
+        images = {name: samples.images for name, samples in drawn.items()}
+        pictures["Samples"] = Picture(draw_samples(real, images, folder / "samples.png"), caption)
     tables = {"Shares of classes": share_rows(results)} if results["class_shares"] else {}
     report.write_report(results, pictures, folder / "report.html", tables=tables)
 
