@@ -23,6 +23,7 @@ from ot_diffusers.sampling import save_images
 # Rows of random colours that brighten by 4 grey levels from pixel to pixel: a crop that is off by one shows.
 ROWS = torch.randint(0, 160, (70, 3, 20, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 RGB = ROWS + 4 * torch.arange(24, dtype=torch.uint8)
+GOOD = to_model_range(RGB)
 
 
 def guided(**options: Any) -> OTGuidedDDIMPipeline:
@@ -97,6 +98,8 @@ def test_a_denoiser_with_classes_draws_them_by_the_shares(caplog: pytest.LogCapt
     assert made.classes is not None and made.classes.frequencies[9] == pytest.approx(0.9)
     train = load_images("digits")
     assert torch.equal(made.reference_bank.labels, 9 - train.labels)
+    some = pipe.with_references(GOOD.mean(1, keepdim=True), labels=[3, 5] * 35)  # the other classes are never drawn
+    assert set(some(batch_size=16, num_inference_steps=1).images and some.class_labels.tolist()) <= {9 - 3, 9 - 5}
     logging.enable_propagation()
     others = FlowMatchPipeline(unet, pipe.scheduler, id2label={label: f"class {label}" for label in range(10)})
     assert others.with_references("digits", num_references=100).reference_bank.labels is None
@@ -104,7 +107,6 @@ def test_a_denoiser_with_classes_draws_them_by_the_shares(caplog: pytest.LogCapt
     logging.disable_propagation()
 
 
-GOOD = to_model_range(RGB)
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "alike": (GOOD[:1].expand(70, -1, -1, -1), {}, "`images` must differ from one another, got '70 copies"),
     "one": (GOOD[:1], {}, "`images` must be at least 2, got 1"),

@@ -179,7 +179,7 @@ class GuidedPipeline(PortablePipeline):
                 the denoiser itself (`DenoiserFeatureExtractor`), which need neither labels nor a download.
             weights: what decides the proportions: a mass for each image, [N], at least 0; or shares of classes by name,
                 such as `{"cat": 0.9}`, where the others keep their proportions in the rest. Equal by default. A
-                denoiser with classes then draws its labels by these shares.
+                denoiser with the classes of the images draws its labels in the same proportions.
             labels: classes of images that are not a data set, integers [N].
             num_references: at most this many of the images are used, evenly spaced over all of them.
             split: split of a data set that is named.
