@@ -113,7 +113,7 @@ def guide(
     choose(f"Feature network: {named or 'the denoiser itself, because none was given (--network)'}.")
     evaluator = choose_evaluator(options.evaluator, guided, choose).to(device).requires_grad_(False).eval()
     real = read_real(dataset, options, generated_shape(guided), evaluator, choose)
-    call, count = chosen_call(options, choose), chosen_count(options.num_images, len(real.sets["test"]), choose)
+    call, count = chosen_call(options, guided, choose), chosen_count(options.num_images, len(real.sets["test"]), choose)
     batch = chosen_batch(options.batch_size, count, choose)
 
     drawn = draw(base, guided, count, batch, call, options, log)
@@ -257,17 +257,20 @@ def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> A
         return ResidualFeatureExtractor(sample_size=shape[1], in_channels=shape[0], num_classes=1)
 
 
-def chosen_call(options: GuideOptions, choose: Log) -> dict[str, Any]:
+def chosen_call(options: GuideOptions, guided: GuidedPipeline, choose: Log) -> dict[str, Any]:
     """The arguments of the pipeline's call, with the strength of the guidance."""
-    call = dict(options.call)
+    call, by_label = dict(options.call), guided.classes is not None and guided.reference_bank.labels is not None
+    balances = (
+        bool(options.class_shares) and not by_label
+    )  # drawn labels have the shares already
     if "guidance_scale" not in call:
-        call["guidance_scale"] = BALANCING_SCALE if options.class_shares else 1.0
+        call["guidance_scale"] = BALANCING_SCALE if balances else 1.0
         why = (
             "2, because shares of classes are asked for and images have to change their class: on digits, samples at 1 "
             "stay .044 away from a 90/10 target (total variation), at 2 .026"
         )
         usual = "1, half of the way to the references in each correction, as in all studies"
-        choose(f"Guidance scale: {why if options.class_shares else usual}.")
+        choose(f"Guidance scale: {why if balances else usual}.")
     return call
 
 
