@@ -270,7 +270,7 @@ def _add_guide(commands: Any) -> None:
         "--num-images",
         type=whole(2),
         metavar="N",
-        help="images of each kind (default: as many as test images, to 1,000)",
+        help="images of each kind (default: as many as test images, 64 to 1,000)",
     )
     guide.add_argument(
         "--num-references", type=whole(2), default=2000, metavar="N", help=f"use at most this many pictures {DEFAULT}"

@@ -106,13 +106,15 @@ def guide(
         log(sentence)
 
     base = prepared(load_pipeline(pipeline).to(device), choose)
-    weights = options.class_shares
-    references: dict[str, Any] = {"weights": weights, "num_references": options.num_references}
-    guided = base.with_references(dataset, network=options.network, **references, **options.data_options)
+    channels, *size = generated_shape(base)
+    stored: dict[str, Any] = {"image_size": max(size), "channels": channels, **options.data_options}
+    data = {split: load_images(dataset, split, **stored) for split in ("train", "test")}
+    references: dict[str, Any] = {"weights": options.class_shares, "num_references": options.num_references}
+    guided = base.with_references(data["train"], network=options.network, **references)
     named = options.network and public_name(options.network)
     choose(f"Feature network: {named or 'the denoiser itself, because none was given (--network)'}.")
     evaluator = choose_evaluator(options.evaluator, guided, choose).to(device).requires_grad_(False).eval()
-    real = read_real(dataset, options, generated_shape(guided), evaluator, choose)
+    real = read_real(data, size, options.class_shares, evaluator, choose)
     call, count = chosen_call(options, guided, choose), chosen_count(options.num_images, len(real.sets["test"]), choose)
     batch = chosen_batch(options.batch_size, count, choose)
 
@@ -131,7 +133,7 @@ def guide(
             "network": named,
             "num_references": len(guided.reference_bank.features),
             "sampling": {**call, "seed": options.seed, "batch_size": batch},
-            "asked_shares": dict(weights or {}),
+            "asked_shares": dict(options.class_shares or {}),
             "field_samples": options.field_samples,
         },
     }
@@ -173,16 +175,19 @@ class Real:
     targets: dict[str, ImageSet]
 
 
-def read_real(dataset: str, options: GuideOptions, shape: tuple[int, int, int], evaluator: Any, choose: Log) -> Real:
-    """The images of both splits."""
-    channels, *size = shape
-    stored = {"image_size": max(size), "channels": channels, **options.data_options}
-    data = {split: load_images(dataset, split, **stored) for split in ("train", "test")}
+def read_real(
+    data: dict[str, ResidentImages | StreamedImages],
+    size: list[int],
+    weights: Mapping[str, float] | None,
+    evaluator: Any,
+    choose: Log,
+) -> Real:
+    """The images of both splits, with their features."""
     for split, images in data.items():
         if len(images) > MOST_EVALUATED:
             choose(f"Evaluation: by {MOST_EVALUATED} of {len(images)} {split} images, evenly spaced, to save time.")
     sets = {split: image_set(images, size, evaluator) for split, images in data.items()}
-    targets = {split: rebalanced(images, options.class_shares, data[split]) for split, images in sets.items()}
+    targets = {split: rebalanced(images, weights, data[split]) for split, images in sets.items()}
     return Real(data, sets, targets)
 
 
@@ -260,9 +265,7 @@ def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> A
 def chosen_call(options: GuideOptions, guided: GuidedPipeline, choose: Log) -> dict[str, Any]:
     """The arguments of the pipeline's call, with the strength of the guidance."""
     call, by_label = dict(options.call), guided.classes is not None and guided.reference_bank.labels is not None
-    balances = (
-        bool(options.class_shares) and not by_label
-    )  # drawn labels have the shares already
+    balances = bool(options.class_shares) and not by_label  # drawn labels have the shares already
     if "guidance_scale" not in call:
         call["guidance_scale"] = BALANCING_SCALE if balances else 1.0
         why = (
