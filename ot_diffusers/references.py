@@ -24,7 +24,6 @@ from .losses.denoising import image_features
 from .models.denoiser_extractor import DenoiserFeatureExtractor
 from .models.feature_extractor import FeatureExtractor
 from .models.reference_bank import ReferenceBank
-from .pipelines.call import unet_image_shape
 from .pipelines.guided import GuidedPipeline
 from .transport import median_distance
 
@@ -35,7 +34,6 @@ P = TypeVar("P", bound=GuidedPipeline)
 NUM_REFERENCES = 2000
 FEW_REFERENCES = 64
 """Fewer references than this describe a distribution badly."""
-FEW_MEASURED = "on digits, 32 make the Fréchet distance four times that of plain samples, 128 lower it by two fifths"
 BATCH = 100
 """Images in one pass of the feature network."""
 GREY = (0.299, 0.587, 0.114)
@@ -84,7 +82,7 @@ def with_references(
     **data_options: Any,
 ) -> P:
     """See `GuidedPipeline.with_references`."""
-    shape = generated_shape(pipeline)
+    shape = pipeline.image_shape
     chosen = chosen_network(pipeline, network)
     references = read_references(images, shape, num_references, labels=labels, split=split, **data_options)
     options: dict[str, Any] = {}
@@ -92,7 +90,8 @@ def with_references(
     if masses is not None:
         references, masses = references.take((masses > 0).nonzero()[:, 0]), masses[masses > 0]
     if len(references.rows) < FEW_REFERENCES:
-        logger.warning(f"{len(references.rows)} references are fewer than {FEW_REFERENCES}: {FEW_MEASURED}")
+        crowded = "samples crowd around so few, and can become worse than plain ones"
+        logger.warning(f"{len(references.rows)} references are fewer than {FEW_REFERENCES}: {crowded}")
     if pipeline.classes is not None:
         references = renumbered(references, pipeline.classes.names)
         if references.labels is not None:  # labels are drawn in the proportions of the references
@@ -104,12 +103,6 @@ def with_references(
     return type(pipeline).from_pipe(pipeline, **parts, **options)
 
 
-def generated_shape(pipeline: GuidedPipeline) -> tuple[int, int, int]:
-    """[C, H, W] of the images of a pipeline."""
-    prior = getattr(pipeline, "prior", None)
-    return unet_image_shape(pipeline.unet) if prior is None else prior.image_shape
-
-
 def chosen_network(
     pipeline: GuidedPipeline, network: FeatureExtractor | str | os.PathLike[str] | None
 ) -> FeatureExtractor:
@@ -119,9 +112,10 @@ def chosen_network(
         InputError: a network for images of another size.
     """
     if network is None:
+        require(pipeline.vae is None, "network", "be given for a latent model, whose denoiser sees no images", network)
         return DenoiserFeatureExtractor.from_denoiser(pipeline.unet, pipeline.scheduler)
     chosen = network if isinstance(network, FeatureExtractor) else load_feature_extractor(str(network))
-    check_takes(chosen, generated_shape(pipeline), "network")
+    check_takes(chosen, pipeline.image_shape, "network")
     return chosen.to(pipeline.device)
 
 

@@ -24,7 +24,7 @@ def data_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those options of `load_images` that the user gave."""
     from ..data import DATA_OPTIONS
 
-    return {name: getattr(arguments, name) for name in DATA_OPTIONS if getattr(arguments, name) is not None}
+    return {name: value for name in DATA_OPTIONS if (value := getattr(arguments, name, None)) is not None}
 
 
 def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

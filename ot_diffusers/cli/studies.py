@@ -46,18 +46,14 @@ def run_guide(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from ..studies.guide import GuideOptions, guide
 
     passed_on = ("num_inference_steps", "class_guidance_scale", "guidance_scale")
-    columns = ("image_column", "label_column")
-    call, data = (
-        {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-        for names in (passed_on, columns)
-    )
+    call = {name: getattr(arguments, name) for name in passed_on if getattr(arguments, name) is not None}
     same = ("network", "evaluator", "class_shares", "num_images", "num_references", "batch_size", "seed")
     given: dict[str, Any] = {name: getattr(arguments, name) for name in same}
     results = guide(
         arguments.pipeline,
         arguments.dataset,
         arguments.output,
-        GuideOptions(**given, field_samples=arguments.field, call=call, data_options=data),
+        GuideOptions(**given, field_samples=arguments.field, call=call, data_options=data_options(arguments)),
         device=chosen_device(arguments.device),
         overwrite=arguments.overwrite,
         log=(lambda line: None) if arguments.json else partial(print, flush=True),

@@ -35,7 +35,7 @@ from ..models.feature_extractor import FeatureExtractor, ResidualFeatureExtracto
 from ..outgoing import public_name, without_local_paths
 from ..pipelines.guided import GuidedPipeline
 from ..pipelines.pipeline_ot_guided_ddim import OTGuidedDDIMPipeline
-from ..references import NUM_REFERENCES, centre, class_shares, generated_shape
+from ..references import NUM_REFERENCES, centre, class_shares
 from ..reporting import report
 from ..reporting.page import Picture, Rows, provenance
 from ..sampling import MAX_BATCH_SIZE, load_pipeline, network_calls, sample_images
@@ -48,8 +48,7 @@ GUIDE = "guide"
 PIPELINE_FOLDER = "pipeline"
 PLAIN, GUIDED, FIELD, REAL = "plain", "guided", "guidance field", "real"
 BALANCING_SCALE = 2.0
-"""Strength of guidance that changes the shares of classes: on digits to 90/10 in 20 steps, their total variation to the
-target is .044 at 1 and .026 at 2, while the precision stays."""
+"""Strength of guidance that changes the shares of classes, where images have to move further than usual."""
 FEWEST_IMAGES, MOST_IMAGES = 64, 1000
 MOST_EVALUATED = 2000
 """At most so many images of each split are compared, so that a general network needs minutes, not hours."""
@@ -106,7 +105,7 @@ def guide(
         log(sentence)
 
     base = prepared(load_pipeline(pipeline).to(device), choose)
-    channels, *size = generated_shape(base)
+    channels, *size = base.image_shape
     stored: dict[str, Any] = {"image_size": max(size), "channels": channels, **options.data_options}
     data = {split: load_images(dataset, split, **stored) for split in ("train", "test")}
     references: dict[str, Any] = {"weights": options.class_shares, "num_references": options.num_references}
@@ -224,7 +223,7 @@ def draw(
 def prepared(loaded: Any, choose: Log) -> GuidedPipeline:
     """The loaded pipeline without parts of guidance, as one that can be guided; DDPM becomes DDIM."""
     base = loaded if isinstance(loaded, GuidedPipeline) else OTGuidedDDIMPipeline.from_pipe(loaded)
-    parts: dict[str, Any] = dict.fromkeys(base._optional_components)
+    parts: dict[str, Any] = dict.fromkeys(base._guidance_components)
     if type(base.scheduler).__name__ == "DDPMScheduler":
         choose("Scheduler: DDIM in place of DDPM, which needs hundreds of steps for the same images.")
         parts["scheduler"] = DDIMScheduler.from_config(base.scheduler.config)
@@ -240,7 +239,7 @@ def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> A
     Raises:
         InputError: a network for images of another size.
     """
-    shape = generated_shape(guided)
+    shape = guided.image_shape
     if name is not None:
         given = load_evaluator(name)
         if isinstance(given, FeatureExtractor):
@@ -251,7 +250,7 @@ def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> A
     if find_spec("efficientnet_lite_pytorch") is not None and shape[0] in (1, 3):
         choose("Evaluator: efficientnet-lite0, trained on ImageNet, because none was given (--evaluator).")
         return load_evaluator(EfficientNetLiteExtractor.name)
-    if not isinstance(guided.feature_extractor, DenoiserFeatureExtractor):
+    if guided.vae is None and not isinstance(guided.feature_extractor, DenoiserFeatureExtractor):
         choose("Evaluator: the features of the denoiser, because none was given (--evaluator).")
         return DenoiserFeatureExtractor.from_denoiser(guided.unet, guided.scheduler)
     choose("Evaluator: an untrained network, because none was given (--evaluator); it sees coarse differences only.")
@@ -268,10 +267,7 @@ def chosen_call(options: GuideOptions, guided: GuidedPipeline, choose: Log) -> d
     balances = bool(options.class_shares) and not by_label  # drawn labels have the shares already
     if "guidance_scale" not in call:
         call["guidance_scale"] = BALANCING_SCALE if balances else 1.0
-        why = (
-            "2, because shares of classes are asked for and images have to change their class: on digits, samples at 1 "
-            "stay .044 away from a 90/10 target (total variation), at 2 .026"
-        )
+        why = "2, because shares of classes are asked for, and images move further where they change their class"
         usual = "1, half of the way to the references in each correction, as in all studies"
         choose(f"Guidance scale: {why if balances else usual}.")
     return call

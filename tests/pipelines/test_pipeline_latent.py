@@ -88,8 +88,7 @@ def guiding_parts() -> tuple[ConvFeatureExtractor, ReferenceBank]:
 
 
 def guided(stock: Callable[[], Any] = ldm) -> OTGuidedDDIMPipeline:
-    network, bank = guiding_parts()
-    return quiet(OTGuidedDDIMPipeline.from_pipe(stock(), feature_extractor=network, reference_bank=bank))
+    return quiet(OTGuidedDDIMPipeline.from_pipe(stock()).with_references(references(), network=guiding_parts()[0]))
 
 
 def pixels(pipeline: Any, *seeds: int, **call: Any) -> np.ndarray:
@@ -300,6 +299,10 @@ def test_pipelines_and_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
         (
             lambda: take(stock, vae=make_vae(AutoencoderKL, latent_channels=4)),
             "`vae` must have latents of 2 channels, as the denoiser has, got 4",
+        ),
+        (
+            lambda: take(stock).with_references(references()),
+            "`network` must be given for a latent model, whose denoiser sees no images, got None",
         ),
         (lambda: take(text), f"{reads_text}'TextToImage'"),
         (lambda: OTGuidedDDIMPipeline.from_pretrained(tmp_path / "text"), f"{reads_text}'StableDiffusionPipeline'"),
