@@ -71,6 +71,10 @@ CPU_VALUES = 153_600
 # A latent, nominally of unit variance, moves in one step by at most this root mean square, or this multiple of its
 # length. The step would have no bound where the decoder hardly changes along u.
 LONGEST_MOVE = 0.25
+# The blur by default, in units of the median distance, and that of fewer images or references. These are so far apart
+# that at a smaller blur images crowd around the references.
+BLUR, BLUR_OF_FEW = 0.3, 0.6
+FEW_IMAGES, FEW_REFERENCES = 200, 500
 # Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
@@ -94,7 +98,8 @@ class OTGuidance:
         reference_bank: the reference set, with features from the same network.
         guidance_scale: strength, ≥ 0; 0 returns the images unchanged.
         num_correction_steps: gradient steps in one correction.
-        blur: length in units of normalised features (of raw features with `normalize_features=False`).
+        blur: length in units of normalised features (of raw features with `normalize_features=False`). By default .3,
+            or .6 where fewer than 200 images or 500 references are compared, in the batch or on average in its classes.
         normalize_features: divide features by the `feature_scale` of the reference set (median distance 1); `False` is
             the original study's form.
         pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
@@ -131,7 +136,7 @@ class OTGuidance:
         *,
         guidance_scale: float = 1.0,
         num_correction_steps: int = 3,
-        blur: float = 0.3,
+        blur: float | None = None,
         normalize_features: bool = True,
         pixel_weight: float | None = None,
         step_rule: str | None = None,
@@ -146,8 +151,9 @@ class OTGuidance:
         require_integer("num_correction_steps", num_correction_steps, at_least=1)
         if decode_batch_size is not None:
             require_integer("decode_batch_size", decode_batch_size, at_least=1)
-        require_number("blur", blur, at_least=0)
-        require(blur > 0, "blur", "be a positive length", blur)
+        if blur is not None:
+            require_number("blur", blur, at_least=0)
+            require(blur > 0, "blur", "be a positive length", blur)
         require(metric in METRICS, "metric", f"be one of {', '.join(METRICS)}", metric)
         joint = guidance_field is None and history is None
         plan = metric == "sinkhorn" or joint
@@ -166,6 +172,14 @@ class OTGuidance:
         self.decode_batch_size = decode_batch_size
         self.guidance_scale = guidance_scale
         self.num_correction_steps = num_correction_steps
+        if blur is None and guidance_field is not None:
+            blur = guidance_field.config.blur
+        elif blur is None and not normalize_features:
+            blur = BLUR
+        elif blur is None and history is not None:  # a field stores one blur; few recorded images are completed
+            blur = default_blur(
+                FEW_IMAGES, reference_bank.config.num_samples / (reference_bank.config.num_classes or 1)
+            )
         self.blur = blur
         self.normalize_features = normalize_features
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
@@ -365,17 +379,19 @@ class OTGuidance:
         if self.metric == "mmd":
             return mmd_displacement(features, references, self._masses)
         cloud, weights = (features, None) if self.history is None else completed(features, references, self._masses)
-        initial = self._warm_start(cloud.shape[:-1], cloud.device)
-        num_iterations = self._num_iterations(features.device, initial is not None)
+        initial, blur = (
+            self._warm_start(cloud.shape[:-1], cloud.device),
+            self._chosen_blur(len(features), len(references)),
+        )
         gradient, self._potentials = divergence_gradient(
             cloud,
             references,
-            blur=self.blur,
+            blur=blur,
             reach=self.reach,
             x_weights=weights,
             y_weights=self._masses,
             initial=initial,
-            num_iterations=num_iterations,
+            num_iterations=self._num_iterations(blur, features.device, initial is not None),
         )
         if self.history is not None:
             assert step is not None
@@ -399,15 +415,17 @@ class OTGuidance:
             cloud = torch.cat([cloud, targets], dim=1)
             weights = torch.cat([weights * mass[:, None], groups.reference_weights * rest[:, None]], dim=1)
         initial = self._warm_start(cloud.shape[:-1], cloud.device)
+        sizes = [(len(rows), len(others)) for _, rows, others in groups.members]
+        blur = self._chosen_blur(*(sum(size) / len(sizes) for size in zip(*sizes, strict=True)))
         gradient, self._potentials = divergence_gradient(
             cloud,
             targets,
-            blur=self.blur,
+            blur=blur,
             reach=self.reach,
             x_weights=weights,
             y_weights=groups.reference_weights,
             initial=initial,
-            num_iterations=self._num_iterations(features.device, initial is not None),
+            num_iterations=self._num_iterations(blur, features.device, initial is not None),
         )
         displacement, classes, places = gradient / weights[..., None], *groups.places
         if self.history is not None:
@@ -423,9 +441,13 @@ class OTGuidance:
         fits = last is not None and last.self_potential.shape == shape and last.self_potential.device == device
         return last if fits else None
 
-    def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
+    def _chosen_blur(self, num_images: float, num_references: float) -> float:
+        """The blur that was given, or the default where so many are compared."""
+        return default_blur(num_images, num_references) if self.blur is None else self.blur
+
+    def _num_iterations(self, blur: float, device: torch.device, is_warm: bool) -> int | None:
         """Number of Sinkhorn iterations; None (to convergence) on a CPU, or if no tested number suffices."""
-        tested = self.normalize_features and self.blur >= SMALLEST_BLUR and self._masses is None and self.reach is None
+        tested = self.normalize_features and blur >= SMALLEST_BLUR and self._masses is None and self.reach is None
         if device.type == "cpu" or not tested:
             return None
         return WARM_ITERATIONS if is_warm else COLD_ITERATIONS
@@ -538,6 +560,16 @@ def _repeated(members: Sequence[Tensor], masses: Tensor | None = None) -> tuple[
         shares = among / among.sum()
         weights.append((shares[index] / index.bincount()[index]).to(own.device))
     return torch.stack(rows), torch.stack(weights)
+
+
+def default_blur(num_images: float, num_references: float) -> float:
+    """The blur at which so many images are compared with so many references, in units of the median distance.
+
+    Example:
+        >>> default_blur(1000, 2000), default_blur(64, 2000), default_blur(1000, 128)
+        (0.3, 0.6, 0.6)
+    """
+    return BLUR if num_images >= FEW_IMAGES and num_references >= FEW_REFERENCES else BLUR_OF_FEW
 
 
 def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBank, normalize_features: bool) -> float:

@@ -93,7 +93,7 @@ def test_pipelines_guide_by_class_and_fields_keep_the_classes(tmp_path: Path) ->
     assert max(plain[labels == label].mean() for label in range(3)) < means[2] - 0.2
 
     generator = torch.Generator().manual_seed(9)
-    pipe.record_guidance_field(96, generator, num_inference_steps=3, class_labels=[0, 1, 2] * 32)
+    pipe.record_guidance_field(96, generator, num_inference_steps=3, class_labels=[0, 1, 2] * 32, blur=0.3)
     pipe.save_pretrained(tmp_path)
     loaded: Any = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)

@@ -44,6 +44,16 @@ def _divergence(parts, images: torch.Tensor) -> float:
     return sinkhorn_divergence(network.extract(images) / bank.config.feature_scale, bank.references(), blur=0.3).item()
 
 
+@pytest.mark.parametrize(("count", "num_references", "blur"), [(199, 500, 0.6), (200, 499, 0.6), (200, 500, 0.3)])
+def test_few_images_are_guided_at_a_larger_blur(parts, count, num_references, blur):
+    network, images = parts[0], _blurred(count)
+    features = network.extract(_images(num_references, seed=1))
+    parts = network, ReferenceBank.from_features(features, feature_scale=median_distance(features))
+    corrected = OTGuidance(*parts).correct(images)
+    assert torch.equal(corrected, OTGuidance(*parts, blur=blur).correct(images))
+    assert not torch.equal(corrected, OTGuidance(*parts, blur=0.9 - blur).correct(images))
+
+
 @pytest.mark.parametrize("normalize_features", [True, False])
 def test_guidance_brings_the_batch_nearer_to_the_references(parts, normalize_features):
     images = _blurred()
@@ -61,15 +71,14 @@ def test_the_steps_that_a_gpu_takes_suffice(parts_with_images):
         images = guidance.correct(images, timestep)
     references, potentials = guidance.features(_images(200, seed=1)).detach(), None
     for correction in history:
-        count = guidance._num_iterations(torch.device("cuda"), potentials is not None)
+        count = guidance._num_iterations(guidance.blur, torch.device("cuda"), potentials is not None)
         expected, _ = divergence_gradient(correction.features, references, blur=guidance.blur)
         actual, potentials = divergence_gradient(
             correction.features, references, blur=guidance.blur, initial=potentials, num_iterations=count
         )
         assert 0 < (actual - expected).norm() < 0.02 * expected.norm()
-    assert guidance._num_iterations(torch.device("cpu"), True) is None
-    sharper = OTGuidance(*parts_with_images, blur=0.1)
-    assert sharper._num_iterations(torch.device("cuda"), True) is None  # no tested number suffices
+    assert guidance._num_iterations(guidance.blur, torch.device("cpu"), True) is None
+    assert guidance._num_iterations(0.1, torch.device("cuda"), True) is None  # no tested number suffices
 
 
 def test_steps_are_bounded_where_features_change_fast():
@@ -168,8 +177,8 @@ def test_the_same_batch_gives_the_same_images(parts):
 class _Fixed(OTGuidance):
     """Uses the fixed numbers of iterations of a GPU, with which potentials of another chain would change the result."""
 
-    def _num_iterations(self, device: torch.device, is_warm: bool) -> int | None:
-        return super()._num_iterations(torch.device("cuda"), is_warm)
+    def _num_iterations(self, blur: float, device: torch.device, is_warm: bool) -> int | None:
+        return super()._num_iterations(blur, torch.device("cuda"), is_warm)
 
 
 @pytest.mark.parametrize("kind", [OTGuidance, _Fixed])
@@ -323,7 +332,8 @@ def test_pixels_keep_speckle_away(parts_with_images):
     images = (clean + noise).clamp(-1, 1)
 
     def left(weight: float) -> float:
-        guidance = OTGuidance(*parts_with_images, num_correction_steps=10, pixel_weight=weight, step_rule="adam")
+        options = {"num_correction_steps": 10, "blur": 0.3, "step_rule": "adam"}
+        guidance = OTGuidance(*parts_with_images, pixel_weight=weight, **options)
         return float((guidance.correct(images) - clean).square().mean())
 
     before = float((images - clean).square().mean())
@@ -397,8 +407,9 @@ def test_a_field_of_features_and_pixels(parts_with_images):
 @pytest.fixture
 def field(parts) -> GuidanceField:
     history: list[Correction] = []
-    OTGuidance(*parts, num_correction_steps=2, history=history).correct(_blurred(1000), 500)
-    return GuidanceField.from_corrections(history, guidance_scale=1.0, blur=0.3)
+    guidance = OTGuidance(*parts, num_correction_steps=2, history=history)
+    guidance.correct(_blurred(1000), 500)
+    return guidance.recorded_field()
 
 
 def test_a_member_of_the_bank_moves_as_it_did_in_the_batch(parts, field):
@@ -476,7 +487,7 @@ def test_a_field_comes_back_from_disk(field, tmp_path):
     ("options", "message"),
     [
         ({"guidance_scale": 0.5}, "`guidance_scale` must be 1.0, as in the recording of the guidance field, got 0.5"),
-        ({"blur": 0.1}, "`blur` must be 0.3, as in the recording of the guidance field, got 0.1"),
+        ({"blur": 0.1}, "`blur` must be 0.6, as in the recording of the guidance field, got 0.1"),
     ],
 )
 def test_a_field_refuses_another_guidance(parts, field, options, message):
@@ -561,8 +572,8 @@ def test_weights_are_repetitions(options, labelled):
 
 def test_reach_leaves_outliers_among_the_references_alone():
     """With a tenth of the references far away, a balanced plan sends a tenth of the images there, others none."""
-    far = {reach: OTGuidance(*_two_points(SHARES), num_correction_steps=30, reach=reach).correct(_grey(40) - 0.8)
-           for reach in (None, 0.3)}  # fmt: skip
+    parts, options = _two_points(SHARES), {"num_correction_steps": 30, "blur": 0.3}
+    far = {reach: OTGuidance(*parts, reach=reach, **options).correct(_grey(40) - 0.8) for reach in (None, 0.3)}
     assert (far[None].mean((1, 2, 3)) > 0).float().mean() == pytest.approx(0.1, abs=0.03)
     assert (far[0.3].mean((1, 2, 3)) > -0.5).sum() == 0
 

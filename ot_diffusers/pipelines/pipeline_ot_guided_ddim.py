@@ -168,7 +168,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 determine x̂0.
             guidance_start_step: first guided step, counted from 0 at the start of the chain.
             num_correction_steps: correction steps per guided step; 3 by default.
-            blur: blur of the Sinkhorn divergence, in units of the median distance; .3 by default.
+            blur: blur of the Sinkhorn divergence, in units of the median distance; see `OTGuidance`.
             normalize_features: `False` takes raw features, as the original study does (`ORIGINAL_GUIDANCE`).
             pixel_weight: weight of thumbnails beside the features in the transport cost; 0 for features alone. The
                 default is 1 where the reference bank holds thumbnails and features are normalised.
