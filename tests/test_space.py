@@ -79,9 +79,9 @@ def test_every_control_changes_its_pictures(address: str, browser: Any, width: i
         )
         return {name: page.locator(f"#{name} img").evaluate("image => image.src") for name in ("plain", "guided")}
 
-    def calls(number: int) -> bool:
+    def calls(number: int, images: int = 36) -> bool:
         costs = [page.locator(f"#{name}-cost").inner_text() for name in ("plain", "guided")]
-        return all(cost.startswith(f"{number} network call") and " s for 36 images" in cost for cost in costs)
+        return all(cost.startswith(f"{number} network call") and f" s for {images} images" in cost for cost in costs)
 
     def fill(slider: str, value: str) -> None:
         field = page.locator(f"#{slider} input[type=number]")
@@ -102,8 +102,19 @@ def test_every_control_changes_its_pictures(address: str, browser: Any, width: i
     other = finished(**unguided)
     assert other["plain"] != other["guided"]
 
+    assert not page.locator("#class").is_visible()
+    page.locator("#model label", has_text="that you choose").click()
+    digits = finished(**other)
+    assert calls(4, images=160)  # 16 of each class
+    page.locator("#class input").click()
+    page.get_by_role("option", name="7").click()
+    page.click("#generate")
+    sevens = finished(**digits)
+    assert calls(4)
+
     page.locator("#model label", has_text="CIFAR-10").click()
-    photographs = finished(**other)
+    photographs = finished(**sevens)
+    assert not page.locator("#class").is_visible()
     assert calls(11) and photographs["plain"] != photographs["guided"]
     fill("start", "100")
     page.locator("#steps label", has_text="5").click()
