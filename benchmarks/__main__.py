@@ -22,7 +22,7 @@ import torch
 from ot_diffusers.reporting.page import provenance
 from ot_diffusers.reporting.report import format_number
 
-from . import couplings, evaluation, latent, package, sampling, scaling, solver, training
+from . import couplings, evaluation, latent, package, rebalancing, sampling, scaling, solver, training
 from .timing import Row
 
 PARTS = {
@@ -32,6 +32,7 @@ PARTS = {
     "scaling": scaling,
     "sampling": sampling,
     "latent": latent,
+    "rebalancing": rebalancing,
     "evaluation": evaluation,
     "package": package,
 }

@@ -417,7 +417,7 @@ def publish(folder: Path, output: Path) -> None:
 
 def next_commands(call: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a reader may do next, in the folder of the report."""
-    options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in call.items())
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in call.items())
     sample = f"ot-diffusers sample {PIPELINE_FOLDER} --num-images 256 {options}"
     push = f"ot-diffusers push {PIPELINE_FOLDER} --repo user/name --dry-run"
     return [
