@@ -244,9 +244,9 @@ class TrainingConfig(Options):
         "auto",
         "experiment tracker, by its name in accelerate; auto: tensorboard if it is installed; none: no tracker",
     )
-    tracker_project_name: str = record_option("ot_diffusers", "project of the tracker; TensorBoard: folder in logs/")
+    tracker_project_name: str = record_option("ot_diffusers", "project of the tracker, for TensorBoard logs/PROJECT")
     run_name: str | None = record_option(
-        None, "name of the run in the tracker; TensorBoard: folder in that of the project; none: the tracker's choice"
+        None, "name of the run in the tracker, for TensorBoard logs/PROJECT/NAME; none: the tracker's choice"
     )
     logging_steps: int = record_option(20, "training steps between two records of the losses", minimum=1)
     checkpointing_steps: int | None = record_option(

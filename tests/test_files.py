@@ -74,6 +74,7 @@ COMMANDS = {
     "sample": "sample ./nowhere --output {place}",
     "sample, overwriting": "sample ./nowhere --overwrite --output {place}",
     "evaluate": "evaluate ./nowhere --dataset ./nowhere --evaluator ./nowhere --output {place}/results.json",
+    "guide": "guide ./nowhere ./nowhere --output {place}",
     "compare": "compare ./nowhere ./elsewhere --output {place}",
     "track": "track ./nowhere --dataset digits --evaluator ./nowhere --output {place}",
     "stress": "stress --dataset ./nowhere --evaluator ./nowhere --output {place}",

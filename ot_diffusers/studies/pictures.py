@@ -50,7 +50,7 @@ def draw(study: Study, results: Mapping[str, Any], seed: int) -> dict[str, Path]
         table = {
             method: {heading_of(steps): sampled(study, name, seed).images for steps, name in line.items()}
             for method, line in config.curves[STEPS].items()
-            if len(line) > 1
+            if len(line) > 1 and method in shown
         }
         files["samples_by_steps"] = plots.image_table(table, folder / "samples_by_steps.png")
     records = {Path(study.source(name, seed)) / "metrics.jsonl": name for name in reversed(shown)}

@@ -511,7 +511,7 @@ def test_networks_are_sampled_in_evaluation_mode(kind, scale):
 def test_equal_calls_give_equal_images_with_iterations_that_are_fixed(kind, monkeypatch):
     original = OTGuidance._num_iterations
     gpu = torch.device("cuda")
-    monkeypatch.setattr(OTGuidance, "_num_iterations", lambda self, device, is_warm: original(self, gpu, is_warm))
+    monkeypatch.setattr(OTGuidance, "_num_iterations", lambda self, blur, _, warm: original(self, blur, gpu, warm))
     pipe = _pipe(kind, **_parts())
     options = {"batch_size": 16, "num_inference_steps": 3}
     images = _latents(pipe, **options)

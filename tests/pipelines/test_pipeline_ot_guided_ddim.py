@@ -343,7 +343,7 @@ def test_a_small_batch_is_warned_of(monkeypatch):
     warnings = []
     monkeypatch.setattr("ot_diffusers.pipelines.guided.logger.warning", warnings.append)
     _images(_pipeline(), batch_size=2)
-    assert len(warnings) == 1 and "`batch_size` 2 is too small" in warnings[0]
+    assert len(warnings) == 1 and "2 images are too few" in warnings[0]
     _images(_pipeline(), batch_size=2, guidance_scale=0)
     _images(_pipeline(), batch_size=16)
     assert len(warnings) == 1
@@ -415,7 +415,7 @@ def test_with_a_field_an_image_is_the_same_in_any_batch():
 
 def test_a_field_guides_the_recorded_steps():
     pipe = _with_field(num_guidance_steps=2, guidance_start_step=1, num_correction_steps=1, blur=None)
-    assert pipe.guidance_field.config.blur == 0.3
+    assert pipe.guidance_field.config.blur == 0.6  # that of 100 references
     assert pipe.guidance_field.config.timesteps == (600, 400)
     assert pipe.guidance_field.features.shape == (2, 1, 32, 24)
 
@@ -444,7 +444,7 @@ def test_a_field_guides_chains_of_other_lengths_at_the_nearest_recorded_level(mo
 
 
 def test_a_field_refuses_other_guidance():
-    with pytest.raises(InputError, match=r"`blur` must be 0\.3, as in the recording of the guidance field, got 0\.5"):
+    with pytest.raises(InputError, match=r"`blur` must be 0\.6, as in the recording of the guidance field, got 0\.5"):
         _images(_with_field(), blur=0.5)
 
 
