@@ -74,7 +74,7 @@ LONGEST_MOVE = 0.25
 # The blur by default, in units of the median distance, and that of fewer images or references. These are so far apart
 # that at a smaller blur images crowd around the references.
 BLUR, BLUR_OF_FEW = 0.3, 0.6
-FEW_IMAGES, FEW_REFERENCES = 200, 500
+FEW_IMAGES, FEW_REFERENCES = 100, 500
 # Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
@@ -99,7 +99,7 @@ class OTGuidance:
         guidance_scale: strength, ≥ 0; 0 returns the images unchanged.
         num_correction_steps: gradient steps in one correction.
         blur: length in units of normalised features (of raw features with `normalize_features=False`). By default .3,
-            or .6 where fewer than 200 images or 500 references are compared, in the batch or on average in its classes.
+            or .6 where fewer than 100 images or 500 references are compared, in the batch or on average in its classes.
         normalize_features: divide features by the `feature_scale` of the reference set (median distance 1); `False` is
             the original study's form.
         pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
@@ -176,10 +176,6 @@ class OTGuidance:
             blur = guidance_field.config.blur
         elif blur is None and not normalize_features:
             blur = BLUR
-        elif blur is None and history is not None:  # a field stores one blur; few recorded images are completed
-            blur = default_blur(
-                FEW_IMAGES, reference_bank.config.num_samples / (reference_bank.config.num_classes or 1)
-            )
         self.blur = blur
         self.normalize_features = normalize_features
         self.feature_scale = reference_bank.config.feature_scale if normalize_features else 1.0
@@ -442,8 +438,14 @@ class OTGuidance:
         return last if fits else None
 
     def _chosen_blur(self, num_images: float, num_references: float) -> float:
-        """The blur that was given, or the default where so many are compared."""
-        return default_blur(num_images, num_references) if self.blur is None else self.blur
+        """The blur that was given, or the default where so many are compared. A recording completes few images by
+        references, and keeps one blur."""
+        if self.blur is not None:
+            return self.blur
+        if self.history is None:
+            return default_blur(num_images, num_references)
+        self.blur = default_blur(FEW_IMAGES, num_references)
+        return self.blur
 
     def _num_iterations(self, blur: float, device: torch.device, is_warm: bool) -> int | None:
         """Number of Sinkhorn iterations; None (to convergence) on a CPU, or if no tested number suffices."""
