@@ -138,7 +138,7 @@ def guide(
     }
     results = without_local_paths(results)
     with tempfile.TemporaryDirectory() as scratch:
-        write(Path(scratch), guided, results, real.sets["test"].images, drawn)
+        write(Path(scratch), guided, results, real.targets["test"].images, drawn)
         publish(Path(scratch), output)
     log(f"\n{text(results)}\n\nThe report: {output / 'report.html'}\nThe pipeline: {output / PIPELINE_FOLDER}")
     return results
