@@ -237,7 +237,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert_same_end(tmp_path / "run", runs[name])
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", ["gan", "ot"])  # a VAE compares each image with itself alone
 def test_two_processes_compute_what_one_computes(name: str, denoiser: Path, tmp_path: Path) -> None:
     """Gradients after the first update, by Adam's first moments, on the same global batch and references."""
     own = LEARNED[name] | ({"num_reference_samples": 11} if name == "ot" else {})  # no multiple of two
