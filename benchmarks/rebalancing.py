@@ -45,8 +45,6 @@ def rows(quick: bool, device: torch.device) -> Iterator[Row]:
         for label, runs in (("OT", transport), ("MMD", kernel)):
             distances = [metric(results, GUIDED, "frechet_distance") for results in runs]
             yield row(f"{title}: Fréchet distance, {label} guidance", distances)
-            seconds = [results["arms"][GUIDED]["seconds_per_1000"] for results in runs]
-            yield row(f"{title}: seconds per 1,000 images, {label} guidance", seconds)
 
 
 def run(dataset: str, seed: int, device: torch.device, quick: bool, **options: Any) -> dict[str, Any]:
