@@ -375,23 +375,11 @@ class OTGuidance:
         if self.metric == "mmd":
             return mmd_displacement(features, references, self._masses)
         cloud, weights = (features, None) if self.history is None else completed(features, references, self._masses)
-        initial, blur = (
-            self._warm_start(cloud.shape[:-1], cloud.device),
-            self._chosen_blur(len(features), len(references)),
-        )
-        gradient, self._potentials = divergence_gradient(
-            cloud,
-            references,
-            blur=blur,
-            reach=self.reach,
-            x_weights=weights,
-            y_weights=self._masses,
-            initial=initial,
-            num_iterations=self._num_iterations(blur, features.device, initial is not None),
-        )
+        sizes = len(features), len(references)
+        gradient, solved = self._solved(cloud, references, weights, self._masses, sizes)
         if self.history is not None:
             assert step is not None
-            self.history.append(Correction(step, features, self._potentials))
+            self.history.append(Correction(step, features, solved))
         scale = len(features) if weights is None else 1 / weights[0]
         return gradient[: len(features)] * scale
 
@@ -410,25 +398,34 @@ class OTGuidance:
             mass, rest = torch.tensor([completed_mass(len(rows)) for _, rows, _ in groups.members]).to(weights).T
             cloud = torch.cat([cloud, targets], dim=1)
             weights = torch.cat([weights * mass[:, None], groups.reference_weights * rest[:, None]], dim=1)
-        initial = self._warm_start(cloud.shape[:-1], cloud.device)
-        sizes = [(len(rows), len(others)) for _, rows, others in groups.members]
-        blur = self._chosen_blur(*(sum(size) / len(sizes) for size in zip(*sizes, strict=True)))
-        gradient, self._potentials = divergence_gradient(
+        num_groups = len(groups.members)
+        sizes = len(features) / num_groups, sum(len(others) for *_, others in groups.members) / num_groups
+        gradient, solved = self._solved(cloud, targets, weights, groups.reference_weights, sizes)
+        displacement, classes, places = gradient / weights[..., None], *groups.places
+        if self.history is not None:
+            assert step is not None
+            potentials = groups.flattened(solved, len(references))
+            self.history.append(Correction(step, features, potentials, groups.labels))
+        return displacement[classes, places]
+
+    def _solved(
+        self, cloud: Tensor, targets: Tensor, x_weights: Tensor | None, y_weights: Tensor | None, sizes: Sequence[float]
+    ) -> tuple[Tensor, DivergencePotentials]:
+        """∂S/∂x of a cloud of images and its targets, or of a batch of such problems, and the potentials, from which
+        the next correction starts. `sizes` are the numbers of images and references that are compared."""
+        initial, blur = self._warm_start(cloud.shape[:-1], cloud.device), self._chosen_blur(*sizes)
+        gradient, potentials = divergence_gradient(
             cloud,
             targets,
             blur=blur,
             reach=self.reach,
-            x_weights=weights,
-            y_weights=groups.reference_weights,
+            x_weights=x_weights,
+            y_weights=y_weights,
             initial=initial,
-            num_iterations=self._num_iterations(blur, features.device, initial is not None),
+            num_iterations=self._num_iterations(blur, cloud.device, initial is not None),
         )
-        displacement, classes, places = gradient / weights[..., None], *groups.places
-        if self.history is not None:
-            assert step is not None
-            potentials = groups.flattened(self._potentials, len(references))
-            self.history.append(Correction(step, features, potentials, groups.labels))
-        return displacement[classes, places]
+        self._potentials = potentials
+        return gradient, potentials
 
     def _warm_start(self, shape: torch.Size, device: torch.device) -> DivergencePotentials | None:
         """The last potentials, if they fit a cloud of this shape, [N] or [P, N]: they only speed up the solver and do

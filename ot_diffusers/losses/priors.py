@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import require
 from ..models.denoiser_extractor import contracting_maps, pooled
-from ..models.feature_extractor import FeatureExtractor, ResidualBlock
+from ..models.feature_extractor import ConvFeatureExtractor, FeatureExtractor, ResidualBlock, ResidualFeatureExtractor
 from ..transport import sinkhorn_divergence
 from ..transport.sliced import patch_sliced_wasserstein, sliced_wasserstein
 
@@ -276,7 +276,8 @@ def network_features(network: FeatureExtractor, images: Tensor) -> tuple[Tensor,
     """Features of images from several depths of a frozen feature network, one [B, D] per level, float32.
 
     The levels are its pooled maps or residual blocks, averaged to at most 4 × 4 positions, and its penultimate layer.
-    Values outside [-1, 1], which noise causes, are not clamped. The gradient flows to the images.
+    Any other network, such as a backbone, has one level, its features. Values outside [-1, 1], which noise causes, are
+    not clamped. The gradient flows to the images.
 
     Args:
         network: a feature network for images of this shape.
@@ -284,6 +285,8 @@ def network_features(network: FeatureExtractor, images: Tensor) -> tuple[Tensor,
     """
     with torch.autocast(device_type=images.device.type, enabled=False):
         hidden = images.float() / 2 + 0.5
+        if not isinstance(network, ConvFeatureExtractor | ResidualFeatureExtractor):
+            return (network(hidden, return_dict=False)[0],)
         levels = []
         for layer in network.backbone.children():
             hidden = layer(hidden)

@@ -52,10 +52,16 @@ class PriorMixin:
 
     #: Number of function evaluations (NFE) in one call of `sample`.
     nfe: int = 1
-    #: Number of classes that `draw` can be asked for; None for a prior that makes images of any class.
-    num_classes: int | None = None
-    #: Whether `draw` must be asked for a class, which a mixture of classes can draw by itself.
-    needs_labels: bool = False
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that `draw` can be asked for; None for a prior that makes images of any class."""
+        return self.config.get("num_classes")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `draw` must be asked for a class, which a mixture of classes can draw by itself."""
+        return self.num_classes is not None
 
     @property
     def latent_dim(self) -> int:
@@ -258,16 +264,6 @@ class PriorGenerator(PriorMixin, PortableModel, ConfigMixin):
         copied.load_state_dict(self.state_dict() | mixture)
         return copied.to(device=self.device, dtype=self.dtype).train(self.training)
 
-    @property
-    def num_classes(self) -> int | None:  # type: ignore[override]
-        """Number of classes that images can be asked for, if any."""
-        return self.config.num_classes
-
-    @property
-    def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether every image must be asked for by its class."""
-        return self.config.num_classes is not None
-
     def _draw_latents(
         self,
         batch_size: int,
@@ -402,9 +398,14 @@ class GaussianPrior(PriorMixin, PortableModel, ConfigMixin):
         return int(self.config.num_components > 0)
 
     @property
-    def num_classes(self) -> int | None:  # type: ignore[override]
+    def num_classes(self) -> int | None:
         """Number of Gaussians of a mixture, one for each class."""
         return self.config.num_components if self.config.num_components > 1 else None
+
+    @property
+    def needs_labels(self) -> bool:
+        """False: classes are drawn by the weights of their Gaussians."""
+        return False
 
     @property
     def prediction_type(self) -> str:
@@ -517,16 +518,6 @@ class FewStepPrior(PriorMixin, PortableModel, ConfigMixin):
     def nfe(self) -> int:  # type: ignore[override]
         """Number of function evaluations: the calls of the tuned denoiser."""
         return len(self.chain.steps)
-
-    @property
-    def num_classes(self) -> int | None:  # type: ignore[override]
-        """Number of classes of the tuned denoiser, if any."""
-        return self.config.num_classes
-
-    @property
-    def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether every image must be asked for by its class; the null label was not tuned."""
-        return self.config.num_classes is not None
 
     @property
     def prediction_type(self) -> str:

@@ -183,7 +183,7 @@ class GuidedPipeline(PortablePipeline):
             labels: classes of images that are not a data set, integers [N].
             num_references: at most this many of the images are used, evenly spaced over all of them.
             split: split of a data set that is named.
-            data_options: `image_column` and `label_column` of a data set that is named.
+            data_options: further arguments of `load_images` for a data set that is named, such as `label_column`.
 
         Returns:
             A pipeline that shares the networks of this one, which stays as it is. A guidance field is not kept.

@@ -32,7 +32,7 @@ from ..config import FewStepConfig
 from ..data import evenly_spaced
 from ..errors import require
 from ..features import check_trained_on, class_counts, labels_of, load_feature_extractor
-from ..images import thumbnails, to_unit_range
+from ..images import thumbnails
 from ..losses.priors import (
     denoiser_features,
     frechet_transport,
@@ -40,7 +40,6 @@ from ..losses.priors import (
     sinkhorn_transport,
     with_labels,
 )
-from ..models.feature_extractor import FeatureExtractor
 from ..pipelines.classes import class_options
 from ..schedules import Chain, Scheduler, prediction_type_of, record_calls
 from ..seeds import keyed_generator
@@ -123,16 +122,10 @@ def compared_levels(config: FewStepConfig, images: Images, denoiser: Any, device
     else:
         network = load_feature_extractor(config.feature_extractor).to(device)
         check_trained_on(network, images)
-        has_levels = hasattr(network, "backbone")
-        extract = functools.partial(network_features if has_levels else single_level, network)
+        extract = functools.partial(network_features, network)
     unscaled = ComparedLevels(extract, (), config.shallow_weight, config.pixel_weight, device, network)
     real = images.fetch(evenly_spaced(images, SCALED_BY)).to(device)
     return dataclasses.replace(unscaled, scales=tuple(median_distance(level) for level in unscaled.raw(real)))
-
-
-def single_level(network: FeatureExtractor, images: Tensor) -> Levels:
-    """The features of any network as the one level; the gradient flows to the images."""
-    return (network(to_unit_range(images), return_dict=False)[0],)
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------

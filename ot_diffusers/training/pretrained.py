@@ -37,6 +37,7 @@ def load_source(pretrained: str | None) -> Any:
         raise InputError(str(error).replace("`pipeline`", "`pretrained`")) from error
     from_noise = "prior" not in source.components
     require(from_noise, "pretrained", "begin with noise, not with a prior", type(source).__name__)
+    require(getattr(source, "vae", None) is None, "pretrained", "denoise pixels, not latents", type(source).__name__)
     taken, predicted = source.unet.config.in_channels, source.unet.config.out_channels
     require(predicted == taken, "pretrained", f"predict {taken} channels, without learned variances", predicted)
     return source

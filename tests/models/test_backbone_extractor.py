@@ -16,6 +16,7 @@ from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
 from ot_diffusers.features import check_trained_on, load_feature_extractor, make_reference_bank
 from ot_diffusers.images import to_unit_range
+from ot_diffusers.losses.priors import network_features
 from ot_diffusers.sampling import load_pipeline
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -83,6 +84,8 @@ def test_the_training_scripts_take_a_backbone_by_its_folder_or_id(folder: Path) 
         network.extract(images.fetch(torch.arange(2))),
         BackboneFeatureExtractor.from_transformers(str(folder)).extract(images.fetch(torch.arange(2))),
     )
+    (level,) = network_features(network, images.fetch(torch.arange(2)).requires_grad_())
+    assert torch.equal(level.detach(), network.extract(images.fetch(torch.arange(2)))) and level.requires_grad
 
 
 def test_a_folder_without_a_backbone_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    VQModel,
+)
 from huggingface_hub import ModelCard, constants
 from makers import command
-from makers.models import make_truncated, make_unet
+from makers.models import make_truncated, make_unet, make_vae
 from makers.runs import assert_same_end, metrics, results, train
 from safetensors.torch import load_file
 
@@ -144,7 +152,10 @@ def test_options_that_contradict_the_pipeline_are_refused(stock: str, options: A
 def test_pipelines_that_cannot_go_on_are_refused(stock: str, tmp_path: Path) -> None:
     make_truncated().save_pretrained(tmp_path / "truncated")
     DDPMPipeline(make_unet(out_channels=2), DDPMScheduler()).save_pretrained(tmp_path / "variances")
+    latent = make_unet(sample_size=4, in_channels=2, out_channels=2)
+    LDMPipeline(make_vae(VQModel, num_vq_embeddings=4), latent, DDIMScheduler()).save_pretrained(tmp_path / "latent")
     for name, message in (
+        ("latent", "`pretrained` must denoise pixels, not latents, got 'OTGuidedDDIMPipeline'"),
         ("nothing", "`pretrained` must be a folder with a model_index.json, or a Hub id, got"),
         ("truncated", "`pretrained` must begin with noise, not with a prior, got 'TruncatedPriorPipeline'"),
         ("variances", "`pretrained` must predict 1 channels, without learned variances, got 2"),
