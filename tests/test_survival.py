@@ -563,14 +563,16 @@ def start(command: list[str], folder: Path, **values: Any) -> subprocess.Popen[s
 
 
 @pytest.mark.parametrize(
-    ("command", "number"),
+    ("command", "processes", "number"),
     [
-        ([str(ROOT / "train" / "train_baseline.py")], signal.SIGINT),
-        (["-m", "ot_diffusers.cli", "train", "baseline", "--num-processes", "2"], signal.SIGTERM),
+        ([str(ROOT / "train" / "train_baseline.py")], 1, signal.SIGINT),
+        (["-m", "ot_diffusers.cli", "train", "baseline", "--num-processes", "2"], 2, signal.SIGTERM),
     ],
     ids=["script", "two processes"],
 )
-def test_a_signal_saves_and_leaves_with_status_0(command: list[str], number: int, tmp_path: Path) -> None:
+def test_a_signal_saves_and_leaves_with_status_0(
+    command: list[str], processes: int, number: int, tmp_path: Path
+) -> None:
     process = start(command, tmp_path / "run")
     process.send_signal(number)
     process.send_signal(number)  # as `timeout` and terminals do, to the process and to its group
@@ -581,6 +583,7 @@ def test_a_signal_saves_and_leaves_with_status_0(command: list[str], number: int
     assert "Traceback" not in errors
     left = results(tmp_path / "run")
     assert left["stopped_by"] == "a signal" and not left["complete"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == processes
     assert not (tmp_path / "run" / "samples").exists()
     assert last_checkpoint(tmp_path / "run").name == f"update-{left['updates']:08d}"
     assert damage(last_checkpoint(tmp_path / "run")) is None

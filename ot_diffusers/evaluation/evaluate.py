@@ -324,27 +324,39 @@ def real_floor(
 ) -> dict[str, float]:
     """The real-vs-real score: the metrics of `num_samples` different training images in place of generated ones.
 
-    The memorisation check compares them with the training images that were not drawn. Metrics of classes have to be
-    named.
+    The memorisation check compares them with the training images that were not drawn, see `floor_count`. Metrics of
+    classes have to be named.
 
     Args:
         test: the reference of `evaluate_images`.
-        train: real images to draw from, more than `num_samples` of them.
+        train: real images to draw from.
         num_samples: the number of images that each method generates, because every metric depends on it.
         extractor, metrics, batch_size, seed: as in `evaluate_images`; `seed` also determines the draw.
     """
     train = _image_set(train, extractor, batch_size, "train")
-    enough = 2 <= num_samples <= len(train) - 2
-    require(enough, "num_samples", f"be from 2 to {len(train) - 2}, two fewer than the training images", num_samples)
-    drawn, rest = (train.rows(rows) for rows in _random_order(len(train), seed).tensor_split([num_samples]))
+    require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
+    require(len(train) >= 4, "train", "hold 4 images, to draw some and compare them with the others", len(train))
+    order = _random_order(len(train), seed).tensor_split([floor_count(num_samples, len(train))])
+    drawn, rest = (train.rows(rows) for rows in order)
     options: dict[str, Any] = {"metrics": metrics, "batch_size": batch_size, "seed": seed}
     options |= {} if metrics is None else {"class_labels": drawn.labels}
     return evaluate_images(drawn, reference=test, extractor=extractor, train=rest, **options)
 
 
-def random_rows(images: ImageSet, count: int, seed: int) -> ImageSet:
+def random_rows(train: ImageSet, num_samples: int, seed: int) -> ImageSet:
     """The images that `real_floor` draws with this seed."""
-    return images.rows(_random_order(len(images), seed)[:count])
+    return train.rows(_random_order(len(train), seed)[: floor_count(num_samples, len(train))])
+
+
+def floor_count(num_samples: int, num_train: int) -> int:
+    """Training images that the real-vs-real score draws: as many as are generated, which leaves at least two of them;
+    of fewer training images nine tenths.
+
+    Example:
+        >>> floor_count(1000, 1200), floor_count(3000, 1200)
+        (1000, 1080)
+    """
+    return num_samples if num_samples <= num_train - 2 else num_train * 9 // 10
 
 
 def _random_order(count: int, seed: int) -> Tensor:
@@ -352,15 +364,9 @@ def _random_order(count: int, seed: int) -> Tensor:
 
 
 def sample_count(requested: int | None, num_train: int, num_test: int) -> int:
-    """Number of images to generate: the requested number, or that of the test images.
-
-    Raises:
-        InputError: too many for the training images, see `real_floor`.
-    """
-    most = num_train - 2
-    count = requested or min(num_test, most)
-    require(count <= most, "num_samples", f"be at most {most}, two fewer than the training images", count)
-    return count
+    """Number of images to generate: the requested number, or that of the test images and at most two fewer than there
+    are training images, so that the real-vs-real score is that of as many."""
+    return requested or min(num_test, num_train - 2)
 
 
 def _chosen(metrics: Collection[str] | None) -> list[str]:

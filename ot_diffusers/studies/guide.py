@@ -50,6 +50,8 @@ PLAIN, GUIDED, FIELD, REAL = "plain", "guided", "guidance field", "real"
 BALANCING_SCALE = 2.0
 """Strength of guidance that changes the shares of classes, where images have to move further than usual."""
 FEWEST_IMAGES, MOST_IMAGES = 64, 1000
+FEWEST_DRAWN = 8
+"""Training images from which the real-vs-real score can be drawn."""
 MOST_EVALUATED = 2000
 """At most so many images of each split are compared, so that a general network needs minutes, not hours."""
 
@@ -328,8 +330,8 @@ def scores(drawn: Mapping[str, Drawn], real: Real, evaluator: Any, choose: Log) 
         costs = {"nfe": samples.nfe, "seconds": round(samples.seconds, 2), "seconds_per_1000": per_1000}
         arms[name] = {"metrics": metrics, **costs}
     results = {"num_samples": count, "extractor": evaluator_facts(evaluator, real.sets["test"]), "arms": arms}
-    if count > len(real.targets["train"]) - 2:
-        choose(f"Real vs real: not measured, which takes {count + 2} training images in the asked proportions.")
+    if len(real.targets["train"]) < FEWEST_DRAWN:
+        choose(f"Real vs real: not measured, which takes {FEWEST_DRAWN} training images in the asked proportions.")
         return results
     measured = list(arms[PLAIN]["metrics"])
     floor = real_floor(reference, real.targets["train"], count, extractor=evaluator, metrics=measured)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.evaluate import evaluate_images, random_rows, real_floor
+from ..evaluation.evaluate import evaluate_images, floor_count, random_rows, real_floor
 from ..evaluation.extractors import dataset_facts, evaluator_facts
 from ..evaluation.health import evaluator_doubt
 from ..evaluation.metric_table import COSTS, METRICS, SECOND
@@ -187,6 +187,9 @@ def notes(study: Study, seeds: Sequence[int]) -> list[str]:
         "All methods of one random seed share the starting noise, the data order, the initial weights and the random "
         "subsets of the evaluation."
     )
+    drawn, available = floor_count(study.num_samples, len(study.train_images)), len(study.train_images)
+    if drawn < study.num_samples:
+        shared += f" The real-vs-real score is that of {drawn:,} training images, since there are only {available:,}."
     if config.seed is not None:
         return [shared, *unfinished(study, config.seed)]
     sentences = [

@@ -146,7 +146,6 @@ BAD_INPUT = {
     "evaluator of another data set": ("evaluate {pipeline} --dataset digits --evaluator {other}", "digits"),
     "folder without images": ("evaluate {used} --dataset digits --evaluator {features}", "used"),
     "used results": ("evaluate {pipeline} --dataset digits --evaluator {features} --output {used}/file.txt", "output"),
-    "too many samples": ("evaluate {pipeline} --dataset digits --evaluator {features} --num-samples 9999", "9999"),
     "compare one": ("compare {pipeline} --dataset digits --evaluator {features} --output {new}", "at least two"),
     "compare with none": ("compare {pipeline} ./nowhere --evaluator {features} --output {new}", "./nowhere"),
     "compare with itself": ("compare {pipeline} {pipeline} --evaluator {features} --output {new}", "different"),
@@ -384,14 +383,6 @@ def test_training_commands_are_those_of_the_readme() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    short = ("max_train_steps=1", "num_reference_samples=8", "report_to=none", f"output_dir={output}")
-    assert run("train", "features", "--num-processes", 2, *short) == 0
-    assert json.loads((output / "run.json").read_text())["num_processes"] == 2
-
-
-@pytest.mark.slow
 def test_train_passes_on_the_exit_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     used = tmp_path / "used"
     used.mkdir()
@@ -442,11 +433,3 @@ def test_demo_runs_the_whole_chain(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="output"):
         run_demo(tmp_path / "demo", seed=1, **short)
-
-
-@pytest.mark.slow
-def test_demo_shows_the_end_of_the_log_of_a_script_that_failed(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(RuntimeError, match=r"training 'features' failed:\n(.*\n)* +error: `train_batch_size` must"):
-        run_demo(tmp_path / "demo", overrides=("train_batch_size=5000",), log=lambda line: None)

@@ -693,6 +693,10 @@ class TestEvaluateImages:
         # Fresh draws of one distribution; the median of 100 nearest distances has a few percent of error.
         assert floor["nearest_distance_ratio"] == pytest.approx(1, abs=0.2)
 
+    def test_floor_of_more_images_than_there_are_draws_nine_tenths(self, network: TinyClassifier) -> None:
+        test, train = random_images(50), random_images(100, seed=1)
+        assert real_floor(test, train, 500, extractor=network) == real_floor(test, train, 90, extractor=network)
+
     def test_refusals(self, network: TinyClassifier) -> None:
         images = random_images(10)
         with pytest.raises(InputError, match="`images` must not be constant, got 0"):
@@ -705,8 +709,10 @@ class TestEvaluateImages:
             images = images.clone()
             images[3:5] = 77
             extract_image_set(images, network)
-        with pytest.raises(InputError, match="`num_samples` must be from 2 to 8"):
-            real_floor(images, images, 9, extractor=network)
+        with pytest.raises(InputError, match="`num_samples` must be at least 2, got 1"):
+            real_floor(images, images, 1, extractor=network)
+        with pytest.raises(InputError, match="`train` must hold 4 images"):
+            real_floor(images, images[:3], 2, extractor=network)
 
     @pytest.mark.parametrize(
         ("convert", "advice"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 
 from makers import ROOT
 from ot_diffusers.config import make_config
@@ -90,6 +93,23 @@ def launch(script: str, folder: Path, processes: str, **values: Any) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def train_forked(script: str, folder: Path, processes: int, **values: Any) -> Path:
+    """The same in several processes, as a launcher starts them, but forked from this one, which saves their imports."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    start_processes(_train_as, (processes, port, script, folder, values), nprocs=processes, start_method="fork")
+    return folder
+
+
+def _train_as(rank: int, processes: int, port: int, script: str, folder: Path, values: dict[str, Any]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
+    train(script, folder, **values)
 
 
 def exit_status(script: str, words: list[str], output: Path, monkeypatch: pytest.MonkeyPatch) -> int:

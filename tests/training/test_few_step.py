@@ -17,7 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from makers.models import make_unet
-from makers.runs import assert_same_end, launch, metrics, reset_accelerate, train
+from makers.runs import assert_same_end, metrics, reset_accelerate, train, train_forked
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -327,7 +327,7 @@ def test_an_interrupted_run_and_other_splits_end_alike(source: Path, tmp_path: P
         return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("exp_avg")])
 
     parts = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "checkpointing_steps": 1}
-    two = launch("few_step", tmp_path / "two", "two_cpu_processes", **options | parts | {"max_train_steps": 1})
+    two = train_forked("few_step", tmp_path / "two", 2, **options | parts | {"max_train_steps": 1})
     one = train("few_step", tmp_path / "one", **options | {"max_train_steps": 1, "checkpointing_steps": 1})
     assert (first_moments(two) - first_moments(one)).norm() < 1e-4 * first_moments(one).norm()
 

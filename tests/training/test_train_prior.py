@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from makers import ROOT, snapshot
 from makers.models import make_unet, save_pipeline
-from makers.runs import assert_same_end, launch, results
+from makers.runs import assert_same_end, results, train_forked
 from makers.runs import train as train_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -242,8 +242,8 @@ def test_two_processes_compute_what_one_computes(name: str, denoiser: Path, tmp_
     """Gradients after the first update, by Adam's first moments, on the same global batch and references."""
     own = LEARNED[name] | ({"num_reference_samples": 11} if name == "ot" else {})  # no multiple of two
     train(tmp_path / "one", denoiser, **own, max_train_steps=1)
-    values = own | {"max_train_steps": 1, "denoiser": denoiser, "train_batch_size": 4}
-    launch("prior", tmp_path / "two", "two_cpu_processes", **values)
+    values = own | {"max_train_steps": 1, "denoiser": str(denoiser), "train_batch_size": 4}
+    train_forked("prior", tmp_path / "two", 2, **values)
     for part in (".", *(["opponent"] if name == "gan" else [])):
         file = f"checkpoints/update-00000001/{part}/optimizer.safetensors"
         first, second = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)

@@ -32,6 +32,7 @@ from makers.runs import (
     results,
     script_of,
     train,
+    train_forked,
 )
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,7 +108,10 @@ def test_two_processes_compute_what_one_computes(
     values: dict[str, Any] = needed[script] | {"max_train_steps": 2, "checkpointing_steps": 1}
     if script == "ot":
         values["ot_weight"] = 3.0  # as strong as the denoising term
-    two = launch(script, tmp_path / "two", "two_cpu_processes", **values, train_batch_size=8)
+    if script == "baseline":
+        two = launch(script, tmp_path / "two", "two_cpu_processes", **values, train_batch_size=8)
+    else:
+        two = train_forked(script, tmp_path / "two", 2, **values, train_batch_size=8)
     one = train(script, tmp_path / "one", **values, train_batch_size=16)
     assert json.loads((two / "run.json").read_text())["num_processes"] == 2
     gradient, expected = first_moments(two, 1), first_moments(one, 1)
