@@ -75,6 +75,10 @@ LONGEST_MOVE = 0.25
 # that at a smaller blur images crowd around the references.
 BLUR, BLUR_OF_FEW = 0.3, 0.6
 FEW_IMAGES, FEW_REFERENCES = 100, 500
+# The blur towards weighted references, for so many images: a larger one mixes the classes whose shares are asked for.
+BLUR_OF_SHARES, MANY_IMAGES = 0.15, 300
+# Strength towards weighted references, where an image moves further than usual: it may change its class.
+SCALE_OF_SHARES = 2.0
 # Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
@@ -99,7 +103,8 @@ class OTGuidance:
         guidance_scale: strength, ≥ 0; 0 returns the images unchanged.
         num_correction_steps: gradient steps in one correction.
         blur: length in units of normalised features (of raw features with `normalize_features=False`). By default .3,
-            or .6 where fewer than 100 images or 500 references are compared, in the batch or on average in its classes.
+            or .6 where fewer than 100 images or 500 references are compared, in the batch or on average in its classes;
+            towards weighted references .15, or .3 for fewer than 300 images.
         normalize_features: divide features by the `feature_scale` of the reference set (median distance 1); `False` is
             the original study's form.
         pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
@@ -375,8 +380,8 @@ class OTGuidance:
         if self.metric == "mmd":
             return mmd_displacement(features, references, self._masses)
         cloud, weights = (features, None) if self.history is None else completed(features, references, self._masses)
-        sizes = len(features), len(references)
-        gradient, solved = self._solved(cloud, references, weights, self._masses, sizes)
+        blur = self._chosen_blur(len(features), len(references), has_weights=self._masses is not None)
+        gradient, solved = self._solved(cloud, references, weights, self._masses, blur)
         if self.history is not None:
             assert step is not None
             self.history.append(Correction(step, features, solved))
@@ -399,8 +404,9 @@ class OTGuidance:
             cloud = torch.cat([cloud, targets], dim=1)
             weights = torch.cat([weights * mass[:, None], groups.reference_weights * rest[:, None]], dim=1)
         num_groups = len(groups.members)
-        sizes = len(features) / num_groups, sum(len(others) for *_, others in groups.members) / num_groups
-        gradient, solved = self._solved(cloud, targets, weights, groups.reference_weights, sizes)
+        num_references = sum(len(others) for *_, others in groups.members)
+        blur = self._chosen_blur(len(features) / num_groups, num_references / num_groups)
+        gradient, solved = self._solved(cloud, targets, weights, groups.reference_weights, blur)
         displacement, classes, places = gradient / weights[..., None], *groups.places
         if self.history is not None:
             assert step is not None
@@ -409,11 +415,11 @@ class OTGuidance:
         return displacement[classes, places]
 
     def _solved(
-        self, cloud: Tensor, targets: Tensor, x_weights: Tensor | None, y_weights: Tensor | None, sizes: Sequence[float]
+        self, cloud: Tensor, targets: Tensor, x_weights: Tensor | None, y_weights: Tensor | None, blur: float
     ) -> tuple[Tensor, DivergencePotentials]:
         """∂S/∂x of a cloud of images and its targets, or of a batch of such problems, and the potentials, from which
-        the next correction starts. `sizes` are the numbers of images and references that are compared."""
-        initial, blur = self._warm_start(cloud.shape[:-1], cloud.device), self._chosen_blur(*sizes)
+        the next correction starts."""
+        initial = self._warm_start(cloud.shape[:-1], cloud.device)
         gradient, potentials = divergence_gradient(
             cloud,
             targets,
@@ -434,14 +440,14 @@ class OTGuidance:
         fits = last is not None and last.self_potential.shape == shape and last.self_potential.device == device
         return last if fits else None
 
-    def _chosen_blur(self, num_images: float, num_references: float) -> float:
+    def _chosen_blur(self, num_images: float, num_references: float, *, has_weights: bool = False) -> float:
         """The blur that was given, or the default where so many are compared. A recording completes few images by
         references, and keeps one blur."""
         if self.blur is not None:
             return self.blur
         if self.history is None:
-            return default_blur(num_images, num_references)
-        self.blur = default_blur(FEW_IMAGES, num_references)
+            return default_blur(num_images, num_references, has_weights=has_weights)
+        self.blur = default_blur(math.inf, num_references, has_weights=has_weights)
         return self.blur
 
     def _num_iterations(self, blur: float, device: torch.device, is_warm: bool) -> int | None:
@@ -561,13 +567,17 @@ def _repeated(members: Sequence[Tensor], masses: Tensor | None = None) -> tuple[
     return torch.stack(rows), torch.stack(weights)
 
 
-def default_blur(num_images: float, num_references: float) -> float:
+def default_blur(num_images: float, num_references: float, *, has_weights: bool = False) -> float:
     """The blur at which so many images are compared with so many references, in units of the median distance.
 
     Example:
         >>> default_blur(1000, 2000), default_blur(64, 2000), default_blur(1000, 128)
         (0.3, 0.6, 0.6)
+        >>> default_blur(1000, 2000, has_weights=True), default_blur(64, 2000, has_weights=True)
+        (0.15, 0.3)
     """
+    if has_weights:
+        return BLUR_OF_SHARES if num_images >= MANY_IMAGES else BLUR
     return BLUR if num_images >= FEW_IMAGES and num_references >= FEW_REFERENCES else BLUR_OF_FEW
 
 

@@ -44,11 +44,15 @@ def _divergence(parts, images: torch.Tensor) -> float:
     return sinkhorn_divergence(network.extract(images) / bank.config.feature_scale, bank.references(), blur=0.3).item()
 
 
-@pytest.mark.parametrize(("count", "num_references", "blur"), [(99, 500, 0.6), (100, 499, 0.6), (100, 500, 0.3)])
-def test_few_images_are_guided_at_a_larger_blur(parts, count, num_references, blur):
+@pytest.mark.parametrize(
+    ("count", "num_references", "is_weighted", "blur"),
+    [(99, 500, False, 0.6), (100, 499, False, 0.6), (100, 500, False, 0.3), (299, 90, True, 0.3), (300, 90, True, 0.15)],
+)
+def test_few_images_are_guided_at_a_larger_blur(parts, count, num_references, is_weighted, blur):
     network, images = parts[0], _blurred(count)
     features = network.extract(_images(num_references, seed=1))
-    parts = network, ReferenceBank.from_features(features, feature_scale=median_distance(features))
+    weights = torch.arange(1.0, num_references + 1) if is_weighted else None
+    parts = network, ReferenceBank.from_features(features, feature_scale=median_distance(features), weights=weights)
     corrected = OTGuidance(*parts).correct(images)
     assert torch.equal(corrected, OTGuidance(*parts, blur=blur).correct(images))
     assert not torch.equal(corrected, OTGuidance(*parts, blur=0.9 - blur).correct(images))
@@ -559,7 +563,7 @@ def test_weights_are_repetitions(options, labelled):
     results = []
     for parts in (_two_points(torch.tensor([2.0, 1.0]), **labels), _two_points(counts=(2, 1), **repeated)):
         own = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
-        guidance = OTGuidance(*parts, **own)
+        guidance = OTGuidance(*parts, blur=0.3, **own)
         result = [guidance.correct(_grey(12), 500, **of_images)]
         if "history" in options:
             field = guidance.recorded_field()

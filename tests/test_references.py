@@ -87,6 +87,7 @@ def test_shares_of_classes_become_the_mass_of_references() -> None:
     pair = to_model_range(RGB)
     by_image = guided(in_channels=3, out_channels=3).with_references(pair, weights=[1.0] * 69 + [69.0])
     assert by_image.reference_bank.masses()[-1].item() == pytest.approx(0.5)
+    assert by_image.default_guidance_scale == 2 and guided().with_references(images).default_guidance_scale == 1
 
 
 def test_a_denoiser_with_classes_draws_them_by_the_shares(caplog: pytest.LogCaptureFixture) -> None:
@@ -96,6 +97,7 @@ def test_a_denoiser_with_classes_draws_them_by_the_shares(caplog: pytest.LogCapt
     pipe = FlowMatchPipeline(unet, FlowMatchEulerDiscreteScheduler(), id2label=names)
     made = pipe.with_references("digits", weights={"0": 0.9})
     assert made.classes is not None and made.classes.frequencies[9] == pytest.approx(0.9)
+    assert made.default_guidance_scale == 1  # the labels have the shares
     train = load_images("digits")
     assert torch.equal(made.reference_bank.labels, 9 - train.labels)
     some = pipe.with_references(GOOD.mean(1, keepdim=True), labels=[3, 5] * 35)  # the other classes are never drawn

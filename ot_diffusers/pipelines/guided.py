@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..errors import InputError, require, require_integer, require_number
-from ..guidance import RECORDED, OTGuidance, check_same_data, check_takes
+from ..guidance import RECORDED, SCALE_OF_SHARES, OTGuidance, check_same_data, check_takes
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
@@ -141,6 +141,13 @@ class GuidedPipeline(PortablePipeline):
     def guidance_scale(self) -> float:
         """Strength of the guidance in the last call; a callback may change `_guidance_scale` between steps."""
         return self._guidance_scale
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """Strength of the guidance by the reference set: 1, or 2 where its weights ask for other shares of classes and
+        the labels of the images do not have these shares already."""
+        by_label = self.classes is not None and self.reference_bank.labels is not None
+        return SCALE_OF_SHARES if self.reference_bank.config.has_weights and not by_label else 1.0
 
     @property
     def interrupt(self) -> bool:
@@ -285,8 +292,10 @@ class GuidedPipeline(PortablePipeline):
         if guidance_scale is not None:
             require_number("guidance_scale", guidance_scale, at_least=0)
         complete = guidance_scale != 0 and self._is_guided()
-        default = self.guidance_field.config.guidance_scale if complete and follows_field else float(complete)
-        scale = self._guidance_scale = default if guidance_scale is None else guidance_scale
+        if guidance_scale is None and complete:
+            own = self.default_guidance_scale
+            guidance_scale = self.guidance_field.config.guidance_scale if follows_field else own
+        scale = self._guidance_scale = guidance_scale or 0.0
         if scale == 0:
             return None
         require(

@@ -158,8 +158,8 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 attribute `class_labels` of the pipeline tells them.
             class_guidance_scale: w of classifier-free guidance, v = v_∅ + w (v_y − v_∅), for a denoiser with a null
                 label. 1 is without it; other values double the batch of the denoiser.
-            guidance_scale: strength of the OT guidance, see `step_rule`. 0 is plain sampling; the default is 1 if the
-                pipeline has the parts that guidance needs, else 0.
+            guidance_scale: strength of the OT guidance, see `step_rule`. 0 is plain sampling; the default is
+                `default_guidance_scale` if the pipeline has the parts that guidance needs, else 0.
             num_guidance_steps: number of guided steps. The default is all from `guidance_start_step`, without the last
                 8% of the chain where guidance cannot see pixel artefacts: with `pixel_weight` 0, or where one thumbnail
                 pixel covers more than 2×2 image pixels; a single step is guided in any case. A guidance field guides

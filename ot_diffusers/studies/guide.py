@@ -47,8 +47,6 @@ GUIDE = "guide"
 """Under this name the command lists the files that it has written."""
 PIPELINE_FOLDER = "pipeline"
 PLAIN, GUIDED, FIELD, REAL = "plain", "guided", "guidance field", "real"
-BALANCING_SCALE = 2.0
-"""Strength of guidance that changes the shares of classes, where images have to move further than usual."""
 FEWEST_IMAGES, MOST_IMAGES = 64, 1000
 FEWEST_DRAWN = 8
 """Training images from which the real-vs-real score can be drawn."""
@@ -127,7 +125,7 @@ def guide(
         "class_shares": measured_shares(drawn, real, evaluator, choose),
         "costs": ["nfe", "seconds_per_1000"],
         "notes": reasons,
-        "next": next_commands(call),
+        "next": next_commands(options.call),
         "provenance": provenance()
         | {
             "pipeline": public_name(pipeline),
@@ -265,14 +263,12 @@ def choose_evaluator(name: str | None, guided: GuidedPipeline, choose: Log) -> A
 
 def chosen_call(options: GuideOptions, guided: GuidedPipeline, choose: Log) -> dict[str, Any]:
     """The arguments of the pipeline's call, with the strength of the guidance."""
-    call, by_label = dict(options.call), guided.classes is not None and guided.reference_bank.labels is not None
-    balances = bool(options.class_shares) and not by_label  # drawn labels have the shares already
-    if "guidance_scale" not in call:
-        call["guidance_scale"] = BALANCING_SCALE if balances else 1.0
-        why = "2, because shares of classes are asked for, and images move further where they change their class"
-        usual = "1, half of the way to the references in each correction, as in all studies"
-        choose(f"Guidance scale: {why if balances else usual}.")
-    return call
+    default = guided.default_guidance_scale
+    if "guidance_scale" not in options.call:
+        why = "because shares of classes are asked for, and images move further where they change their class"
+        usual = "half of the way to the references in each correction, as in all studies"
+        choose(f"Guidance scale: {default:g}, {usual if default == 1 else why}.")
+    return {"guidance_scale": default, **options.call}
 
 
 def chosen_count(asked: int | None, num_test: int, choose: Log) -> int:
