@@ -46,7 +46,13 @@ def _divergence(parts, images: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("count", "num_references", "is_weighted", "blur"),
-    [(99, 500, False, 0.6), (100, 499, False, 0.6), (100, 500, False, 0.3), (299, 90, True, 0.3), (300, 90, True, 0.15)],
+    [
+        (99, 500, False, 0.6),
+        (100, 499, False, 0.6),
+        (100, 500, False, 0.3),
+        (299, 90, True, 0.3),
+        (300, 90, True, 0.15),
+    ],
 )
 def test_few_images_are_guided_at_a_larger_blur(parts, count, num_references, is_weighted, blur):
     network, images = parts[0], _blurred(count)

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from ..errors import InputError, require
+from ..launch.script import plain_warnings
 
 SAMPLING_ARGUMENTS = (
     "num_inference_steps",
@@ -81,6 +82,7 @@ def prepare_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    plain_warnings()
     from diffusers.utils import logging
 
     logging.disable_progress_bar()

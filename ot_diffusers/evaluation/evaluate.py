@@ -43,6 +43,7 @@ class ImageSet:
         logits: [N, classes], on the CPU; None for a network without a classifier.
         extractor: fingerprint of the network, so that features of different networks are not compared; None if unknown.
         labels: classes of real images, int64 [N], to measure the accuracy of the network; None if unknown.
+        whole: the set of which these images are a part, if any.
     """
 
     images: Tensor
@@ -50,6 +51,7 @@ class ImageSet:
     logits: Tensor | None
     extractor: str | None = None
     labels: Tensor | None = None
+    whole: ImageSet | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,15 +59,18 @@ class ImageSet:
     def rows(self, rows: Tensor | slice) -> ImageSet:
         """Some of the images."""
         logits, labels = (None if values is None else values[rows] for values in (self.logits, self.labels))
-        return ImageSet(self.images[rows], self.features[rows], logits, self.extractor, labels)
+        return ImageSet(self.images[rows], self.features[rows], logits, self.extractor, labels, self.whole or self)
 
     @cached_property
     def health(self) -> dict[str, Any]:
-        """Facts about the network, measured on this set of real images; see `evaluator_doubt`.
+        """Facts about the network, measured on this set of real images, or on the whole of which it is a part, as a
+        part may have fewer classes; see `evaluator_doubt`.
 
         `effective_rank` and, if logits and labels are known, `test_accuracy` and `chance`, the share of the commonest
         class.
         """
+        if self.whole is not None:
+            return self.whole.health
         alike = bool((self.features == self.features[:1]).all())
         facts: dict[str, Any] = {"effective_rank": 1.0 if alike else feature_metrics.effective_rank(self.features)}
         labels, logits = self.labels, self.logits

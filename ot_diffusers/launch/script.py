@@ -7,6 +7,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,6 +32,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], description: st
         sys.stdout.write(help_text(config_class, description))
         return
     end_with_launcher()
+    plain_warnings()
     try:
         with stop_on_signals():
             main(load_config(config_class, arguments))
@@ -53,6 +55,11 @@ def run_script(main: Callable[[C], None], config_class: type[C], description: st
         time.sleep(SILENCE_SECONDS)
     sys.stderr.write(f"error: {line}\n")
     sys.exit(status)
+
+
+def plain_warnings() -> None:
+    """Show warnings as lines of text, without the source that raised them."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def help_text(config_class: type, description: str) -> str:

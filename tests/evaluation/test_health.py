@@ -82,6 +82,13 @@ def test_doubts(facts: dict[str, Any], words: str | None) -> None:
     assert ("No verdict" in evaluator_line({"name": "x"} | facts)) == (words is not None)
 
 
+def test_a_part_of_the_classes_does_not_doubt_the_evaluator(weak: ConvFeatureExtractor) -> None:
+    real = reference(weak)
+    assert real.labels is not None
+    part = real.rows(real.labels == 3).rows(slice(20))
+    assert part.health == real.health and len(part) == 20
+
+
 @pytest.mark.slow
 def test_a_weak_evaluator_takes_static_for_digits_and_is_found_out(weak: ConvFeatureExtractor) -> None:
     real = reference(weak)
