@@ -75,10 +75,9 @@ LONGEST_MOVE = 0.25
 # that at a smaller blur images crowd around the references.
 BLUR, BLUR_OF_FEW = 0.3, 0.6
 FEW_IMAGES, FEW_REFERENCES = 100, 500
-# The blur towards weighted references, for so many images: a larger one mixes the classes whose shares are asked for.
-BLUR_OF_SHARES, MANY_IMAGES = 0.15, 300
-# Strength towards weighted references, where an image moves further than usual: it may change its class.
-SCALE_OF_SHARES = 2.0
+# Correction steps, and those towards weighted references, at this `guidance_scale`: an image moves further than usual,
+# as it may change its class.
+CORRECTIONS, CORRECTIONS_OF_SHARES, SCALE_OF_SHARES = 3, 6, 2.0
 # Settings that a guidance field stores in addition to `guidance_scale` and `num_correction_steps`.
 RECORDED = ("blur", "normalize_features", "pixel_weight", "step_rule")
 
@@ -101,10 +100,10 @@ class OTGuidance:
         feature_extractor: frozen network; its parameters and their gradients are not changed.
         reference_bank: the reference set, with features from the same network.
         guidance_scale: strength, ≥ 0; 0 returns the images unchanged.
-        num_correction_steps: gradient steps in one correction.
+        num_correction_steps: gradient steps in one correction; by default 3, or 6 towards weighted references.
         blur: length in units of normalised features (of raw features with `normalize_features=False`). By default .3,
-            or .6 where fewer than 100 images or 500 references are compared, in the batch or on average in its classes;
-            towards weighted references .15, or .3 for fewer than 300 images.
+            or .6 where fewer than 100 images or 500 references are compared, in the batch or on average in its classes.
+            Towards weighted references it is always .3, because a larger one mixes the classes.
         normalize_features: divide features by the `feature_scale` of the reference set (median distance 1); `False` is
             the original study's form.
         pixel_weight: weight of the thumbnails relative to the features, ≥ 0; by default 1 if the reference set has
@@ -140,7 +139,7 @@ class OTGuidance:
         reference_bank: ReferenceBank,
         *,
         guidance_scale: float = 1.0,
-        num_correction_steps: int = 3,
+        num_correction_steps: int | None = None,
         blur: float | None = None,
         normalize_features: bool = True,
         pixel_weight: float | None = None,
@@ -153,6 +152,9 @@ class OTGuidance:
         decode_batch_size: int | None = None,
     ) -> None:
         require_number("guidance_scale", guidance_scale, at_least=0)
+        if num_correction_steps is None:
+            own = CORRECTIONS_OF_SHARES if reference_bank.config.has_weights else CORRECTIONS
+            num_correction_steps = own if guidance_field is None else guidance_field.config.num_correction_steps
         require_integer("num_correction_steps", num_correction_steps, at_least=1)
         if decode_batch_size is not None:
             require_integer("decode_batch_size", decode_batch_size, at_least=1)
@@ -573,12 +575,9 @@ def default_blur(num_images: float, num_references: float, *, has_weights: bool 
     Example:
         >>> default_blur(1000, 2000), default_blur(64, 2000), default_blur(1000, 128)
         (0.3, 0.6, 0.6)
-        >>> default_blur(1000, 2000, has_weights=True), default_blur(64, 2000, has_weights=True)
-        (0.15, 0.3)
     """
-    if has_weights:
-        return BLUR_OF_SHARES if num_images >= MANY_IMAGES else BLUR
-    return BLUR if num_images >= FEW_IMAGES and num_references >= FEW_REFERENCES else BLUR_OF_FEW
+    is_many = num_images >= FEW_IMAGES and num_references >= FEW_REFERENCES
+    return BLUR if is_many or has_weights else BLUR_OF_FEW
 
 
 def chosen_pixel_weight(pixel_weight: float | None, reference_bank: ReferenceBank, normalize_features: bool) -> float:

@@ -167,7 +167,7 @@ class OTGuidedDDIMPipeline(GuidedPipeline):
                 The first step of an ε prediction with zero terminal SNR is never guided: its output does not
                 determine x̂0.
             guidance_start_step: first guided step, counted from 0 at the start of the chain.
-            num_correction_steps: correction steps per guided step; 3 by default.
+            num_correction_steps: correction steps per guided step; by default 3, or 6 towards weighted references.
             blur: blur of the Sinkhorn divergence, in units of the median distance; see `OTGuidance`.
             normalize_features: `False` takes raw features, as the original study does (`ORIGINAL_GUIDANCE`).
             pixel_weight: weight of thumbnails beside the features in the transport cost; 0 for features alone. The
