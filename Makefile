@@ -8,7 +8,7 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-oldest lint bench faults docs hero gpu-cifar10 clean
+.PHONY: help demo test test-fast test-oldest lint bench bench-gpu faults docs hero gpu-cifar10 clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest  the same on Python 3.10 with the oldest versions that are supported (oldest.txt)"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
+	@echo "make bench-gpu  the parts that concern one GPU, into benchmarks/results_gpu.json"
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
 	@echo "make gpu-cifar10  the original study of priors on CIFAR-10 at its own sizes, for one GPU, in slices of nine minutes"
 	@echo "make docs   the documentation as a site, into build/site"
@@ -42,6 +43,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks
+
+bench-gpu: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks --only solver training couplings sampling package --output benchmarks/results_gpu.json
 
 faults: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.faults --output docs/faults.json

@@ -92,7 +92,7 @@ def _sinkhorn_loop(
     """
     eps, count = temperatures[-1], min(ITERATIONS_PER_PLAN, max_iterations)
     u = previous = anneal(problem, f, temperatures)
-    dual, active = problem.semidual(eps), list(range(len(f)))  # after annealing, which holds a matrix of its own
+    dual, active = problem.semidual(eps), list(range(len(f)))
     potentials = Potentials(f, problem.b, f.new_full((len(f),), math.inf, device="cpu"), len(temperatures) - 1)
     worst_row, taken = [math.inf] * len(f), 0
     while active and (taken == 0 or potentials.iterations < max_iterations):

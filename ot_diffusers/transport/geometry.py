@@ -62,7 +62,7 @@ class Cost:
     def blocks(self) -> Iterator[Tensor]:
         """Blocks of successive rows of the cost matrix, [..., rows, M]."""
         if self._matrix is not None:
-            yield self._matrix
+            yield from self._matrix.split(block_rows(self.y), dim=-2)
             return
         for x in self.x.split(block_rows(self.y), dim=-2):
             yield half_squared_distances(x, self.y)

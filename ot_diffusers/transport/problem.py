@@ -109,8 +109,7 @@ class Problem:
 
     def semidual(self, eps: Tensor | float) -> SemiDual:
         """The semi-dual of dense problems at a temperature, given as a number or [P, 1]."""
-        divisor = eps[..., None] if isinstance(eps, Tensor) else eps
-        return SemiDual(self.cost.matrix / divisor, self.a, self.b, self.a.log(), self.relaxation(eps))
+        return SemiDual(self.cost.matrix, eps, self.a, self.b, self.a.log(), self.relaxation(eps))
 
     def row_mass(self, f: Tensor) -> Tensor:
         """Row sums of the plan at the solution, [P, N]: a, or a exp(−f/reach²) for unbalanced transport."""

@@ -28,13 +28,15 @@ class SemiDual:
     """P dual problems, each at one temperature.
 
     Attributes:
-        scaled_cost: C/eps, [P, N, M].
+        cost: C, [P, N, M].
+        eps: the temperature, a number or [P, 1].
         a, b: [P, N] and [P, M], the weights.
         log_a: [P, N], the logarithms of a.
         relaxation: κ, a number or [P, 1].
     """
 
-    scaled_cost: Tensor
+    cost: Tensor
+    eps: Tensor | float
     a: Tensor
     b: Tensor
     log_a: Tensor
@@ -47,7 +49,11 @@ class SemiDual:
 
     def at(self, u: Tensor) -> Plan:
         """The plan at u, [P, N], and the optimal v given u. It costs one exponential per entry."""
-        scores = (u + self.log_a)[..., None] - self.scaled_cost
+        rows = (u + self.log_a)[..., None]
+        if isinstance(self.eps, Tensor):
+            scores = torch.addcmul(rows, self.cost, self.eps[..., None].reciprocal(), value=-1)
+        else:
+            scores = torch.sub(rows, self.cost, alpha=1 / self.eps)
         peak = scores.amax(-2)
         matrix = scores.sub_(peak[..., None, :]).exp_()
         mass = matrix.sum(-2)
@@ -61,7 +67,7 @@ class SemiDual:
         if len(problems) == len(self.a):
             return self
         weights = (self.a[problems], self.b[problems], self.log_a[problems])
-        return SemiDual(self.scaled_cost[problems], *weights, self.relaxation)
+        return SemiDual(self.cost[problems], self.eps, *weights, self.relaxation)
 
 
 @dataclass(frozen=True)
