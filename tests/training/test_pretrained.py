@@ -21,7 +21,7 @@ from diffusers import (
 from huggingface_hub import ModelCard, constants
 from makers import command
 from makers.models import make_truncated, make_unet, make_vae
-from makers.runs import assert_same_end, metrics, results, train
+from makers.runs import assert_same_end, metrics, results, train, train_forked
 from safetensors.torch import load_file
 
 from ot_diffusers import FlowMatchPipeline
@@ -68,6 +68,13 @@ def run(stock: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         options = {"pretrained": "someone/stock", "learning_rate": 1e-12, "max_train_steps": 1}
         return train("baseline", tmp_path_factory.mktemp("runs") / "run", **options)
+
+
+def test_two_processes_start_from_the_same_network(stock: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pretrained": stock, "max_train_steps": 1, "lr_scheduler": "constant"}
+    two = train_forked("baseline", tmp_path / "two", 2, **options, train_batch_size=4)
+    one = train("baseline", tmp_path / "one", **options, train_batch_size=8)
+    assert metrics(two)[0]["loss"] == pytest.approx(metrics(one)[0]["loss"], rel=1e-5)
 
 
 def save_flow(
