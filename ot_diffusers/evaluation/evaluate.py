@@ -29,6 +29,8 @@ from . import pixels
 from .health import warn_of_doubt
 
 BATCH_SIZE = 512
+FEWEST_REAL = 4
+"""Training images from which some can be drawn for the real-vs-real score, and some are left."""
 ONE_DIRECTION = 1.001
 """Effective rank below which features lie on a line."""
 
@@ -340,7 +342,8 @@ def real_floor(
     """
     train = _image_set(train, extractor, batch_size, "train")
     require(num_samples >= 2, "num_samples", "be at least 2", num_samples)
-    require(len(train) >= 4, "train", "hold 4 images, to draw some and compare them with the others", len(train))
+    enough = f"hold {FEWEST_REAL} images, to draw some and compare them with the others"
+    require(len(train) >= FEWEST_REAL, "train", enough, len(train))
     order = _random_order(len(train), seed).tensor_split([floor_count(num_samples, len(train))])
     drawn, rest = (train.rows(rows) for rows in order)
     options: dict[str, Any] = {"metrics": metrics, "batch_size": batch_size, "seed": seed}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data import load_images
 from ..errors import require
-from ..evaluation.evaluate import sample_count
+from ..evaluation.evaluate import FEWEST_REAL
 from ..features import load_reference_bank
 from ..files import write_json, write_text
 from ..launch.commands import preset_path, training_command
@@ -127,14 +127,15 @@ def check_images(study: Study) -> None:
     """Refuse real images that the samples cannot be compared with, before anything is written.
 
     Raises:
-        InputError: naming the data set, the evaluator that does not fit it, or too many samples.
+        InputError: naming the data set, which may have too few images, or the evaluator that does not fit it.
     """
     config = study.config
     if study.trains("evaluator"):
         splits = {split: load_images(config.dataset, split, **config.data_options) for split in ("train", "test")}
     else:
         splits = study.splits
-    sample_count(config.num_samples, len(splits["train"]), len(splits["test"]))
+    count = len(splits["train"])
+    require(count >= FEWEST_REAL, "dataset", f"have {FEWEST_REAL} training images for the real-vs-real score", count)
 
 
 def run_seed(study: Study, seed: int) -> None:
