@@ -97,7 +97,9 @@ def test_a_denoiser_with_classes_draws_them_by_the_shares(caplog: pytest.LogCapt
     pipe = FlowMatchPipeline(unet, FlowMatchEulerDiscreteScheduler(), id2label=names)
     made = pipe.with_references("digits", weights={"0": 0.9})
     assert made.classes is not None and made.classes.frequencies[9] == pytest.approx(0.9)
-    assert made.default_guidance_scale == 1  # the labels have the shares
+    made.record_guidance_field(32, torch.Generator().manual_seed(0), num_inference_steps=1)
+    recorded = made.guidance_field.config
+    assert (recorded.guidance_scale, recorded.num_correction_steps) == (1, 3)  # the labels have the shares
     train = load_images("digits")
     assert torch.equal(made.reference_bank.labels, 9 - train.labels)
     some = pipe.with_references(GOOD.mean(1, keepdim=True), labels=[3, 5] * 35)  # the other classes are never drawn

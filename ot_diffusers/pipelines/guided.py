@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..errors import InputError, require, require_integer, require_number
-from ..guidance import RECORDED, SCALE_OF_SHARES, OTGuidance, check_same_data, check_takes
+from ..guidance import CORRECTIONS, RECORDED, SCALE_OF_SHARES, OTGuidance, check_same_data, check_takes
 from ..models.feature_extractor import FeatureExtractor
 from ..models.guidance_field import GuidanceField
 from ..models.reference_bank import ReferenceBank
@@ -144,10 +144,15 @@ class GuidedPipeline(PortablePipeline):
 
     @property
     def default_guidance_scale(self) -> float:
-        """Strength of the guidance by the reference set: 1, or 2 where its weights ask for other shares of classes and
-        the labels of the images do not have these shares already."""
+        """Strength of the guidance by the reference set: 1, or 2 where it changes the shares of classes."""
+        return SCALE_OF_SHARES if self._changes_shares else 1.0
+
+    @property
+    def _changes_shares(self) -> bool:
+        """Whether the references have weights, which ask for other shares of classes, and the labels of the images do
+        not have these shares already."""
         by_label = self.classes is not None and self.reference_bank.labels is not None
-        return SCALE_OF_SHARES if self.reference_bank.config.has_weights and not by_label else 1.0
+        return self.reference_bank.config.has_weights and not by_label
 
     @property
     def interrupt(self) -> bool:
@@ -305,8 +310,9 @@ class GuidedPipeline(PortablePipeline):
         known = self.reference_bank.config.num_classes
         agree = known is None or self.classes is None or known == len(self.classes)
         require(agree, "reference_bank", f"have the {len(self.classes or ())} classes of the pipeline", known)
-        names = ("num_correction_steps", *RECORDED)
-        recorded = {name: self.guidance_field.config[name] for name in names} if follows_field else {}
+        defaults = {} if self._changes_shares else {"num_correction_steps": CORRECTIONS}
+        if follows_field:
+            defaults = {name: self.guidance_field.config[name] for name in ("num_correction_steps", *RECORDED)}
         guidance = OTGuidance(
             self.feature_extractor,
             self.reference_bank,
@@ -315,7 +321,7 @@ class GuidedPipeline(PortablePipeline):
             history=[] if self._records else None,
             decode=None if self.vae is None else partial(decode, self.vae, quantize=False),
             decode_batch_size=None if self.vae is None else decode_batch_size(self.vae, image_shape),
-            **recorded | _given(asked),
+            **defaults | _given(asked),
         )
         self._guidance = guidance if self._records else None
         if not follows_field and not self._records:  # a small field is completed by references
