@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..data import ResidentImages, StreamedImages, evenly_spaced, load_images, pixels_of
 from ..errors import require
-from ..evaluation.evaluate import ImageSet, evaluate_images, extract_image_set, real_floor
+from ..evaluation.evaluate import FEWEST_REAL, ImageSet, evaluate_images, extract_image_set, real_floor
 from ..evaluation.extractors import EfficientNetLiteExtractor, dataset_facts, evaluator_facts, load_evaluator
 from ..evaluation.neighbors import nearest_rows
 from ..features import weights_fingerprint
@@ -48,8 +48,6 @@ GUIDE = "guide"
 PIPELINE_FOLDER = "pipeline"
 PLAIN, GUIDED, FIELD, REAL = "plain", "guided", "guidance field", "real"
 FEWEST_IMAGES, MOST_IMAGES = 64, 1000
-FEWEST_DRAWN = 8
-"""Training images from which the real-vs-real score can be drawn."""
 MOST_EVALUATED = 2000
 """At most so many images of each split are compared, so that a general network needs minutes, not hours."""
 
@@ -326,8 +324,8 @@ def scores(drawn: Mapping[str, Drawn], real: Real, evaluator: Any, choose: Log) 
         costs = {"nfe": samples.nfe, "seconds": round(samples.seconds, 2), "seconds_per_1000": per_1000}
         arms[name] = {"metrics": metrics, **costs}
     results = {"num_samples": count, "extractor": evaluator_facts(evaluator, real.sets["test"]), "arms": arms}
-    if len(real.targets["train"]) < FEWEST_DRAWN:
-        choose(f"Real vs real: not measured, which takes {FEWEST_DRAWN} training images in the asked proportions.")
+    if len(real.targets["train"]) < FEWEST_REAL:
+        choose(f"Real vs real: not measured, which takes {FEWEST_REAL} training images in the asked proportions.")
         return results
     measured = list(arms[PLAIN]["metrics"])
     floor = real_floor(reference, real.targets["train"], count, extractor=evaluator, metrics=measured)

@@ -711,8 +711,8 @@ class TestEvaluateImages:
             extract_image_set(images, network)
         with pytest.raises(InputError, match="`num_samples` must be at least 2, got 1"):
             real_floor(images, images, 1, extractor=network)
-        with pytest.raises(InputError, match="`train` must hold 4 images"):
-            real_floor(images, images[:3], 2, extractor=network)
+        with pytest.raises(InputError, match="`train` must hold 8 images"):
+            real_floor(images, images[:7], 2, extractor=network)
 
     @pytest.mark.parametrize(
         ("convert", "advice"),
