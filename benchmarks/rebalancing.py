@@ -75,7 +75,8 @@ def missing_rows(quick: bool, device: torch.device) -> Iterator[Row]:
             trained = Path(folder) / f"seed-{seed}"
             options = [f"dataset={pictures}", f"output_dir={trained}", f"seed={seed}", "report_to=none"]
             options += ["max_train_steps=2"] if quick else []
-            subprocess.run(training_command("baseline", options, config="digits/baseline.yaml"), check=True)
+            command = training_command("baseline", options, config="digits/baseline.yaml")
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             results = run("digits", seed, device, quick, pipeline=str(trained), class_shares=None)
             by_class = results["class_shares"]
             for name, values in shares.items():
