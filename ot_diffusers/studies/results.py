@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +65,16 @@ def second_scores(study: Study, images: Tensor, seed: int) -> dict[str, float]:
     return {second: values[name] for second, name in SECOND.items()}
 
 
+def listed(names: Collection[str]) -> str:
+    """The names of the methods as a title has room for: up to four, or their number.
+
+    Example:
+        >>> listed(["plain", "guided"]), listed("abcdef")
+        ('plain · guided', '6 methods')
+    """
+    return " · ".join(names) if len(names) <= 4 else f"{len(names)} methods"
+
+
 # --- results.json -----------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +94,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     if len(seeds) >= 2:
         paired = differences(values, primary=config.primary_metric, family=tested, trusted=trusted)
     results = {
-        "title": config.title or f"{' · '.join(config.reported)}: {data['dataset']}",
+        "title": config.title or f"{listed(config.reported)}: {data['dataset']}",
         **data,
         "num_samples": study.num_samples,
         "num_test_images": len(study.test_images),
