@@ -402,7 +402,9 @@ class OTGuidance:
             return moved
         cloud, weights, targets = features[groups.rows], groups.weights, references[groups.reference_rows]
         if self.history is not None:
-            mass, rest = torch.tensor([completed_mass(len(rows)) for _, rows, _ in groups.members]).to(weights).T
+            assert self._num_classes is not None
+            shares = [completed_mass(len(rows), self._num_classes) for _, rows, _ in groups.members]
+            mass, rest = torch.tensor(shares).to(weights).T
             cloud = torch.cat([cloud, targets], dim=1)
             weights = torch.cat([weights * mass[:, None], groups.reference_weights * rest[:, None]], dim=1)
         num_groups = len(groups.members)

@@ -29,11 +29,11 @@ def parts(labels: Tensor | None = LABELS, **options: Any) -> tuple[ConvFeatureEx
     return network, ReferenceBank.from_features(features, feature_scale=0.1, images=images, labels=labels, **options)
 
 
-def of_class(bank: ReferenceBank, label: int) -> ReferenceBank:
-    """The references of one class, with the scales of all."""
+def of_class(bank: ReferenceBank, label: int, num_classes: int | None = None) -> ReferenceBank:
+    """The references of one class, with the scales of all; without labels, or as the only class."""
     rows = label == LABELS
     config = {name: value for name, value in bank.config.items() if not name.startswith("_")}
-    part = ReferenceBank(**config | {"num_samples": int(rows.sum()), "num_classes": None})
+    part = ReferenceBank(**config | {"num_samples": int(rows.sum()), "num_classes": num_classes})
     assert part.thumbnails is not None and bank.thumbnails is not None
     part.features.data.copy_(bank.features[rows])
     part.thumbnails.data.copy_(bank.thumbnails[rows])
@@ -110,12 +110,12 @@ def test_pipelines_guide_by_class_and_fields_keep_the_classes(tmp_path: Path) ->
 
 
 def test_a_field_of_one_class_is_that_of_its_samples_alone() -> None:
-    """The clouds of classes are completed as a cloud without classes is, here 12 samples by the 17 references."""
+    """The cloud of a single class is completed as a cloud without classes is, here 12 samples by the 17 references."""
     network, bank = parts()
     images, new = 0.3 * torch.randn(12, 1, 8, 8), 0.3 * torch.randn(4, 1, 8, 8)
     zeros = torch.zeros(12, dtype=torch.long)
     fields = []
-    for own, labels in ((bank, zeros), (of_class(bank, 0), None)):
+    for own, labels in ((of_class(bank, 0, num_classes=1), zeros), (of_class(bank, 0), None)):
         guidance = OTGuidance(network, own, history=[])
         with guidance.chain():
             guidance.correct(images, 999, labels)

@@ -14,8 +14,9 @@ from ..errors import require
 from ..transport import DivergencePotentials, divergence_gradient_at
 from .portable import PortableModel
 
-ENOUGH_SAMPLES = 1000
-"""A guidance field of so many samples needs no completion; for each missing sample, references get a mass of 2."""
+ENOUGH_SAMPLES, ENOUGH_IN_CLASS = 1000, 100
+"""A guidance field of so many samples needs no completion; for each missing sample, references get a mass of 2. Of many
+classes, each needs so many."""
 
 
 def completed(features: Tensor, references: Tensor, masses: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -39,12 +40,18 @@ def completed(features: Tensor, references: Tensor, masses: Tensor | None = None
     return torch.cat([features, references]), weights
 
 
-def completed_mass(num_samples: int) -> tuple[float, float]:
-    """Mass of the samples and of the references in the completed cloud of a class, relative to all of it.
+def completed_mass(num_samples: int, num_classes: int) -> tuple[float, float]:
+    """Mass of the samples and of the references in the completed cloud of one of the classes, relative to all of it.
 
-    References keep a mass of 1 beside 1,000 samples or more, so that the clouds of all classes are made alike.
+    The images of a class are more alike than those of all classes: 1,000 samples are shared by the classes, down to 100
+    for each. References keep a mass of 1 beside enough samples, so that the clouds of all classes are made alike.
+
+    Example:
+        >>> completed_mass(50, num_classes=10), completed_mass(399, num_classes=2)
+        ((0.3333333333333333, 0.6666666666666666), (0.6638935108153078, 0.33610648918469216))
     """
-    missing = max(1, 2 * (ENOUGH_SAMPLES - num_samples))
+    enough = max(ENOUGH_IN_CLASS, ENOUGH_SAMPLES // num_classes)
+    missing = max(1, 2 * (enough - num_samples))
     return num_samples / (num_samples + missing), missing / (num_samples + missing)
 
 
@@ -245,7 +252,7 @@ class GuidanceField(PortableModel, ConfigMixin):
         for label, rows, others in members:
             own = (self.labels == label).nonzero()[:, 0]
             require(len(own) > 0, "class_labels", "be classes of the recorded samples", label)
-            mass, rest = completed_mass(len(own))
+            mass, rest = completed_mass(len(own), self.config.num_classes)
             weights = features.new_full((len(own) + len(others),), mass / len(own))
             shares = features.new_full((len(others),), 1 / len(others)) if masses is None else masses[others]
             shares = shares / shares.sum()

@@ -150,7 +150,7 @@ def text_table(results: Mapping[str, Any], metrics: Sequence[str] | None = None)
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits: 0.00120, 12.3, 1230, 12,345; counts unchanged; `–` for a value that was not measured."""
+    """Three significant digits: 0.00120, 12.3, 1230, 12,345; counts unchanged; `–` for what was not measured."""
     if value is None:
         return "–"
     if isinstance(value, int) or 1000 <= abs(value) < 100_000:
