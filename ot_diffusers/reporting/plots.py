@@ -36,6 +36,8 @@ INK, FAINT = "#1f2937", "#d7dbe0"
 MARKERS = "osD^vPX<>p"
 WIDE = 10.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
+HIGH_SHARE = 0.5
+"""Where all shares are above this, their axis does not start at 0."""
 REAL = "real vs real"
 
 CURVES = {
@@ -384,7 +386,7 @@ def line_panels(
     """A panel for each quantity, a line with markers for each method, and one legend for all.
 
     The y axis is logarithmic where the values are positive and differ by a factor of 10 or more, but not for shares
-    such as recall; else it starts at 0.
+    such as recall; else it starts at 0, unless all values are shares above one half.
 
     Args:
         panels: metric or cost to method to {x: y}.
@@ -418,7 +420,7 @@ def line_panels(
         is_share = direction_of(quantity) == "higher"
         if values and not is_share and min(values) > 0 and max(values) > WIDE * min(values):
             _log_scale(axes)
-        else:
+        elif not (is_share and min(values, default=0) > HIGH_SHARE):
             axes.set_ylim(bottom=min(0, *values))
         if logarithmic_x:
             axes.set_xscale("log")
