@@ -94,7 +94,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     if len(seeds) >= 2:
         paired = differences(values, primary=config.primary_metric, family=tested, trusted=trusted)
     results = {
-        "title": config.title or f"{listed(config.reported)}: {data['dataset']}",
+        "title": f"{config.title or listed(config.reported)}: {data['dataset']}",
         **data,
         "num_samples": study.num_samples,
         "num_test_images": len(study.test_images),

@@ -243,7 +243,7 @@ def expand(config: TruncationConfig, overrides: Sequence[str] = ()) -> StudyConf
     compared += [full_label(min(config.full_steps))]
     return StudyConfig(
         output_dir=config.output_dir,
-        title=f"Priors of the truncated chain, T' = {config.truncation_timestep}: {images.name}",
+        title=f"Priors of the truncated chain, T' = {config.truncation_timestep}",
         dataset=config.dataset,
         evaluator=config.evaluator or f"{config.presets}/evaluator.yaml",
         second_evaluator=config.second_evaluator,
