@@ -109,6 +109,17 @@ def test_pipelines_guide_by_class_and_fields_keep_the_classes(tmp_path: Path) ->
         OTGuidance(loaded.feature_extractor, loaded.reference_bank, **options).correct(torch.zeros(2, 1, 8, 8), 999)
 
 
+def test_a_hundred_samples_of_one_of_many_classes_are_enough_for_its_field() -> None:
+    """Completed by as many references as a field without classes, they would be moved by a twentieth."""
+    network, bank = parts(num_classes=10)
+    images, labels = 0.3 * torch.randn(100, 1, 8, 8), torch.zeros(100, dtype=torch.long)
+    moved = []
+    for options in ({}, {"history": []}):
+        corrected = OTGuidance(network, bank, num_correction_steps=1, blur=0.6, **options).correct(images, 999, labels)
+        moved.append((corrected - images.clamp(-1, 1)).flatten(1).norm(dim=1).mean())
+    assert moved[1] > 0.9 * moved[0]
+
+
 def test_a_field_of_one_class_is_that_of_its_samples_alone() -> None:
     """The cloud of a single class is completed as a cloud without classes is, here 12 samples by the 17 references."""
     network, bank = parts()

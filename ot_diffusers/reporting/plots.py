@@ -418,9 +418,9 @@ def line_panels(
             axes.axhline(floors[quantity], color=INK, linestyle=":", linewidth=1.2)
         values = [y for points in lines.values() for y in points.values()]
         is_share = direction_of(quantity) == "higher"
-        if values and not is_share and min(values) > 0 and max(values) > WIDE * min(values):
+        if not is_share and min(values) > 0 and max(values) > WIDE * min(values):
             _log_scale(axes)
-        elif not (is_share and min(values, default=0) > HIGH_SHARE):
+        elif not is_share or min(values) <= HIGH_SHARE:
             axes.set_ylim(bottom=min(0, *values))
         if logarithmic_x:
             axes.set_xscale("log")

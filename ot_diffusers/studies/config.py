@@ -102,7 +102,7 @@ class StudyConfig(Options):
     """A study of variants, each sampled and scored with the same random seeds."""
 
     output_dir: str = study_option("runs/comparison", "folder of the study")
-    title: str | None = study_option(None, "title of the report, without the data set; none names the variants")
+    title: str | None = study_option(None, "title of the report, without the data set; none names up to four variants")
     dataset: str = data_option(
         "digits", "digits (embedded), mnist, cifar10, a Hub id, a local data set or an image folder"
     )

@@ -102,7 +102,8 @@ def scored(results: Mapping[str, Any]) -> list[str]:
 
 
 def draw_curves(results: Mapping[str, Any], axis: Axis, path: Path) -> Path:
-    """A panel for each quantity, a line with its interval for each method, the real-vs-real score as a dotted line."""
+    """A panel for each quantity that points have, a line with its interval for each method, the real-vs-real score as a
+    dotted line."""
     curves, floor = results[axis.key], results["floor"]["metrics"]
     panels: dict[str, dict[str, dict[float, float]]] = {}
     bands: dict[str, dict[str, dict[float, tuple[float, float]]]] = {}
@@ -113,6 +114,7 @@ def draw_curves(results: Mapping[str, Any], axis: Axis, path: Path) -> Path:
             panels[quantity][method] = {x: point[quantity] for x, point in points.items() if quantity in point}
             ends = {x: point.get("intervals", {}).get(quantity) for x, point in points.items()}
             bands[quantity][method] = {x: (end["low"], end["high"]) for x, end in ends.items() if end}
+    panels = {quantity: lines for quantity, lines in panels.items() if any(lines.values())}
     return plots.line_panels(
         panels,
         path,

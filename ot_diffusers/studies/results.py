@@ -65,17 +65,17 @@ def second_scores(study: Study, images: Tensor, seed: int) -> dict[str, float]:
     return {second: values[name] for second, name in SECOND.items()}
 
 
-def listed(names: Collection[str]) -> str:
-    """The names of the methods as a title has room for: up to four, or their number.
+# --- results.json -----------------------------------------------------------------------------------------------------
+
+
+def default_title(names: Collection[str]) -> str:
+    """The title of a study without one: the names of up to four methods, or their number.
 
     Example:
-        >>> listed(["plain", "guided"]), listed("abcdef")
+        >>> default_title(["plain", "guided"]), default_title("abcdef")
         ('plain · guided', '6 methods')
     """
     return " · ".join(names) if len(names) <= 4 else f"{len(names)} methods"
-
-
-# --- results.json -----------------------------------------------------------------------------------------------------
 
 
 def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def collect(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     if len(seeds) >= 2:
         paired = differences(values, primary=config.primary_metric, family=tested, trusted=trusted)
     results = {
-        "title": f"{config.title or listed(config.reported)}: {data['dataset']}",
+        "title": f"{config.title or default_title(config.reported)}: {data['dataset']}",
         **data,
         "num_samples": study.num_samples,
         "num_test_images": len(study.test_images),

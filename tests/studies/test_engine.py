@@ -20,9 +20,12 @@ from safetensors.torch import load_file
 from ot_diffusers import ConvFeatureExtractor, OTGuidedDDIMPipeline, ReferenceBank, cli
 from ot_diffusers.data import load_images
 from ot_diffusers.errors import InputError
+from ot_diffusers.reporting import plots
 from ot_diffusers.reporting.differences import NOT_SIGNIFICANT, differences, verdict
 from ot_diffusers.studies import runs
-from ot_diffusers.studies.config import StudyConfig, Variant, choose_variants, read_config, with_step_curves
+from ot_diffusers.studies.axes import AXES
+from ot_diffusers.studies.config import STEPS, StudyConfig, Variant, choose_variants, read_config, with_step_curves
+from ot_diffusers.studies.pictures import draw_curves
 from ot_diffusers.studies.results import collect, evaluate_seed
 from ot_diffusers.studies.run import open_study, run_study
 from ot_diffusers.studies.runs import command, equal_time_updates, is_trained, run_side_by_side, train_group
@@ -499,3 +502,18 @@ class TestVerdicts:
         draws[1] += 1
         (found,) = differences(self.values(draws), primary="recall", family=self.METRICS).values()
         assert {verdict(metric, entry) for metric, entry in found.items()} == {NOT_SIGNIFICANT}
+
+
+def test_curves_have_panels_for_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """High shares are drawn without the empty space below them; a metric that no point has gets no panel."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(figure.axes) or path)
+    points = {str(nfe): {"nfe": nfe, "recall": 0.3, "class_accuracy": 0.95 + nfe / 1000} for nfe in (1, 2)}
+    results = {
+        "headline": ["recall", "class_accuracy", "second_frechet_distance"],
+        "floor": {"metrics": {}},
+        "quality_by_steps": {"plain": points},
+    }
+    draw_curves(results, AXES[STEPS], tmp_path / "curves.png")
+    recall, accuracy = (axes.get_ylim()[0] for axes in drawn)
+    assert recall == 0 and accuracy > 0.9
