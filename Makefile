@@ -45,7 +45,7 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks
 
 bench-gpu: $(INSTALLED)
-	$(VENV)/bin/python -m benchmarks --only solver training couplings sampling package --output benchmarks/results_gpu.json
+	$(VENV)/bin/python -m benchmarks --resume --only solver training couplings sampling package --output benchmarks/results_gpu.json
 
 faults: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.faults --output docs/faults.json

@@ -3,6 +3,7 @@
 python -m benchmarks                     all parts, on a GPU if there is one
 python -m benchmarks --quick             small sizes, to check that everything runs
 python -m benchmarks --only solver       one part; the others keep their rows in the file
+python -m benchmarks --resume            the parts that the file does not have from this commit
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure")
+    parser.add_argument("--resume", action="store_true", help="only what the file does not have from this commit")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results.json"), help="file (%(default)s)")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +51,9 @@ def main() -> int:
     earlier = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     same = earlier.get("quick") == arguments.quick and earlier.get("machine") == machine(device)
     parts: dict[str, list[dict[str, Any]]] = earlier["parts"] if same else {}
-    for name in arguments.only or PARTS:
+    where = provenance()
+    done = parts.keys() if arguments.resume and same and earlier["provenance"] == where else ()
+    for name in (part for part in arguments.only or PARTS if part not in done):
         started = time.monotonic()
         print(f"\n{name}", flush=True)
         rows = []
@@ -63,7 +67,7 @@ def main() -> int:
             "machine": machine(device),
             "table": table(parts),
             "parts": parts,
-            "provenance": provenance(),
+            "provenance": where,
         }
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

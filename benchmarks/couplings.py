@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
@@ -28,9 +28,11 @@ COMPONENTS = 128
 """Principal components that the points of the pairing have."""
 
 
-def rows(quick: bool, device: torch.device) -> list[Row]:
-    peers = peer_rows(quick) if find_spec("ott") is not None and device.type == "cpu" else []
-    return [*pairing_rows(quick, device), *peers, *solver_rows(quick, device)]
+def rows(quick: bool, device: torch.device) -> Iterator[Row]:
+    yield from pairing_rows(quick, device)
+    if find_spec("ott") is not None and device.type == "cpu":
+        yield from peer_rows(quick)
+    yield from solver_rows(quick, device)
 
 
 def pairing_rows(quick: bool, device: torch.device) -> list[Row]:
@@ -92,7 +94,7 @@ def peer_rows(quick: bool, tolerance: float = 0.02) -> list[Row]:
     return [ratio_row(f"potentials of the digits to χ² ≤ {tolerance}: ott-jax / ours", seconds, "ott-jax", "ours")]
 
 
-def solver_rows(quick: bool, device: torch.device) -> list[Row]:
+def solver_rows(quick: bool, device: torch.device) -> Iterator[Row]:
     """Seconds until the potentials have each χ²; on a CPU those of the processor, and the first χ² alone."""
     try:
         images = load_images("digits" if quick else "mnist", "train")
@@ -100,7 +102,6 @@ def solver_rows(quick: bool, device: torch.device) -> list[Row]:
         images = load_images("digits", "train")
     pixels, on_cpu = pixels_of(images).to(device), device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
-    found = []
     for tolerance, target in ((0.05, 600),) if on_cpu else ((0.05, None), (0.01, 60)):
         started = clock()
         config = SemidiscreteCoupling.from_images(pixels, tolerance=tolerance).config
@@ -111,5 +112,4 @@ def solver_rows(quick: bool, device: torch.device) -> list[Row]:
             "kept_share": config.kept_share,
             "chi_squared": config.chi_squared,
         }
-        found.append(Row(label, seconds, (seconds, seconds), target, unit=" s", details=details))
-    return found
+        yield Row(label, seconds, (seconds, seconds), target, unit=" s", details=details)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,9 @@ SHORT_CHAINS = 10
 """Truncated chains for each long one: the time of a single short chain varies too much."""
 
 
-def rows(quick: bool, device: torch.device) -> list[Row]:
-    return [
-        *guidance_rows(quick, device),
-        *precision_rows(quick, device),
-        *quality_rows(quick, device),
-        *chain_rows(quick, device),
-    ]
+def rows(quick: bool, device: torch.device) -> Iterator[Row]:
+    for part in (guidance_rows, precision_rows, quality_rows, chain_rows):
+        yield from part(quick, device)
 
 
 def unet_of(widths: tuple[int, ...], device: torch.device, **options: object) -> UNet2DModel:

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}
 """Bytes per second and GPU in one direction."""
 
 
-def rows(quick: bool, device: torch.device) -> list[Row]:
-    return [*batch_rows(quick, device), *(process_rows(quick) if device.type == "cpu" else ())]
+def rows(quick: bool, device: torch.device) -> Iterator[Row]:
+    yield from batch_rows(quick, device)
+    if device.type == "cpu":
+        yield from process_rows(quick)
 
 
 def batch_rows(quick: bool, device: torch.device) -> list[Row]:

@@ -41,9 +41,11 @@ TERM: dict[str, Any] = {"prediction_type": "epsilon", "noise_coupling": "indepen
 """The transport term beside noise prediction, whose cost is measured."""
 
 
-def rows(quick: bool, device: torch.device) -> list[Row]:
-    memory = [tuning_memory_row(quick)] if device.type == "cpu" else []
-    return [*step_rows(quick, device), loading_row(quick, device), *memory]
+def rows(quick: bool, device: torch.device) -> Iterator[Row]:
+    yield from step_rows(quick, device)
+    yield loading_row(quick, device)
+    if device.type == "cpu":
+        yield tuning_memory_row(quick)
 
 
 def configuration(quick: bool) -> OTConfig:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .pipelines.portable import check_holds_no_code
 from .schedules import Scheduler
 from .seeds import keyed_generator
+
+logger = logging.getLogger(__name__)
 
 PIPELINES: dict[str, type[Any]] = {
     kind.__name__: kind
@@ -172,8 +175,9 @@ def sample_images(
         batch_size: largest number of images generated at once; the share of a process is divided evenly. By default all
             images up to 1,000; the number is halved whenever memory runs out, unless guidance couples the images.
         seed: random seed of the starting noise.
-        dtype: dtype of the networks by autocast: `"float32"`, `"bfloat16"` or `"float16"`. Noise, scheduler steps and
-            guidance stay in float32, so that images change by rounding only.
+        dtype: dtype of the networks by autocast: `"float32"`, `"bfloat16"` or `"float16"`; float32 on a CPU that only
+            emulates the others. Noise, scheduler steps and guidance stay in float32, so that images change by rounding
+            only.
         class_labels: classes of the images, as `chosen_labels` takes them.
         call_arguments: arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
 
@@ -250,8 +254,27 @@ def check_dtype(dtype: str) -> None:
 
 
 def networks_in(dtype: str, device: torch.device) -> torch.autocast:
-    """A context in which networks compute in that dtype, by autocast."""
-    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+    """A context in which networks compute in that dtype, by autocast, unless the device emulates it."""
+    enabled = dtype != "float32" and not is_emulated(dtype, device)
+    return torch.autocast(device.type, DTYPES[dtype], enabled=enabled)
+
+
+def is_emulated(dtype: str, device: torch.device) -> bool:
+    """Whether the device is a CPU without units for bfloat16 or float16, on which convolutions take about ten times as
+    long as in float32; logs this once."""
+    if device.type != "cpu" or dtype == "float32":
+        return False
+    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
+    emulated = not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, supported)()
+    if emulated:
+        tell_float32(dtype)
+    return emulated
+
+
+@cache
+def tell_float32(dtype: str) -> None:
+    """Log, once in a process, that the networks do not compute in that dtype."""
+    logger.warning("this processor only emulates %s, which is slow: the networks compute in float32", dtype)
 
 
 def couples_batch(pipeline: Pipeline, call_arguments: dict[str, Any]) -> bool:

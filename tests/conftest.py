@@ -55,6 +55,14 @@ def accelerate_state() -> Iterator[None]:
 
 
 @pytest.fixture
+def bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that computes in bfloat16, whatever this one does."""
+    import torch
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for what the package keeps."""
     monkeypatch.setenv("OT_DIFFUSERS_CACHE", str(tmp_path / "cache"))

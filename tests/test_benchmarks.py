@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,13 @@ def test_a_power_law_has_its_exponent() -> None:
     assert solver.slope([0.0, 1.0, 2.0], [1.0, 2.5, 4.0]) == pytest.approx(1.5, rel=1e-12)
 
 
-def test_rows_are_written_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_written_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Part:
         @staticmethod
-        def rows(quick: bool, device: torch.device) -> list[timing.Row]:
-            return [timing.Row("fixed", 2.0 if quick else 3.0, (1.0, 4.0), target=2.5)]
+        def rows(quick: bool, device: torch.device) -> Iterator[timing.Row]:
+            yield timing.Row("fixed", 2.0 if quick else 3.0, (1.0, 4.0), target=2.5)
 
     monkeypatch.setattr(command, "PARTS", {"one": Part, "two": Part})
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--only", "one", "--output", str(tmp_path / "r.json")])
@@ -76,6 +79,14 @@ def test_rows_are_written_part_by_part(tmp_path: Path, monkeypatch: pytest.Monke
     written = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert {name: rows[0]["reached"] for name, rows in written["parts"].items()} == {"one": True, "two": True}
     assert written["table"]["rows"] == [["fixed", "**2.00×**", "1.00 … 4.00", "≤ 2.5"]] * 2
+
+    # What is there from this commit is not measured again.
+    capsys.readouterr()
+    sys.argv[2:4] = ["--resume", "--only", "one", "two"]
+    assert command.main() == 0 and capsys.readouterr().out == ""
+    written["provenance"]["commit"] = "another"
+    (tmp_path / "r.json").write_text(json.dumps(written), "utf-8")
+    assert command.main() == 0 and capsys.readouterr().out.count("fixed: 2.00") == 2
 
 
 def results_with(**values: object) -> dict[str, object]:

@@ -25,6 +25,7 @@ from ..features import class_counts, labels_of, weights_fingerprint
 from ..files import check_folder
 from ..launch.commands import launched
 from ..outgoing import without_local_paths
+from ..sampling import is_emulated, process_state
 from ..seeds import folded
 from .batches import Images
 from .files import damage, delete_partial, placed_in, write_json
@@ -115,7 +116,8 @@ def check_output_dir(config: TrainingConfig) -> None:
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """An accelerator for the configuration, with the random seed set alike on every process.
+    """An accelerator for the configuration, with the random seed set alike on every process; in full precision where a
+    CPU only emulates bf16.
 
     Raises:
         InputError: a tracker that is not installed, processes that each hold only a part of the model, or a launcher
@@ -129,10 +131,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
     config = launched(config)
     try:
+        in_full = config.mixed_precision == "bf16" and is_emulated("bfloat16", process_state().device)
         accelerator = Accelerator(
             cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()),
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
+            mixed_precision="no" if in_full else config.mixed_precision,
             log_with=tracker,
             project_dir=str(Path(config.output_dir) / "logs") if tracker else None,
         )

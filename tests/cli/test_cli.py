@@ -287,6 +287,7 @@ def test_lack_of_memory_halves_the_batch_and_keeps_the_images(pipeline: Path, fe
     assert len(sample_images(guided, 5, num_inference_steps=2, guidance_scale=0)) == 5
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_half_precision_and_layout_keep_the_images(pipeline: Path, features: Path) -> None:
     pipe = load_pipeline(pipeline, features)
     pipe.set_progress_bar_config(disable=True)

@@ -15,6 +15,7 @@ import torch
 from makers.runs import last_checkpoint, metrics, reset_accelerate, results, train
 from safetensors.torch import load_file, save_file
 
+from ot_diffusers import sampling
 from ot_diffusers.cli.process import chosen_dtype
 from ot_diffusers.config import BaselineConfig, load_config
 from ot_diffusers.errors import InputError
@@ -160,6 +161,7 @@ def test_a_launcher_makes_all_updates_and_is_written_down(tmp_path: Path, monkey
     assert results(told)["updates"] == 4
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_a_script_of_ones_own_accumulates_as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STEPS, "4")
     monkeypatch.setenv(PRECISION, "bf16")
@@ -167,6 +169,26 @@ def test_a_script_of_ones_own_accumulates_as_launched(monkeypatch: pytest.Monkey
     accelerator = make_accelerator(BaselineConfig(report_to="none"))
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (4, "bf16")
     reset_accelerate()
+
+
+def test_a_processor_that_only_emulates_bf16_computes_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On which a training step takes ten times as long. The record has the precision that was asked for, so that the
+    run goes on in it elsewhere."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    told = "this processor only emulates bfloat16, which is slow: the networks compute in float32"
+    sampling.tell_float32.cache_clear()
+    full, half = (
+        train("baseline", tmp_path / name, max_train_steps=1, logging_steps=1, mixed_precision=name)
+        for name in ("no", "bf16")
+    )
+    assert metrics(half)[0]["loss"] == metrics(full)[0]["loss"]
+    assert record(half)["config"]["mixed_precision"] == "bf16"
+    with sampling.networks_in("bfloat16", torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+    assert not sampling.is_emulated("bfloat16", torch.device("cuda"))
+    assert caplog.messages.count(told) == 1
 
 
 def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:

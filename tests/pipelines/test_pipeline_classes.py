@@ -140,7 +140,8 @@ def test_classes_are_saved_and_kept_by_other_pipelines(tmp_path: Path, caplog: p
     loaded = quiet(load_pipeline(tmp_path))
     assert not caplog.records
     assert loaded.classes == pipe.classes
-    assert torch.equal(latents(loaded, 1, class_labels="cow"), latents(pipe, 1, class_labels=2))
+    # Loaded weights lie at other addresses, for which some kernels sum in another order.
+    assert torch.allclose(latents(loaded, 1, class_labels="cow"), latents(pipe, 1, class_labels=2), atol=1e-5)
     network, bank = make_features()
     guided = OTGuidedDDIMPipeline.from_pipe(loaded, feature_extractor=network, reference_bank=bank)
     assert guided.classes == pipe.classes

@@ -534,6 +534,7 @@ def test_couplings_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> Non
             train("baseline", tmp_path / "other", **options, coupling=str(run), **changed)
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_bf16_changes_rounding_only(tmp_path: Path) -> None:
     """8 bits of mantissa are 4e-3 of each activation; the mean over a batch stays within a percent."""
     half = train("baseline", tmp_path / "half", max_train_steps=1, mixed_precision="bf16")
