@@ -19,6 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from makers import ROOT
 from makers import command as run
 from makers.models import make_unet, save_features, save_pipeline
+from makers.runs import fork_runs_of_studies
 
 from ot_diffusers import (
     ConvFeatureExtractor,
@@ -411,7 +412,8 @@ def test_two_processes_make_the_images_of_one(pipeline: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_demo_runs_the_whole_chain(tmp_path: Path) -> None:
+def test_demo_runs_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_runs_of_studies(monkeypatch)
     short = {"overrides": ("max_train_steps=2",), "num_samples": 32, "log": lambda line: None}
     results = run_demo(tmp_path / "demo", **short)
     coupled = ["coupled, 4 calls", "coupled and guided, 4 calls"]

@@ -6,12 +6,16 @@ import functools
 import importlib.util
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from makers import ROOT
 from ot_diffusers.config import make_config
 from ot_diffusers.launch import run_script
 from ot_diffusers.launch.commands import SCRIPTS
+from ot_diffusers.studies import runs as study_runs
 
 # A UNet of 30,000 parameters on the real digits: an update takes a few hundredths of a second.
 COMMON: dict[str, Any] = {"dataset": "digits", "train_batch_size": 8, "report_to": "none"}
@@ -110,6 +115,37 @@ def _train_as(rank: int, processes: int, port: int, script: str, folder: Path, v
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
     torch.set_num_threads(1)  # the threads of the process that was forked are not here
     train(script, folder, **values)
+
+
+class ForkedScript:
+    """A training script of a study in a process of its own, forked from this one, which saves its imports; it has the
+    part of `subprocess.Popen` that studies use."""
+
+    def __init__(self, words: Sequence[str], stdout: BinaryIO, stderr: BinaryIO, env: Mapping[str, str]) -> None:
+        python, *self.words = words
+        assert python == sys.executable and Path(self.words[0]).is_file()
+        self.process = get_context("fork").Process(target=self._run, args=(stdout.fileno(), dict(env)))
+        self.process.start()
+
+    def _run(self, log: int, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        torch.set_num_threads(1)  # the threads of the process that was forked are not here
+        reset_accelerate()
+        sys.argv = self.words
+        with open(log, "w", closefd=False) as text, redirect_stdout(text), redirect_stderr(text):
+            runpy.run_path(self.words[0], run_name="__main__")
+
+    def wait(self) -> int:
+        self.process.join()
+        return int(self.process.exitcode or 0)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+
+def fork_runs_of_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies start their training scripts as `ForkedScript`."""
+    monkeypatch.setattr(study_runs, "subprocess", SimpleNamespace(Popen=ForkedScript))
 
 
 def exit_status(script: str, words: list[str], output: Path, monkeypatch: pytest.MonkeyPatch) -> int:

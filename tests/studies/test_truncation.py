@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from makers.models import make_features, save_pipeline
+from makers.runs import fork_runs_of_studies
 from safetensors.torch import load_file
 
 from ot_diffusers.cli import main
@@ -19,6 +21,13 @@ from ot_diffusers.studies.truncation import TruncationConfig, conclusions, expan
 pytestmark = pytest.mark.slow
 
 SAMPLES = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fork_runs_of_studies(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="module")
