@@ -110,7 +110,7 @@ class StudyConfig(Options):
         "digits/evaluator.yaml", "evaluation network, not used in training or guidance; or a preset to train once"
     )
     second_evaluator: str | None = network_option(
-        None, "another evaluator, not trained here, such as efficientnet-lite0: adds its distances to the table"
+        None, "another evaluator, such as efficientnet-lite0 or {features}: adds its distances to the table"
     )
     features: str | None = network_option(
         None, "feature network for losses and guidance: a run, a Hub id, or a preset to train once"
@@ -158,6 +158,8 @@ class StudyConfig(Options):
             require(name in METRICS, "metrics", f"be among {', '.join(METRICS)}", name)
         for name in self.costs:
             require(name in COSTS, "costs", f"be among {', '.join(COSTS)}", name)
+        own = self.features is not None or "{features}" not in (self.second_evaluator or "")
+        require(own, "second_evaluator", "come with the features that it names", self.second_evaluator)
         for name, variant in self.arms.items():
             plain = re.fullmatch(r"[\w][\w .+,='-]*", name) is not None and name not in RESERVED
             require(plain, "arms", "have names of letters, digits, spaces and -_.+,='", name)

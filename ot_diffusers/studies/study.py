@@ -123,7 +123,7 @@ class Study:
     def second_extractor(self) -> Any:
         """The second evaluator, loaded once; None if the study has none."""
         name = self.config.second_evaluator
-        return None if name is None else load_evaluator(name).to(best_device())
+        return None if name is None else load_evaluator(self.resolve(name, 0)).to(best_device())
 
     @cached_property
     def splits(self) -> dict[str, ResidentImages | StreamedImages]:
