@@ -332,6 +332,7 @@ def test_arms_with_classes_are_scored_by_class(evaluator: Path, tmp_path: Path) 
 
 
 def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, tmp_path: Path) -> None:
+    """And the network that guides can be the second evaluator."""
     images = load_images("digits", "train")
     network = ConvFeatureExtractor(sample_size=8, feature_dim=8, block_out_channels=(4, 8))
     bank = ReferenceBank.from_features(network.extract(images.fetch(torch.arange(200))))
@@ -340,12 +341,13 @@ def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, t
     pipeline, features = save_pipeline(unet, tmp_path / "plain"), str(tmp_path / "features")
     arms = {
         "plain": Variant(pipeline=pipeline),
-        "field": Variant(pipeline=pipeline, features=features, field_samples=16, batch_size=12),
-        "the same": Variant(pipeline=pipeline, features=features, field_samples=16, batch_size=8),
+        "field": Variant(pipeline=pipeline, features="{features}", field_samples=16, batch_size=12),
+        "the same": Variant(pipeline=pipeline, features="{features}", field_samples=16, batch_size=8),
     }
-    call = {"num_inference_steps": 3}
-    values = {"evaluator": str(evaluator), "seeds": 1, "num_samples": 24, "call": call}
-    run_study(StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **values), log=lambda line: None)
+    networks = {"evaluator": str(evaluator), "features": features, "second_evaluator": "{features}"}
+    values: dict[str, Any] = {"seeds": 1, "num_samples": 24, "call": {"num_inference_steps": 3}}
+    study = StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **networks, **values)
+    assert run_study(study, log=lambda line: None)["second_extractor"]["feature_dim"] == 8
     images = {
         name: load_file(tmp_path / "study" / "seed-0" / "samples" / f"{name}.safetensors")["images"].int()
         for name in arms
@@ -390,6 +392,11 @@ BAD = {
         {"a": Variant(pipeline="x/y", features="{features}")},
         {},
         "features or seed, got 'features'",
+    ),
+    "no feature network that judges": (
+        {},
+        {"second_evaluator": "{features}"},
+        "`second_evaluator` must come with the features that it names, got '{features}'",
     ),
     "nobody's seconds": (
         {"a": Variant(train="baseline", seconds_of="b")},
