@@ -19,7 +19,7 @@ from ot_diffusers.sampling import accelerate_networks, load_pipeline, sample_ima
 from ot_diffusers.schedules import truncated_scheduler
 from ot_diffusers.training import make_unet
 
-from .timing import Row, interleave, ratio_row
+from .timing import Row, interleave, ratio_row, wait_rows
 from .training import images_like_mnist
 
 DIGITS = Path(__file__).parents[1] / "model_cards" / "digits-ot-guided"
@@ -41,7 +41,7 @@ def unet_of(widths: tuple[int, ...], device: torch.device, **options: object) ->
     return make_unet(config, (1, 28, 28)).to(device).eval()
 
 
-def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
+def guidance_rows(quick: bool, device: torch.device) -> Iterator[Row]:
     """Joint guidance and a guidance field with the UNet of the MNIST preset and 2,000 references.
 
     On a CPU with a smaller batch and fewer steps, of which the same share is guided.
@@ -68,10 +68,9 @@ def guidance_rows(quick: bool, device: torch.device) -> list[Row]:
     }
     seconds = interleave(candidates, 2 if fast or quick else 3)
     title = f"{call['batch_size']} images, {call['num_inference_steps']} steps"
-    return [
-        ratio_row(f"OT-guided DDIM, {name} / plain DDIM, {title}", seconds, name, "plain", target=1.1)
-        for name in ("joint batch", "guidance field")
-    ]
+    for name in ("joint batch", "guidance field"):
+        yield ratio_row(f"OT-guided DDIM, {name} / plain DDIM, {title}", seconds, name, "plain", target=1.1)
+    yield from wait_rows({f"DDIM, {name}, {title}": run for name, run in candidates.items()})
 
 
 def precision_rows(quick: bool, device: torch.device) -> list[Row]:

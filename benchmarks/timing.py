@@ -6,8 +6,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -66,6 +69,22 @@ def ratio_row(
     medians = {key: round(statistics.median(values), 5) for key, values in seconds.items()}
     spread = (min(ratios), max(ratios))
     return Row(name, statistics.median(ratios), spread, seconds=medians, **options)  # type: ignore[arg-type]
+
+
+def wait_rows(candidates: Mapping[str, Callable[[], object]]) -> Iterator[Row]:
+    """How often the host waits for the GPU in a run of each candidate, and in which lines; nothing on a CPU."""
+    for name, run in candidates.items() if torch.cuda.is_available() else ():
+        run()  # what is made once is made here
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        count = float(lines.total())
+        yield Row(f"times the host waits: {name}", count, (count, count), unit="", details={"in": dict(lines)})
 
 
 def synchronise() -> None:

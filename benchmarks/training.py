@@ -34,7 +34,7 @@ from ot_diffusers.training.few_step import ComparedLevels, few_step_batches, few
 from ot_diffusers.transport import median_distance
 from train.train_ot import ot_term
 
-from .timing import Row, interleave, peak_memory_mib, ratio_row
+from .timing import Row, interleave, peak_memory_mib, ratio_row, wait_rows
 
 NUM_IMAGES = 10_000
 TERM: dict[str, Any] = {"prediction_type": "epsilon", "noise_coupling": "independent", "ot_weight": 0.03}
@@ -120,7 +120,7 @@ class Step:
         return SamplesLoss("sinkhorn", p=2, blur=0.2)(features.float(), references.float())
 
 
-def step_rows(quick: bool, device: torch.device) -> list[Row]:
+def step_rows(quick: bool, device: torch.device) -> Iterator[Row]:
     """Training steps with noise prediction alone, with our term, and with the term of the original study."""
     step = Step(configuration(quick), device)
     candidates = {
@@ -131,13 +131,12 @@ def step_rows(quick: bool, device: torch.device) -> list[Row]:
     }
     seconds = interleave(candidates, 3 if quick or device.type == "cpu" else 20)
     target = 1.05 if device.type == "cuda" else 1.15
-    return [
-        ratio_row("OT training step / plain step", seconds, "with our term", "plain", target=target),
-        ratio_row("OT training step with ot_iterations=20 / plain step", seconds, "with 20 steps", "plain"),
-        ratio_row(
-            "the original study's training step / plain step", seconds, "with the original study's term", "plain"
-        ),
-    ]
+    yield ratio_row("OT training step / plain step", seconds, "with our term", "plain", target=target)
+    yield ratio_row("OT training step with ot_iterations=20 / plain step", seconds, "with 20 steps", "plain")
+    yield ratio_row(
+        "the original study's training step / plain step", seconds, "with the original study's term", "plain"
+    )
+    yield from wait_rows({f"training step, {name}": run for name, run in candidates.items()})
 
 
 def loading_row(quick: bool, device: torch.device) -> Row:
