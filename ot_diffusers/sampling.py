@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +37,6 @@ from .pipelines.pipeline_truncated_prior import TruncatedPriorPipeline
 from .pipelines.portable import check_holds_no_code
 from .schedules import Scheduler
 from .seeds import keyed_generator
-
-logger = logging.getLogger(__name__)
 
 PIPELINES: dict[str, type[Any]] = {
     kind.__name__: kind
@@ -261,20 +259,14 @@ def networks_in(dtype: str, device: torch.device) -> torch.autocast:
 
 def is_emulated(dtype: str, device: torch.device) -> bool:
     """Whether the device is a CPU without units for bfloat16 or float16, on which convolutions take about ten times as
-    long as in float32; logs this once."""
+    long as in float32; warns of it."""
     if device.type != "cpu" or dtype == "float32":
         return False
     supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
     emulated = not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, supported)()
     if emulated:
-        tell_float32(dtype)
+        warnings.warn(f"this processor only emulates {dtype}: the networks compute in float32", stacklevel=2)
     return emulated
-
-
-@cache
-def tell_float32(dtype: str) -> None:
-    """Log, once in a process, that the networks do not compute in that dtype."""
-    logger.warning("this processor only emulates %s, which is slow: the networks compute in float32", dtype)
 
 
 def couples_batch(pipeline: Pipeline, call_arguments: dict[str, Any]) -> bool:
