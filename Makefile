@@ -17,7 +17,7 @@ help:
 	@echo "make test-oldest  the same on Python 3.10 with the oldest versions that are supported (oldest.txt)"
 	@echo "make lint   linters and types only"
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
-	@echo "make bench-gpu  the parts that concern one GPU, into benchmarks/results_gpu.json"
+	@echo "make bench-gpu  the parts that concern one GPU, into benchmarks/results_gpu.json; a second call measures what is missing"
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
 	@echo "make gpu-cifar10  the original study of priors on CIFAR-10 at its own sizes, for one GPU, in slices of nine minutes"
 	@echo "make docs   the documentation as a site, into build/site"
