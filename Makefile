@@ -8,7 +8,7 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-oldest lint bench bench-gpu faults docs hero gpu-cifar10 clean
+.PHONY: help demo test test-fast test-oldest lint bench bench-gpu faults docs hero gpu-mnist gpu-cifar10 clean
 
 help:
 	@echo "make demo   train, sample and compare on handwritten digits, on the CPU; results in runs/demo"
@@ -19,7 +19,8 @@ help:
 	@echo "make bench  what everything costs beside its peers; minutes, into benchmarks/results.json"
 	@echo "make bench-gpu  the parts that concern one GPU, into benchmarks/results_gpu.json; a second call measures what is missing"
 	@echo "make faults kills, damaged files and full disks tried on small runs; minutes, into docs/faults.json"
-	@echo "make gpu-cifar10  the original study of priors on CIFAR-10 at its own sizes, for one GPU, in slices of nine minutes"
+	@echo "make gpu-mnist  few calls, and the original study, on MNIST at its own size, for one GPU, in slices of nine minutes"
+	@echo "make gpu-cifar10  the original study of priors, and few calls, on CIFAR-10 at its own size, likewise"
 	@echo "make docs   the documentation as a site, into build/site"
 	@echo "make hero   the picture of the README, from the models in this repository; minutes, into docs/hero.png"
 	@echo "make clean  remove the environments and caches, keep runs/"
@@ -58,11 +59,19 @@ docs: $(INSTALLED)
 hero: $(INSTALLED)
 	$(VENV)/bin/python docs/hero.py
 
-# Exit status 3 says that a slice's time is over. Every network's configuration says what it gives.
-gpu-cifar10: $(INSTALLED)
-	@echo "In order: features, evaluator, baseline, baseline_full, prior_*, samples, results (configs/cifar10/*.yaml)"
+# Exit status 3 says that a slice's time is over.
+define in_slices
 	@status=3; while [ $$status -eq 3 ]; do \
-		$(VENV)/bin/ot-diffusers truncation --config cifar10/truncation.yaml --max-seconds 540; status=$$?; done; exit $$status
+		$(VENV)/bin/ot-diffusers $(1) --max-seconds 540; status=$$?; done; exit $$status
+endef
+
+gpu-mnist: $(INSTALLED)
+	$(call in_slices,compare --config mnist/few_calls_full.yaml)
+	$(call in_slices,compare --config mnist/original.yaml)
+
+gpu-cifar10: $(INSTALLED)
+	$(call in_slices,truncation --config cifar10/truncation.yaml)
+	$(call in_slices,compare --config cifar10/few_calls.yaml)
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing ot-diffusers, PyTorch and the Hugging Face libraries into $(VENV): a few minutes, once."
