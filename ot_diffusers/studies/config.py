@@ -158,8 +158,9 @@ class StudyConfig(Options):
             require(name in METRICS, "metrics", f"be among {', '.join(METRICS)}", name)
         for name in self.costs:
             require(name in COSTS, "costs", f"be among {', '.join(COSTS)}", name)
-        own = self.features is not None or "{features}" not in (self.second_evaluator or "")
-        require(own, "second_evaluator", "come with the features that it names", self.second_evaluator)
+        for reference in re.findall(r"{([^}]*)}", self.second_evaluator or ""):
+            usable = reference == "features" and self.features is not None
+            require(usable, "second_evaluator", "refer to the features of the study alone", self.second_evaluator)
         for name, variant in self.arms.items():
             plain = re.fullmatch(r"[\w][\w .+,='-]*", name) is not None and name not in RESERVED
             require(plain, "arms", "have names of letters, digits, spaces and -_.+,='", name)

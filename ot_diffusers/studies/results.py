@@ -200,6 +200,9 @@ def notes(study: Study, seeds: Sequence[int]) -> list[str]:
     drawn, available = floor_count(study.num_samples, len(study.train_images)), len(study.train_images)
     if drawn < study.num_samples:
         shared += f" The real-vs-real score is that of {drawn:,} training images, since there are only {available:,}."
+    second = config.second_evaluator
+    if second is not None and config.features is not None and study.resolve(second, 0) == study.network("features"):
+        shared += " The second evaluator is the network of losses and guidance: its distances are not independent."
     if config.seed is not None:
         return [shared, *unfinished(study, config.seed)]
     sentences = [

@@ -347,7 +347,9 @@ def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, t
     networks = {"evaluator": str(evaluator), "features": features, "second_evaluator": "{features}"}
     values: dict[str, Any] = {"seeds": 1, "num_samples": 24, "call": {"num_inference_steps": 3}}
     study = StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **networks, **values)
-    assert run_study(study, log=lambda line: None)["second_extractor"]["feature_dim"] == 8
+    found = run_study(study, log=lambda line: None)
+    assert found["second_extractor"]["feature_dim"] == 8
+    assert any("The second evaluator is the network of losses and guidance" in note for note in found["notes"])
     images = {
         name: load_file(tmp_path / "study" / "seed-0" / "samples" / f"{name}.safetensors")["images"].int()
         for name in arms
@@ -396,7 +398,7 @@ BAD = {
     "no feature network that judges": (
         {},
         {"second_evaluator": "{features}"},
-        "`second_evaluator` must come with the features that it names, got '{features}'",
+        "`second_evaluator` must refer to the features of the study alone, got '{features}'",
     ),
     "nobody's seconds": (
         {"a": Variant(train="baseline", seconds_of="b")},
