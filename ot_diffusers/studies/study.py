@@ -144,7 +144,8 @@ class Study:
     @cached_property
     def second_test_images(self) -> ImageSet:
         """The test images with their features by the second evaluator."""
-        return extract_image_set(self.test_images.images, self.second_extractor, cache=True)
+        images, labels = self.test_images.images, self.test_images.labels
+        return extract_image_set(images, self.second_extractor, labels=labels, cache=True)
 
     def image_set(self, split: str) -> ImageSet:
         """A split with its features by the evaluator."""

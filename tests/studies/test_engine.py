@@ -348,7 +348,7 @@ def test_an_arm_follows_a_field_of_its_own(unet: UNet2DModel, evaluator: Path, t
     values: dict[str, Any] = {"seeds": 1, "num_samples": 24, "call": {"num_inference_steps": 3}}
     study = StudyConfig(output_dir=str(tmp_path / "study"), arms=arms, **networks, **values)
     found = run_study(study, log=lambda line: None)
-    assert found["second_extractor"]["feature_dim"] == 8
+    assert found["second_extractor"]["feature_dim"] == 8 and found["second_extractor"]["test_accuracy"] is not None
     assert any("The second evaluator is the network of losses and guidance" in note for note in found["notes"])
     images = {
         name: load_file(tmp_path / "study" / "seed-0" / "samples" / f"{name}.safetensors")["images"].int()
