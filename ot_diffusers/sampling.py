@@ -258,8 +258,8 @@ def networks_in(dtype: str, device: torch.device) -> torch.autocast:
 
 
 def is_emulated(dtype: str, device: torch.device) -> bool:
-    """Whether the device is a CPU without units for bfloat16 or float16, on which convolutions take about ten times as
-    long as in float32; warns of it."""
+    """Whether the device is a CPU without units for bfloat16 or float16, on which convolutions take far longer than
+    in float32; warns of it."""
     if device.type != "cpu" or dtype == "float32":
         return False
     supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]

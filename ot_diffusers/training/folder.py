@@ -127,13 +127,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     for name in SHARDING:
         sharded = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
         require(not sharded, "distributed_type", "be one that keeps the whole model in every process", name)
-    # Without a GPU, accelerate joins a process group only where it is told to use the CPU.
-    in_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
     config = launched(config)
     try:
-        in_full = config.mixed_precision == "bf16" and is_emulated("bfloat16", process_state().device)
+        device = process_state().device  # accelerate's state from here on
+        in_full = config.mixed_precision == "bf16" and is_emulated("bfloat16", device)
         accelerator = Accelerator(
-            cpu=in_group and not (torch.cuda.is_available() or torch.xpu.is_available()),
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision="no" if in_full else config.mixed_precision,
             log_with=tracker,
